@@ -1,0 +1,58 @@
+"""What can go wrong, in words: every message says what was asked, what there is, and what to do."""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GraftError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class UnknownNameError(GraftError, LookupError):
+    """A name (operator, kind, setting) that does not exist; the message lists what does and suggests the nearest."""
+
+    def __init__(self, what: str, name: str, available: Iterable[str]):
+        names = sorted(available)
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        super().__init__(f"There is no {what} {name!r}.{hint} Available: {', '.join(names) or 'none'}.")
+
+
+class RuleError(GraftError, ValueError):
+    """Rules that cannot become a plan: bad text, nothing matched, two claims on one site."""
+
+
+class OperatorError(GraftError, ValueError):
+    """An operator whose settings, or whose site, it cannot work with."""
+
+
+class GeometryError(GraftError, ValueError):
+    """Tokens do not lie as an operator needs them to: no grid, or a grid that does not match the sequence."""
+
+
+class ModelError(GraftError, TypeError):
+    """The object given is not a model this library can read."""
+
+
+class StateError(GraftError, RuntimeError):
+    """A verb that does not fit the model's present state, such as grafting a grafted model."""
+
+
+class MismatchError(GraftError, ValueError):
+    """A plan or graft made for another model."""
+
+
+class FileError(GraftError, OSError):
+    """A file that is missing, damaged, or of a format this version does not read."""
+
+
+class TrainingError(GraftError, RuntimeError):
+    """Training cannot go on, for example because a loss is not finite."""
+
+
+class MissingDependencyError(GraftError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+    def __init__(self, what: str, needs: str, *, extra: str):
+        super().__init__(f'{what} needs {needs}, which is not installed. Run: pip install "diffusers-graft[{extra}]"')

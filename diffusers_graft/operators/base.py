@@ -1,0 +1,139 @@
+"""The contract of an operator: what a contributor writes, and what the rest of the library may rely on.
+
+An operator is one file; its file name is its name. It knows torch and einops, nothing of diffusers: sizes come from the
+`Site`, geometry from the `Context`. Legend for shapes: B batch, H heads, N query tokens, M key tokens, D width, E head width.
+"""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from ..errors import OperatorError, UnknownNameError
+from ..site import Context, ContextSlot, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorConfig:
+    """Settings of an operator: frozen, keyword-only, JSON-able, and never a model size.
+
+    Attributes:
+        init: `"warm"` starts from the part that is replaced; `"random"` from scratch, the paper's setting and the control.
+    """
+
+    owner: ClassVar[type[Operator]]
+
+    init: str = "warm"
+
+    def __post_init__(self):
+        if self.init not in ("warm", "random"):
+            raise UnknownNameError("init", self.init, ("warm", "random"))
+
+    def resolved(self, site: Site) -> Self:
+        """This config with every None that means "as in the replaced part" filled in from the site."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Operator name and every setting, defaults included, so that a changed default never changes a saved graft."""
+        return {"operator": self.owner.name, **dataclasses.asdict(self)}
+
+    def build(self, site: Site) -> Operator:
+        return self.owner(self, site)
+
+    def __str__(self) -> str:
+        settings = (f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if f.name != "init")
+        start = [] if self.init == "warm" else [f"init={self.init!r}"]
+        return f"{self.owner.name}({', '.join([*settings, *start])})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPair:
+    """A two-layer feed-forward as an operator sees the one it replaces: `down(activation(up(x)))`.
+
+    Attributes:
+        up, down: weights [hidden, D] and [D, hidden].
+        up_bias, down_bias: [hidden] and [D], or None.
+        activation: diffusers' name.
+    """
+
+    up: torch.Tensor
+    up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+    activation: str
+
+
+class Operator(nn.Module):
+    """Base of all operators. Class attributes declare capabilities; `check_operator` proves them.
+
+    Attributes:
+        name: set from the file name unless given.
+        kinds: the kinds of site it can replace.
+        needs_grid: whether it asks the context for the layout of tokens.
+        honours_mask: whether an attention mask is applied exactly.
+        causal_operator: whether a token sees only tokens before it.
+        paper: title and arXiv id of where it comes from.
+        start: one sentence on what a warm start keeps; printed on cards.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = ()
+    needs_grid: ClassVar[bool] = False
+    honours_mask: ClassVar[bool] = False
+    causal_operator: ClassVar[bool] = False
+    paper: ClassVar[str] = ""
+    start: ClassVar[str] = ""
+    Config: ClassVar[type[OperatorConfig]] = OperatorConfig
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__module__.rpartition(".")[2]
+        if "Config" not in cls.__dict__:
+            inherited = cls.Config
+            cls.Config = dataclass(frozen=True, kw_only=True)(type("Config", (inherited,), {"__module__": cls.__module__}))
+        cls.Config.owner = cls
+
+    def __init__(self, config: OperatorConfig, site: Site):
+        super().__init__()
+        self.config, self.site, self.slot = config, site, ContextSlot()
+        if site.kind not in self.kinds:
+            raise OperatorError(f"{self.name} replaces {' or '.join(self.kinds)}; {site.path} is {site.address}.")
+
+    def init_from(self, original: Any) -> None:
+        """Start from the part that is replaced. The default keeps what `__init__` made."""
+
+    def flops(self, tokens: int) -> int:
+        """Floating-point operations of one sample of `tokens` tokens, a multiply-add counting two."""
+        raise OperatorError(f"{self.name} does not say what it costs: define flops(tokens) beside its forward.")
+
+    def extra_repr(self) -> str:
+        return str(self.config)
+
+
+class Mixer(Operator):
+    """Replaces the softmax of an attention and nothing else: projections, norms and rotary embeddings stay.
+
+    `forward(query, key, value, context)` takes [B, H, N, E], [B, H, M, E] twice, and returns [B, H, N, E].
+    """
+
+    kinds = ("self_attention",)
+    start = "queries, keys, values and output projection keep their pretrained weights"
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+        raise OperatorError(f"{self.name} has no forward.")
+
+
+class FeedForwardOperator(Operator):
+    """Replaces a feed-forward: `forward(hidden_states, context)` takes and returns [B, N, D].
+
+    `init_from` receives the original as a `LinearPair`.
+    """
+
+    kinds = ("feed_forward",)
+
+    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+        raise OperatorError(f"{self.name} has no forward.")

@@ -1,0 +1,161 @@
+"""Where a graft can go, and what a part is told while it runs.
+
+A `Site` is pure data: it can be written to JSON, compared, and sent to a colleague who has no model at hand.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import torch
+
+from .errors import FileError, GeometryError, UnknownNameError
+
+KINDS = ("self_attention", "cross_attention", "joint_attention", "feed_forward", "block_pair")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One replaceable part of a model, with the sizes an operator builds itself from.
+
+    Attributes:
+        kind: one of `KINDS`.
+        index: position among the model's sites of this kind, in forward order.
+        path: dotted module path inside the model.
+        width: features of a token entering and leaving the part (D).
+        heads, head_width: attention only (H, E).
+        hidden: feed-forward only, neurons between the two linear layers.
+        activation: feed-forward only, diffusers' name of the activation, as in `activation_fn="gelu-approximate"`.
+    """
+
+    kind: str
+    index: int
+    path: str
+    width: int
+    heads: int | None = None
+    head_width: int | None = None
+    hidden: int | None = None
+    activation: str | None = None
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UnknownNameError("kind", self.kind, KINDS)
+
+    @property
+    def address(self) -> str:
+        """The rule key that names this site alone: `self_attention[3]`."""
+        return f"{self.kind}[{self.index}]"
+
+    @property
+    def inner_width(self) -> int:
+        """Width of queries, keys and values together (H * E)."""
+        return self.heads * self.head_width
+
+    def to_dict(self) -> dict:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Site:
+        if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
+            raise FileError(f"A site has the unknown entries {unknown}; it was written by a newer diffusers-graft.")
+        return cls(**data)
+
+
+class Sites(Sequence[Site]):
+    """An immutable sequence of sites; `str(sites)` is a table."""
+
+    def __init__(self, sites: Iterable[Site] = ()):
+        self._sites = tuple(sites)
+
+    def __getitem__(self, index):
+        return Sites(self._sites[index]) if isinstance(index, slice) else self._sites[index]
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Sites) and self._sites == other._sites
+
+    def __hash__(self) -> int:
+        return hash(self._sites)
+
+    def where(self, *, kind: str) -> Sites:
+        """The sites of one kind, in forward order. Raises `UnknownNameError` for a kind that does not exist."""
+        if kind not in KINDS:
+            raise UnknownNameError("kind", kind, KINDS)
+        return Sites(site for site in self if site.kind == kind)
+
+    def __str__(self) -> str:
+        rows = [("site", "path", "width", "heads", "hidden")]
+        for site in self:
+            heads = f"{site.heads} x {site.head_width}" if site.heads else ""
+            rows.append((site.address, site.path, str(site.width), heads, str(site.hidden or "")))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def __repr__(self) -> str:
+        return f"Sites({len(self)})\n{self}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How tokens lie: frames x height x width, raster order, last axis fastest."""
+
+    frames: int = 1
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.height * self.width
+
+    def __str__(self) -> str:
+        return f"{self.frames} x {self.height} x {self.width}" if self.frames > 1 else f"{self.height} x {self.width}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a part is told about the forward pass it runs in.
+
+    Attributes:
+        grid: layout of the image or video tokens, or None where it is unknown.
+        text_tokens: text tokens in the same sequence.
+        timestep: the model's own timestep argument.
+        mask: attention mask as `scaled_dot_product_attention` takes it, broadcastable to [B, H, N, M].
+        scale: factor on query-key products; None means 1 / sqrt(E).
+        causal: whether the replaced attention was causal.
+    """
+
+    grid: Grid | None = None
+    text_tokens: int = 0
+    timestep: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    scale: float | None = None
+    causal: bool = False
+
+    def require_grid(self, who: str, tokens: int) -> Grid:
+        """The grid, or a `GeometryError` where there is none or where it does not hold `tokens` tokens."""
+        if self.grid is None:
+            raise GeometryError(
+                f"{who} needs to know how tokens lie on the image, and this forward gave no grid. "
+                "Call the model as a whole (not one of its blocks), or choose a sequence operator such as sliding_window."
+            )
+        if self.grid.tokens != tokens:
+            raise GeometryError(
+                f"{who} was given {tokens} tokens, but the grid is {self.grid} = {self.grid.tokens}. "
+                "Call the model as a whole, so that the grid of this very forward is read."
+            )
+        return self.grid
+
+
+@dataclass
+class ContextSlot:
+    """Where the root's pre-hook leaves the context of the running forward for the parts of one graft.
+
+    It is not cleared afterwards: gradient checkpointing runs parts again during the backward pass.
+    """
+
+    current: Context = field(default_factory=Context)
+
+    def with_attention(self, *, mask: torch.Tensor | None, scale: float | None, causal: bool) -> Context:
+        return replace(self.current, mask=mask, scale=scale, causal=causal)
