@@ -37,6 +37,7 @@ class Recipe:
     batch_size: int = 64
     lr: float = 2e-3
     ema_decay: float = 0.999
+    label_dropout: float = 0.1
     seed: int = 0
 
 
@@ -72,7 +73,8 @@ class Pretraining:
     def __init__(self, recipe: Recipe, output: Path):
         torch.manual_seed(recipe.seed)
         self.recipe, self.output, self.step = recipe, output, 0
-        self.model = DiTTransformer2DModel(**MODEL).train()
+        # In train() every block drops labels by its own dice; dropped here, a sample is unconditional everywhere.
+        self.model = DiTTransformer2DModel(**MODEL).eval()
         self.average = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.optimizers = make_optimizers(self.model, recipe.lr)
         self.generator = torch.Generator().manual_seed(recipe.seed)
@@ -81,7 +83,10 @@ class Pretraining:
         for optimizer, group in ((o, g) for o in self.optimizers for g in o.param_groups):
             group["lr"] = self.recipe.lr * lr_factor(self.step, self.recipe)
         labels = torch.randint(len(LETTERS), (self.recipe.batch_size,), generator=self.generator)
-        loss = flow_matching_loss(self.model, draw_letters(labels, self.generator), labels, self.generator)
+        images = draw_letters(labels, self.generator)
+        dropped = torch.rand(len(labels), generator=self.generator) < self.recipe.label_dropout
+        labels = labels.masked_fill(dropped, len(LETTERS))
+        loss = flow_matching_loss(self.model, images, labels, self.generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -114,7 +119,7 @@ class Pretraining:
         state = {
             "step": self.step, "model": self.model.state_dict(), "average": self.average,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "generator": self.generator.get_state(), "global_rng": torch.get_rng_state(),
+            "generator": self.generator.get_state(),
         }  # fmt: skip
         temporary = self.output / "checkpoint.tmp"
         torch.save(state, temporary)
@@ -127,7 +132,6 @@ class Pretraining:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["global_rng"])
 
 
 def pretrain(recipe: Recipe, output: Path, *, save_every: int = 500) -> DiTTransformer2DModel:
