@@ -1,0 +1,197 @@
+"""A graft: a plan and its new parts, standing beside the model or installed in it.
+
+Every new part is a *seat*: a module for one path of the model. At an attention it is a shallow copy of the original
+attention that shares every child it does not change, with the operator as its child `graft` and a generated processor; at a
+feed-forward it is a module with the original's call. Weights are shared until something trains or loads them.
+"""
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from .anatomy import linear_pair
+from .errors import OperatorError
+from .operators import Operator
+from .plan import Edit, GraftPlan
+from .processor import graft_processor
+from .site import ContextSlot, Site
+
+# Quantised and fp8 weights are stored, not computed with; a new part takes the model's dtype there.
+_COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class FeedForwardSeat(nn.Module):
+    """A feed-forward operator behind the call of the feed-forward it replaces."""
+
+    def __init__(self, site: Site, operator: Operator):
+        super().__init__()
+        self.graft_site, self.graft = site, operator
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return self.graft(hidden_states, self.graft.slot.current)
+
+
+@dataclass(eq=False)
+class Graft:
+    """Plan plus weights.
+
+    Attributes:
+        plan: the resolved edits.
+        seats: new part of every edited path.
+        slot: where the parts find the context of the running forward.
+        originals: the parts that the seats stand for.
+        body: tensors outside the seats that were trained with the graft; while it is installed, their untrained values.
+        adapters: LoRA layers outside the seats, by path, with `adapter_config` that made them.
+        history: what was done to the graft: JSON-able rows written by the verbs that train it.
+    """
+
+    plan: GraftPlan
+    seats: dict[str, nn.Module]
+    originals: dict[str, nn.Module]
+    slot: ContextSlot
+    body: dict[str, torch.Tensor] = field(default_factory=dict)
+    adapters: dict[str, nn.Module] = field(default_factory=dict)
+    adapter_config: Any = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def operators(self) -> dict[str, Operator]:
+        return {path: seat.graft for path, seat in self.seats.items()}
+
+    def own_tensors(self, model: ModelMixin) -> dict[str, torch.Tensor]:
+        """Every tensor the graft adds or changes, by its name in the model: parameters and buffers, not copied."""
+        trained = _tensors(model) if is_enabled(model) else self.body
+        tensors = {name: trained[name] for name in self.body}
+        for path in self.seats:
+            tensors.update({f"{path}.{name}": tensor for name, tensor in self.own_tensors_of(path).items()})
+        return tensors
+
+    def own_tensors_of(self, path: str) -> dict[str, torch.Tensor]:
+        """The tensors of one seat, by name inside it, that it does not share with the original."""
+        shared = {id(tensor) for tensor in _tensors(self.originals[path]).values()}
+        return {name: tensor for name, tensor in _tensors(self.seats[path]).items() if id(tensor) not in shared}
+
+    def unshare(self, path: str, children: set[str] | None = None) -> None:
+        """Give a seat its own copy of the children (all, unless named) it still shares with the original."""
+        seat, original = self.seats[path], self.originals[path]
+        for name, child in original._modules.items():
+            if child is not None and seat._modules.get(name) is child and (children is None or name in children):
+                seat._modules[name] = copy.deepcopy(child)
+        for name, parameter in original._parameters.items():
+            if parameter is not None and seat._parameters.get(name) is parameter and (children is None or name in children):
+                seat._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+
+    def __str__(self) -> str:
+        return str(self.plan)
+
+
+def base_tensors(model: ModelMixin) -> dict[str, torch.Tensor]:
+    """The tensors of the pretrained model, by name, whatever graft or LoRA sits in it now."""
+    tensors, graft = _tensors(model), installed(model)
+    if graft is None or not is_enabled(model):
+        return tensors
+    seats = tuple(f"{path}." for path in graft.seats)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(seats)}
+    for path, original in graft.originals.items():
+        tensors.update({f"{path}.{name}": tensor for name, tensor in _tensors(original).items()})
+    return tensors | graft.body
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's tensors by the names they have without LoRA around them."""
+    named = module.state_dict(keep_vars=True).items()
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in named if ".lora_" not in name}
+
+
+def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
+    """New parts beside the intact model, initialised from the parts they replace; the model is not touched.
+
+    Args:
+        seed: decides random starts; the part of site i draws from `seed + i`, and torch's own generators are left alone.
+
+    Raises:
+        MismatchError: a plan for another model.
+        OperatorError: a part that no seat can be built for.
+    """
+    plan.check(model)
+    slot = ContextSlot()
+    originals = {edit.site.path: _original(model, edit.site.path) for edit in plan.edits}
+    seats = {}
+    for number, edit in enumerate(plan.edits):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + number)
+            seats[edit.site.path] = _build_seat(model, edit, originals[edit.site.path], slot)
+    return Graft(plan, seats, originals, slot)
+
+
+def _original(model: ModelMixin, path: str) -> nn.Module:
+    """The pretrained part at a path, also while a graft sits there."""
+    present = installed(model)
+    return present.originals[path] if present and path in present.originals else model.get_submodule(path)
+
+
+def installed(model: ModelMixin) -> Graft | None:
+    """The graft installed in a model, enabled or not."""
+    return vars(model).get("_graft")
+
+
+def is_enabled(model: ModelMixin) -> bool:
+    """Whether a graft is installed and running."""
+    return bool(vars(model).get("_graft_enabled"))
+
+
+def _build_seat(model: ModelMixin, edit: Edit, original: nn.Module, slot: ContextSlot) -> nn.Module:
+    _refuse_hooked(original, edit.site)
+    operator = edit.config.build(edit.site)
+    operator.slot = slot
+    if edit.site.kind == "feed_forward":
+        if edit.config.init == "warm":
+            operator.init_from(linear_pair(original))
+        seat = FeedForwardSeat(edit.site, operator)
+    else:
+        seat = _attention_seat(edit, original, operator)
+    like = next((p for p in original.parameters() if p.dtype in _COMPUTE_DTYPES), None)
+    operator.to(device=model.device if like is None else like.device, dtype=model.dtype if like is None else like.dtype)
+    return seat.train(original.training)
+
+
+def _attention_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn.Module:
+    seat = shallow_copy(original)
+    seat.processor = graft_processor(original.processor)
+    seat.graft_site = edit.site
+    if edit.config.init == "warm":
+        operator.init_from(original)
+    else:
+        for name, child in original._modules.items():
+            seat._modules[name] = _restarted(child)
+    seat.graft = operator
+    return seat
+
+
+def _restarted(child: nn.Module | None) -> nn.Module | None:
+    """A copy with fresh random weights."""
+    fresh = copy.deepcopy(child)
+    for module in fresh.modules() if fresh is not None else ():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return fresh
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module of the same class that shares children, parameters and buffers, but none of the dictionaries."""
+    twin = object.__new__(type(module))
+    containers = (dict, set, list)
+    vars(twin).update({k: v.copy() if isinstance(v, containers) else v for k, v in vars(module).items()})
+    return twin
+
+
+def _refuse_hooked(original: nn.Module, site: Site) -> None:
+    """Offloading and casting hooks replace a module's forward, and a copy of it would run the original's."""
+    if "forward" in vars(original) or hasattr(original, "_hf_hook") or hasattr(original, "_diffusers_hook"):
+        raise OperatorError(
+            f"{site.path} carries offloading or casting hooks. Graft first, then enable offloading or layerwise casting."
+        )

@@ -1,0 +1,1 @@
+"""Grafts and grafted models as files, and as repositories of the Hub."""

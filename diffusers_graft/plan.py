@@ -1,0 +1,218 @@
+"""Rules become a plan: a list of edits, site by site, that no longer depends on any pattern.
+
+Matching happens once, here. What is saved, shared and replayed is the resolved list, so a model that grows a layer
+cannot silently change what an old plan means.
+"""
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+
+from .anatomy import find_sites
+from .errors import FileError, MismatchError, RuleError, UnknownNameError
+from .operators import OperatorConfig, configure, get
+from .site import KINDS, Site, Sites
+
+FORMAT = 1
+
+Rules = Mapping[str, Any] | str
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One site and the operator that takes its place."""
+
+    site: Site
+    config: OperatorConfig
+
+    def __str__(self) -> str:
+        return f"{self.site.address} at {self.site.path}: {self.config}"
+
+
+@dataclass(frozen=True)
+class GraftPlan:
+    """What to graft where, for models of one class. Pure data.
+
+    Attributes:
+        model_class: name of the diffusers class the plan was made for.
+        edits: in forward order, each site at most once.
+    """
+
+    model_class: str
+    edits: tuple[Edit, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        edits = [{"site": edit.site.to_dict(), **edit.config.to_dict()} for edit in self.edits]
+        return {"format": FORMAT, "model_class": self.model_class, "edits": edits}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> GraftPlan:
+        """Raises `FileError` for data that is no plan, or one of a newer format."""
+        try:
+            if data["format"] > FORMAT:
+                raise FileError(
+                    f"This plan has format {data['format']}; this version of diffusers-graft reads up to {FORMAT}. "
+                    "Upgrade: pip install -U diffusers-graft"
+                )
+            edits = [{**edit} for edit in data["edits"]]
+            return cls(data["model_class"], tuple(Edit(Site.from_dict(edit.pop("site")), configure(edit)) for edit in edits))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FileError(f"This is not a graft plan: {error!r}. A plan is what GraftPlan.save wrote.") from error
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> GraftPlan:
+        """Raises `FileError` for a file that is missing or no plan."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise FileError(f"There is no plan at {path}.") from error
+        except ValueError as error:
+            raise FileError(f"{path} is not JSON: {error}") from error
+
+    def check(self, model: ModelMixin) -> None:
+        """Raise `MismatchError` unless every site of this plan is there in `model`, with the same sizes."""
+        if type(model).__name__ != self.model_class:
+            raise MismatchError(f"This plan was made for {self.model_class}; the model is a {type(model).__name__}.")
+        there = {site.path: site for site in find_sites(model)}
+        for edit in self.edits:
+            if there.get(edit.site.path) != edit.site:
+                raise MismatchError(
+                    f"The plan edits {edit.site}, but the model has {there.get(edit.site.path, 'nothing')} there. "
+                    "Make the plan on a model of the same configuration."
+                )
+
+    def __str__(self) -> str:
+        rows = [(edit.site.address, edit.site.path, str(edit.config)) for edit in self.edits]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        return "\n".join(f"{a.ljust(widths[0])}  {p.ljust(widths[1])}  {c}" for a, p, c in rows)
+
+
+def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:
+    """Resolve rules against a model's sites.
+
+    Args:
+        rules: `{"self_attention[1::2]": "hyena_x"}`, a value being an operator's name, Config or dict; or the text form
+            `"self_attention[1::2]=hyena_x(kernel_size=4); feed_forward[0]=mlp(expansion=6)"`.
+
+    Raises:
+        RuleError: a rule that cannot be read or matches nothing, or two rules on one site.
+        UnknownNameError: an unknown kind, operator or setting.
+        OperatorError: an operator that cannot replace that kind, or refuses its settings.
+        ModelError: not a model this version can read.
+    """
+    sites = find_sites(model)
+    rules = parse_rules(rules) if isinstance(rules, str) else rules
+    if not isinstance(rules, Mapping) or not rules:
+        raise RuleError(f'Rules are a dict such as {{"self_attention[1::2]": "hyena_x"}}, not empty; got {rules!r}.')
+    claims: dict[Site, tuple[str, OperatorConfig]] = {}
+    for key, spec in rules.items():
+        config = configure(spec)
+        for site in select(sites, key):
+            if site in claims:
+                raise RuleError(
+                    f"Two rules claim {site.address}: {claims[site][0]!r} ({claims[site][1]}) and {key!r} ({config}). "
+                    "Narrow one of them."
+                )
+            claims[site] = key, _fitted(config, site)
+    edits = tuple(Edit(site, claims[site][1]) for site in sites if site in claims)
+    return GraftPlan(type(model).__name__, edits)
+
+
+def _fitted(config: OperatorConfig, site: Site) -> OperatorConfig:
+    """The config resolved for the site; building it on the meta device proves that it fits, at no cost."""
+    config = config.resolved(site)
+    with torch.device("meta"):
+        config.build(site)
+    return config
+
+
+def select(sites: Sites, key: str) -> Sites:
+    """The sites a rule key names: `kind[items]`, items an index, a slice, a share such as 75%, or several with commas."""
+    match = re.fullmatch(r"\s*(\w+)\s*\[([^\[\]]+)\]\s*", key) if isinstance(key, str) else None
+    if match is None:
+        raise RuleError(f'{key!r} is not a rule key. Write a kind and indices, such as "self_attention[1::2]".')
+    kind, items = match.groups()
+    if kind not in KINDS:
+        raise UnknownNameError("kind", kind, KINDS)
+    candidates = sites.where(kind=kind)
+    chosen = {index for item in items.split(",") for index in _indices(item.strip(), len(candidates), key)}
+    if not chosen:
+        raise RuleError(f"{key!r} matches nothing: the model has {len(candidates)} {kind} sites{_range(candidates)}.")
+    return Sites(candidates[index] for index in sorted(chosen))
+
+
+def _range(candidates: Sites) -> str:
+    return f", {candidates[0].address} to {candidates[-1].address}" if candidates else ""
+
+
+def _indices(item: str, count: int, key: str) -> list[int]:
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", item):
+        return _interleaved_indices(Fraction(match[1]) / 100, count, key)
+    if re.fullmatch(r"[+-]?\d+", item):
+        index = int(item)
+        return [index % count] if -count <= index < count else []
+    if re.fullmatch(r"[\d+\-\s]*:[\d+\-\s]*(:[\d+\-\s]*)?", item):
+        try:
+            return list(range(count)[slice(*(int(part) if part.strip() else None for part in item.split(":")))])
+        except ValueError as error:
+            raise RuleError(f"{item!r} in {key!r} is not a slice: {error}.") from error
+    raise RuleError(f"{item!r} in {key!r} is not an index, a slice or a share such as 50%.")
+
+
+def _interleaved_indices(share: Fraction, count: int, key: str) -> list[int]:
+    """The paper's interleaving: 50% is every second site from 1, 75% keeps 0, 4, 8, ... (arXiv 2506.05340, section 4)."""
+    if not 0 < share <= 1:
+        raise RuleError(f"A share lies above 0% and up to 100%; {key!r} asks for {float(100 * share):g}%.")
+    return [index for index in range(count) if int((index + 1) * share) > int(index * share)]
+
+
+def interleaved(kind: str, ratio: float) -> str:
+    """Rule key for the paper's interleaved choice of a share of the sites of one kind.
+
+    >>> interleaved("self_attention", 0.75)
+    'self_attention[75%]'
+    """
+    if kind not in KINDS:
+        raise UnknownNameError("kind", kind, KINDS)
+    if not 0 < ratio <= 1:
+        raise RuleError(f"A ratio lies above 0 and up to 1; got {ratio!r}.")
+    return f"{kind}[{100 * ratio:.10g}%]"
+
+
+def parse_rules(text: str) -> dict[str, Any]:
+    """Rules from their text form, one or several separated by semicolons. Raises `RuleError` for text it cannot read."""
+    rules: dict[str, Any] = {}
+    for part in filter(None, map(str.strip, text.split(";"))):
+        key, equals, operator = map(str.strip, part.partition("="))
+        if not equals or not operator:
+            raise RuleError(f'{part!r} is not a rule. Write "self_attention[1::2]=hyena_x(kernel_size=4)".')
+        if key in rules:
+            raise RuleError(f"{key!r} stands twice in {text!r}.")
+        rules[key] = parse_operator(operator)
+    return rules
+
+
+def parse_operator(text: str) -> OperatorConfig:
+    """A config from `name` or `name(setting=value, ...)`, values being Python literals."""
+    try:
+        node = ast.parse(text, mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        if not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("settings are written name=value")
+        settings = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise RuleError(f'{text!r} is not an operator: {error}. Write "hyena_x" or "hyena_x(kernel_size=4)".') from error
+    get(call.func.id)
+    return configure({"operator": call.func.id, **settings})

@@ -1,0 +1,132 @@
+"""Putting a graft into a model and taking it out again, bit for bit.
+
+A seat takes the place of the original at one path of the module tree; the original waits inside the graft. Installing
+and removing are the same exchange in both directions, so what was put in can always be taken out.
+"""
+from __future__ import annotations
+
+
+from diffusers import ModelMixin
+from torch import nn
+
+from .anatomy import read_context
+from .errors import StateError
+from .graft import Graft, installed, is_enabled
+from .processor import is_grafted
+
+_GRAFT, _ENABLED = "_graft", "_graft_enabled"
+
+
+def install(model: ModelMixin, graft: Graft) -> None:
+    """Install a graft built for this very model.
+
+    Raises:
+        StateError: a graft is installed already, or this one was built beside another model object.
+    """
+    if (present := installed(model)) is not None:
+        both = {e.site.address for e in present.plan.edits} & {e.site.address for e in graft.plan.edits}
+        where = f" on the same sites ({', '.join(sorted(both))})" if both else ""
+        raise StateError(
+            f"This model is grafted already{where}. Put all rules into one plan, or call model.unset_graft() first."
+        )
+    for path, original in graft.originals.items():
+        if model.get_submodule(path) is not original:
+            raise StateError(
+                f"This graft was built beside another model object: its original of {path} is not in this one. "
+                "Save it with save_graft and load it here, or build it with dg.build_graft(model, graft.plan)."
+            )
+    vars(model)[_GRAFT] = graft
+    enable(model)
+
+
+def uninstall(model: ModelMixin) -> Graft:
+    """Take the graft out; the model is the original again. Raises `StateError` where there is none."""
+    graft = require_graft(model)
+    disable(model)
+    del vars(model)[_GRAFT], vars(model)[_ENABLED]
+    return graft
+
+
+def enable(model: ModelMixin) -> None:
+    """Run the grafted parts."""
+    graft = require_graft(model)
+    if is_enabled(model):
+        return
+    _exchange(model, graft, graft.seats, graft.adapters)
+    model.register_forward_pre_hook(ContextReader(graft), with_kwargs=True)
+    vars(model)[_ENABLED] = True
+
+
+def disable(model: ModelMixin) -> None:
+    """Run the original parts; the graft stays at hand."""
+    graft = require_graft(model)
+    if not is_enabled(model):
+        return
+    adapted = {path: layer.get_base_layer() for path, layer in graft.adapters.items()}
+    _exchange(model, graft, graft.originals, adapted)
+    _remove_reader(model)
+    vars(model)[_ENABLED] = False
+
+
+def require_graft(model: ModelMixin) -> Graft:
+    """The installed graft. Raises `StateError` where there is none."""
+    graft = installed(model)
+    if graft is None:
+        raise StateError("This model has no graft. Install one with model.set_graft(...) or model.load_graft(...).")
+    return graft
+
+
+def check_seats(graft: Graft) -> None:
+    """Raise `StateError` where something else has thrown a graft's processor away."""
+    for path, seat in graft.seats.items():
+        processor = getattr(seat, "processor", None)
+        if processor is not None and not is_grafted(processor):
+            raise StateError(
+                f"The graft at {path} was lost: its processor is now {type(processor).__name__}. Calls such as "
+                "fuse_qkv_projections, set_attn_processor and set_attention_slice replace processors; make them first, then graft."
+            )
+
+
+class ContextReader:
+    """Forward pre-hook of the root: reads the context of this forward for the parts of one graft."""
+
+    def __init__(self, graft: Graft):
+        self.graft = graft
+
+    def __call__(self, model: ModelMixin, args: tuple, kwargs: dict) -> None:
+        check_seats(self.graft)
+        self.graft.slot.current = read_context(model, args, kwargs)
+
+
+def _remove_reader(model: ModelMixin) -> None:
+    """By class, since a handle would be worthless in a deep copy of the model."""
+    for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, ContextReader)]:
+        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+
+
+def _exchange(model: ModelMixin, graft: Graft, parts: dict[str, nn.Module], adapters: dict[str, nn.Module]) -> None:
+    """Put `parts` and `adapters` at their paths and swap the trained tensors of the body with those waiting."""
+    for path, part in {**parts, **adapters}.items():
+        parent, _, name = path.rpartition(".")
+        holder = model.get_submodule(parent)
+        _follow(holder._modules[name], part)
+        holder._modules[name] = part
+    parameters = dict(model.named_parameters()) if graft.body else {}
+    for name, waiting in graft.body.items():
+        parameter = parameters[name]
+        graft.body[name] = parameter.data
+        parameter.data = waiting.to(parameter.device, parameter.dtype)
+
+
+def _follow(leaving: nn.Module, coming: nn.Module) -> None:
+    """Move a part that waited off the tree to where the model went meanwhile, without touching what it shares."""
+    coming.train(leaving.training)
+    counterparts = dict(leaving.named_parameters())
+    here = next((p for p in counterparts.values() if p.is_floating_point()), None)
+    if here is None:
+        return
+    shared = {id(parameter) for parameter in counterparts.values()}
+    for name, parameter in coming.named_parameters():
+        like = counterparts.get(name, here)
+        if id(parameter) not in shared and (parameter.device, parameter.dtype) != (like.device, like.dtype):
+            parameter.data = parameter.data.to(like.device, like.dtype)

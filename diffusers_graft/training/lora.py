@@ -1,0 +1,28 @@
+"""LoRA on a grafted model: peft's layers, installed and removed as seats are."""
+from __future__ import annotations
+
+from diffusers import ModelMixin
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from ..errors import StateError
+from ..graft import Graft
+
+
+def add_lora(model: ModelMixin, graft: Graft, config: LoraConfig) -> None:
+    """Put LoRA layers into the body of a grafted model and into its seats; the graft remembers them.
+
+    Works on models without diffusers' peft mixin, DiT and PixArt among them. New parts are trained whole, so a target
+    inside an operator is left alone by `config.exclude_modules`.
+
+    Raises `StateError` where the model carries LoRA already.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise StateError("This model carries LoRA layers already. Fuse or unload them before training new ones.")
+    inject_adapter_in_model(config, model)
+    graft.adapter_config = config
+    inside = tuple(f"{path}." for path in graft.seats)
+    graft.adapters = {
+        path: module for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and not path.startswith(inside)
+    }  # fmt: skip
