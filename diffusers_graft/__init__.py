@@ -1,0 +1,27 @@
+"""Edit the architecture of pretrained diffusion transformers: `model.set_graft({"self_attention[1::2]": "hyena_x"})`.
+
+Importing gives every diffusers model the methods set_graft, unset_graft, enable_graft, disable_graft, save_graft and
+load_graft, and the property graft.
+"""
+from . import operators
+from ._version import __version__
+from .anatomy import find_sites
+from .errors import GraftError
+from .evaluation.scores import Scores, evaluate
+from .graft import Graft, build_graft
+from .hub.full import load_pretrained
+from .model import attach_verbs, set_graft
+from .operators.conformance import check_operator
+from .plan import GraftPlan, interleaved, plan_graft
+from .site import Context, Grid, Site, Sites
+from .training.distill import DistillConfig, distill
+from .training.finetune import FinetuneConfig, finetune
+from .training.trainer import GraftTrainer, GraftTrainingArguments
+
+__all__ = [
+    "Context", "DistillConfig", "FinetuneConfig", "Graft", "GraftError", "GraftPlan", "GraftTrainer",
+    "GraftTrainingArguments", "Grid", "Scores", "Site", "Sites", "__version__", "build_graft", "check_operator", "distill",
+    "evaluate", "find_sites", "finetune", "interleaved", "load_pretrained", "operators", "plan_graft", "set_graft",
+]  # fmt: skip
+
+attach_verbs()

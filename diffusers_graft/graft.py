@@ -14,12 +14,12 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from .anatomy import linear_pair
+from .anatomy import find_sites, linear_pair
 from .errors import OperatorError
 from .operators import Operator
 from .plan import Edit, GraftPlan
 from .processor import graft_processor
-from .site import ContextSlot, Site
+from .site import ContextSlot, Site, Sites
 
 # Quantised and fp8 weights are stored, not computed with; a new part takes the model's dtype there.
 _COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -43,21 +43,25 @@ class Graft:
     Attributes:
         plan: the resolved edits.
         seats: new part of every edited path.
-        slot: where the parts find the context of the running forward.
         originals: the parts that the seats stand for.
+        slot: where the parts find the context of the running forward.
+        sites: all sites of the model.
         body: tensors outside the seats that were trained with the graft; while it is installed, their untrained values.
         adapters: LoRA layers outside the seats, by path, with `adapter_config` that made them.
         history: what was done to the graft: JSON-able rows written by the verbs that train it.
+        standalone: the model was loaded whole, so there are no originals to go back to.
     """
 
     plan: GraftPlan
     seats: dict[str, nn.Module]
     originals: dict[str, nn.Module]
     slot: ContextSlot
+    sites: Sites
     body: dict[str, torch.Tensor] = field(default_factory=dict)
     adapters: dict[str, nn.Module] = field(default_factory=dict)
     adapter_config: Any = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    standalone: bool = False
 
     def operators(self) -> dict[str, Operator]:
         return {path: seat.graft for path, seat in self.seats.items()}
@@ -125,7 +129,7 @@ def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + number)
             seats[edit.site.path] = _build_seat(model, edit, originals[edit.site.path], slot)
-    return Graft(plan, seats, originals, slot)
+    return Graft(plan, seats, originals, slot, find_sites(model))
 
 
 def _original(model: ModelMixin, path: str) -> nn.Module:

@@ -8,6 +8,7 @@ from diffusers import ModelMixin
 
 from .anatomy import require_model
 from .graft import Graft, build_graft, installed
+from .hub.full import attach_saving
 from .hub.store import load_graft, save_graft
 from .operators import OperatorConfig
 from .plan import GraftPlan, plan_graft
@@ -66,3 +67,4 @@ def attach_verbs() -> None:
     ModelMixin.graft = property(_graft)
     ModelMixin.unset_graft, ModelMixin.disable_graft, ModelMixin.enable_graft = _unset_graft, _disable_graft, _enable_graft
     ModelMixin.save_graft, ModelMixin.load_graft = save_graft, load_graft
+    attach_saving()

@@ -62,6 +62,8 @@ def disable(model: ModelMixin) -> None:
     graft = require_graft(model)
     if not is_enabled(model):
         return
+    if graft.standalone:
+        raise StateError("This model was loaded whole: the parts its graft replaced are not in the file. Load the base model.")
     adapted = {path: layer.get_base_layer() for path, layer in graft.adapters.items()}
     _exchange(model, graft, graft.originals, adapted)
     _remove_reader(model)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ import diffusers
 import torch
 from diffusers import ModelMixin
 
+from .._version import __version__
 from ..anatomy import evaluating, example_inputs, predict, require_model
-from ..errors import FileError, MismatchError
-from ..graft import Graft, base_tensors, build_graft
+from ..errors import FileError, MismatchError, StateError
+from ..graft import Graft, base_tensors, build_graft, is_enabled
 from ..plan import GraftPlan
 from ..surgery import check_seats, install, require_graft, uninstall
 from .adapters import load_adapters, save_adapters
@@ -45,6 +45,10 @@ def save_graft(model: ModelMixin, folder: str | Path, *, scores: dict[str, Any] 
     """
     graft, folder = require_graft(model), Path(folder)
     check_seats(graft)
+    if not is_enabled(model):
+        raise StateError("This graft is disabled: call model.enable_graft(), so that the proof shows its outputs.")
+    if graft.standalone:
+        raise StateError("This model was loaded whole, without the base it was made on: save it with save_pretrained.")
     if folder.exists() and not folder.is_dir():
         raise FileError(f"{folder} is a file. Give a folder.")
     tensors = graft.own_tensors(model)
@@ -61,14 +65,19 @@ def describe(model: ModelMixin, graft: Graft, tensors: dict[str, torch.Tensor]) 
     """What `graft_config.json` holds."""
     return {
         "format": FORMAT,
-        "versions": {"diffusers_graft": version("diffusers-graft"), "diffusers": diffusers.__version__,
-                     "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "base": {"model_class": type(model).__name__, "name_or_path": _hub_name(model),
                  "fingerprint": digest(base_tensors(model), as_bfloat16=True)},
         "plan": graft.plan.to_dict(),
         "tensors_sha256": digest(tensors),
         "history": graft.history,
     }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change an output."""
+    return {"diffusers_graft": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__,
+            "python": platform.python_version()}  # fmt: skip
 
 
 def _hub_name(model: ModelMixin) -> str | None:
@@ -171,10 +180,15 @@ def fill(model: ModelMixin, graft: Graft, tensors: dict[str, torch.Tensor], fold
     graft.body = body
 
 
+def _proof_inputs(model: ModelMixin) -> dict[str, Any]:
+    """Small latents: a proof should not cost minutes where a model was made for 16,000 tokens."""
+    return example_inputs(model, size=min(model.config.sample_size, 32))
+
+
 @torch.no_grad()
 def prove(model: ModelMixin) -> dict[str, torch.Tensor]:
     """A seeded input and the model's output for it."""
-    inputs = example_inputs(model)
+    inputs = _proof_inputs(model)
     with evaluating(model):
         return {**_flat(inputs), "output": predict(model, inputs)}
 
@@ -187,7 +201,7 @@ def replay(model: ModelMixin, folder: Path) -> float | None:
         return None
     saved = read_tensors(folder / PROOF)
     with evaluating(model):
-        output = predict(model, _unflat(example_inputs(model), saved))
+        output = predict(model, _unflat(_proof_inputs(model), saved))
     expected = saved["output"].to(output.device, output.dtype)
     if output.shape != expected.shape:
         raise FileError(f"{folder / PROOF} holds an output of shape {tuple(expected.shape)}, not {tuple(output.shape)}.")
