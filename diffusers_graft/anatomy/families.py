@@ -4,7 +4,6 @@ A family is one row of `_FAMILIES`, keyed by the class object (class names repea
 """
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,13 +56,8 @@ def example_inputs(model: ModelMixin, *, batch_size: int = 1, size: int | None =
 
 def bind_arguments(cls: type[ModelMixin], args: tuple, kwargs: Inputs) -> Inputs:
     """Arguments of a forward by name, however they were passed; unknown ones are left for the model to refuse."""
-    named = dict(zip(_parameters(cls), args, strict=False))
-    return {**named, **kwargs}
-
-
-@functools.cache
-def _parameters(cls: type[ModelMixin]) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
+    names = tuple(inspect.signature(cls.forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _onto(value: Any, model: ModelMixin) -> Any:

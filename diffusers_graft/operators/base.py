@@ -93,8 +93,8 @@ class Operator(nn.Module):
         if "name" not in cls.__dict__:
             cls.name = cls.__module__.rpartition(".")[2]
         if "Config" not in cls.__dict__:
-            inherited = cls.Config
-            cls.Config = dataclass(frozen=True, kw_only=True)(type("Config", (inherited,), {"__module__": cls.__module__}))
+            body = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
+            cls.Config = dataclass(frozen=True, kw_only=True)(type("Config", (cls.Config,), body))
         cls.Config.owner = cls
 
     def __init__(self, config: OperatorConfig, site: Site):

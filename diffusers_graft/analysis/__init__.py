@@ -1,0 +1,1 @@
+"""Looking at a pretrained model before choosing what to graft."""

@@ -1,0 +1,90 @@
+"""`diffusers-graft <verb>`: thin, one function a verb."""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .errors import GraftError
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def run_quickstart(arguments: argparse.Namespace) -> None:
+    """Graft the testbed model end to end."""
+    from .plan import parse_operator
+    from .quickstart import quickstart
+
+    quickstart(parse_operator(arguments.operator), arguments.sites, arguments.output, seed=arguments.seed, say=say)
+
+
+def run_operators(arguments: argparse.Namespace) -> None:
+    """List every operator with what it replaces and where it comes from."""
+    from . import operators
+    from .evaluation.benchmark import table
+
+    rows = [["operator", "replaces", "paper"]]
+    for name in operators.available():
+        operator = operators.get(name)
+        rows.append([name, ", ".join(operator.kinds), operator.paper])
+    say(table(rows))
+
+
+def run_sites(arguments: argparse.Namespace) -> None:
+    """List the sites of a model: a folder or repository, or the testbed."""
+    from diffusers import AutoModel
+
+    from . import find_sites, testbed
+
+    model = testbed.load() if arguments.model is None else AutoModel.from_pretrained(arguments.model)
+    say(str(find_sites(model)))
+
+
+def run_bench(arguments: argparse.Namespace) -> None:
+    """Forward latency of the original and of grafts, alternating, as ratios."""
+    from .bench import bench
+
+    bench(arguments.operators.split(","), sizes=arguments.sizes, rounds=arguments.rounds, say=say)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="diffusers-graft", description="Edit the architecture of diffusion transformers.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+
+    quickstart = verbs.add_parser("quickstart", help=run_quickstart.__doc__)
+    quickstart.add_argument("--operator", default="neighborhood", help="operator, such as hyena_x(kernel_size=4)")
+    quickstart.add_argument("--sites", default="self_attention[1::2]", help="rule key of the sites to graft")
+    quickstart.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for the graft and its pictures")
+    quickstart.add_argument("--seed", type=int, default=0)
+    quickstart.set_defaults(run=run_quickstart)
+
+    verbs.add_parser("operators", help=run_operators.__doc__).set_defaults(run=run_operators)
+
+    sites = verbs.add_parser("sites", help=run_sites.__doc__)
+    sites.add_argument("model", nargs="?", help="folder or Hub repository of a transformer; the testbed unless given")
+    sites.set_defaults(run=run_sites)
+
+    bench = verbs.add_parser("bench", help=run_bench.__doc__)
+    bench.add_argument("--operators", default="neighborhood,sliding_window,linear_attention,hyena_x")
+    bench.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128], help="sides of the latents; patches are 2 x 2")
+    bench.add_argument("--rounds", type=int, default=7)
+    bench.set_defaults(run=run_bench)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; a refusal is one line on stderr and exit status 2, an interruption 130."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except GraftError as error:
+        sys.stderr.write(f"diffusers-graft: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\ndiffusers-graft: interrupted. What was saved before is unchanged.\n")
+        return 130
+    return 0

@@ -1,0 +1,142 @@
+"""Speed and memory, measured so that the figures mean something: one process, alternating, ratios with their spread."""
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from tqdm.auto import tqdm
+
+from ..anatomy import evaluating, example_inputs, read_context
+from ..errors import GraftError
+from ..graft import build_graft
+from ..plan import plan_graft
+from ..surgery import install, uninstall
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender against the first: seconds (median), and the ratio of each pair of neighbouring runs."""
+
+    name: str
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+
+
+def compare(contenders: dict[str, Callable[[], Any]], *, rounds: int = 7) -> list[Timing]:
+    """Time callables in turns; ratios are to the first contender's run of the same round, with quartiles as spread.
+
+    On CUDA each run is synchronised. One unmeasured round warms everything up.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, run in contenders.items():
+            started = _now()
+            run()
+            if turn:
+                seconds[name].append(_now() - started)
+    base = next(iter(seconds.values()))
+    rows = []
+    for name, own in seconds.items():
+        ratios = sorted(one / other for one, other in zip(own, base, strict=True))
+        low, _, high = statistics.quantiles(ratios, n=4)
+        rows.append(Timing(name, statistics.median(own), statistics.median(ratios), low, high))
+    return rows
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def benchmark_latency(
+    model: ModelMixin, rules: dict[str, dict], sizes: Iterable[int], *, rounds: int = 7, progress: bool = True
+) -> list[dict[str, Any]]:
+    """Forward latency of a model and of its grafts, at several sizes of the latents, one sample.
+
+    Args:
+        rules: rules by name of the contender.
+        sizes: height and width of the latents.
+
+    Returns:
+        Rows with `tokens`, `name`, `milliseconds`, and `ratio`, `low`, `high` to the original of the same round.
+    """
+    grafts = {name: build_graft(model, plan_graft(model, rule)) for name, rule in rules.items()}
+    rows = []
+    with evaluating(model):
+        for size in tqdm(list(sizes), desc="benchmark", unit="size", disable=not progress):
+            inputs = example_inputs(model, size=size)
+            tokens = read_context(model, (), inputs).grid.tokens
+            contenders = {"original": lambda inputs=inputs: model(**inputs)}
+            for name, graft in grafts.items():
+                contenders[name] = lambda graft=graft, inputs=inputs: _grafted_forward(model, graft, inputs)
+            for timing in compare(contenders, rounds=rounds):
+                rows.append({"tokens": tokens, "name": timing.name, "milliseconds": 1000 * timing.seconds,
+                             "ratio": timing.ratio, "low": timing.low, "high": timing.high})  # fmt: skip
+    return rows
+
+
+def _grafted_forward(model: ModelMixin, graft, inputs: dict[str, Any]) -> None:
+    """Installing costs microseconds, a forward milliseconds; so the models can take turns without a second copy."""
+    install(model, graft)
+    try:
+        model(**inputs)
+    finally:
+        uninstall(model)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Largest number of bytes of tensors that were made inside the block and alive at once, on any device.
+
+    >>> with PeakMemory() as memory:
+    ...     _ = torch.ones(1024).exp()
+    >>> memory.peak
+    8192
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+                self._follow(tensor.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows as text with aligned columns, the first row as heading."""
+    if not rows:
+        raise GraftError("A table needs at least its heading.")
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+             for row in rows]  # fmt: skip
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,74 @@
+"""Softmax attention in a neighbourhood of the token grid: each token sees the kernel x kernel tokens around it.
+
+Paper: Neighborhood Attention Transformer, arXiv 2204.07143, Eq. 2; dilation: arXiv 2209.15001. At borders the window is
+shifted, not cut, so that every token sees the same number of keys.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import GeometryError, OperatorError
+from ..site import Context
+from ._tiles import dense_attention, tiled_attention
+from .base import Mixer
+
+
+class Neighborhood(Mixer):
+    """Images get a square, videos a cube of side `kernel`."""
+
+    needs_grid = True
+    paper = "Neighborhood Attention Transformer, arXiv 2204.07143"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Mixer.Config):
+        """Settings of the neighbourhood.
+
+        Attributes:
+            kernel: side of the window in tokens, odd.
+            dilation: steps between the tokens of a window.
+        """
+
+        kernel: int = 3
+        dilation: int = 1
+
+        def __post_init__(self):
+            super().__post_init__()
+            if not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
+                raise OperatorError(f"neighborhood: kernel is an odd count of tokens, so that it has a middle; got {self.kernel!r}.")
+            if not isinstance(self.dilation, int) or self.dilation < 1:
+                raise OperatorError(f"neighborhood: dilation counts steps from 1; got {self.dilation!r}.")
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+        tile = 4 if self.config.kernel < 9 else 8
+        return tiled_attention(query, key, value, around, self._axes(query, context), tile=tile, scale=context.scale)
+
+    def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+        """The definition: softmax over all tokens under a mask."""
+        return dense_attention(query, key, value, around, self._axes(query, context), scale=context.scale)
+
+    def _axes(self, query: torch.Tensor, context: Context) -> tuple[tuple[int, int, int], ...]:
+        grid = context.require_grid(self.name, query.shape[2])
+        lengths = (grid.frames, grid.height, grid.width) if grid.frames > 1 else (grid.height, grid.width)
+        reach = self.config.kernel * self.config.dilation
+        if min(lengths) < reach:
+            raise GeometryError(
+                f"neighborhood: kernel {self.config.kernel} with dilation {self.config.dilation} spans {reach} tokens, but the "
+                f"grid is {grid}. Choose a smaller kernel or dilation, or larger latents."
+            )
+        return tuple((length, self.config.kernel, self.config.dilation) for length in lengths)
+
+    def flops(self, tokens: int) -> int:
+        """Of an image; a video's window has kernel times as many tokens."""
+        return 4 * tokens * self.config.kernel**2 * self.site.inner_width
+
+
+def around(length: int, kernel: int, dilation: int) -> list[range]:
+    """The places each place of an axis sees, as NATTEN defines it: `kernel` of those of its own remainder by the dilation."""
+    rows = []
+    for i in range(length):
+        peers = range(i % dilation, length, dilation)
+        start = min(max(i // dilation - kernel // 2, 0), len(peers) - kernel)
+        rows.append(peers[start : start + kernel])
+    return rows

@@ -1,0 +1,54 @@
+"""Softmax attention in a band of the raster order: each token sees `window` tokens before and after it.
+
+Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, Table 4 (SWA, w = 4, bidirectional).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import OperatorError
+from ..site import Context
+from ._tiles import dense_attention, tiled_attention
+from .base import Mixer
+
+
+class SlidingWindow(Mixer):
+    """Needs no grid, so it also serves sequences; on images it never reaches the token above or below."""
+
+    paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Mixer.Config):
+        """Settings of the band.
+
+        Attributes:
+            window: tokens seen before and after each token.
+        """
+
+        window: tuple[int, int] = (4, 4)
+
+        def __post_init__(self):
+            super().__post_init__()
+            sound = isinstance(self.window, tuple) and len(self.window) == 2
+            if not sound or not all(isinstance(side, int) and side >= 0 for side in self.window):
+                raise OperatorError(f"sliding_window: window is (before, after), two counts of tokens; got {self.window!r}.")
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+        axes = ((query.shape[2], *self.config.window),)
+        tile = max(32, *self.config.window)
+        return tiled_attention(query, key, value, band, axes, tile=tile, scale=context.scale)
+
+    def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+        """The definition: softmax over all tokens under a band mask."""
+        return dense_attention(query, key, value, band, ((query.shape[2], *self.config.window),), scale=context.scale)
+
+    def flops(self, tokens: int) -> int:
+        seen = sum(map(len, band(tokens, *self.config.window)))
+        return 4 * seen * self.site.inner_width
+
+
+def band(length: int, before: int, after: int) -> list[range]:
+    """The places each place of a sequence sees; the band is cut off at both ends."""
+    return [range(max(0, i - before), min(length, i + after + 1)) for i in range(length)]
