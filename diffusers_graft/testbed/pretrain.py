@@ -31,8 +31,8 @@ MODEL = dict(
 class Recipe:
     """Everything that decides the weights; written to the log's first line."""
 
-    steps: int = 14_000
-    decay: int = 3_500
+    steps: int = 11_500
+    decay: int = 2_750
     warmup: int = 200
     batch_size: int = 64
     lr: float = 2e-3

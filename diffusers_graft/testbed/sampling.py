@@ -1,0 +1,135 @@
+"""Drawing letters with a model, and judging them."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from tqdm.auto import tqdm
+
+from ..anatomy import evaluating, predict
+from ..errors import MissingDependencyError
+from ..evaluation.metrics import FeatureStatistics, frechet_distance
+from .classifier import load_classifier
+from .letters import IMAGE_SIZE, LETTERS, balanced_labels, draw_letters
+
+REFERENCE_IMAGES = 10_000
+
+
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The noise scheduler the testbed was trained with."""
+    return FlowMatchEulerDiscreteScheduler()
+
+
+@torch.no_grad()
+def sample(
+    model: DiTTransformer2DModel, labels: torch.Tensor, *, seed: int, steps: int = 20, guidance: float = 1.0,
+    batch_size: int = 250, progress: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    """Draw one image for each label, by Euler steps from noise that depends on `seed` alone.
+
+    Args:
+        labels: class indices, [B].
+        guidance: classifier-free guidance; 1 is none, and half the price.
+
+    Returns:
+        Images [B, 1, 16, 16] in [-1, 1].
+    """
+    noise = torch.randn(len(labels), 1, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+    euler = scheduler()
+    euler.set_timesteps(steps)
+    images = []
+    with evaluating(model), tqdm(total=len(labels), desc="sampling", unit="image", disable=not progress, leave=False) as bar:
+        for image, label in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
+            image, label = image.to(model.device, model.dtype), label.to(model.device)
+            for level, following in zip(euler.sigmas[:-1], euler.sigmas[1:], strict=True):
+                velocity = _velocity(model, image, level, label, guidance)
+                image = image + (following - level) * velocity
+            images.append(image.float().cpu())
+            bar.update(len(image))
+    return torch.cat(images).clamp(-1, 1)
+
+
+def _velocity(model: DiTTransformer2DModel, image, level, label, guidance: float) -> torch.Tensor:
+    timestep = (1000 * level).expand(len(image)).to(image)
+    if guidance == 1.0:
+        return predict(model, {"hidden_states": image, "timestep": timestep, "class_labels": label})
+    labels = torch.cat([label, torch.full_like(label, len(LETTERS))])
+    inputs = {"hidden_states": image.repeat(2, 1, 1, 1), "timestep": timestep.repeat(2), "class_labels": labels}
+    conditional, unconditional = predict(model, inputs).chunk(2)
+    return torch.lerp(unconditional, conditional, guidance)
+
+
+@functools.cache
+@torch.no_grad()
+def reference() -> FeatureStatistics:
+    """Feature statistics of 10,000 class-balanced images in the training fonts."""
+    images = draw_letters(balanced_labels(REFERENCE_IMAGES), torch.Generator().manual_seed(3))
+    return FeatureStatistics.of(load_classifier().features(images))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleQuality:
+    """A metric for `dg.evaluate`: Frechet distance to the data and accuracy of class-balanced samples.
+
+    Distances of different `count` are not comparable: the fewer samples, the larger the distance.
+    """
+
+    count: int = 1000
+    steps: int = 20
+    guidance: float = 1.0
+    seed: int = 5
+
+    def __call__(self, model: DiTTransformer2DModel) -> dict[str, float]:
+        labels = balanced_labels(self.count)
+        return judge(sample(model, labels, seed=self.seed, steps=self.steps, guidance=self.guidance), labels)
+
+
+@torch.no_grad()
+def judge(images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Frechet distance and accuracy of images [B, 1, 16, 16] that were meant to show the labels."""
+    features = load_classifier().features(images)
+    right = load_classifier().head(features).argmax(1) == labels
+    return {
+        "frechet_distance": frechet_distance(FeatureStatistics.of(features), reference()),
+        "accuracy": right.float().mean().item(),
+    }
+
+
+def real_baseline(count: int = 1000, seeds: int = 5) -> tuple[float, float]:
+    """Frechet distance of real images to the data, mean and standard deviation over draws: the floor for samples."""
+    labels = balanced_labels(count)
+    draws = [judge(draw_letters(labels, torch.Generator().manual_seed(100 + s)), labels) for s in range(seeds)]
+    distances = torch.tensor([draw["frechet_distance"] for draw in draws])
+    return distances.mean().item(), distances.std().item()
+
+
+def save_sample_grid(path: Path, panels: Mapping[str, torch.Tensor], *, columns: int = 10) -> None:
+    """Draw panels side by side, the same seed at the same place, dark letters on light paper.
+
+    Args:
+        panels: images [B, 1, 16, 16] in [-1, 1] by title.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("Drawing samples", "matplotlib", extra="eval") from error
+    first = next(iter(panels.values()))
+    rows = -(-len(first) // columns)
+    figure = Figure(figsize=(0.42 * columns * len(panels) + 0.3, 0.42 * rows + 0.45), layout="constrained")
+    for axis, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        axis.imshow(_tiled(images, columns), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
+        axis.set_title(title, fontsize=10)
+        axis.axis("off")
+    figure.savefig(path, dpi=150)
+
+
+def _tiled(images: torch.Tensor, columns: int) -> torch.Tensor:
+    """[B, 1, S, S] to one picture with `columns` images in a row, paper where there is none left."""
+    missing = -len(images) % columns
+    images = torch.cat([images[:, 0], -torch.ones(missing, *images.shape[2:])])
+    size = images.shape[-1]
+    return images.view(-1, columns, size, size).permute(0, 2, 1, 3).reshape(-1, columns * size)
