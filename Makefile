@@ -1,0 +1,43 @@
+# Each target sets up everything it needs: Python 3.11 or later and make are enough.
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT ?= quickstart
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: help quickstart test test-all bench testbed lint clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV) || { echo "No virtual environment could be made; on Debian: apt install python3-venv"; exit 1; }
+	@# torch on its own, before anything else can ask for a larger build of it
+	@echo "installing into $(VENV) ..."
+	@$(BIN)/pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[eval,dev]'
+	@touch $@
+
+quickstart: $(READY) ## From a pretrained model to a shared graft, in a few minutes
+	$(BIN)/diffusers-graft quickstart --output $(OUTPUT)
+
+test: $(READY) ## The test suite
+	$(BIN)/python -m pytest -q
+
+test-all: $(READY) ## The test suite with the long tests
+	$(BIN)/python -m pytest -q -m 'long or not long'
+
+bench: $(READY) ## Forward latency of original and grafted models
+	$(BIN)/diffusers-graft bench
+
+testbed: $(READY) ## Train the testbed's model and its judge from scratch (hours on two cores)
+	$(BIN)/python -m diffusers_graft.testbed.classifier --output runs/testbed
+	$(BIN)/python -m diffusers_graft.testbed.pretrain --output runs/testbed
+
+lint: $(READY) ## Style
+	$(BIN)/ruff check .
+
+clean: ## Remove what the targets made
+	rm -rf $(VENV) quickstart runs dist .pytest_cache .ruff_cache .hypothesis
