@@ -11,7 +11,7 @@ from .evaluation.scores import Scores, evaluate
 from .graft import Graft, build_graft
 from .hub.full import load_pretrained
 from .model import attach_verbs, set_graft
-# from .operators.conformance import check_operator
+from .operators.conformance import check_operator
 from .plan import GraftPlan, interleaved, plan_graft
 from .site import Context, Grid, Site, Sites
 from .training.distill import DistillConfig, distill
@@ -20,7 +20,7 @@ from .training.trainer import GraftTrainer, GraftTrainingArguments
 
 __all__ = [
     "Context", "DistillConfig", "FinetuneConfig", "Graft", "GraftError", "GraftPlan", "GraftTrainer",
-    "GraftTrainingArguments", "Grid", "Scores", "Site", "Sites", "__version__", "build_graft", "distill",
+    "GraftTrainingArguments", "Grid", "Scores", "Site", "Sites", "__version__", "build_graft", "check_operator", "distill",
     "evaluate", "find_sites", "finetune", "interleaved", "load_pretrained", "operators", "plan_graft", "set_graft",
 ]  # fmt: skip
 

@@ -63,6 +63,10 @@ class Neighborhood(Mixer):
         """Of an image; a video's window has kernel times as many tokens."""
         return 4 * tokens * self.config.kernel**2 * self.site.inner_width
 
+    def masked_share(self, tokens: int) -> float:
+        """Of the pairs that a masked softmax over all tokens computes, those that count."""
+        return self.config.kernel**2 / tokens
+
 
 def around(length: int, kernel: int, dilation: int) -> list[range]:
     """The places each place of an axis sees, as NATTEN defines it: `kernel` of those of its own remainder by the dilation."""

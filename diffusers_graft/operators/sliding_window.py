@@ -45,8 +45,14 @@ class SlidingWindow(Mixer):
         return dense_attention(query, key, value, band, ((query.shape[2], *self.config.window),), scale=context.scale)
 
     def flops(self, tokens: int) -> int:
-        seen = sum(map(len, band(tokens, *self.config.window)))
-        return 4 * seen * self.site.inner_width
+        return 4 * self._seen(tokens) * self.site.inner_width
+
+    def masked_share(self, tokens: int) -> float:
+        """Of the pairs that a masked softmax over all tokens computes, those that count."""
+        return self._seen(tokens) / tokens**2
+
+    def _seen(self, tokens: int) -> int:
+        return sum(map(len, band(tokens, *self.config.window)))
 
 
 def band(length: int, before: int, after: int) -> list[range]:
