@@ -23,4 +23,4 @@ def bench(operators: Iterable[str], *, sizes: Iterable[int], rounds: int = 7, sa
         spread = "" if row["name"] == "original" else f"{row['low']:.2f} to {row['high']:.2f}"
         rows.append([str(row["tokens"]), row["name"], f"{row['milliseconds']:.1f}", f"{row['ratio']:.2f}", spread])
     say(table(rows))
-    say(f"\nOne sample, {torch.get_num_threads()} threads, torch {torch.__version__}; width 384, 4 layers, all self-attention replaced.")
+    say(f"\nOne sample, {torch.get_num_threads()} threads, torch {torch.__version__}; width 384, 4 layers, all replaced.")

@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = verbs.add_parser("bench", help=run_bench.__doc__)
     bench.add_argument("--operators", default="neighborhood,sliding_window,linear_attention,hyena_x")
-    bench.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128], help="sides of the latents; patches are 2 x 2")
+    bench.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128], help="sides of the latents (2 x 2 patches)")
     bench.add_argument("--rounds", type=int, default=7)
     bench.set_defaults(run=run_bench)
     return parser

@@ -1,7 +1,6 @@
 """What `import diffusers_graft` gives every diffusers model: the verbs, as methods."""
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers import ModelMixin
@@ -10,7 +9,6 @@ from .anatomy import require_model
 from .graft import Graft, build_graft, installed
 from .hub.full import attach_saving
 from .hub.store import load_graft, save_graft
-from .operators import OperatorConfig
 from .plan import GraftPlan, plan_graft
 from .surgery import disable, enable, install, uninstall
 

@@ -5,7 +5,6 @@ and removing are the same exchange in both directions, so what was put in can al
 """
 from __future__ import annotations
 
-
 from diffusers import ModelMixin
 from torch import nn
 
@@ -85,7 +84,7 @@ def check_seats(graft: Graft) -> None:
         if processor is not None and not is_grafted(processor):
             raise StateError(
                 f"The graft at {path} was lost: its processor is now {type(processor).__name__}. Calls such as "
-                "fuse_qkv_projections, set_attn_processor and set_attention_slice replace processors; make them first, then graft."
+                "fuse_qkv_projections and set_attn_processor replace processors; make them first, then graft."
             )
 
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..anatomy import evaluating, example_inputs, read_context
 from ..graft import installed, is_enabled
 
+
 def _softmax_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
     """Two matrix products, from the shapes [B, H, N, E] of the queries and [B, H, M, E] of the keys."""
     batch, heads, tokens, width = query

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -62,7 +62,9 @@ def evaluate(
         if not samples:
             raise TrainingError("There were no batches to evaluate on.")
         values = {"denoising_loss": total / samples}
+        protocol = {"samples": samples, "seed": seed, "noise_scheduler": type(noise_scheduler).__name__}
         for metric in metrics:
             values.update(metric(model))
-    protocol = {"samples": samples, "seed": seed, "noise_scheduler": type(noise_scheduler).__name__}
+            settings = asdict(metric) if is_dataclass(metric) else {}
+            protocol.update({f"{type(metric).__name__}.{name}": value for name, value in settings.items()})
     return Scores(values, protocol)

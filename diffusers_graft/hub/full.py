@@ -71,7 +71,7 @@ def _saving(original):
         if graft is not None and is_enabled(self):
             check_seats(graft)
             if graft.adapter_config is not None:
-                raise StateError("A whole model is saved without LoRA layers: save the graft with save_graft, which keeps them.")
+                raise StateError("A whole model is saved without LoRA layers; save_graft keeps them.")
             config = {"format": FORMAT, "versions": versions(), "plan": graft.plan.to_dict(), "history": graft.history}
             write_text(Path(save_directory) / CONFIG, json.dumps(config, indent=2) + "\n")
         return original(self, save_directory, *args, **kwargs)

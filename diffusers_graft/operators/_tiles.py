@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-
 # An axis is its length and the settings of a rule; the rule lists, for each place, the places it sees.
 Axis = tuple[int, ...]
 Rule = Callable[..., list[range]]

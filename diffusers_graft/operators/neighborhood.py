@@ -36,7 +36,7 @@ class Neighborhood(Mixer):
         def __post_init__(self):
             super().__post_init__()
             if not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
-                raise OperatorError(f"neighborhood: kernel is an odd count of tokens, so that it has a middle; got {self.kernel!r}.")
+                raise OperatorError(f"neighborhood: kernel is an odd count of tokens; got {self.kernel!r}. Try 3, 5 or 7.")
             if not isinstance(self.dilation, int) or self.dilation < 1:
                 raise OperatorError(f"neighborhood: dilation counts steps from 1; got {self.dilation!r}.")
 

@@ -57,7 +57,9 @@ def accuracy(classifier: LetterClassifier, fonts: tuple[str, ...], count: int = 
     return (classifier(images).argmax(1) == labels).float().mean().item()
 
 
-def train_classifier(output: Path, *, steps: int = 3000, batch_size: int = 64, lr: float = 2e-3, seed: int = 0) -> LetterClassifier:
+def train_classifier(
+    output: Path, *, steps: int = 3000, batch_size: int = 64, lr: float = 2e-3, seed: int = 0
+) -> LetterClassifier:
     """Train on an endless stream of letters of the training fonts, slightly noised; whole fonts are held out."""
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DiTTransformer2DModel
-
 from tqdm.auto import tqdm
 
 from .letters import HELD_OUT_FONTS, IMAGE_SIZE, LETTERS, balanced_labels, draw_letters
@@ -80,7 +79,7 @@ class Pretraining:
         self.generator = torch.Generator().manual_seed(recipe.seed)
 
     def train_step(self) -> float:
-        for optimizer, group in ((o, g) for o in self.optimizers for g in o.param_groups):
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = self.recipe.lr * lr_factor(self.step, self.recipe)
         labels = torch.randint(len(LETTERS), (self.recipe.batch_size,), generator=self.generator)
         images = draw_letters(labels, self.generator)
@@ -148,11 +147,11 @@ def pretrain(recipe: Recipe, output: Path, *, save_every: int = 500) -> DiTTrans
             losses.append(run.train_step())
             bar.update()
             if run.step % save_every == 0 or run.step == recipe.steps:
-                row = {"step": run.step, "loss": round(sum(losses) / len(losses), 5),
-                       "held_out_loss": round(run.held_out_loss(), 5), "seconds": round(time.monotonic() - started, 1)}  # fmt: skip
+                row = {"step": run.step, "loss": sum(losses) / len(losses), "held_out_loss": run.held_out_loss(),
+                       "seconds": round(time.monotonic() - started, 1)}  # fmt: skip
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                bar.set_postfix(loss=row["loss"], held_out=row["held_out_loss"])
+                bar.set_postfix(loss=f"{row['loss']:.4f}", held_out=f"{row['held_out_loss']:.4f}")
                 run.save()
                 losses.clear()
     model = run.averaged_model()

@@ -1,0 +1,41 @@
+"""One line a case; a registered operator without a line fails."""
+import pytest
+
+from diffusers_graft import check_operator, operators
+from diffusers_graft.operators import configure
+
+CASES = [
+    "self_attention",
+    "sliding_window",
+    {"operator": "sliding_window", "window": (0, 3)},
+    {"operator": "sliding_window", "window": (70, 1)},
+    "neighborhood",
+    {"operator": "neighborhood", "kernel": 5},
+    {"operator": "neighborhood", "kernel": 3, "dilation": 2},
+    "hyena_x",
+    {"operator": "hyena_x", "layout": "centered_1d"},
+    {"operator": "hyena_x", "layout": "2d", "kernel_size": 3},
+    {"operator": "hyena_x", "layout": "2d"},
+    "linear_attention",
+    {"operator": "linear_attention", "feature_map": "relu"},
+    {"operator": "linear_attention", "feature_map": "softmax"},
+    "mlp",
+    {"operator": "mlp", "expansion": 6},
+    {"operator": "mlp", "expansion": 2.5, "activation": "relu"},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operator_conforms(case):
+    report = check_operator(case)
+    assert len(report.passed) >= 17
+    assert "flops" in report.passed
+
+
+@pytest.mark.parametrize("name", ["self_attention", "linear_attention"])
+def test_on_cross_attention(name):
+    assert "shape_and_dtype" in check_operator(name, kind="cross_attention").passed
+
+
+def test_every_operator_has_a_case():
+    assert {configure(case).owner.name for case in CASES} == set(operators.available())

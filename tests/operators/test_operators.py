@@ -1,0 +1,214 @@
+"""Against independent definitions, and bad settings."""
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusers_graft.errors import GeometryError, GraftError, OperatorError, UnknownNameError
+from diffusers_graft.operators import LinearPair, configure, get
+from diffusers_graft.operators.conformance import example_site
+from diffusers_graft.site import Context, Grid, Site
+
+ATTENTION = example_site("self_attention")
+FEED_FORWARD = example_site("feed_forward")
+
+
+def qkv(tokens, heads=3, width=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, heads, tokens, width, dtype=torch.float64, generator=generator) for _ in range(3)]
+
+
+def build(spec, site=ATTENTION):
+    return configure(spec).build(site).double().eval()
+
+
+def attend(query, key, value, place, seen):
+    """One query over the keys it sees, by definition."""
+    scores = torch.stack([(query[:, :, place] * key[:, :, j]).sum(-1) for j in seen], -1) / math.sqrt(query.shape[-1])
+    weights = scores.softmax(-1)
+    return sum(weights[..., n, None] * value[:, :, j] for n, j in enumerate(seen))
+
+
+def natten_places(i, length, kernel, dilation):
+    """NATTEN's window along one axis, from its definition: the nearest kernel places of i's dilation group."""
+    group = [j for j in range(length) if j % dilation == i % dilation]
+    middle = group.index(i)
+    first = min(max(middle - kernel // 2, 0), len(group) - kernel)
+    return group[first : first + kernel]
+
+
+@pytest.mark.parametrize(("height", "width", "kernel", "dilation"), [(5, 7, 3, 1), (7, 6, 3, 2), (9, 5, 5, 1), (18, 17, 5, 3)])
+def test_neighborhood_is_nattens(height, width, kernel, dilation):
+    query, key, value = qkv(height * width)
+    operator = build({"operator": "neighborhood", "kernel": kernel, "dilation": dilation})
+    mixed = operator(query, key, value, Context(grid=Grid(height=height, width=width)))
+    places = list(itertools.product(range(height), range(width)))
+    for place in {0, 1, width - 1, len(places) // 2, len(places) - width, len(places) - 1}:
+        y, x = places[place]
+        rows, columns = natten_places(y, height, kernel, dilation), natten_places(x, width, kernel, dilation)
+        seen = [row * width + column for row in rows for column in columns]
+        torch.testing.assert_close(mixed[:, :, place], attend(query, key, value, place, seen), rtol=1e-10, atol=1e-10)
+
+
+def test_neighborhood_of_a_video_is_a_cube():
+    grid = Grid(frames=3, height=4, width=5)
+    query, key, value = qkv(grid.tokens)
+    mixed = build("neighborhood")(query, key, value, Context(grid=grid))
+    seen = [(f * 4 + y) * 5 + x for f in (0, 1, 2) for y in (1, 2, 3) for x in (1, 2, 3)]
+    place = (1 * 4 + 2) * 5 + 2
+    torch.testing.assert_close(mixed[:, :, place], attend(query, key, value, place, seen), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("tokens", "before", "after"), [(7, 2, 1), (33, 4, 4), (300, 4, 4), (301, 40, 3), (5, 9, 9)])
+def test_sliding_window_is_a_band(tokens, before, after):
+    query, key, value = qkv(tokens)
+    mixed = build({"operator": "sliding_window", "window": (before, after)})(query, key, value, Context())
+    for place in {0, 1, tokens // 2, tokens - 1}:
+        seen = range(max(0, place - before), min(tokens, place + after + 1))
+        torch.testing.assert_close(mixed[:, :, place], attend(query, key, value, place, seen), rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(tokens=st.integers(1, 400), before=st.integers(0, 60), after=st.integers(0, 60))
+def test_any_band_agrees_with_its_reference(tokens, before, after):
+    operator = build({"operator": "sliding_window", "window": (before, after)})
+    inputs = qkv(tokens)
+    torch.testing.assert_close(operator(*inputs, Context()), operator.reference(*inputs, Context()), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(height=st.integers(6, 24), width=st.integers(6, 24), kernel=st.sampled_from([1, 3, 5]), data=st.data())
+def test_any_neighborhood_agrees_with_its_reference(height, width, kernel, data):
+    dilation = data.draw(st.integers(1, min(height, width) // kernel))
+    operator = build({"operator": "neighborhood", "kernel": kernel, "dilation": dilation})
+    inputs, context = qkv(height * width), Context(grid=Grid(height=height, width=width))
+    torch.testing.assert_close(operator(*inputs, context), operator.reference(*inputs, context), rtol=1e-9, atol=1e-9)
+
+
+def test_hyena_x_by_hand():
+    operator = build({"operator": "hyena_x", "init": "random"})
+    query, key, value = qkv(11)
+    mixed = operator(query, key, value, Context())
+    place, head, feature = 6, 2, 3
+    channel, product = head * 4 + feature, 1.0
+    for convolution, part in zip(operator.convolutions.values(), (query, key, value), strict=True):
+        taps, seen = convolution.weight[channel, 0, 0], part[0, head, place - 3 : place + 1, feature]
+        product = product * ((taps * seen).sum() + convolution.bias[channel])
+    torch.testing.assert_close(mixed[0, head, place, feature], product)
+
+
+def test_hyena_x_has_the_papers_parameters():
+    site = Site(kind="self_attention", index=0, path="x", width=1152, heads=16, head_width=72)
+    with torch.device("meta"):
+        operator = get("hyena_x").Config().build(site)
+    assert sum(p.numel() for p in operator.parameters()) == 5_330_304 - 5_313_024
+
+
+@pytest.mark.parametrize("layout", ["causal_1d", "centered_1d", "2d"])
+def test_hyena_x_starts_by_passing_values(layout):
+    operator = build({"operator": "hyena_x", "layout": layout})
+    operator.init_from(None)
+    query, key, value = qkv(20)
+    mixed = operator(query, key, value, Context(grid=Grid(height=4, width=5)))
+    torch.testing.assert_close(mixed, value)
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([True] * 5 + [False] * 2)[None, None, None],
+                                  torch.tensor([0.0] * 5 + [-10000.0] * 2)[None, None, None]])  # fmt: skip
+def test_linear_attention_hides_masked_keys(mask):
+    operator = build("linear_attention")
+    query, key, value = qkv(7)
+    mixed = operator(query, key, value, Context(mask=mask))
+    torch.testing.assert_close(mixed, operator(query, key[:, :, :5], value[:, :, :5], Context()))
+
+
+def test_linear_attention_refuses_a_mask_of_queries():
+    with pytest.raises(GeometryError, match="same keys"):
+        build("linear_attention")(*qkv(4), Context(mask=torch.ones(4, 4, dtype=torch.bool).tril()[None, None]))
+
+
+def original_pair(hidden=48):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return LinearPair(up=draw(hidden, 12), up_bias=draw(hidden), down=draw(12, hidden), down_bias=draw(12),
+                      activation="gelu-approximate")  # fmt: skip
+
+
+def mlp(expansion):
+    operator = build(configure({"operator": "mlp", "expansion": expansion}).resolved(FEED_FORWARD), FEED_FORWARD)
+    operator.init_from(original_pair())
+    return operator
+
+
+def pair_forward(pair, tokens):
+    hidden = torch.nn.functional.gelu(tokens @ pair.up.T + pair.up_bias, approximate="tanh")
+    return hidden @ pair.down.T + pair.down_bias
+
+
+@pytest.mark.parametrize("expansion", [4, 5.5, 6])
+def test_a_wide_enough_mlp_starts_as_the_same_function(expansion):
+    tokens = torch.randn(2, 5, 12, dtype=torch.float64)
+    torch.testing.assert_close(mlp(expansion)(tokens, Context()), pair_forward(original_pair(), tokens), rtol=1e-12, atol=1e-12)
+
+
+def test_a_narrow_mlp_keeps_the_strongest_neurons():
+    pair, narrow = original_pair(), mlp(2)
+    strength = pair.up.norm(dim=1) * pair.down.norm(dim=0)
+    torch.testing.assert_close(narrow.up.weight, pair.up[strength.argsort(descending=True)[:24].sort().values])
+
+
+@pytest.mark.parametrize("spec", [
+    {"operator": "neighborhood", "kernel": 4}, {"operator": "neighborhood", "kernel": 0}, {"operator": "neighborhood", "dilation": 0},
+    {"operator": "sliding_window", "window": (1, -1)}, {"operator": "sliding_window", "window": 4},
+    {"operator": "hyena_x", "kernel_size": 0}, {"operator": "hyena_x", "layout": "3d"},
+    {"operator": "linear_attention", "feature_map": "exp"}, {"operator": "mlp", "expansion": 0},
+    {"operator": "mlp", "activation": "geglu"}, {"operator": "hyena_x", "kernel": 4}, {"operator": "hyena_x", "init": "cold"},
+    {"operator": "hyenax"}, {"kernel": 3}, 3,
+])  # fmt: skip
+def test_bad_settings_are_refused(spec):
+    with pytest.raises(GraftError):
+        configure(spec)
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(UnknownNameError, match="Did you mean 'hyena_x'"):
+        get("hyena")
+    with pytest.raises(UnknownNameError, match="Did you mean 'kernel_size'"):
+        configure({"operator": "hyena_x", "kernel_sise": 4})
+
+
+def test_a_neighborhood_larger_than_the_grid_is_refused():
+    with pytest.raises(GeometryError, match="kernel 5 with dilation 2 spans 10"):
+        build({"operator": "neighborhood", "kernel": 5, "dilation": 2})(*qkv(64), Context(grid=Grid(height=8, width=8)))
+
+
+def test_a_grid_of_another_forward_is_refused():
+    with pytest.raises(GeometryError, match="64 tokens, but the grid is 8 x 9"):
+        build("neighborhood")(*qkv(64), Context(grid=Grid(height=8, width=9)))
+
+
+def test_an_operator_refuses_another_kind():
+    with pytest.raises(OperatorError, match="replaces self_attention"):
+        configure("hyena_x").build(FEED_FORWARD)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("spec", ["sliding_window", {"operator": "neighborhood", "kernel": 7}, "hyena_x", "linear_attention"], ids=str)
+def test_time_grows_as_tokens(spec):
+    """Three quadratic backward passes that a correctness test would pass were met while these were designed."""
+    import time
+
+    def seconds(side):
+        operator = configure(spec).build(Site(kind="self_attention", index=0, path="x", width=64, heads=1, head_width=64))
+        inputs = [torch.randn(1, 1, side * side, 64, requires_grad=True) for _ in range(3)]
+        runs = []
+        for _ in range(4):
+            started = time.process_time()
+            operator(*inputs, Context(grid=Grid(height=side, width=side))).sum().backward()
+            runs.append(time.process_time() - started)
+        return min(runs[1:])
+
+    assert seconds(128) / seconds(64) <= 6
