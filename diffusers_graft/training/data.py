@@ -127,8 +127,12 @@ def _onto(value: Any, model: ModelMixin) -> Any:
 
 
 def batches_of(dataset: Dataset | Iterable, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Endless batches: of a dataset of single samples, shuffled anew each epoch; of an iterable of batches, as they come."""
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset[0], str):
+    """Endless batches.
+
+    Of a map-style dataset (torch's, or of the `datasets` library) they are made of its single samples, shuffled anew each
+    epoch; a list or any other iterable holds batches, which are passed on as they come.
+    """
+    if hasattr(dataset, "__getitem__") and not isinstance(dataset, list | tuple):
         generator = torch.Generator().manual_seed(seed)
         loader: Iterable = DataLoader(dataset, batch_size, shuffle=True, drop_last=len(dataset) >= batch_size,
                                       generator=generator)  # fmt: skip

@@ -141,14 +141,14 @@ def _trainable(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> Itera
     """
     for path in graft.seats:
         graft.unshare(path)
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     if config.lora is not None:
         add_lora(model, graft, config.lora)
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}
     chosen = _chosen(model, graft, config)
     if config.train == "all":
         _keep_untrained(model, graft, chosen)
-    for parameter in flags:
+    for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     model.train()
     for module in model.modules():
@@ -157,9 +157,9 @@ def _trainable(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> Itera
     try:
         yield [parameter for parameter in model.parameters() if id(parameter) in chosen]
     finally:
-        for parameter, flag in flags.items():
+        for parameter in model.parameters():
             parameter.grad = None
-            parameter.requires_grad_(flag)
+            parameter.requires_grad_(flags.get(parameter, True))
         for module, mode in modes.items():
             module.training = mode
 

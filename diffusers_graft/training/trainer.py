@@ -45,8 +45,8 @@ class GraftTrainer:
     Args:
         model: a diffusers model, not grafted.
         plan: a `GraftPlan`, or rules.
-        train_dataset, eval_dataset: datasets of single samples (`{"sample": latents, **conditioning}`), or iterables of
-            batches of them.
+        train_dataset, eval_dataset: map-style datasets of single samples (`{"sample": latents, **conditioning}`), or lists
+            and other iterables of batches of them.
         noise_scheduler: of the model's pipeline.
         args: settings.
     """

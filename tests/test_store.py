@@ -1,0 +1,347 @@
+"""Saved and loaded, whole or refused."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+import diffusers_graft as dg
+from diffusers_graft.errors import FileError, GraftError, MismatchError, StateError
+from diffusers_graft.hub import files, store
+
+from .models import FAMILIES, SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
+
+RULES = {"self_attention[1::2]": {"operator": "hyena_x", "init": "random"}, "feed_forward[0]": {"operator": "mlp", "expansion": 6}}
+
+
+def saved(folder, model=None, rules=RULES):
+    model = model or tiny_dit()
+    model.set_graft(rules)
+    model.save_graft(folder)
+    return predict(model)
+
+
+NEW_PROCESS = """
+import sys, torch
+from tests.models import FAMILIES, predict
+import diffusers_graft
+family, folder, layers = sys.argv[1:]
+model = FAMILIES[family](num_layers=int(layers))
+model.load_graft(folder)
+torch.save(predict(model), folder + "/seen.pt")
+"""
+
+
+def in_new_process(family, folder, layers=4):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", NEW_PROCESS, family, str(folder), str(layers)]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    return torch.load(folder / "seen.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_process_loads_every_operator_bit_for_bit(family, tmp_path):
+    """All operators in one graft, one after the other over the sites."""
+    model = FAMILIES[family](num_layers=6)
+    rules = {f"self_attention[{n}]": name for n, name in enumerate(("sliding_window", "neighborhood", "hyena_x", "linear_attention"))}
+    rules["self_attention[4]"] = {"operator": "self_attention", "init": "random"}
+    rules["feed_forward[1::2]"] = {"operator": "mlp", "expansion": 3}
+    expected = saved(tmp_path, model, rules)
+    assert torch.equal(in_new_process(family, tmp_path, layers=6), expected)
+
+
+@pytest.mark.parametrize("settings", [{"train": "all"}, {"train": "operators", "lora": LoraConfig(r=2, target_modules=["to_q", "proj"])}],
+                         ids=["all", "lora"])  # fmt: skip
+def test_what_stage_two_trained_comes_back_too(settings, tmp_path):
+    model = tiny_dit()
+    model.set_graft({"self_attention[1::2]": "neighborhood"})
+    dg.finetune(model, batches(), dg.FinetuneConfig(steps=3, lr=1e-2, progress=False, **settings), noise_scheduler=SCHEDULER)
+    model.save_graft(tmp_path)
+    expected = predict(model)
+    assert torch.equal(in_new_process("dit", tmp_path), expected)
+    fresh = tiny_dit()
+    before = tensors_of(fresh)
+    fresh.load_graft(tmp_path)
+    fresh.save_graft(tmp_path / "again")
+    fresh.unset_graft()
+    assert same_tensors(fresh, before)
+    again = tiny_dit()
+    again.load_graft(tmp_path / "again")
+    assert torch.equal(predict(again), expected)
+
+
+def test_the_folder_and_its_card(tmp_path):
+    saved(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "graft_config.json", "graft_model.safetensors", "graft_proof.safetensors", "README.md"}  # fmt: skip
+    card = (tmp_path / "README.md").read_text()
+    for words in ("hyena_x(kernel_size=4", "`feed_forward[0]`", "library_name: diffusers-graft", "self_attention   ·█·█", "2506.05340"):
+        assert words in card
+    assert "Evaluation" not in card  # nothing was measured
+
+
+def test_a_card_that_a_person_made_their_own_is_kept(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "README.md").write_text("my words")
+    saved(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my words"
+
+
+def test_saving_over_another_graft_replaces_it_whole(tmp_path):
+    saved(tmp_path)
+    expected = saved(tmp_path, rules={"self_attention[0]": "neighborhood"})
+    model = tiny_dit()
+    model.load_graft(tmp_path)
+    assert torch.equal(predict(model), expected)
+
+
+@pytest.mark.parametrize("stage", ["write_tensors", "write_text"])
+def test_an_interrupted_save_keeps_the_graft_that_was_there(stage, tmp_path, monkeypatch):
+    expected = saved(tmp_path)
+    newer = tiny_dit()
+    newer.set_graft({"self_attention[0]": "neighborhood"})
+
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files if stage == "write_tensors" else store, "save_file" if stage == "write_tensors" else stage, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        newer.save_graft(tmp_path)
+    monkeypatch.undo()
+    if stage == "write_text":  # the new weights are in place; only their readable copy is not
+        (tmp_path / "graft_config.json").unlink()
+        expected = predict(newer)
+    model = tiny_dit()
+    model.load_graft(tmp_path)
+    assert torch.equal(predict(model), expected)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch):
+    expected = saved(tmp_path)
+
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    model = tiny_dit()
+    model.set_graft({"self_attention[0]": "neighborhood"})
+    with pytest.raises(FileError, match="could not be written.*unchanged"):
+        model.save_graft(tmp_path)
+    monkeypatch.undo()
+    fresh = tiny_dit()
+    fresh.load_graft(tmp_path)
+    assert torch.equal(predict(fresh), expected)
+
+
+def truncated(folder):
+    path = folder / "graft_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flipped(folder):
+    path = folder / "graft_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(data)
+
+
+def emptied(folder):
+    (folder / "graft_model.safetensors").write_bytes(b"")
+
+
+def removed(folder):
+    (folder / "graft_model.safetensors").unlink()
+
+
+def edited_config(folder):
+    config = json.loads((folder / "graft_config.json").read_text())
+    config["plan"]["edits"][0]["kernel_size"] = 5
+    (folder / "graft_config.json").write_text(json.dumps(config))
+
+
+def broken_config(folder):
+    (folder / "graft_config.json").write_text("{")
+
+
+def foreign_tensors(folder):
+    save_file({"x": torch.zeros(2)}, folder / "graft_model.safetensors")
+
+
+def from_the_future(folder):
+    path = folder / "graft_model.safetensors"
+    config = json.loads((folder / "graft_config.json").read_text())
+    config["format"] = 99
+    save_file(load_file(path), path, metadata={"graft_config": json.dumps(config)})
+
+
+def not_finite(folder):
+    path = folder / "graft_model.safetensors"
+    config, tensors = json.loads((folder / "graft_config.json").read_text()), load_file(path)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    config["tensors_sha256"] = files.digest(tensors)
+    save_file(tensors, path, metadata={"graft_config": json.dumps(config)})
+    (folder / "graft_config.json").unlink()
+
+
+def missing_tensor(folder):
+    path = folder / "graft_model.safetensors"
+    config, tensors = json.loads((folder / "graft_config.json").read_text()), load_file(path)
+    tensors.pop(next(iter(tensors)))
+    config["tensors_sha256"] = files.digest(tensors)
+    save_file(tensors, path, metadata={"graft_config": json.dumps(config)})
+    (folder / "graft_config.json").unlink()
+
+
+DAMAGE = {truncated: "damaged", flipped: "edited or damaged", emptied: "damaged", removed: "There is no graft_model",
+          edited_config: "was edited", broken_config: "not JSON", foreign_tensors: "header holds no graft",
+          from_the_future: "format 99", not_finite: "not finite", missing_tensor: "does not fit"}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda function: function.__name__)
+def test_damaged_grafts_are_refused_and_the_model_is_untouched(damage, tmp_path):
+    saved(tmp_path)
+    damage(tmp_path)
+    model = tiny_dit()
+    before, tensors = predict(model), tensors_of(model)
+    with pytest.raises(FileError, match=DAMAGE[damage]):
+        model.load_graft(tmp_path)
+    assert model.graft is None
+    assert same_tensors(model, tensors)
+    assert torch.equal(predict(model), before)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "nothing", "./none", "user/name", Path("none")])
+def test_a_folder_that_does_not_exist(source):
+    with pytest.raises(FileError, match="There is no folder"):
+        tiny_dit().load_graft(source)
+
+
+def test_a_file_in_place_of_a_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    model = tiny_dit()
+    model.set_graft(RULES)
+    with pytest.raises(FileError, match="is a file"):
+        model.save_graft(tmp_path / "file")
+
+
+@pytest.mark.parametrize("other", [tiny_pixart, lambda: tiny_dit(num_layers=2), lambda: tiny_dit(attention_head_dim=4)])
+def test_a_graft_for_another_model_is_refused(other, tmp_path):
+    saved(tmp_path)
+    model = other()
+    with pytest.raises(MismatchError):
+        model.load_graft(tmp_path)
+    assert model.graft is None
+
+
+def test_other_weights_are_refused_unless_allowed(tmp_path):
+    saved(tmp_path)
+    model = tiny_dit()
+    with torch.no_grad():
+        model.proj_out_1.weight[0, 0] += 1
+    with pytest.raises(MismatchError, match="allow_base_mismatch=True"):
+        model.load_graft(tmp_path)
+    model.load_graft(tmp_path, allow_base_mismatch=True)
+    assert model.graft is not None
+
+
+def test_a_bfloat16_base_is_still_the_same_base(tmp_path):
+    saved(tmp_path)
+    model = tiny_dit().to(torch.bfloat16)
+    model.load_graft(tmp_path)
+    assert predict(model).dtype == torch.bfloat16
+
+
+def test_the_proof_is_replayed(tmp_path, caplog):
+    saved(tmp_path)
+    with caplog.at_level("INFO"):
+        tiny_dit().load_graft(tmp_path)
+    assert "largest difference 0" in caplog.text
+    (tmp_path / "graft_proof.safetensors").unlink()
+    tiny_dit().load_graft(tmp_path)
+    assert "carries no proof" in caplog.text
+
+
+def test_loading_onto_a_grafted_model_is_refused(tmp_path):
+    saved(tmp_path)
+    model = tiny_dit()
+    model.set_graft({"self_attention[1]": "neighborhood"})
+    grafted = predict(model)
+    with pytest.raises(StateError):
+        model.load_graft(tmp_path)
+    assert torch.equal(predict(model), grafted)
+
+
+def test_a_disabled_graft_is_not_saved_by_mistake(tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    model.disable_graft()
+    with pytest.raises(StateError, match="enable_graft"):
+        model.save_graft(tmp_path)
+
+
+def test_no_path_of_this_machine_is_saved(tmp_path):
+    base = tmp_path / "base"
+    tiny_dit().save_pretrained(base)
+    model = DiTTransformer2DModel.from_pretrained(base)
+    saved(tmp_path / "graft", model)
+    for path in (tmp_path / "graft").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_whole_models(tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    expected = predict(model)
+    model.save_pretrained(tmp_path)
+    for loaded in (dg.load_pretrained(tmp_path), DiTTransformer2DModel.from_pretrained(tmp_path)):
+        assert type(loaded) is DiTTransformer2DModel
+        assert torch.equal(predict(loaded), expected)
+        with pytest.raises(StateError, match="loaded whole"):
+            loaded.unset_graft()
+    names = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert not [name for name in names if name.startswith("transformer_blocks.0.ff.net")]  # no dead weights
+
+
+def test_plain_models_are_saved_and_loaded_as_ever(tmp_path):
+    model = tiny_dit()
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "graft_config.json").exists()
+    assert torch.equal(predict(DiTTransformer2DModel.from_pretrained(tmp_path)), predict(model))
+    with pytest.raises(FileError, match="no graft_config.json"):
+        dg.load_pretrained(tmp_path)
+
+
+def test_damaged_whole_models_are_refused(tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(GraftError, match="damaged"):
+        dg.load_pretrained(tmp_path)
+
+
+def test_pipelines(tmp_path):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8,), norm_num_groups=2,
+                        sample_size=8, layers_per_block=1)  # fmt: skip
+    transformer = tiny_dit(in_channels=4, out_channels=4, num_embeds_ada_norm=1000)
+    pipe = DiTPipeline(transformer, vae, DDIMScheduler())
+    pipe.transformer.set_graft(RULES)
+
+    def draw(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe([1, 2], num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+
+    expected = draw(pipe)
+    pipe.save_pretrained(tmp_path)
+    assert (draw(DiffusionPipeline.from_pretrained(tmp_path)) == expected).all()
