@@ -38,7 +38,8 @@ def run_sites(arguments: argparse.Namespace) -> None:
     """List the sites of a model: a folder or repository, or the testbed."""
     from diffusers import AutoModel
 
-    from . import find_sites, testbed
+    from . import testbed
+    from .anatomy import find_sites
 
     model = testbed.load() if arguments.model is None else AutoModel.from_pretrained(arguments.model)
     say(str(find_sites(model)))
@@ -52,6 +53,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The verbs and their options."""
     parser = argparse.ArgumentParser(prog="diffusers-graft", description="Edit the architecture of diffusion transformers.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
 

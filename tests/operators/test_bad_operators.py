@@ -8,7 +8,7 @@ from torch import nn
 
 from diffusers_graft import check_operator
 from diffusers_graft.errors import GeometryError
-from diffusers_graft.operators import FeedForwardOperator, Mixer, conformance
+from diffusers_graft.operators import FeedForwardOperator, Mixer, _checks, conformance
 from diffusers_graft.site import Context
 
 
@@ -188,7 +188,7 @@ BAD = {
 
 def subject_of(operator):
     kind = operator.kinds[0]
-    return conformance.Subject(operator.Config(), conformance.example_site(kind))
+    return _checks.Subject(operator.Config(), conformance.example_site(kind))
 
 
 PAIRS = [(check, operator) for check, bad in BAD.items() for operator in bad]
@@ -197,11 +197,11 @@ PAIRS = [(check, operator) for check, bad in BAD.items() for operator in bad]
 @pytest.mark.parametrize(("check", "operator"), PAIRS, ids=lambda item: getattr(item, "__name__", item))
 def test_check_catches(check, operator):
     with pytest.raises(conformance.ConformanceError, match=f"^{check}: "):
-        getattr(conformance, f"check_{check}")(subject_of(operator))
+        getattr(_checks, f"check_{check}")(subject_of(operator))
 
 
 def test_every_check_is_tested():
-    assert set(BAD) == {check.__name__.removeprefix("check_") for check in conformance.CHECKS}
+    assert set(BAD) == {check.__name__.removeprefix("check_") for check in _checks.CHECKS}
 
 
 def test_a_good_operator_passes_the_same_checks(monkeypatch):

@@ -1,0 +1,296 @@
+"""The checks of the conformance suite, each a function that raises `ConformanceError` under its own name."""
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import GeometryError, GraftError, OperatorError
+from ..site import Context, Grid, Site
+from . import configure
+from .base import FeedForwardOperator, Mixer, Operator, OperatorConfig
+
+GRIDS = (Grid(height=8, width=8), Grid(height=9, width=13), Grid(height=20, width=17))
+
+
+class ConformanceError(GraftError):
+    """An operator does not keep what it declares; the message begins with the name of the check."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An operator under test, with what it takes to run it: inputs, a context, and a fresh copy whenever one is needed."""
+
+    config: OperatorConfig
+    site: Site
+    grid: Grid = GRIDS[0]
+
+    def build(self, seed: int = 0) -> Operator:
+        """In float64, with every parameter moved off its start, so that gates that start closed hide nothing."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            operator = self.config.resolved(self.site).build(self.site).double().eval()
+            with torch.no_grad():
+                for parameter in operator.parameters():
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        return operator
+
+    def inputs(self, seed: int = 1, batch: int = 2, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        if self.site.kind == "feed_forward":
+            shapes = [(batch, self.grid.tokens, self.site.width)]
+        else:
+            shapes = [(batch, self.site.heads, self.grid.tokens, self.site.head_width)] * 3
+        return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+    @property
+    def context(self) -> Context:
+        return Context(grid=self.grid)
+
+    def on(self, grid: Grid) -> Subject:
+        return dataclasses.replace(self, grid=grid)
+
+
+def fail(check: str, seen: str) -> None:
+    """Say which check failed, and on what."""
+    raise ConformanceError(f"{check}: {seen}")
+
+
+def run(operator: Operator, inputs: list[torch.Tensor], context: Context) -> torch.Tensor:
+    """The operator's output."""
+    return operator(*inputs, context)
+
+
+def _gradients(call: Callable[..., torch.Tensor], operator: Operator, inputs: list[torch.Tensor], context: Context):
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    output = call(*inputs, context)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(output)
+    wanted = [*inputs, *operator.parameters()]
+    return output.detach(), torch.autograd.grad((output * weights).sum(), wanted, allow_unused=True)
+
+
+def check_config_round_trip(subject: Subject) -> None:
+    """A config comes back from JSON as it was."""
+    again = configure(json.loads(json.dumps(subject.config.to_dict())))
+    if again != subject.config:
+        fail("config_round_trip", f"{subject.config} came back from JSON as {again}")
+
+
+def check_shape_and_dtype(subject: Subject) -> None:
+    """Outputs have the shape and precision of the inputs."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        inputs = subject.inputs(dtype=dtype)
+        output = run(subject.build().to(dtype), inputs, subject.context)
+        if output.shape != inputs[0].shape or output.dtype != dtype:
+            fail("shape_and_dtype", f"{tuple(inputs[0].shape)} {dtype} became {tuple(output.shape)} {output.dtype}")
+
+
+def check_bfloat16_close(subject: Subject) -> None:
+    """In bfloat16 the outputs are those of float64 to within 5 %."""
+    precise = run(subject.build(), subject.inputs(), subject.context)
+    rough = run(subject.build().bfloat16(), subject.inputs(dtype=torch.bfloat16), subject.context).double()
+    error = ((rough - precise).norm() / precise.norm().clamp(min=1e-9)).item()
+    if not error < 0.05:
+        fail("bfloat16_close", f"relative error {error:.3g} to float64")
+
+
+def check_finite_on_large_inputs(subject: Subject) -> None:
+    """Inputs of size 100 do not overflow in float32."""
+    inputs = [100 * tensor.float() for tensor in subject.inputs()]
+    if not run(subject.build().float(), inputs, subject.context).isfinite().all():
+        fail("finite_on_large_inputs", "inputs of size 100 gave values that are not finite")
+
+
+def check_every_grid(subject: Subject) -> None:
+    """Odd, oblong and larger grids give finite outputs."""
+    for grid in GRIDS:
+        there = subject.on(grid)
+        if not run(there.build(), there.inputs(), there.context).isfinite().all():
+            fail("every_grid", f"values that are not finite on the grid {grid}")
+
+
+def check_needs_grid(subject: Subject) -> None:
+    """A grid is asked for exactly where that is declared."""
+    operator = subject.build()
+    try:
+        run(operator, subject.inputs(), Context())
+    except GeometryError:
+        if not operator.needs_grid:
+            fail("needs_grid", "needs_grid is False, but it refuses to run without a grid")
+    else:
+        if operator.needs_grid:
+            fail("needs_grid", "needs_grid is True, but it runs without a grid")
+
+
+def check_gradients_reach_everything(subject: Subject) -> None:
+    """Every input and parameter gets a gradient, unless `unused_inputs` names it."""
+    operator = subject.build()
+    _, gradients = _gradients(operator, operator, subject.inputs(), subject.context)
+    names = [f"input {n}" for n in range(len(subject.inputs()))] + [name for name, _ in operator.named_parameters()]
+    dead = [name for name, g in zip(names, gradients, strict=True) if g is None or not g.isfinite().all() or not g.any()]
+    if set(dead) - set(operator_unused(operator)):
+        fail("gradients_reach_everything", f"no useful gradient for {', '.join(dead)}")
+
+
+def operator_unused(operator: Operator) -> tuple[str, ...]:
+    """Inputs that an operator declares it does not read."""
+    return getattr(operator, "unused_inputs", ())
+
+
+def check_batch_rows_independent(subject: Subject) -> None:
+    """A row gives the same alone as in a batch."""
+    operator, inputs = subject.build(), subject.inputs(batch=3)
+    whole = run(operator, inputs, subject.context)
+    alone = run(operator, [tensor[1:2] for tensor in inputs], subject.context)
+    if not torch.allclose(whole[1:2], alone, rtol=1e-9, atol=1e-9):
+        fail("batch_rows_independent", f"a row alone differs by {(whole[1:2] - alone).abs().max():.3g}")
+
+
+def check_deterministic(subject: Subject) -> None:
+    """The same inputs give the same outputs."""
+    operator, inputs = subject.build(), subject.inputs()
+    if not torch.equal(run(operator, inputs, subject.context), run(operator, inputs, subject.context)):
+        fail("deterministic", "two runs in evaluation mode differ")
+
+
+def check_leaves_inputs_alone(subject: Subject) -> None:
+    """Inputs are not changed in place."""
+    inputs = subject.inputs()
+    before = [tensor.clone() for tensor in inputs]
+    run(subject.build(), inputs, subject.context)
+    if not all(map(torch.equal, inputs, before)):
+        fail("leaves_inputs_alone", "an input was changed in place")
+
+
+def check_leaves_generators_alone(subject: Subject) -> None:
+    """Forward does not draw from torch's global generator."""
+    operator = subject.build()
+    before = torch.get_rng_state()
+    run(operator, subject.inputs(), subject.context)
+    if not torch.equal(before, torch.get_rng_state()):
+        fail("leaves_generators_alone", "forward drew from torch's global generator")
+
+
+def check_same_seed_same_start(subject: Subject) -> None:
+    """The seed alone decides the start."""
+    one, other = (subject.build(seed=4).state_dict() for _ in range(2))
+    if list(one) != list(other) or not all(torch.equal(one[name], other[name]) for name in one):
+        fail("same_seed_same_start", "two builds under one seed differ")
+
+
+def check_state_dict_round_trip(subject: Subject) -> None:
+    """Loaded weights and deep copies give the same outputs."""
+    source, target = subject.build(seed=0), subject.build(seed=5)
+    target.load_state_dict(source.state_dict())
+    expected = run(source, subject.inputs(), subject.context)
+    if not torch.equal(run(target, subject.inputs(), subject.context), expected):
+        fail("state_dict_round_trip", "an operator that loaded another's weights gives other outputs")
+    if not torch.equal(run(copy.deepcopy(source), subject.inputs(), subject.context), expected):
+        fail("state_dict_round_trip", "a deep copy gives other outputs")
+
+
+def check_builds_on_meta(subject: Subject) -> None:
+    """Building obeys the default device."""
+    with torch.device("meta"):
+        operator = subject.config.resolved(subject.site).build(subject.site)
+    if any(not parameter.is_meta for parameter in operator.parameters()):
+        fail("builds_on_meta", "a parameter was made on another device than the default one")
+
+
+def check_compiles(subject: Subject) -> None:
+    """`torch.compile(fullgraph=True)` gives the same outputs."""
+    operator, inputs = subject.build(), subject.inputs()
+    torch._dynamo.reset()
+    try:
+        output = torch.compile(operator, fullgraph=True, backend="aot_eager")(*inputs, subject.context)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        fail("compiles", f"torch.compile(fullgraph=True) gave {type(error).__name__}: {str(error).splitlines()[0]}")
+    if not torch.allclose(output, run(operator, inputs, subject.context), rtol=1e-9, atol=1e-9):
+        fail("compiles", "compiled outputs differ")
+
+
+def check_checkpointing(subject: Subject) -> None:
+    """Gradients under checkpointing are the same."""
+    operator = subject.build()
+
+    def checkpointed(*arguments):
+        return checkpoint(operator, *arguments, use_reentrant=False)
+
+    _, plain = _gradients(operator, operator, subject.inputs(), subject.context)
+    _, again = _gradients(checkpointed, operator, subject.inputs(), subject.context)
+    pairs = [(a, b) for a, b in zip(plain, again, strict=True) if a is not None]
+    if not all(b is not None and torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in pairs):
+        fail("checkpointing", "gradients under checkpointing differ")
+
+
+def check_agrees_with_reference(subject: Subject) -> bool | None:
+    """Outputs and gradients are those of `reference`."""
+    if not hasattr(subject.config.owner, "reference"):
+        return False
+    for grid in GRIDS:
+        there = subject.on(grid)
+        operator = there.build()
+        fast = _gradients(operator, operator, there.inputs(), there.context)
+        plain = _gradients(operator.reference, operator, there.inputs(), there.context)
+        for number, (a, b) in enumerate(zip((fast[0], *fast[1]), (plain[0], *plain[1]), strict=True)):
+            if (a is None) != (b is None) or (a is not None and not torch.allclose(a, b, rtol=1e-7, atol=1e-7)):
+                what = f"gradient {number}" if number else "output"
+                fail("agrees_with_reference", f"{what} differs from the reference on the grid {grid}")
+    return None
+
+
+def check_sees_ahead(subject: Subject) -> bool | None:
+    """Only mixers mix tokens: the first change after the last token is perturbed tells which way they look."""
+    if not isinstance(subject.build(), Mixer):
+        return False
+    operator, inputs = subject.build(), subject.inputs()
+    changed = [tensor.clone() for tensor in inputs]
+    for tensor in changed:
+        tensor[:, :, -1] += 1
+    difference = run(operator, changed, subject.context) - run(operator, inputs, subject.context)
+    looks_back = difference[:, :, :-1].abs().max() > 1e-9
+    if looks_back == operator.causal_operator:
+        seen = "see later ones" if looks_back else "see none after them"
+        fail("sees_ahead", f"causal_operator is {operator.causal_operator}, but tokens {seen}")
+    return None
+
+
+def check_feed_forward_stays_in_place(subject: Subject) -> bool | None:
+    """A feed-forward that declares no grid does not mix tokens."""
+    operator = subject.build()
+    if not isinstance(operator, FeedForwardOperator) or operator.needs_grid:
+        return False
+    inputs = subject.inputs()
+    changed = inputs[0].clone()
+    changed[:, -1] += 1
+    difference = run(operator, [changed], subject.context) - run(operator, inputs, subject.context)
+    if difference[:, :-1].abs().max() > 1e-9:
+        fail("feed_forward_stays_in_place", "a token's output depends on another token; declare needs_grid")
+    return None
+
+
+def check_flops(subject: Subject) -> None:
+    """Within 1 % of torch's counter on the definition, or at least all it sees where gates go uncounted."""
+    operator, tokens = subject.build(), subject.grid.tokens
+    declared = operator.flops(tokens)
+    if not isinstance(declared, int) or declared < 0:
+        raise OperatorError(f"{operator.name}: flops(tokens) is a whole number; got {declared!r}.")
+    counter = FlopCounterMode(display=False)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
+        run(operator, subject.inputs(batch=1), subject.context)
+    counted, allowed = counter.get_total_flops(), getattr(operator, "uncounted_flops", lambda tokens: 0)(tokens)
+    masked = getattr(operator, "masked_share", lambda tokens: 1.0)(tokens)
+    expected = counted * masked + allowed
+    if abs(declared - expected) > 0.01 * max(expected, 1):
+        fail("flops", f"flops({tokens}) is {declared:,}; torch's counter and what it is blind to make {expected:,.0f}")
+
+
+CHECKS: tuple[Callable[[Subject], bool | None], ...] = tuple(
+    item for name, item in list(globals().items()) if name.startswith("check_") and callable(item)
+)

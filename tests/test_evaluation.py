@@ -1,0 +1,132 @@
+"""Metrics against scipy, timing, memory, cost, locality and pictures."""
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+import diffusers_graft as dg
+from diffusers_graft.analysis.cost import count_flops, count_parameters
+from diffusers_graft.analysis.locality import locality, near_tokens
+from diffusers_graft.errors import GraftError, StateError
+from diffusers_graft.evaluation.benchmark import PeakMemory, benchmark_latency, compare, table
+from diffusers_graft.evaluation.metrics import FeatureStatistics, frechet_distance
+from diffusers_graft.evaluation.report import draw_locality
+from diffusers_graft.site import Grid
+
+from .models import SCHEDULER, batches, predict, tiny_dit, tiny_pixart
+
+
+@pytest.mark.parametrize(("n", "width"), [(50, 4), (30, 40), (500, 16)])
+def test_frechet_distance_is_scipys(n, width):
+    generator = torch.Generator().manual_seed(n)
+    mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    one = torch.randn(n, width, generator=generator, dtype=torch.float64)
+    other = torch.randn(n, width, generator=generator, dtype=torch.float64) @ mixing + 0.3
+    a, b = FeatureStatistics.of(one), FeatureStatistics.of(other)
+    c1, c2 = np.cov(one.numpy(), rowvar=False), np.cov(other.numpy(), rowvar=False)
+    root = scipy.linalg.sqrtm(c1 @ c2).real
+    expected = ((one.mean(0) - other.mean(0)) ** 2).sum().item() + np.trace(c1 + c2 - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("features", [torch.zeros(1, 4), torch.zeros(4), torch.full((4, 4), float("nan"))])
+def test_features_without_statistics(features):
+    with pytest.raises(GraftError):
+        FeatureStatistics.of(features)
+
+
+def test_features_of_different_widths():
+    with pytest.raises(GraftError, match="4 and 5"):
+        frechet_distance(FeatureStatistics.of(torch.randn(9, 4)), FeatureStatistics.of(torch.randn(9, 5)))
+
+
+def test_compare_takes_turns_and_gives_ratios():
+    calls = []
+    rows = compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=4)
+    assert "".join(calls) == "ab" * 5
+    assert [row.name for row in rows] == ["a", "b"]
+    assert rows[0].ratio == rows[0].low == rows[0].high == 1
+    assert rows[1].low <= rows[1].ratio <= rows[1].high
+
+
+def test_latency_of_grafts_leaves_the_model_alone():
+    model = tiny_dit()
+    before = predict(model)
+    rows = benchmark_latency(model, {"hyena_x": {"self_attention[:]": "hyena_x"}}, [8, 16], rounds=3, progress=False)
+    assert [(row["tokens"], row["name"]) for row in rows] == [(16, "original"), (16, "hyena_x"), (64, "original"), (64, "hyena_x")]
+    assert model.graft is None
+    assert torch.equal(predict(model), before)
+
+
+def test_peak_memory_counts_what_is_alive():
+    with PeakMemory() as memory:
+        kept = torch.zeros(1000)
+        for _ in range(3):
+            torch.zeros(500)
+        kept.add_(1)
+    assert memory.peak == 4 * 1500
+
+
+@pytest.mark.parametrize("model", [tiny_dit(), tiny_pixart()], ids=["dit", "pixart"])
+def test_flops_of_a_self_graft_are_the_originals(model):
+    """The operators' own prices, and torch's counter for the rest, make what the counter makes of the original."""
+    original = count_flops(model)
+    model.set_graft({"self_attention[:]": "self_attention", "feed_forward[:]": "mlp"})
+    assert count_flops(model) == original
+    model.unset_graft()
+    model.set_graft({"self_attention[:]": "neighborhood", "feed_forward[0]": {"operator": "mlp", "expansion": 6}})
+    attention = 4 * 16 * (16 - 9) * 16 * len(model.transformer_blocks)
+    assert count_flops(model) == original - attention + 4 * 16 * 16 * 32
+
+
+def test_parameters_that_run():
+    model = tiny_dit()
+    before = count_parameters(model)
+    model.set_graft({"feed_forward[0]": {"operator": "mlp", "expansion": 6}})
+    assert count_parameters(model) == before + 2 * 16 * 32 + 32
+
+
+def test_near_tokens():
+    band, window = near_tokens(Grid(height=3, width=3), 2, 3)
+    assert band[4].tolist() == [False, False, True, True, True, True, True, False, False]
+    assert window[0].nonzero().flatten().tolist() == [0, 1, 3, 4]
+    assert window[4].all()
+
+
+def test_locality_against_attention_by_hand(tmp_path):
+    model = tiny_dit(num_layers=1)
+    seen = {}
+    attention = model.transformer_blocks[0].attn1
+    attention.register_forward_pre_hook(lambda m, a: seen.update(hidden=a[0]))
+    before = predict(model)
+    rows = locality(model, batches(1), noise_scheduler=SCHEDULER, band=1, kernel=3)
+    query, key = (layer(seen["hidden"]).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (attention.to_q, attention.to_k))
+    mass = (query @ key.transpose(-1, -2) / 8**0.5).softmax(-1)
+    band, window = near_tokens(Grid(height=4, width=4), 1, 3)
+    torch.testing.assert_close(rows[0].band, (mass * band).sum(-1).mean((0, 2)))
+    torch.testing.assert_close(rows[0].neighborhood, (mass * window).sum(-1).mean((0, 2)))
+    assert rows[0].uniform_band == pytest.approx(46 / 256)
+    assert torch.equal(predict(model), before)
+    draw_locality(tmp_path / "locality.png", rows, band=1, kernel=3)
+    assert (tmp_path / "locality.png").stat().st_size > 5000
+
+
+def test_locality_is_of_the_original():
+    model = tiny_dit()
+    model.set_graft({"self_attention[0]": "hyena_x"})
+    with pytest.raises(StateError, match="unset_graft"):
+        locality(model, batches(1), noise_scheduler=SCHEDULER)
+
+
+def test_tables():
+    assert table([["a", "b"], ["long", "1"]]).splitlines()[2] == "long  1"
+    with pytest.raises(GraftError):
+        table([])
+
+
+def test_scores_as_data():
+    scores = dg.evaluate(tiny_dit(), batches(1), noise_scheduler=SCHEDULER, metrics=[lambda model: {"answer": 42.0}])
+    assert scores["answer"] == 42
+    assert set(scores.to_dict()) == {"values", "protocol"}
+    assert "answer 42" in str(scores)
