@@ -35,6 +35,7 @@ bench: $(READY) ## Forward latency of original and grafted models
 testbed: $(READY) ## Train the testbed's model and its judge from scratch (hours on two cores)
 	$(BIN)/python -m diffusers_graft.testbed.classifier --output runs/testbed
 	$(BIN)/python -m diffusers_graft.testbed.pretrain --output runs/testbed
+	$(BIN)/python -m diffusers_graft.testbed.card --output runs/testbed
 
 lint: $(READY) ## Style
 	$(BIN)/ruff check .

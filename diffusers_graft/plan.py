@@ -75,11 +75,12 @@ class GraftPlan:
     def load(cls, path: str | Path) -> GraftPlan:
         """Raises `FileError` for a file that is missing or no plan."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (FileNotFoundError, IsADirectoryError) as error:
             raise FileError(f"There is no plan at {path}.") from error
         except ValueError as error:
             raise FileError(f"{path} is not JSON: {error}") from error
+        return cls.from_dict(data)
 
     def check(self, model: ModelMixin) -> None:
         """Raise `MismatchError` unless every site of this plan is there in `model`, with the same sizes."""

@@ -345,3 +345,33 @@ def test_pipelines(tmp_path):
     expected = draw(pipe)
     pipe.save_pretrained(tmp_path)
     assert (draw(DiffusionPipeline.from_pretrained(tmp_path)) == expected).all()
+
+
+def test_pushing_uploads_the_sound_graft_and_nothing_else(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from diffusers_graft.hub import push
+
+    calls = {}
+
+    class Hub:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, repo_id, **settings):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, **settings):
+            calls.update(settings)
+            return SimpleNamespace(commit_url="commit")
+
+    monkeypatch.setattr(push, "HfApi", Hub)
+    saved(tmp_path)
+    assert push.push_graft(tmp_path, "user/name") == "commit"
+    assert calls["folder_path"] == tmp_path
+    assert calls["repo_id"] == "user/name"
+    calls.clear()
+    truncated(tmp_path)
+    with pytest.raises(FileError):
+        push.push_graft(tmp_path, "user/name")
+    assert not calls

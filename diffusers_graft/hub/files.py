@@ -25,6 +25,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
         os.replace(temporary, path)
     except OSError as error:
         raise FileError(f"{path} could not be written: {error}. What was saved there before is unchanged.") from error

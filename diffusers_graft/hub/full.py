@@ -84,7 +84,7 @@ def _loading(original):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         folder = Path(pretrained_model_name_or_path or "") / (kwargs.get("subfolder") or "")
         if all((folder / name).is_file() for name in (CONFIG, "config.json")):
-            return load_pretrained(folder, torch_dtype=kwargs.get("torch_dtype"))
+            return load_pretrained(folder, torch_dtype=kwargs.get("dtype") or kwargs.get("torch_dtype"))
         return original(cls, pretrained_model_name_or_path, **kwargs)
 
     return from_pretrained

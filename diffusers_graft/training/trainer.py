@@ -11,6 +11,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from ..errors import StateError
 from ..evaluation.scores import Scores, evaluate
 from ..graft import Graft, build_graft, is_enabled
+from ..hub.push import push_graft
 from ..hub.store import save_graft
 from ..plan import GraftPlan, plan_graft
 from ..surgery import install
@@ -100,8 +101,6 @@ class GraftTrainer:
 
     def push_to_hub(self, repo_id: str, **hub_arguments: Any) -> str:
         """Save, and push the graft with its card to the Hub; returns the address of the commit."""
-        from ..hub.push import push_graft
-
         self.save_model()
         return push_graft(self.args.output_dir, repo_id, **hub_arguments)
 

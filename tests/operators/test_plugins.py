@@ -1,0 +1,55 @@
+"""Operators of other packages, found through their entry point; the example of CONTRIBUTING.md is taken at its word."""
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffusers_graft as dg
+from diffusers_graft.errors import OperatorError
+
+from ..models import predict, tiny_dit
+
+GUIDE = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Put a module on the path, with the metadata of an installed package."""
+
+    def installed(name, source):
+        (tmp_path / f"{name}_plugin.py").write_text(source)
+        metadata = tmp_path / f"{name}_plugin-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[diffusers_graft.operators]\n{name} = {name}_plugin\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    return installed
+
+
+def test_the_guides_example_works_as_a_plugin(install, tmp_path):
+    source = textwrap.dedent(re.search(r"```python\n(.*?)```", GUIDE, re.DOTALL)[1])
+    source = source.replace("from .base import", "from diffusers_graft.operators import")
+    install("token_roll", source.replace("class TokenRoll(Mixer):", 'class TokenRoll(Mixer):\n    name = "token_roll"'))
+    assert "token_roll" in dg.operators.available()
+    assert len(dg.check_operator("token_roll").passed) >= 17
+    model = tiny_dit()
+    model.set_graft({"self_attention[:]": {"operator": "token_roll", "shift": 2}})
+    model.save_graft(tmp_path / "graft")
+    fresh = tiny_dit()
+    fresh.load_graft(tmp_path / "graft")
+    assert torch.equal(predict(fresh), predict(model))
+
+
+def test_a_plugin_under_another_name_is_refused(install):
+    install("renamed", "from diffusers_graft.operators import Mixer\n\nclass Other(Mixer):\n    name = 'other'\n")
+    with pytest.raises(OperatorError, match="leads to the operator 'other'"):
+        dg.operators.get("renamed")
+
+
+def test_a_file_with_two_operators_is_refused(install):
+    install("two", "from diffusers_graft.operators import Mixer\n\nclass A(Mixer): ...\n\nclass B(Mixer): ...\n")
+    with pytest.raises(OperatorError, match="defines 2 operators"):
+        dg.operators.get("two")
