@@ -1,7 +1,7 @@
 """Softmax attention in which each query sees a box of keys around it: linear in tokens, exact, plain torch.
 
-Queries are cut into tiles. A tile gathers the keys its queries may see (its halo), and one softmax call with a small mask
-serves all tiles. Which keys a query sees is said for each axis of the grid by itself.
+Queries are cut into tiles. A tile gathers the keys its queries may see (its halo), and one softmax call with a small
+mask serves all tiles. Which keys a query sees is said for each axis of the grid by itself.
 """
 from __future__ import annotations
 
@@ -28,45 +28,60 @@ class Tiling:
     Attributes:
         queries: [tiles, Q].
         keys: [tiles, K].
-        mask: [tiles, 1, Q, K], true where a query sees a key.
+        mask: [tiles, 1, Q, K], true where a query sees a key; None where every query sees all.
         inverse: place of every token in the flattened tiles, [N].
     """
 
     queries: torch.Tensor
     keys: torch.Tensor
-    mask: torch.Tensor
+    mask: torch.Tensor | None
     inverse: torch.Tensor
 
 
 def _cut(rule: Rule, axis: Axis, tile: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One axis: queries [tiles, T], halo [tiles, K], mask [tiles, T, K]. The last tile overlaps where T does not divide."""
+    """One axis: queries [tiles, T], halo [tiles, K], mask [tiles, T, K]; the last tile overlaps if T does not divide.
+
+    Where a rule sees every n-th place, so do tiles and halos: dilation costs nothing.
+    """
     visible, length = rule(*axis), axis[0]
-    tile = min(tile, length)
-    starts = [min(start, length - tile) for start in range(0, length, tile)]
-    seen = [visible[start : start + tile] for start in starts]
-    lows = [min(row[0] for row in rows) for rows in seen]
-    highs = [max(row[-1] for row in rows) for rows in seen]
-    halo = max(high - low + 1 for low, high in zip(lows, highs, strict=True))
-    lows = [min(low, length - halo) for low in lows]
-    mask = torch.zeros(len(starts), tile, halo, dtype=torch.bool)
-    for number, (low, rows) in enumerate(zip(lows, seen, strict=True)):
-        for place, row in enumerate(rows):
-            mask[number, place, row.start - low : row.stop - low : row.step] = True
-    return torch.tensor(starts)[:, None] + torch.arange(tile), torch.tensor(lows)[:, None] + torch.arange(halo), mask
+    step = visible[0].step if tile < length else 1
+    tile = min(tile, length // step)
+    groups = [range(remainder, length, step) for remainder in range(step)]
+    tiles = [
+        group[min(start, len(group) - tile) :][:tile] for group in groups for start in range(0, len(group), tile)
+    ]  # fmt: skip
+    lows = [min(visible[place][0] for place in places) for places in tiles]
+    highs = [max(visible[place][-1] for place in places) for places in tiles]
+    halo = max((high - low) // step + 1 for low, high in zip(lows, highs, strict=True))
+    mask = torch.zeros(len(tiles), tile, halo, dtype=torch.bool)
+    for number, (low, places) in enumerate(zip(lows, tiles, strict=True)):
+        for row, place in enumerate(places):
+            seen = visible[place]
+            first = (seen[0] - low) // step
+            mask[number, row, first : (seen[-1] - low) // step + 1 : seen.step // step] = True
+    # Past the end a halo repeats the last place, which the mask hides.
+    keys = (torch.tensor(lows)[:, None] + step * torch.arange(halo)).clamp(max=length - 1)
+    return torch.tensor([list(places) for places in tiles]), keys, mask
 
 
-@functools.lru_cache(maxsize=64)
-def _tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, device: torch.device) -> Tiling:
-    tokens = math.prod(axis[0] for axis in axes)
-    sides = [tokens if tokens <= DENSE_TOKENS else tile] * len(axes)
-    queries, keys, mask = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), None
-    for axis, side in zip(axes, sides, strict=True):
-        q, k, m = _cut(rule, axis, side)
-        queries, keys = _outer(queries, q, axis[0]), _outer(keys, k, axis[0])
-        mask = m if mask is None else _outer_mask(mask, m)
-    inverse = torch.empty(tokens, dtype=torch.long)
-    inverse[queries.flatten()] = torch.arange(queries.numel())
-    return Tiling(queries.to(device), keys.to(device), mask[:, None].to(device), inverse.to(device))
+def _made(rule: Rule, axes: tuple[Axis, ...], tile: int, device: torch.device) -> Tiling:
+    # A tiling outlives the mode it is made in: inference tensors, for one, could never be trained with.
+    with torch.inference_mode(False), torch.device("cpu"):
+        tokens = math.prod(axis[0] for axis in axes)
+        see_all = all(len(row) == axis[0] for axis in axes for row in rule(*axis))
+        sides = [tokens if see_all or tokens <= DENSE_TOKENS else tile] * len(axes)
+        queries, keys = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
+        mask = torch.ones(1, 1, 1, dtype=torch.bool)
+        for axis, side in zip(axes, sides, strict=True):
+            q, k, m = _cut(rule, axis, side)
+            queries, keys, mask = _outer(queries, q, axis[0]), _outer(keys, k, axis[0]), _outer_mask(mask, m)
+        inverse = torch.empty(tokens, dtype=torch.long)
+        inverse[queries.flatten()] = torch.arange(queries.numel())
+        mask = None if see_all else mask[:, None].to(device)
+        return Tiling(queries.to(device), keys.to(device), mask, inverse.to(device))
+
+
+_kept = functools.lru_cache(maxsize=64)(_made)
 
 
 def _outer(outer: torch.Tensor, inner: torch.Tensor, length: int) -> torch.Tensor:
@@ -83,7 +98,7 @@ def _outer_mask(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
 @torch.compiler.assume_constant_result
 def tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, device: torch.device) -> Tiling:
     """The tiling of a grid, made once for each geometry and device."""
-    return _tiling(rule, axes, tile, device)
+    return _kept(rule, axes, tile, device)
 
 
 def tiled_attention(
@@ -93,7 +108,8 @@ def tiled_attention(
     """Softmax attention of each query over the keys it sees: [B, H, N, E] in and out."""
     # Plain numbers again where compiled code holds symbols: a tiling belongs to one grid.
     axes = tuple(tuple(len([None] * setting) for setting in axis) for axis in axes)
-    cut = tiling(rule, axes, tile, query.device)
+    # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind; it must not be kept for real ones.
+    cut = (tiling if type(query) is torch.Tensor else _made)(rule, axes, tile, query.device)
     batch, heads, tokens, width = query.shape
     tiles = cut.queries.shape[0]
     if tiles == 1:
@@ -111,8 +127,9 @@ def tiled_attention(
 
 
 def dense_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule, axes: tuple[Axis, ...], *, scale: float | None
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule, axes: tuple[Axis, ...], *,
+    scale: float | None,
+) -> torch.Tensor:  # fmt: skip
     """The same by definition: one softmax over all tokens under a mask. The reference; quadratic."""
     mask = torch.ones(1, 1, dtype=torch.bool)
     for axis in axes:

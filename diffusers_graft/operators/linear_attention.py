@@ -1,7 +1,7 @@
 """Kernel attention without softmax: phi(q) (phi(k)^T v) / phi(q) sum phi(k), non-causal, linear in tokens.
 
 Papers: Transformers are RNNs, arXiv 2006.16236, Eq. 6 (elu + 1); The Hedgehog and the Porcupine, arXiv 2402.04347
-(learnable softmax features).
+(learnable softmax features); LiT, arXiv 2501.12976 (a depthwise convolution of the values).
 """
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import GeometryError, UnknownNameError
+from ..errors import OperatorError, UnknownNameError
 from ..site import Context, Site
+from ._depthwise import by_taps, tokens_last
 from .base import Mixer
 
 FEATURE_MAPS = ("elu", "relu", "softmax")
-
-# diffusers writes hidden tokens as -10000 in additive masks.
-_HIDDEN = -1000.0
 
 
 class LinearAttention(Mixer):
@@ -34,37 +32,78 @@ class LinearAttention(Mixer):
 
         Attributes:
             feature_map: `elu` (elu + 1), `relu`, or `softmax` (a learnable map per head, then softmax of x and -x).
+            value_conv: side of a depthwise convolution of the values on each frame's grid, added to the output and
+                starting at zero; odd, or 0 for none.
         """
 
         feature_map: str = "elu"
+        value_conv: int = 0
 
         def __post_init__(self):
             super().__post_init__()
             if self.feature_map not in FEATURE_MAPS:
                 raise UnknownNameError("feature map of linear_attention", self.feature_map, FEATURE_MAPS)
+            side = self.value_conv
+            if type(side) is not int or side < 0 or (side and side % 2 == 0):
+                raise OperatorError(
+                    f"linear_attention: value_conv is an odd count of tokens, or 0 for none; got {side!r}. "
+                    "Try 3 or 5."
+                )
 
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
-        self.feature_weight = None
+        self.feature_weight, self.value_convolution = None, None
         if config.feature_map == "softmax":
             one = torch.eye(site.head_width).expand(2, site.heads, -1, -1)  # of queries and of keys
             self.feature_weight = nn.Parameter(one.clone())
+        if config.value_conv:
+            self._add_value_convolution(config.value_conv, site)
+
+    def _add_value_convolution(self, size: int, site: Site) -> None:
+        if site.kind != "self_attention":
+            raise OperatorError(
+                f"linear_attention: value_conv needs values that lie on the queries' grid; {site.path} is "
+                f"{site.address}. Set value_conv=0."
+            )
+        width, self.needs_grid = site.inner_width, True
+        self.value_convolution = nn.Conv2d(width, width, size, padding=size // 2, groups=width)
+        nn.init.zeros_(self.value_convolution.weight)
+        nn.init.zeros_(self.value_convolution.bias)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         precise = torch.promote_types(query.dtype, torch.float32)
         query, key = self._features(query, 0).to(precise), self._features(key, 1).to(precise)
-        if context.mask is not None:
-            key = key * visible_keys(context.mask, key)
+        visible = None if context.mask is None else key_weights(context.mask, precise)
+        key = key if visible is None else key * visible
         mixed = query @ (key.transpose(-1, -2) @ value.to(precise))
         weight = query @ key.sum(-2, keepdim=True).transpose(-1, -2)
-        return (mixed / weight.clamp(min=1e-6)).to(value.dtype)
+        mixed = (mixed / weight.clamp(min=1e-6)).to(value.dtype)
+        if self.value_convolution is None:
+            return mixed
+        image = self._value_image(value, visible, context).permute(0, 3, 1, 2)
+        return mixed + self._as_heads(self.value_convolution(image).permute(0, 2, 3, 1), value)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-        """The definition: all N x M weights, normalised row by row."""
+        """The definition: all N x M weights, normalised row by row; the convolution tap by tap."""
         weights = self._features(query, 0) @ self._features(key, 1).transpose(-1, -2)
-        if context.mask is not None:
-            weights = weights * visible_keys(context.mask, key).transpose(-1, -2)
-        return (weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)) @ value
+        visible = None if context.mask is None else key_weights(context.mask, key.dtype)
+        weights = weights if visible is None else weights * visible.transpose(-1, -2)
+        mixed = (weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)) @ value
+        if self.value_convolution is None:
+            return mixed
+        image, half = self._value_image(value, visible, context), self.config.value_conv // 2
+        near = by_taps(image, self.value_convolution.weight, self.value_convolution.bias, (half, half))
+        return mixed + self._as_heads(near, value)
+
+    def _value_image(self, value: torch.Tensor, visible: torch.Tensor | None, context: Context) -> torch.Tensor:
+        """[B, H, N, E] -> [B * frames, height, width, D], hidden tokens as zeros."""
+        grid = context.require_grid(self.name, value.shape[2])
+        value = value if visible is None else value * visible.to(value.dtype)
+        return tokens_last(value, grid.height, grid.width)
+
+    def _as_heads(self, image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        batch, heads, tokens, width = like.shape
+        return image.reshape(batch, tokens, heads, width).transpose(1, 2)
 
     def _features(self, tensor: torch.Tensor, which: int) -> torch.Tensor:
         if self.config.feature_map == "elu":
@@ -75,16 +114,26 @@ class LinearAttention(Mixer):
         return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1)
 
     def flops(self, tokens: int) -> int:
-        """Two products with the [features, E] state and one with its normaliser; learnable maps where there are any."""
-        features = self.site.head_width * (2 if self.feature_weight is not None else 1)
-        maps = 4 * tokens * self.site.inner_width * self.site.head_width if self.feature_weight is not None else 0
-        return maps + tokens * self.site.heads * (4 * features * self.site.head_width + 2 * features)
+        """Two products with the [features, E] state, one with its normaliser; the maps and the convolution, if any."""
+        width, inner = self.site.head_width, self.site.inner_width
+        learnable = self.feature_weight is not None
+        features = 2 * width if learnable else width
+        maps = 4 * tokens * inner * width if learnable else 0
+        convolution = 2 * self.config.value_conv**2 * tokens * inner
+        return maps + convolution + tokens * self.site.heads * (4 * features * width + 2 * features)
 
 
-def visible_keys(mask: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """A mask as a factor on keys, [B, 1 or H, M, 1]. Raises `GeometryError` where it differs from query to query."""
-    visible = mask if mask.dtype == torch.bool else mask > _HIDDEN
-    first = visible[..., :1, :]
-    if not torch.compiler.is_compiling() and not torch.equal(visible, first.expand_as(visible)):
-        raise GeometryError("linear_attention sums keys once for all queries, so a mask must hide the same keys from each.")
-    return first.transpose(-1, -2).to(key.dtype)
+def key_weights(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as a factor on keys, [B, 1 or H, M, 1]: 0 or 1, or of an additive mask its exponential, as in softmax.
+
+    Keys are summed once for all queries. Raises `OperatorError` where a mask differs from query to query, and where
+    compiled code, which cannot look, is given one that may.
+    """
+    row = mask[..., :1, :]
+    if mask.shape[-2] > 1 and (torch.compiler.is_compiling() or not torch.equal(mask, row.expand_as(mask))):
+        raise OperatorError(
+            f"linear_attention was given an attention mask of shape {tuple(mask.shape)}: it sums keys once for all "
+            "queries, so a mask must hide the same keys from each. Give it as [..., 1, keys], or keep softmax here."
+        )
+    row = row.transpose(-1, -2).to(dtype)
+    return row if mask.dtype == torch.bool else row.exp()

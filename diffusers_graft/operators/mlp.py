@@ -4,6 +4,7 @@ Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, T
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,15 +18,22 @@ from .base import FeedForwardOperator, LinearPair
 
 # By diffusers' names.
 ACTIVATIONS = {
-    "gelu": F.gelu, "gelu-approximate": partial(F.gelu, approximate="tanh"), "linear-silu": F.silu, "relu": F.relu,
+    "gelu": F.gelu, "gelu-approximate": partial(F.gelu, approximate="tanh"), "silu": F.silu, "linear-silu": F.silu,
+    "relu": F.relu,
 }  # fmt: skip
+
+# They need a second input layer for the gate.
+GATED = ("geglu", "geglu-approximate", "swiglu")
 
 
 class Mlp(FeedForwardOperator):
     """Wider than the original it starts as the same function; narrower, with the original's strongest neurons."""
 
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
-    start = "keeps the original's neurons: all of them where there is room (then the same function), else the strongest"
+    start = (
+        "keeps the original's neurons: all of them where there is room (then, with the original's activation, the same "
+        "function), else the strongest"
+    )
 
     @dataclass(frozen=True, kw_only=True)
     class Config(FeedForwardOperator.Config):
@@ -41,19 +49,34 @@ class Mlp(FeedForwardOperator):
 
         def __post_init__(self):
             super().__post_init__()
-            if not self.expansion > 0:
-                raise OperatorError(f"mlp: expansion is a positive ratio; got {self.expansion!r}.")
+            number = isinstance(self.expansion, int | float) and not isinstance(self.expansion, bool)
+            if not number or not 0 < self.expansion < math.inf:
+                raise OperatorError(f"mlp: expansion is a positive ratio; got {self.expansion!r}. Try 3, 4 or 6.")
+            if self.activation in GATED:
+                raise OperatorError(
+                    f"mlp: {self.activation} is gated, which takes a second input layer that mlp has not. "
+                    f"Name one of {', '.join(sorted(ACTIVATIONS))}."
+                )
             if self.activation is not None and self.activation not in ACTIVATIONS:
                 raise UnknownNameError("activation of mlp", self.activation, ACTIVATIONS)
 
         def resolved(self, site: Site) -> Mlp.Config:
-            return self if self.activation is not None else replace(self, activation=site.activation)
+            if self.activation is not None:
+                return self
+            if site.activation is None:
+                raise OperatorError(
+                    f"mlp: the activation of {site.path} is not known. Name one of {', '.join(sorted(ACTIVATIONS))}."
+                )
+            return replace(self, activation=site.activation)
 
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
         hidden = round(config.expansion * site.width)
         if hidden < 1:
-            raise OperatorError(f"mlp: expansion {config.expansion} of width {site.width} leaves no neuron.")
+            raise OperatorError(
+                f"mlp: expansion {config.expansion} of width {site.width} leaves no neuron; "
+                f"{1 / site.width:.2g} leaves one."
+            )
         self.activation = ACTIVATIONS[config.resolved(site).activation]
         self.up, self.down = nn.Linear(site.width, hidden), nn.Linear(hidden, site.width)
 

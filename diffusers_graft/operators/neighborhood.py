@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import GeometryError, OperatorError
-from ..site import Context
+from ..site import Context, Site
 from ._tiles import dense_attention, tiled_attention
 from .base import Mixer
 
@@ -35,10 +35,16 @@ class Neighborhood(Mixer):
 
         def __post_init__(self):
             super().__post_init__()
-            if not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
-                raise OperatorError(f"neighborhood: kernel is an odd count of tokens; got {self.kernel!r}. Try 3, 5 or 7.")
-            if not isinstance(self.dilation, int) or self.dilation < 1:
-                raise OperatorError(f"neighborhood: dilation counts steps from 1; got {self.dilation!r}.")
+            if type(self.kernel) is not int or self.kernel < 1 or self.kernel % 2 == 0:
+                raise OperatorError(
+                    f"neighborhood: kernel is an odd count of tokens; got {self.kernel!r}. Try 3, 5 or 7."
+                )
+            if type(self.dilation) is not int or self.dilation < 1:
+                raise OperatorError(f"neighborhood: dilation counts steps from 1; got {self.dilation!r}. Try 1.")
+
+    def __init__(self, config: Config, site: Site):
+        super().__init__(config, site)
+        self.causal_operator = config.kernel == 1  # a token by itself
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         tile = 4 if self.config.kernel < 9 else 8
@@ -54,8 +60,8 @@ class Neighborhood(Mixer):
         reach = self.config.kernel * self.config.dilation
         if min(lengths) < reach:
             raise GeometryError(
-                f"neighborhood: kernel {self.config.kernel} with dilation {self.config.dilation} spans {reach} tokens, but the "
-                f"grid is {grid}. Choose a smaller kernel or dilation, or larger latents."
+                f"neighborhood: kernel {self.config.kernel} with dilation {self.config.dilation} spans {reach} tokens, "
+                f"but the grid is {grid}. Choose a smaller kernel or dilation, or larger latents."
             )
         return tuple((length, self.config.kernel, self.config.dilation) for length in lengths)
 
@@ -69,7 +75,7 @@ class Neighborhood(Mixer):
 
 
 def around(length: int, kernel: int, dilation: int) -> list[range]:
-    """The places each place of an axis sees, as NATTEN defines it: `kernel` of those of its own remainder by the dilation."""
+    """The places each place of an axis sees, by NATTEN: `kernel` of those of its own remainder by the dilation."""
     rows = []
     for i in range(length):
         peers = range(i % dilation, length, dilation)

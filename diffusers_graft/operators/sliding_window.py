@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import OperatorError
-from ..site import Context
+from ..site import Context, Site
 from ._tiles import dense_attention, tiled_attention
 from .base import Mixer
 
@@ -32,8 +32,14 @@ class SlidingWindow(Mixer):
         def __post_init__(self):
             super().__post_init__()
             sound = isinstance(self.window, tuple) and len(self.window) == 2
-            if not sound or not all(isinstance(side, int) and side >= 0 for side in self.window):
-                raise OperatorError(f"sliding_window: window is (before, after), two counts of tokens; got {self.window!r}.")
+            if not sound or not all(type(side) is int and side >= 0 for side in self.window):
+                raise OperatorError(
+                    f"sliding_window: window is (before, after), two counts of tokens; got {self.window!r}. Try (4, 4)."
+                )
+
+    def __init__(self, config: Config, site: Site):
+        super().__init__(config, site)
+        self.causal_operator = config.window[1] == 0
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         axes = ((query.shape[2], *self.config.window),)

@@ -126,7 +126,7 @@ def test_linear_attention_hides_masked_keys(mask):
 
 
 def test_linear_attention_refuses_a_mask_of_queries():
-    with pytest.raises(GeometryError, match="same keys"):
+    with pytest.raises(OperatorError, match="same keys"):
         build("linear_attention")(*qkv(4), Context(mask=torch.ones(4, 4, dtype=torch.bool).tril()[None, None]))
 
 
