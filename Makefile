@@ -13,7 +13,7 @@ help: ## Show this list
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
-	@$(PYTHON) -m venv $(VENV) || { echo "No virtual environment could be made; on Debian: apt install python3-venv"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "No virtual environment could be made. Where ensurepip is missing (Debian, Ubuntu): apt install python3-venv"; exit 1; }
 	@# torch on its own, before anything else can ask for a larger build of it
 	@echo "installing into $(VENV) ..."
 	@$(BIN)/pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)

@@ -1,8 +1,8 @@
-"""Nothing here may leave the machine."""
+"""Nothing here may leave the machine, and no test may lean on another's random state."""
 import os
 import socket
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import, and inherited by the processes that tests start
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
@@ -10,16 +10,32 @@ import pytest
 import torch
 
 
+def _is_local(family, address):
+    if family not in (socket.AF_INET, socket.AF_INET6):
+        return True
+    return address[0] in ("localhost", "::1") or address[0].startswith("127.")
+
+
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
-    connect = socket.socket.connect
+def network_attempts(monkeypatch):
+    """Refuse every connection beyond this machine; fail the test even where the code under test swallowed the refusal."""
+    attempts = []
 
-    def refuse(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            raise AssertionError(f"a test tried to reach {address}")
-        return connect(self, address)
+    def guarded(name):
+        original = getattr(socket.socket, name)
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+        def call(self, *args):
+            if not _is_local(self.family, args[-1]):
+                attempts.append(args[-1])
+                raise ConnectionRefusedError(f"a test tried to reach {args[-1]}")
+            return original(self, *args)
+
+        return call
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, guarded(name))
+    yield attempts
+    assert not attempts, f"the test tried to reach {attempts}"
 
 
 @pytest.fixture(autouse=True)
