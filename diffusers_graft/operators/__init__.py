@@ -56,7 +56,11 @@ def configure(spec: str | OperatorConfig | dict[str, Any]) -> OperatorConfig:
         return get(spec).Config()
     if not isinstance(spec, dict) or "operator" not in spec:
         raise OperatorError(f'An operator is a name, a Config, or a dict with the key "operator"; got {spec!r}.')
-    operator = get(spec["operator"])
+    return _configured(get(spec["operator"]), spec)
+
+
+def _configured(operator: type[Operator], spec: dict[str, Any]) -> OperatorConfig:
+    """The config that `OperatorConfig.to_dict` wrote, for an operator that need not be registered."""
     settings = {name: value for name, value in spec.items() if name != "operator"}
     names = {field.name for field in dataclasses.fields(operator.Config)}
     for name in settings:

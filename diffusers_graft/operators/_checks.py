@@ -5,80 +5,28 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import GeometryError, GraftError, OperatorError
-from ..site import Context, Grid, Site
-from . import configure
-from .base import FeedForwardOperator, Mixer, Operator, OperatorConfig
-
-GRIDS = (Grid(height=8, width=8), Grid(height=9, width=13), Grid(height=20, width=17))
-
-
-class ConformanceError(GraftError):
-    """An operator does not keep what it declares; the message begins with the name of the check."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An operator under test, with what it takes to run it: inputs, a context, and a fresh copy whenever one is needed."""
-
-    config: OperatorConfig
-    site: Site
-    grid: Grid = GRIDS[0]
-
-    def build(self, seed: int = 0) -> Operator:
-        """In float64, with every parameter moved off its start, so that gates that start closed hide nothing."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            operator = self.config.resolved(self.site).build(self.site).double().eval()
-            with torch.no_grad():
-                for parameter in operator.parameters():
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-        return operator
-
-    def inputs(self, seed: int = 1, batch: int = 2, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        if self.site.kind == "feed_forward":
-            shapes = [(batch, self.grid.tokens, self.site.width)]
-        else:
-            shapes = [(batch, self.site.heads, self.grid.tokens, self.site.head_width)] * 3
-        return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-    @property
-    def context(self) -> Context:
-        return Context(grid=self.grid)
-
-    def on(self, grid: Grid) -> Subject:
-        return dataclasses.replace(self, grid=grid)
-
-
-def fail(check: str, seen: str) -> None:
-    """Say which check failed, and on what."""
-    raise ConformanceError(f"{check}: {seen}")
-
-
-def run(operator: Operator, inputs: list[torch.Tensor], context: Context) -> torch.Tensor:
-    """The operator's output."""
-    return operator(*inputs, context)
-
-
-def _gradients(call: Callable[..., torch.Tensor], operator: Operator, inputs: list[torch.Tensor], context: Context):
-    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    output = call(*inputs, context)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(output)
-    wanted = [*inputs, *operator.parameters()]
-    return output.detach(), torch.autograd.grad((output * weights).sum(), wanted, allow_unused=True)
+from ..errors import GeometryError, GraftError
+from ..site import Context, Grid
+from . import _configured, available, configure
+from ._subject import Subject, fail, gradients, run
+from .base import FeedForwardOperator, Mixer, Operator
 
 
 def check_config_round_trip(subject: Subject) -> None:
     """A config comes back from JSON as it was."""
-    again = configure(json.loads(json.dumps(subject.config.to_dict())))
-    if again != subject.config:
+    config = subject.config
+    written = json.loads(json.dumps(config.to_dict()))
+    missing = {"operator", *(field.name for field in dataclasses.fields(config))} - set(written)
+    if missing or written["operator"] != config.owner.name:
+        fail("config_round_trip", f"to_dict() gave {written}; missing are {sorted(missing) or 'none'}")
+    registered = config.owner.name in available()
+    again = configure(written) if registered else _configured(config.owner, written)
+    if again != config:
         fail("config_round_trip", f"{subject.config} came back from JSON as {again}")
 
 
@@ -108,11 +56,10 @@ def check_finite_on_large_inputs(subject: Subject) -> None:
 
 
 def check_every_grid(subject: Subject) -> None:
-    """Odd, oblong and larger grids give finite outputs."""
-    for grid in GRIDS:
-        there = subject.on(grid)
+    """Odd, oblong and larger grids give finite outputs, or are refused with words."""
+    for there in subject.accepted():
         if not run(there.build(), there.inputs(), there.context).isfinite().all():
-            fail("every_grid", f"values that are not finite on the grid {grid}")
+            fail("every_grid", f"values that are not finite on the grid {there.grid}")
 
 
 def check_needs_grid(subject: Subject) -> None:
@@ -130,12 +77,14 @@ def check_needs_grid(subject: Subject) -> None:
 
 def check_gradients_reach_everything(subject: Subject) -> None:
     """Every input and parameter gets a gradient, unless `unused_inputs` names it."""
-    operator = subject.build()
-    _, gradients = _gradients(operator, operator, subject.inputs(), subject.context)
-    names = [f"input {n}" for n in range(len(subject.inputs()))] + [name for name, _ in operator.named_parameters()]
-    dead = [name for name, g in zip(names, gradients, strict=True) if g is None or not g.isfinite().all() or not g.any()]
-    if set(dead) - set(operator_unused(operator)):
-        fail("gradients_reach_everything", f"no useful gradient for {', '.join(dead)}")
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        operator, inputs = subject.build().to(dtype), subject.inputs(dtype=dtype)
+        _, found = gradients(operator, operator, inputs, subject.context)
+        names = [f"input {n}" for n in range(len(inputs))] + [name for name, _ in operator.named_parameters()]
+        useful = [g is not None and bool(g.isfinite().all() and g.any()) for g in found]
+        dead = {name for name, reached in zip(names, useful, strict=True) if not reached}
+        if dead := sorted(dead - set(operator_unused(operator))):
+            fail("gradients_reach_everything", f"no useful gradient for {', '.join(dead)} in {dtype}")
 
 
 def operator_unused(operator: Operator) -> tuple[str, ...]:
@@ -215,6 +164,19 @@ def check_compiles(subject: Subject) -> None:
         fail("compiles", "compiled outputs differ")
 
 
+def check_trains_after_inference(subject: Subject) -> None:
+    """Nothing that a run in inference mode leaves behind stands in the way of training."""
+    # A grid that no other check runs on, so that what is kept from grid to grid is made here.
+    there = subject.on(Grid(height=subject.grid.height + 3, width=subject.grid.width + 10))
+    operator, inputs = there.build(), there.inputs()
+    with torch.inference_mode():
+        run(operator, there.inputs(), there.context)
+    try:
+        gradients(operator, operator, inputs, there.context)
+    except RuntimeError as error:
+        fail("trains_after_inference", str(error))
+
+
 def check_checkpointing(subject: Subject) -> None:
     """Gradients under checkpointing are the same."""
     operator = subject.build()
@@ -222,8 +184,8 @@ def check_checkpointing(subject: Subject) -> None:
     def checkpointed(*arguments):
         return checkpoint(operator, *arguments, use_reentrant=False)
 
-    _, plain = _gradients(operator, operator, subject.inputs(), subject.context)
-    _, again = _gradients(checkpointed, operator, subject.inputs(), subject.context)
+    _, plain = gradients(operator, operator, subject.inputs(), subject.context)
+    _, again = gradients(checkpointed, operator, subject.inputs(), subject.context)
     pairs = [(a, b) for a, b in zip(plain, again, strict=True) if a is not None]
     if not all(b is not None and torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in pairs):
         fail("checkpointing", "gradients under checkpointing differ")
@@ -233,16 +195,46 @@ def check_agrees_with_reference(subject: Subject) -> bool | None:
     """Outputs and gradients are those of `reference`."""
     if not hasattr(subject.config.owner, "reference"):
         return False
-    for grid in GRIDS:
-        there = subject.on(grid)
+    for there in subject.accepted():
         operator = there.build()
-        fast = _gradients(operator, operator, there.inputs(), there.context)
-        plain = _gradients(operator.reference, operator, there.inputs(), there.context)
+        fast = gradients(operator, operator, there.inputs(), there.context)
+        plain = gradients(operator.reference, operator, there.inputs(), there.context)
         for number, (a, b) in enumerate(zip((fast[0], *fast[1]), (plain[0], *plain[1]), strict=True)):
             if (a is None) != (b is None) or (a is not None and not torch.allclose(a, b, rtol=1e-7, atol=1e-7)):
                 what = f"gradient {number}" if number else "output"
-                fail("agrees_with_reference", f"{what} differs from the reference on the grid {grid}")
+                fail("agrees_with_reference", f"{what} differs from the reference on the grid {there.grid}")
     return None
+
+
+def check_honours_mask(subject: Subject) -> bool | None:
+    """Hidden keys change nothing, however they are hidden; a mask that differs by query is honoured or refused."""
+    operator, inputs = subject.build(), subject.inputs()
+    if not operator.honours_mask:
+        return False
+    tokens, hidden = subject.grid.tokens, 3
+    visible = (torch.arange(tokens) < tokens - hidden)[None, None, None]
+    changed = [inputs[0], *(tensor.clone() for tensor in inputs[1:])]
+    for tensor in changed[1:]:
+        tensor[:, :, -hidden:] += 1
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
+    for mask in (visible, additive(visible, float("-inf")), additive(visible, -10000.0), causal):
+        context = dataclasses.replace(subject.context, mask=mask)
+        try:
+            before, after = run(operator, inputs, context), run(operator, changed, context)
+        except GraftError:
+            if mask is causal:
+                continue
+            raise
+        seen = slice(0, tokens - hidden)
+        if not torch.allclose(before[:, :, seen], after[:, :, seen], rtol=1e-9, atol=1e-9):
+            what = "a mask that differs by query" if mask is causal else f"a {mask.dtype} mask of keys"
+            fail("honours_mask", f"honours_mask is True, but keys hidden by {what} change the output")
+    return None
+
+
+def additive(visible: torch.Tensor, hidden: float) -> torch.Tensor:
+    """A mask of booleans as one to add to scores."""
+    return torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, hidden)
 
 
 def check_sees_ahead(subject: Subject) -> bool | None:
@@ -276,17 +268,21 @@ def check_feed_forward_stays_in_place(subject: Subject) -> bool | None:
 
 
 def check_flops(subject: Subject) -> None:
-    """Within 1 % of torch's counter on the definition, or at least all it sees where gates go uncounted."""
+    """Within 1 % of what torch's counter sees, plus `uncounted_flops(tokens)` to which it is blind.
+
+    An operator with a `masked_share(tokens)` is counted on its reference, a dense softmax, of which that share counts.
+    """
     operator, tokens = subject.build(), subject.grid.tokens
     declared = operator.flops(tokens)
-    if not isinstance(declared, int) or declared < 0:
-        raise OperatorError(f"{operator.name}: flops(tokens) is a whole number; got {declared!r}.")
+    if type(declared) is not int or declared < 0:
+        fail("flops", f"flops(tokens) is a whole number; got {declared!r}")
+    share = getattr(operator, "masked_share", None)
+    call = operator.reference if share else operator
     counter = FlopCounterMode(display=False)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
-        run(operator, subject.inputs(batch=1), subject.context)
-    counted, allowed = counter.get_total_flops(), getattr(operator, "uncounted_flops", lambda tokens: 0)(tokens)
-    masked = getattr(operator, "masked_share", lambda tokens: 1.0)(tokens)
-    expected = counted * masked + allowed
+        call(*subject.inputs(batch=1), subject.context)
+    blind = getattr(operator, "uncounted_flops", lambda tokens: 0)(tokens)
+    expected = counter.get_total_flops() * (share(tokens) if share else 1) + blind
     if abs(declared - expected) > 0.01 * max(expected, 1):
         fail("flops", f"flops({tokens}) is {declared:,}; torch's counter and what it is blind to make {expected:,.0f}")
 

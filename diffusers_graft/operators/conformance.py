@@ -1,15 +1,18 @@
 """The conformance suite: `check_operator(config)` proves what an operator declares.
 
-Which checks apply follows from the operator's declarations, never from its name. Where an operator has a `reference` method,
-the definition in plain torch, its forward and gradients are compared with it.
+Which checks apply follows from the operator's declarations, never from its name. Where an operator has a `reference`
+method, the definition in plain torch, its forward and gradients are compared with it.
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..site import Site
 from . import configure
-from ._checks import CHECKS, ConformanceError, Subject
+from ._checks import CHECKS
+from ._subject import ConformanceError, Subject
 from .base import OperatorConfig
 
 __all__ = ["ConformanceError", "Report", "check_operator", "example_site"]
@@ -17,13 +20,15 @@ __all__ = ["ConformanceError", "Report", "check_operator", "example_site"]
 
 @dataclass(frozen=True)
 class Report:
-    """The checks an operator passed."""
+    """The checks an operator passed; `str(report)` is a table of them."""
 
     config: OperatorConfig
     passed: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.config} passed {len(self.passed)} checks:", *(f"  {name}" for name in self.passed)])
+        width = max(map(len, self.passed), default=0)
+        rows = (f"  {name:<{width}}  {_PROMISES[name]}" for name in self.passed)
+        return "\n".join([f"{self.config} passed {len(self.passed)} checks:", *rows])
 
 
 def example_site(kind: str) -> Site:
@@ -42,11 +47,34 @@ def check_operator(config: OperatorConfig | str | dict, *, kind: str | None = No
 
     Raises:
         ConformanceError: naming the first check that failed, and what was seen.
+        GraftError: where the operator cannot be built on a site of that kind.
     """
     config = configure(config)
     subject = Subject(config, example_site(kind or config.owner.kinds[0]))
+    subject.build()
+    with _named("every_grid"):
+        subject = subject.accepted()[0]
     passed = []
     for check in CHECKS:
-        if check(subject) is not False:
-            passed.append(check.__name__.removeprefix("check_"))
+        with _named(_name(check)):
+            if check(subject) is not False:
+                passed.append(_name(check))
     return Report(config, tuple(passed))
+
+
+@contextmanager
+def _named(check: str) -> Iterator[None]:
+    """Whatever goes wrong within is the failure of this check."""
+    try:
+        yield
+    except ConformanceError:
+        raise
+    except Exception as error:
+        raise ConformanceError(f"{check}: {type(error).__name__}: {error}") from error
+
+
+def _name(check: Callable[[Subject], bool | None]) -> str:
+    return check.__name__.removeprefix("check_")
+
+
+_PROMISES = {_name(check): check.__doc__.splitlines()[0] for check in CHECKS}

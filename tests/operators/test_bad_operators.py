@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusers_graft import check_operator
-from diffusers_graft.errors import GeometryError
-from diffusers_graft.operators import FeedForwardOperator, Mixer, _checks, conformance
+from diffusers_graft.errors import GeometryError, OperatorError
+from diffusers_graft.operators import FeedForwardOperator, Mixer, _checks, available, conformance
+from diffusers_graft.operators._subject import Subject
 from diffusers_graft.site import Context
 
 
@@ -34,7 +35,13 @@ class ForgetsSetting(Good):
         kept: int = 1
 
         def to_dict(self):
-            return {"operator": "self_attention", "init": self.init}
+            return {"operator": self.owner.name, "init": self.init}
+
+
+class WritesAnotherName(Good):
+    class Config(Good.Config):
+        def to_dict(self):
+            return {**super().to_dict(), "operator": "self_attention"}
 
 
 class WrongShape(Good):
@@ -138,6 +145,57 @@ class WrongFastPath(Good):
         return self(query, key, 1.01 * value, context)
 
 
+class IgnoresMask(Good):
+    honours_mask = True
+
+
+class MasksByTheFirstQuery(Good):
+    honours_mask = True
+
+    def forward(self, query, key, value, context):
+        mask = None if context.mask is None else context.mask[:, :, -1:]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask) * self.gate
+
+
+class RefusesItsMask(Good):
+    honours_mask = True
+
+    def forward(self, query, key, value, context):
+        if context.mask is not None:
+            raise OperatorError("no masks here")
+        return super().forward(query, key, value, context)
+
+
+class KeepsInferenceTensors(Good):
+    factor = None
+
+    def forward(self, query, key, value, context):
+        if self.factor is None:
+            self.factor = torch.full((1,), 2.0, dtype=value.dtype)
+        return super().forward(query, key, value, context) * self.factor
+
+
+class PreciseOnly(Good):
+    def forward(self, query, key, value, context):
+        mixed = super().forward(query, key, value, context)
+        return mixed.detach() if value.dtype == torch.bfloat16 else mixed
+
+
+class RefusesEveryGrid(Good):
+    def forward(self, query, key, value, context):
+        raise GeometryError("never")
+
+
+class CrashesOnOddGrids(Good):
+    def forward(self, query, key, value, context):
+        return super().forward(query, key, value, context).view(*query.shape[:2], 8, -1).reshape(query.shape)
+
+
+class FractionalFlops(Good):
+    def flops(self, tokens):
+        return super().flops(tokens) / 1
+
+
 class SaysCausal(Good):
     causal_operator = True
 
@@ -175,20 +233,21 @@ class Uncheckpointable(Good):
 
 
 BAD = {
-    "config_round_trip": [ForgetsSetting], "shape_and_dtype": [WrongShape, WrongDtype], "bfloat16_close": [Imprecise],
+    "config_round_trip": [ForgetsSetting, WritesAnotherName], "shape_and_dtype": [WrongShape, WrongDtype], "bfloat16_close": [Imprecise],
     "finite_on_large_inputs": [Overflows], "every_grid": [EightByEight], "needs_grid": [HidesItsGrid, ClaimsAGrid],
-    "gradients_reach_everything": [DeadParameter], "batch_rows_independent": [MixesRows], "deterministic": [Counts],
+    "gradients_reach_everything": [DeadParameter, PreciseOnly], "batch_rows_independent": [MixesRows], "deterministic": [Counts],
     "leaves_inputs_alone": [ChangesInputs], "leaves_generators_alone": [DrawsNumbers], "same_seed_same_start": [OwnDice],
     "state_dict_round_trip": [UnsavedState], "builds_on_meta": [PinnedDevice], "compiles": [BreaksTheGraph],
     "checkpointing": [Uncheckpointable], "agrees_with_reference": [WrongFastPath],
+    "trains_after_inference": [KeepsInferenceTensors], "honours_mask": [IgnoresMask, MasksByTheFirstQuery],
     "sees_ahead": [SaysCausal, SaysNothingOfCausal], "feed_forward_stays_in_place": [MixingFeedForward],
-    "flops": [Understates],
+    "flops": [Understates, FractionalFlops],
 }  # fmt: skip
 
 
 def subject_of(operator):
     kind = operator.kinds[0]
-    return _checks.Subject(operator.Config(), conformance.example_site(kind))
+    return Subject(operator.Config(), conformance.example_site(kind))
 
 
 PAIRS = [(check, operator) for check, bad in BAD.items() for operator in bad]
@@ -204,9 +263,30 @@ def test_every_check_is_tested():
     assert set(BAD) == {check.__name__.removeprefix("check_") for check in _checks.CHECKS}
 
 
-def test_a_good_operator_passes_the_same_checks(monkeypatch):
-    monkeypatch.setattr(conformance, "configure", lambda spec: spec if not isinstance(spec, dict) else Good.Config())
-    assert len(check_operator(Good.Config()).passed) >= 17
+def test_a_good_operator_passes_the_same_checks_before_it_is_registered():
+    assert "good" not in available()
+    assert len(check_operator(Good.Config()).passed) >= 18
+
+
+@pytest.mark.parametrize(("operator", "message"), [
+    (RefusesEveryGrid, "^every_grid: it refuses 8 x 8, 9 x 13, 25 x 23; the last of them so: never"),
+    (CrashesOnOddGrids, "^every_grid: RuntimeError: "), (RefusesItsMask, "^honours_mask: OperatorError: no masks here"),
+    (WrongShape, "^shape_and_dtype: "), (FractionalFlops, "^flops: "),
+])  # fmt: skip
+def test_whatever_goes_wrong_is_named(operator, message):
+    with pytest.raises(conformance.ConformanceError, match=message):
+        check_operator(operator.Config())
+
+
+def test_what_cannot_be_built_is_refused_as_anywhere():
+    with pytest.raises(OperatorError, match="replaces self_attention"):
+        check_operator(Good.Config(), kind="feed_forward")
+
+
+def test_a_report_is_a_table_of_promises():
+    lines = str(check_operator("self_attention")).splitlines()
+    assert lines[0].startswith("self_attention() passed ")
+    assert any(line.split(maxsplit=1) == ["deterministic", "The same inputs give the same outputs."] for line in lines)
 
 
 def test_context_without_grid_is_refused_in_words():
