@@ -1,4 +1,4 @@
-"""Every operator, found by its file name in this folder or through the entry point group `diffusers_graft.operators`."""
+"""Every operator, found by its file name here or through the entry point group `diffusers_graft.operators`."""
 from __future__ import annotations
 
 import dataclasses

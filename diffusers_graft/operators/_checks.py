@@ -14,7 +14,7 @@ from ..errors import GeometryError, GraftError
 from ..site import Context, Grid
 from . import _configured, available, configure
 from ._subject import Subject, fail, gradients, run
-from .base import FeedForwardOperator, Mixer, Operator
+from .base import FeedForwardOperator, Mixer
 
 
 def check_config_round_trip(subject: Subject) -> None:
@@ -83,13 +83,8 @@ def check_gradients_reach_everything(subject: Subject) -> None:
         names = [f"input {n}" for n in range(len(inputs))] + [name for name, _ in operator.named_parameters()]
         useful = [g is not None and bool(g.isfinite().all() and g.any()) for g in found]
         dead = {name for name, reached in zip(names, useful, strict=True) if not reached}
-        if dead := sorted(dead - set(operator_unused(operator))):
+        if dead := sorted(dead - set(operator.unused_inputs)):
             fail("gradients_reach_everything", f"no useful gradient for {', '.join(dead)} in {dtype}")
-
-
-def operator_unused(operator: Operator) -> tuple[str, ...]:
-    """Inputs that an operator declares it does not read."""
-    return getattr(operator, "unused_inputs", ())
 
 
 def check_batch_rows_independent(subject: Subject) -> None:

@@ -1,7 +1,8 @@
 """The contract of an operator: what a contributor writes, and what the rest of the library may rely on.
 
 An operator is one file; its file name is its name. It knows torch and einops, nothing of diffusers: sizes come from the
-`Site`, geometry from the `Context`. Legend for shapes: B batch, H heads, N query tokens, M key tokens, D width, E head width.
+`Site`, geometry from the `Context`. Legend for shapes: B batch, H heads, N query tokens, M key tokens, D width, E head
+width.
 """
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ class OperatorConfig:
     """Settings of an operator: frozen, keyword-only, JSON-able, and never a model size.
 
     Attributes:
-        init: `"warm"` starts from the part that is replaced; `"random"` from scratch, the paper's setting and the control.
+        init: `"warm"` starts from the part that is replaced; `"random"` from scratch, the paper's setting, the control.
     """
 
     owner: ClassVar[type[Operator]]
@@ -77,6 +78,11 @@ class Operator(nn.Module):
         causal_operator: whether a token sees only tokens before it.
         paper: title and arXiv id of where it comes from.
         start: one sentence on what a warm start keeps; printed on cards.
+        unused_inputs: inputs that it does not read, `"input 0"` for the first; they get no gradient.
+
+    Where they depend on settings, `__init__` sets them on the instance. Optional methods that `check_operator` reads:
+    `reference`, the definition in plain torch with the signature of `forward`; `uncounted_flops(tokens)`, the part of
+    `flops` that torch's counter is blind to; `masked_share(tokens)`, the part of its reference's work that counts.
     """
 
     name: ClassVar[str]
@@ -86,6 +92,7 @@ class Operator(nn.Module):
     causal_operator: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     start: ClassVar[str] = ""
+    unused_inputs: ClassVar[tuple[str, ...]] = ()
     Config: ClassVar[type[OperatorConfig]] = OperatorConfig
 
     def __init_subclass__(cls, **kwargs):

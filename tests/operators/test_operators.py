@@ -1,6 +1,7 @@
 """Against independent definitions, and bad settings."""
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +126,119 @@ def test_linear_attention_hides_masked_keys(mask):
     torch.testing.assert_close(mixed, operator(query, key[:, :, :5], value[:, :, :5], Context()))
 
 
+@pytest.mark.parametrize(("layout", "size"), [("causal_1d", 4), ("centered_1d", 3), ("centered_1d", 4), ("2d", 2), ("2d", 3)])
+def test_hyena_x_and_its_gradients_tap_by_tap(layout, size):
+    operator, height, width = build({"operator": "hyena_x", "layout": layout, "kernel_size": size}), 4, 5
+    rows, columns = (height, width) if layout == "2d" else (1, height * width)
+    before = size - 1 if layout == "causal_1d" else size // 2
+
+    def by_hand(query, key, value):
+        mixed = torch.ones_like(query)
+        for convolution, part in zip(operator.convolutions.values(), (query, key, value), strict=True):
+            convolved = []
+            for y, x in itertools.product(range(rows), range(columns)):
+                total = convolution.bias.view(3, 4)
+                for dy, dx in itertools.product(range(size if rows > 1 else 1), range(size)):
+                    from_y, from_x = y + dy - (before if rows > 1 else 0), x + dx - before
+                    if 0 <= from_y < rows and 0 <= from_x < columns:
+                        taps = convolution.weight[:, 0, dy, dx].view(3, 4)
+                        total = total + taps * part[0, :, from_y * columns + from_x]
+                convolved.append(total)
+            mixed = mixed * torch.stack(convolved, 1)
+        return mixed
+
+    inputs = [part.requires_grad_() for part in qkv(height * width)]
+    context, wanted = Context(grid=Grid(height=height, width=width)), [*inputs, *operator.parameters()]
+    fast, plain = operator(*inputs, context), by_hand(*inputs)
+    torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-10)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (fast, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_hyena_x_in_2d_refuses_a_video():
+    with pytest.raises(OperatorError, match="grid is 2 x 4 x 5. Choose causal_1d or centered_1d for videos"):
+        build({"operator": "hyena_x", "layout": "2d"})(*qkv(40), Context(grid=Grid(frames=2, height=4, width=5)))
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "relu", "softmax"])
+def test_linear_attention_and_its_gradients_by_hand(feature_map):
+    operator = build({"operator": "linear_attention", "feature_map": feature_map})
+
+    def phi(tensor, head, which):
+        if feature_map == "elu":
+            return torch.where(tensor > 0, tensor + 1, tensor.exp())
+        if feature_map == "relu":
+            return tensor.clamp(min=0) + 1e-3
+        mapped = (tensor @ operator.feature_weight[which, head]).exp(), (-tensor @ operator.feature_weight[which, head]).exp()
+        return torch.cat([half / half.sum() for half in mapped])
+
+    def by_hand(query, key, value):
+        rows = []
+        for head, place in itertools.product(range(3), range(6)):
+            weights = [phi(query[0, head, place], head, 0) @ phi(key[0, head, j], head, 1) for j in range(6)]
+            rows.append(sum(w * value[0, head, j] for j, w in enumerate(weights)) / sum(weights))
+        return torch.stack(rows).view(1, 3, 6, 4)
+
+    inputs = [part.requires_grad_() for part in qkv(6)]
+    fast, plain = operator(*inputs, Context()), by_hand(*inputs)
+    torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-10)
+    wanted = [*inputs, *operator.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (fast, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_linear_attention_sums_in_float32():
+    """Sums of 4096 keys kept in bfloat16 would be wrong by percents."""
+    operator = configure("linear_attention").build(ATTENTION)
+    inputs = [part.bfloat16() for part in qkv(4096)]
+    precise = operator(*(part.double() for part in inputs), Context())
+    error = (operator(*inputs, Context()).double() - precise).norm() / precise.norm()
+    assert error < 0.01
+
+
+def test_an_additive_mask_weighs_keys_as_in_softmax():
+    operator, (query, key, value) = build("linear_attention"), qkv(3)
+    twice = operator(query, key, value, Context(mask=torch.tensor([0.0, math.log(2), 0.0])[None, None, None].double()))
+    again = torch.tensor([0, 1, 1, 2])
+    torch.testing.assert_close(twice, operator(query, key[:, :, again], value[:, :, again], Context()))
+
+
+def test_a_value_convolution_starts_silent_and_stays_within_frames():
+    operator, plain = build({"operator": "linear_attention", "value_conv": 3}), build("linear_attention")
+    context, (query, key, value) = Context(grid=Grid(frames=2, height=4, width=5)), qkv(40)
+    assert torch.equal(operator(query, key, value, context), plain(query, key, value, context))
+    torch.nn.init.ones_(operator.value_convolution.weight)
+    near = operator(query, key, value, context) - plain(query, key, value, context)
+    torch.testing.assert_close(near[:, :, 20], value[:, :, [20, 21, 25, 26]].sum(2))
+    torch.testing.assert_close(near[:, :, 19], value[:, :, [13, 14, 18, 19]].sum(2))
+
+
+def test_a_value_convolution_needs_self_attention_and_a_grid():
+    with pytest.raises(OperatorError, match="value_conv=0"):
+        build({"operator": "linear_attention", "value_conv": 3}, example_site("cross_attention"))
+    with pytest.raises(GeometryError, match="gave no grid"):
+        build({"operator": "linear_attention", "value_conv": 3})(*qkv(4), Context())
+
+
+def test_compiled_linear_attention_refuses_a_mask_it_cannot_look_at():
+    torch._dynamo.reset()
+    operator = torch.compile(build("linear_attention"), fullgraph=True, backend="eager")
+    row = torch.tensor([True, True, False])[None, None, None]
+    torch.testing.assert_close(operator(*qkv(3), Context(mask=row)), build("linear_attention")(*qkv(3), Context(mask=row)))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="OperatorError"):
+        operator(*qkv(3), Context(mask=torch.ones(3, 3, dtype=torch.bool).tril()[None, None]))
+
+
+def test_self_attention_is_softmax_bit_for_bit():
+    query, key, value = (part.float() for part in qkv(9))
+    mask = torch.rand(1, 1, 9, 9) > 0.3
+    for settings_ in ({"mask": mask}, {"causal": True}, {"scale": 0.2}):
+        names = {"mask": "attn_mask", "causal": "is_causal", "scale": "scale"}
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, **{names[name]: setting for name, setting in settings_.items()})  # fmt: skip
+        assert torch.equal(configure("self_attention").build(ATTENTION)(query, key, value, Context(**settings_)), expected)
+
+
 def test_linear_attention_refuses_a_mask_of_queries():
     with pytest.raises(OperatorError, match="same keys"):
         build("linear_attention")(*qkv(4), Context(mask=torch.ones(4, 4, dtype=torch.bool).tril()[None, None]))
@@ -154,6 +268,34 @@ def test_a_wide_enough_mlp_starts_as_the_same_function(expansion):
     torch.testing.assert_close(mlp(expansion)(tokens, Context()), pair_forward(original_pair(), tokens), rtol=1e-12, atol=1e-12)
 
 
+def test_an_mlp_of_the_same_width_is_the_same_bit_for_bit():
+    tokens = torch.randn(2, 5, 12, dtype=torch.float64)
+    pair = original_pair()
+    hidden = torch.nn.functional.gelu(torch.nn.functional.linear(tokens, pair.up, pair.up_bias), approximate="tanh")
+    assert torch.equal(mlp(4)(tokens, Context()), torch.nn.functional.linear(hidden, pair.down, pair.down_bias))
+
+
+def test_new_neurons_listen_but_do_not_speak():
+    wide = mlp(6)
+    assert wide.up.weight[48:].any(dim=1).all()
+    assert not wide.down.weight[:, 48:].any()
+
+
+def test_an_mlp_of_an_original_without_biases():
+    pair, operator = replace(original_pair(), up_bias=None, down_bias=None), mlp(4)
+    operator.init_from(pair)
+    tokens = torch.randn(2, 5, 12, dtype=torch.float64)
+    silent = replace(pair, up_bias=torch.zeros(48).double(), down_bias=torch.zeros(12).double())
+    torch.testing.assert_close(operator(tokens, Context()), pair_forward(silent, tokens))
+
+
+def test_an_mlp_refuses_what_it_cannot_activate():
+    with pytest.raises(OperatorError, match="geglu is gated"):
+        configure("mlp").resolved(replace(FEED_FORWARD, activation="geglu"))
+    with pytest.raises(OperatorError, match="activation of blocks.0.ff is not known"):
+        configure("mlp").build(replace(FEED_FORWARD, activation=None))
+
+
 def test_a_narrow_mlp_keeps_the_strongest_neurons():
     pair, narrow = original_pair(), mlp(2)
     strength = pair.up.norm(dim=1) * pair.down.norm(dim=0)
@@ -165,7 +307,9 @@ def test_a_narrow_mlp_keeps_the_strongest_neurons():
     {"operator": "sliding_window", "window": (1, -1)}, {"operator": "sliding_window", "window": 4},
     {"operator": "hyena_x", "kernel_size": 0}, {"operator": "hyena_x", "layout": "3d"},
     {"operator": "linear_attention", "feature_map": "exp"}, {"operator": "mlp", "expansion": 0},
-    {"operator": "mlp", "activation": "geglu"}, {"operator": "hyena_x", "kernel": 4}, {"operator": "hyena_x", "init": "cold"},
+    {"operator": "mlp", "activation": "geglu"}, {"operator": "mlp", "expansion": float("inf")}, {"operator": "mlp", "expansion": "4"},
+    {"operator": "linear_attention", "value_conv": 2}, {"operator": "linear_attention", "value_conv": -1},
+    {"operator": "sliding_window", "window": (True, 4)}, {"operator": "hyena_x", "kernel": 4}, {"operator": "hyena_x", "init": "cold"},
     {"operator": "hyenax"}, {"kernel": 3}, 3,
 ])  # fmt: skip
 def test_bad_settings_are_refused(spec):

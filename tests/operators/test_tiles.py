@@ -1,0 +1,135 @@
+"""Windows against masks written by hand: outputs, gradients, and what a kept tiling must survive."""
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+
+from diffusers_graft.operators import _tiles, configure
+from diffusers_graft.operators.neighborhood import around
+from diffusers_graft.site import Context, Grid
+
+from .test_operators import build, natten_places, qkv
+
+# More tokens than are served by one dense mask.
+GRID = Grid(height=18, width=17)
+CONTEXT = Context(grid=GRID)
+WINDOWS = ["sliding_window", {"operator": "neighborhood", "kernel": 5, "dilation": 2}]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    _tiles._kept.cache_clear()
+    yield
+    _tiles._kept.cache_clear()
+
+
+def with_gradients(call, inputs):
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    output = call(*inputs)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)]
+
+
+def assert_is_masked_softmax(operator, seen, context):
+    """`seen[i]` lists the keys of query i."""
+    inputs = qkv(len(seen))
+    scores = torch.full((len(seen), len(seen)), float("-inf"), dtype=torch.float64)
+    for place, keys in enumerate(seen):
+        scores[place, list(keys)] = 0
+
+    def by_hand(query, key, value):
+        return ((query @ key.transpose(-1, -2)) * (context.scale or 0.5) + scores).softmax(-1) @ value
+
+    expected = with_gradients(by_hand, inputs)
+    for got, wanted in zip(with_gradients(lambda *parts: operator(*parts, context), inputs), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("lengths", "kernel", "dilation"), [
+    ((5, 7), 3, 1), ((18, 17), 3, 1), ((19, 18), 5, 3), ((22, 16), 7, 2), ((17, 31), 15, 1), ((23, 13), 3, 4),
+    ((3, 4, 5), 3, 1), ((7, 9, 8), 3, 2),
+])  # fmt: skip
+def test_neighborhood_and_its_gradients_by_hand(lengths, kernel, dilation):
+    sees = [[natten_places(i, length, kernel, dilation) for i in range(length)] for length in lengths]
+    seen = []
+    for place in itertools.product(*map(range, lengths)):
+        keys = itertools.product(*(axis[i] for axis, i in zip(sees, place, strict=True)))
+        seen.append([raster(key, lengths) for key in keys])
+    frames, height, width = (1, *lengths)[-3:]
+    context = Context(grid=Grid(frames=frames, height=height, width=width), scale=0.3)
+    operator = build({"operator": "neighborhood", "kernel": kernel, "dilation": dilation})
+    assert_is_masked_softmax(operator, seen, context)
+
+
+def raster(place, lengths):
+    index = 0
+    for step, length in zip(place, lengths, strict=True):
+        index = index * length + step
+    return index
+
+
+@pytest.mark.parametrize(("tokens", "before", "after"), [(9, 2, 1), (257, 4, 4), (300, 0, 40), (301, 70, 3), (290, 999, 5)])
+def test_band_and_its_gradients_by_hand(tokens, before, after):
+    seen = [[j for j in range(tokens) if -before <= j - i <= after] for i in range(tokens)]
+    assert_is_masked_softmax(build({"operator": "sliding_window", "window": (before, after)}), seen, Context())
+
+
+def test_a_band_over_everything_is_plain_softmax():
+    operator, inputs = build({"operator": "sliding_window", "window": (999, 999)}), qkv(400)
+    assert torch.equal(operator(*inputs, Context()), F.scaled_dot_product_attention(*inputs))
+
+
+def test_no_mask_is_quadratic():
+    device = torch.device("cpu")
+    sizes = [_tiles.tiling(around, ((side, 7, 1),) * 2, 4, device).mask.numel() for side in (32, 64)]
+    assert sizes[1] <= 4.5 * sizes[0]
+
+
+def test_dilation_costs_nothing():
+    device = torch.device("cpu")
+    plain, dilated = (_tiles.tiling(around, ((48, 7, step),) * 2, 4, device) for step in (1, 3))
+    assert dilated.mask.shape == plain.mask.shape
+
+
+@pytest.mark.parametrize("spec", WINDOWS, ids=str)
+def test_trains_after_inference_mode(spec):
+    operator = configure(spec).build(build(spec).site)
+    with torch.inference_mode():
+        operator(*qkv(GRID.tokens), CONTEXT)
+    assert all(part.isfinite().all() for part in with_gradients(lambda *parts: operator(*parts, CONTEXT), qkv(GRID.tokens)))
+
+
+@pytest.mark.parametrize("spec", WINDOWS, ids=str)
+@pytest.mark.parametrize("fake_first", [True, False])
+def test_pretended_tensors_and_real_ones_do_not_meet(spec, fake_first):
+    operator = build(spec)
+    expected = operator.reference(*qkv(GRID.tokens), CONTEXT)
+    if not fake_first:
+        operator(*qkv(GRID.tokens), CONTEXT)
+    with FakeTensorMode():
+        assert operator(*(torch.empty(1, 3, GRID.tokens, 4) for _ in range(3)), CONTEXT).shape == expected.shape
+    torch.testing.assert_close(operator(*qkv(GRID.tokens), CONTEXT), expected)
+
+
+@pytest.mark.parametrize("spec", WINDOWS, ids=str)
+def test_default_device_does_not_matter(spec):
+    operator, inputs = build(spec), qkv(GRID.tokens)
+    with torch.device("meta"):
+        first = operator(*inputs, CONTEXT)
+        assert operator(*(torch.empty(1, 3, GRID.tokens, 4) for _ in range(3)), CONTEXT).is_meta
+    assert torch.equal(operator(*inputs, CONTEXT), first)
+
+
+@pytest.mark.parametrize("spec", WINDOWS, ids=str)
+def test_tiles_compile_for_one_grid_after_another(spec):
+    operator = build(spec)
+    torch._dynamo.reset()
+    compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
+    for grid in (GRID, Grid(height=20, width=21), Grid(height=10, width=33)):
+        context, inputs = Context(grid=grid), qkv(grid.tokens)
+        fast = with_gradients(lambda *parts, context=context: compiled(*parts, context), inputs)
+        plain = with_gradients(lambda *parts, context=context: operator(*parts, context), inputs)
+        for a, b in zip(fast, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
