@@ -14,11 +14,11 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from .anatomy import find_sites, linear_pair
+from .anatomy import find_sites, linear_pair, projections
 from .errors import OperatorError
-from .operators import Operator
+from .operators import AttentionOperator, Operator
 from .plan import Edit, GraftPlan
-from .processor import graft_processor
+from .processor import graft_processor, refuse_hiding
 from .site import ContextSlot, Site, Sites
 
 # Quantised and fp8 weights are stored, not computed with; a new part takes the model's dtype there.
@@ -33,6 +33,22 @@ class FeedForwardSeat(nn.Module):
         self.graft_site, self.graft = site, operator
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return self.graft(hidden_states, self.graft.slot.current)
+
+
+class AttentionSeat(nn.Module):
+    """An operator with projections of its own, behind the call of the self-attention it replaces."""
+
+    def __init__(self, site: Site, operator: AttentionOperator):
+        super().__init__()
+        self.graft_site, self.graft = site, operator
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
+                attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:  # fmt: skip
+        if encoder_hidden_states is not None and encoder_hidden_states is not hidden_states:
+            raise OperatorError(f"{self.graft.name} mixes a sequence with itself; {self.graft_site.path} was given another.")
+        if attention_mask is not None:
+            refuse_hiding(attention_mask, self.graft.name)
         return self.graft(hidden_states, self.graft.slot.current)
 
 
@@ -156,6 +172,11 @@ def _build_seat(model: ModelMixin, edit: Edit, original: nn.Module, slot: Contex
         if edit.config.init == "warm":
             operator.init_from(linear_pair(original))
         seat = FeedForwardSeat(edit.site, operator)
+    elif isinstance(operator, AttentionOperator):
+        _refuse_more_than_projections(original, edit)
+        if edit.config.init == "warm":
+            operator.init_from(projections(original))
+        seat = AttentionSeat(edit.site, operator)
     else:
         seat = _attention_seat(edit, original, operator)
     like = next((p for p in original.parameters() if p.dtype in _COMPUTE_DTYPES), None)
@@ -191,6 +212,16 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     containers = (dict, set, list)
     vars(twin).update({k: v.copy() if isinstance(v, containers) else v for k, v in vars(module).items()})
     return twin
+
+
+def _refuse_more_than_projections(original: nn.Module, edit: Edit) -> None:
+    """Steps of the attention's own call, around its projections, would be lost with them."""
+    norms = any(getattr(original, name, None) is not None for name in ("group_norm", "spatial_norm"))
+    if norms or getattr(original, "residual_connection", False) or getattr(original, "rescale_output_factor", 1) != 1:
+        raise OperatorError(
+            f"{edit.config.owner.name} replaces whole attentions, and {edit.site.path} also normalises or adds its input. "
+            "Choose a mixer there, such as hyena_x."
+        )
 
 
 def _refuse_hooked(original: nn.Module, site: Site) -> None:

@@ -64,7 +64,7 @@ class _Grafted:
             shared = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
         if attn_mask is not None and not attn.graft.honours_mask:
-            _refuse_hiding(attn_mask, attn.graft.name)
+            refuse_hiding(attn_mask, attn.graft.name)
             attn_mask = None
         context = attn.graft.slot.with_attention(mask=attn_mask, scale=scale, causal=is_causal)
         return attn.graft(query, key, value, context)
@@ -81,7 +81,8 @@ class _Grafted:
         return _dress, (self._original, vars(self).copy())
 
 
-def _refuse_hiding(mask: torch.Tensor, name: str) -> None:
+def refuse_hiding(mask: torch.Tensor, name: str) -> None:
+    """Raise `GeometryError` for a mask that hides anything from an operator that cannot honour it."""
     hidden = ~mask if mask.dtype == torch.bool else mask != 0
     if hidden.any():
         raise GeometryError(

@@ -109,6 +109,12 @@ class Grid:
     def tokens(self) -> int:
         return self.frames * self.height * self.width
 
+    def place_of(self, token: int) -> tuple[int, ...]:
+        """Row and column of a token, behind its frame where there are several."""
+        frame, rest = divmod(token, self.height * self.width)
+        place = divmod(rest, self.width)
+        return (frame, *place) if self.frames > 1 else place
+
     def __str__(self) -> str:
         return f"{self.frames} x {self.height} x {self.width}" if self.frames > 1 else f"{self.height} x {self.width}"
 

@@ -1,9 +1,9 @@
 """Reading a diffusers model: which parts it has, how its tokens lie, what its forward takes."""
 from .families import Family, bind_arguments, example_inputs, family_of, read_context
 from .running import evaluating, predict
-from .sites import find_sites, linear_pair, require_model
+from .sites import find_sites, linear_pair, projections, require_model
 
 __all__ = [
     "Family", "bind_arguments", "evaluating", "example_inputs", "family_of", "find_sites", "linear_pair", "predict",
-    "read_context", "require_model",
+    "projections", "read_context", "require_model",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ..errors import ModelError, OperatorError
-from ..operators import LinearPair
+from ..operators import LinearPair, Projections
 from ..site import Site, Sites
 from .families import family_of
 
@@ -82,3 +82,16 @@ def linear_pair(feed_forward: nn.Module) -> LinearPair:
         )
     up, down = feed_forward.net[0].proj, feed_forward.net[2]
     return LinearPair(up=up.weight, up_bias=up.bias, down=down.weight, down_bias=down.bias, activation=activation)
+
+
+def projections(attention: nn.Module) -> Projections:
+    """The four linear layers of an attention. Raises `OperatorError` where they are not four plain linear layers."""
+    layers = {name: getattr(attention, f"to_{name[0]}", None) for name in ("query", "key", "value")}
+    layers["out"] = (getattr(attention, "to_out", None) or [None])[0]
+    if odd := sorted(name for name, layer in layers.items() if not isinstance(layer, nn.Linear)):
+        raise OperatorError(
+            f"{type(attention).__name__} has no plain linear layer for {', '.join(odd)}, so nothing can start from its "
+            'projections: choose init="random".'
+        )
+    biases = {f"{name}_bias": layer.bias for name, layer in layers.items()}
+    return Projections(**{name: layer.weight for name, layer in layers.items()}, **biases)

@@ -75,10 +75,10 @@ def strip(graft: Graft) -> str:
 
 
 def _edit_row(edit, graft: Graft) -> dict[str, str]:
-    path, owner = edit.site.path, edit.config.owner
+    path = edit.site.path
     before = sum(p.numel() for p in graft.originals[path].parameters())
     after = sum(p.numel() for name, p in graft.seats[path].named_parameters() if ".lora_" not in name)
-    start = owner.start if edit.config.init == "warm" else "random weights"
+    start = graft.seats[path].graft.start if edit.config.init == "warm" else "random weights"
     return {"site": edit.site.address, "path": path, "operator": str(edit.config), "start": start,
             "before": f"{before:,}", "after": f"{after:,}"}  # fmt: skip
 

@@ -9,9 +9,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from ..errors import OperatorError, UnknownNameError
-from .base import FeedForwardOperator, LinearPair, Mixer, Operator, OperatorConfig
+from .base import AttentionOperator, FeedForwardOperator, LinearPair, Mixer, Operator, OperatorConfig, Projections
 
-__all__ = ["FeedForwardOperator", "LinearPair", "Mixer", "Operator", "OperatorConfig", "available", "configure", "get"]
+__all__ = [
+    "AttentionOperator", "FeedForwardOperator", "LinearPair", "Mixer", "Operator", "OperatorConfig", "Projections",
+    "available", "configure", "get",
+]  # fmt: skip
 
 _GROUP = "diffusers_graft.operators"
 _NOT_OPERATORS = ("base", "conformance")

@@ -14,7 +14,7 @@ from ..errors import GeometryError, GraftError
 from ..site import Context, Grid
 from . import _configured, available, configure
 from ._subject import Subject, fail, gradients, run
-from .base import FeedForwardOperator, Mixer
+from .base import FeedForwardOperator
 
 
 def check_config_round_trip(subject: Subject) -> None:
@@ -233,33 +233,46 @@ def additive(visible: torch.Tensor, hidden: float) -> torch.Tensor:
 
 
 def check_sees_ahead(subject: Subject) -> bool | None:
-    """Only mixers mix tokens: the first change after the last token is perturbed tells which way they look."""
-    if not isinstance(subject.build(), Mixer):
-        return False
+    """The first change after the last token is perturbed tells which way an operator that mixes tokens looks."""
     operator, inputs = subject.build(), subject.inputs()
+    if isinstance(operator, FeedForwardOperator):
+        return False
     changed = [tensor.clone() for tensor in inputs]
     for tensor in changed:
-        tensor[:, :, -1] += 1
+        tensor[..., -1, :] += 1
     difference = run(operator, changed, subject.context) - run(operator, inputs, subject.context)
-    looks_back = difference[:, :, :-1].abs().max() > 1e-9
+    looks_back = difference[..., :-1, :].abs().max() > 1e-9
     if looks_back == operator.causal_operator:
         seen = "see later ones" if looks_back else "see none after them"
         fail("sees_ahead", f"causal_operator is {operator.causal_operator}, but tokens {seen}")
     return None
 
 
-def check_feed_forward_stays_in_place(subject: Subject) -> bool | None:
-    """A feed-forward that declares no grid does not mix tokens."""
-    operator = subject.build()
-    if not isinstance(operator, FeedForwardOperator) or operator.needs_grid:
-        return False
-    inputs = subject.inputs()
-    changed = inputs[0].clone()
-    changed[:, -1] += 1
-    difference = run(operator, [changed], subject.context) - run(operator, inputs, subject.context)
-    if difference[:, :-1].abs().max() > 1e-9:
-        fail("feed_forward_stays_in_place", "a token's output depends on another token; declare needs_grid")
-    return None
+def check_receptive_field(subject: Subject) -> None:
+    """A token's output depends on the tokens that are declared, and on no others."""
+    for there in subject.accepted()[:2]:
+        operator, tokens = there.build(), there.grid.tokens
+        inputs = [tensor.requires_grad_() for tensor in there.inputs(batch=1)]
+        output = run(operator, inputs, there.context)
+        for token in (0, tokens // 2 + there.grid.width // 2, tokens - 1):
+            seen = _tokens_seen(output, inputs, token)
+            declared = set(operator.receptive_field(token, there.grid))
+            if seen != declared:
+                more, less = sorted(seen - declared), sorted(declared - seen)
+                fail(
+                    "receptive_field",
+                    f"token {token} of the grid {there.grid} also depends on {more[:8]}, and does not depend on {less[:8]} "
+                    "of those that receptive_field names",
+                )
+
+
+def _tokens_seen(output: torch.Tensor, inputs: list[torch.Tensor], token: int) -> set[int]:
+    """Tokens of any input that the output at `token` has a gradient for."""
+    if not output.requires_grad:
+        return set()
+    found = torch.autograd.grad(output[..., token, :].sum(), inputs, retain_graph=True, allow_unused=True)
+    seen = [gradient.transpose(-1, -2).flatten(0, -2).any(0) for gradient in found if gradient is not None]
+    return set(torch.stack(seen).any(0).nonzero().flatten().tolist()) if seen else set()
 
 
 def check_flops(subject: Subject) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import GraftError
 from ..site import Context, Grid, Site
-from .base import Operator, OperatorConfig
+from .base import Mixer, Operator, OperatorConfig
 
 # An operator may refuse some of them, with words, for example where its window is larger than the grid.
 GRIDS = (Grid(height=8, width=8), Grid(height=9, width=13), Grid(height=25, width=23))
@@ -40,7 +40,7 @@ class Subject:
 
     def inputs(self, seed: int = 1, batch: int = 2, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        if self.site.kind == "feed_forward":
+        if not issubclass(self.config.owner, Mixer):
             shapes = [(batch, self.grid.tokens, self.site.width)]
         else:
             shapes = [(batch, self.site.heads, self.grid.tokens, self.site.head_width)] * 3

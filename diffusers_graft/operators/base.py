@@ -7,6 +7,7 @@ width.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import OperatorError, UnknownNameError
-from ..site import Context, ContextSlot, Site
+from ..site import Context, ContextSlot, Grid, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class LinearPair:
         up, down: weights [hidden, D] and [D, hidden].
         up_bias, down_bias: [hidden] and [D], or None.
         activation: diffusers' name.
+        energy: mean square of every hidden neuron on data, [hidden]; None where no data was looked at.
     """
 
     up: torch.Tensor
@@ -65,6 +67,27 @@ class LinearPair:
     down: torch.Tensor
     down_bias: torch.Tensor | None
     activation: str
+    energy: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projections:
+    """The linear layers of an attention as an operator with projections of its own sees those it replaces.
+
+    Attributes:
+        query, key, value: weights [H * E, D].
+        out: weight [D, H * E].
+        query_bias, key_bias, value_bias, out_bias: [H * E] and [D], or None.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    out: torch.Tensor
+    query_bias: torch.Tensor | None = None
+    key_bias: torch.Tensor | None = None
+    value_bias: torch.Tensor | None = None
+    out_bias: torch.Tensor | None = None
 
 
 class Operator(nn.Module):
@@ -79,6 +102,8 @@ class Operator(nn.Module):
         paper: title and arXiv id of where it comes from.
         start: one sentence on what a warm start keeps; printed on cards.
         unused_inputs: inputs that it does not read, `"input 0"` for the first; they get no gradient.
+        output_layer: name of the linear layer its output comes from, which `dg.closed_form` solves for; a mixer's is the
+            attention's output projection.
 
     Where they depend on settings, `__init__` sets them on the instance. Optional methods that `check_operator` reads:
     `reference`, the definition in plain torch with the signature of `forward`; `uncounted_flops(tokens)`, the part of
@@ -93,6 +118,7 @@ class Operator(nn.Module):
     paper: ClassVar[str] = ""
     start: ClassVar[str] = ""
     unused_inputs: ClassVar[tuple[str, ...]] = ()
+    output_layer: ClassVar[str | None] = None
     Config: ClassVar[type[OperatorConfig]] = OperatorConfig
 
     def __init_subclass__(cls, **kwargs):
@@ -117,6 +143,10 @@ class Operator(nn.Module):
         """Floating-point operations of one sample of `tokens` tokens, a multiply-add counting two."""
         raise OperatorError(f"{self.name} does not say what it costs: define flops(tokens) beside its forward.")
 
+    def receptive_field(self, token: int, grid: Grid) -> Collection[int]:
+        """The tokens that the output at `token` depends on, in raster order: all, or those up to it of a causal operator."""
+        return range(token + 1 if self.causal_operator else grid.tokens)
+
     def extra_repr(self) -> str:
         return str(self.config)
 
@@ -134,13 +164,28 @@ class Mixer(Operator):
         raise OperatorError(f"{self.name} has no forward.")
 
 
+class AttentionOperator(Operator):
+    """Replaces a whole self-attention with its projections: `forward(hidden_states, context)` takes and returns [B, N, D].
+
+    Norms of queries and keys and rotary embeddings of the original go with it. `init_from` receives `Projections`.
+    """
+
+    kinds = ("self_attention",)
+
+    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+        raise OperatorError(f"{self.name} has no forward.")
+
+
 class FeedForwardOperator(Operator):
     """Replaces a feed-forward: `forward(hidden_states, context)` takes and returns [B, N, D].
 
-    `init_from` receives the original as a `LinearPair`.
+    `init_from` receives the original as a `LinearPair`. Unless it overrides `receptive_field`, tokens stay by themselves.
     """
 
     kinds = ("feed_forward",)
+
+    def receptive_field(self, token: int, grid: Grid) -> Collection[int]:
+        return (token,)
 
     def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
         raise OperatorError(f"{self.name} has no forward.")

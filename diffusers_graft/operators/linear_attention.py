@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import OperatorError, UnknownNameError
 from ..site import Context, Site
-from ._depthwise import by_taps, tokens_last
+from ._depthwise import ShortConvolution, heads_first, tokens_last
 from .base import Mixer
 
 FEATURE_MAPS = ("elu", "relu", "softmax")
@@ -65,10 +65,8 @@ class LinearAttention(Mixer):
                 f"linear_attention: value_conv needs values that lie on the queries' grid; {site.path} is "
                 f"{site.address}. Set value_conv=0."
             )
-        width, self.needs_grid = site.inner_width, True
-        self.value_convolution = nn.Conv2d(width, width, size, padding=size // 2, groups=width)
-        nn.init.zeros_(self.value_convolution.weight)
-        nn.init.zeros_(self.value_convolution.bias)
+        self.needs_grid, self.value_convolution = True, ShortConvolution(site.inner_width, size)
+        self.value_convolution.set_constant(0.0)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         precise = torch.promote_types(query.dtype, torch.float32)
@@ -80,8 +78,7 @@ class LinearAttention(Mixer):
         mixed = (mixed / weight.clamp(min=1e-6)).to(value.dtype)
         if self.value_convolution is None:
             return mixed
-        image = self._value_image(value, visible, context).permute(0, 3, 1, 2)
-        return mixed + self._as_heads(self.value_convolution(image).permute(0, 2, 3, 1), value)
+        return mixed + heads_first(self.value_convolution(self._value_image(value, visible, context)), value)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: all N x M weights, normalised row by row; the convolution tap by tap."""
@@ -91,19 +88,13 @@ class LinearAttention(Mixer):
         mixed = (weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)) @ value
         if self.value_convolution is None:
             return mixed
-        image, half = self._value_image(value, visible, context), self.config.value_conv // 2
-        near = by_taps(image, self.value_convolution.weight, self.value_convolution.bias, (half, half))
-        return mixed + self._as_heads(near, value)
+        return mixed + heads_first(self.value_convolution.by_taps(self._value_image(value, visible, context)), value)
 
     def _value_image(self, value: torch.Tensor, visible: torch.Tensor | None, context: Context) -> torch.Tensor:
         """[B, H, N, E] -> [B * frames, height, width, D], hidden tokens as zeros."""
         grid = context.require_grid(self.name, value.shape[2])
         value = value if visible is None else value * visible.to(value.dtype)
         return tokens_last(value, grid.height, grid.width)
-
-    def _as_heads(self, image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        batch, heads, tokens, width = like.shape
-        return image.reshape(batch, tokens, heads, width).transpose(1, 2)
 
     def _features(self, tensor: torch.Tensor, which: int) -> torch.Tensor:
         if self.config.feature_map == "elu":
@@ -119,7 +110,7 @@ class LinearAttention(Mixer):
         learnable = self.feature_weight is not None
         features = 2 * width if learnable else width
         maps = 4 * tokens * inner * width if learnable else 0
-        convolution = 2 * self.config.value_conv**2 * tokens * inner
+        convolution = 0 if self.value_convolution is None else self.value_convolution.flops(tokens)
         return maps + convolution + tokens * self.site.heads * (4 * features * width + 2 * features)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import GeometryError, OperatorError
-from ..site import Context, Site
+from ..site import Context, Grid, Site
 from ._tiles import dense_attention, tiled_attention
 from .base import Mixer
 
@@ -48,14 +48,21 @@ class Neighborhood(Mixer):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         tile = 4 if self.config.kernel < 9 else 8
-        return tiled_attention(query, key, value, around, self._axes(query, context), tile=tile, scale=context.scale)
+        axes = self._axes(context.require_grid(self.name, query.shape[2]))
+        return tiled_attention(query, key, value, around, axes, tile=tile, scale=context.scale)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: softmax over all tokens under a mask."""
-        return dense_attention(query, key, value, around, self._axes(query, context), scale=context.scale)
+        axes = self._axes(context.require_grid(self.name, query.shape[2]))
+        return dense_attention(query, key, value, around, axes, scale=context.scale)
 
-    def _axes(self, query: torch.Tensor, context: Context) -> tuple[tuple[int, int, int], ...]:
-        grid = context.require_grid(self.name, query.shape[2])
+    def receptive_field(self, token: int, grid: Grid) -> set[int]:
+        seen = {0}
+        for (length, *settings), place in zip(self._axes(grid), grid.place_of(token), strict=True):
+            seen = {outer * length + inner for outer in seen for inner in around(length, *settings)[place]}
+        return seen
+
+    def _axes(self, grid: Grid) -> tuple[tuple[int, int, int], ...]:
         lengths = (grid.frames, grid.height, grid.width) if grid.frames > 1 else (grid.height, grid.width)
         reach = self.config.kernel * self.config.dilation
         if min(lengths) < reach:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import OperatorError
-from ..site import Context, Site
+from ..site import Context, Grid, Site
 from ._tiles import dense_attention, tiled_attention
 from .base import Mixer
 
@@ -49,6 +49,9 @@ class SlidingWindow(Mixer):
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: softmax over all tokens under a band mask."""
         return dense_attention(query, key, value, band, ((query.shape[2], *self.config.window),), scale=context.scale)
+
+    def receptive_field(self, token: int, grid: Grid) -> range:
+        return band(grid.tokens, *self.config.window)[token]
 
     def flops(self, tokens: int) -> int:
         return 4 * self._seen(tokens) * self.site.inner_width

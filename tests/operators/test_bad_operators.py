@@ -222,6 +222,11 @@ class MixingFeedForward(FeedForwardOperator):
         return 2 * tokens * self.site.width**2
 
 
+class ClaimsTooMuch(Good):
+    def receptive_field(self, token, grid):
+        return range(grid.tokens + 1)
+
+
 class Uncheckpointable(Good):
     """Computes something else when it is run again within the backward pass."""
 
@@ -240,7 +245,7 @@ BAD = {
     "state_dict_round_trip": [UnsavedState], "builds_on_meta": [PinnedDevice], "compiles": [BreaksTheGraph],
     "checkpointing": [Uncheckpointable], "agrees_with_reference": [WrongFastPath],
     "trains_after_inference": [KeepsInferenceTensors], "honours_mask": [IgnoresMask, MasksByTheFirstQuery],
-    "sees_ahead": [SaysCausal, SaysNothingOfCausal], "feed_forward_stays_in_place": [MixingFeedForward],
+    "sees_ahead": [SaysCausal, SaysNothingOfCausal], "receptive_field": [MixingFeedForward, ClaimsTooMuch],
     "flops": [Understates, FractionalFlops],
 }  # fmt: skip
 
