@@ -60,6 +60,8 @@ class _Grafted:
         """`scaled_dot_product_attention`, by the operator: [B, H, N, E] each."""
         if dropout_p:
             raise OperatorError(f"{attn.graft.name} has no attention dropout; the model asks for {dropout_p}.")
+        if is_causal and not (attn.graft.honours_causal or attn.graft.causal_operator):
+            raise OperatorError(f"{attn.graft.name} looks ahead, and this attention is causal. Leave it as it is.")
         if enable_gqa and key.shape[1] != query.shape[1]:
             shared = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)

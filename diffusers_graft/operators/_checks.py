@@ -276,23 +276,17 @@ def _tokens_seen(output: torch.Tensor, inputs: list[torch.Tensor], token: int) -
 
 
 def check_flops(subject: Subject) -> None:
-    """Within 1 % of what torch's counter sees, plus `uncounted_flops(tokens)` to which it is blind.
-
-    An operator with a `masked_share(tokens)` is counted on its reference, a dense softmax, of which that share counts.
-    """
+    """Within 1 % of what torch's counter sees, plus `uncounted_flops(tokens)` to which it is blind."""
     operator, tokens = subject.build(), subject.grid.tokens
     declared = operator.flops(tokens)
     if type(declared) is not int or declared < 0:
         fail("flops", f"flops(tokens) is a whole number; got {declared!r}")
-    share = getattr(operator, "masked_share", None)
-    call = operator.reference if share else operator
     counter = FlopCounterMode(display=False)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
-        call(*subject.inputs(batch=1), subject.context)
-    blind = getattr(operator, "uncounted_flops", lambda tokens: 0)(tokens)
-    expected = counter.get_total_flops() * (share(tokens) if share else 1) + blind
+        getattr(operator, "countable", operator)(*subject.inputs(batch=1), subject.context)
+    expected = counter.get_total_flops() + operator.uncounted_flops(tokens)
     if abs(declared - expected) > 0.01 * max(expected, 1):
-        fail("flops", f"flops({tokens}) is {declared:,}; torch's counter and what it is blind to make {expected:,.0f}")
+        fail("flops", f"flops({tokens}) is {declared:,}; torch's counter and what it is blind to make {expected:,}")
 
 
 CHECKS: tuple[Callable[[Subject], bool | None], ...] = tuple(

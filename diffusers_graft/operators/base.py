@@ -40,13 +40,16 @@ class OperatorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Operator name and every setting, defaults included, so that a changed default never changes a saved graft."""
-        return {"operator": self.owner.name, **dataclasses.asdict(self)}
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        nested = {name: value.to_dict() for name, value in settings.items() if isinstance(value, OperatorConfig)}
+        return {"operator": self.owner.name, **settings, **nested}
 
     def build(self, site: Site) -> Operator:
         return self.owner(self, site)
 
     def __str__(self) -> str:
-        settings = (f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if f.name != "init")
+        values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "init")
+        settings = (f"{name}={value if isinstance(value, OperatorConfig) else repr(value)}" for name, value in values)
         start = [] if self.init == "warm" else [f"init={self.init!r}"]
         return f"{self.owner.name}({', '.join([*settings, *start])})"
 
@@ -98,7 +101,8 @@ class Operator(nn.Module):
         kinds: the kinds of site it can replace.
         needs_grid: whether it asks the context for the layout of tokens.
         honours_mask: whether an attention mask is applied exactly.
-        causal_operator: whether a token sees only tokens before it.
+        honours_causal: whether it is causal where the replaced attention was, as the context says.
+        causal_operator: whether a token never sees tokens after it.
         paper: title and arXiv id of where it comes from.
         start: one sentence on what a warm start keeps; printed on cards.
         unused_inputs: inputs that it does not read, `"input 0"` for the first; they get no gradient.
@@ -106,14 +110,15 @@ class Operator(nn.Module):
             attention's output projection.
 
     Where they depend on settings, `__init__` sets them on the instance. Optional methods that `check_operator` reads:
-    `reference`, the definition in plain torch with the signature of `forward`; `uncounted_flops(tokens)`, the part of
-    `flops` that torch's counter is blind to; `masked_share(tokens)`, the part of its reference's work that counts.
+    `reference`, the definition in plain torch with the signature of `forward`; `countable`, the same for torch's FLOP
+    counter, where that is misled by `forward`.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]] = ()
     needs_grid: ClassVar[bool] = False
     honours_mask: ClassVar[bool] = False
+    honours_causal: ClassVar[bool] = False
     causal_operator: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     start: ClassVar[str] = ""
@@ -142,6 +147,10 @@ class Operator(nn.Module):
     def flops(self, tokens: int) -> int:
         """Floating-point operations of one sample of `tokens` tokens, a multiply-add counting two."""
         raise OperatorError(f"{self.name} does not say what it costs: define flops(tokens) beside its forward.")
+
+    def uncounted_flops(self, tokens: int) -> int:
+        """The part of `flops` that torch's counter is blind to; negative where it counts what a mask hides."""
+        return 0
 
     def receptive_field(self, token: int, grid: Grid) -> Collection[int]:
         """The tokens that the output at `token` depends on, in raster order: all, or those up to it of a causal operator."""

@@ -76,9 +76,11 @@ class Neighborhood(Mixer):
         """Of an image; a video's window has kernel times as many tokens."""
         return 4 * tokens * self.config.kernel**2 * self.site.inner_width
 
-    def masked_share(self, tokens: int) -> float:
-        """Of the pairs that a masked softmax over all tokens computes, those that count."""
-        return self.config.kernel**2 / tokens
+    def uncounted_flops(self, tokens: int) -> int:
+        """Minus the pairs that the reference computes and its mask hides."""
+        return -4 * (tokens**2 - tokens * self.config.kernel**2) * self.site.inner_width
+
+    countable = reference
 
 
 def around(length: int, kernel: int, dilation: int) -> list[range]:

@@ -15,7 +15,7 @@ class SelfAttention(Mixer):
     """`softmax(q k^T / sqrt(E)) v`; with shared weights bit-identical to what it replaces."""
 
     kinds = ("self_attention", "cross_attention")
-    honours_mask = True
+    honours_mask = honours_causal = True
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:

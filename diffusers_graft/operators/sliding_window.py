@@ -56,9 +56,11 @@ class SlidingWindow(Mixer):
     def flops(self, tokens: int) -> int:
         return 4 * self._seen(tokens) * self.site.inner_width
 
-    def masked_share(self, tokens: int) -> float:
-        """Of the pairs that a masked softmax over all tokens computes, those that count."""
-        return self._seen(tokens) / tokens**2
+    def uncounted_flops(self, tokens: int) -> int:
+        """Minus the pairs that the reference computes and its mask hides."""
+        return -4 * (tokens**2 - self._seen(tokens)) * self.site.inner_width
+
+    countable = reference
 
     def _seen(self, tokens: int) -> int:
         return sum(map(len, band(tokens, *self.config.window)))

@@ -1,0 +1,72 @@
+"""Softmax attention over keys and values that a strided convolution has compressed: N queries, N / stride^2 keys.
+
+Paper: PixArt-Sigma, arXiv 2403.04692, Eq. 2 (KV token compression; the convolution starts as an average). Without the
+LayerNorm that its code puts behind the convolution, which no pretrained attention could start from.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import OperatorError
+from ..site import Context, Site
+from ._depthwise import tokens_last
+from .base import Mixer
+
+
+class PooledKeys(Mixer):
+    """Where the grid does not divide, its last row and column are repeated; a video is pooled frame by frame."""
+
+    needs_grid = True
+    paper = "PixArt-Sigma, arXiv 2403.04692"
+    start = "projections keep their pretrained weights; keys and values start as averages of stride x stride tokens"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Mixer.Config):
+        """Settings of the compression.
+
+        Attributes:
+            stride: side of the square of tokens that become one.
+        """
+
+        stride: int = 2
+
+        def __post_init__(self):
+            super().__post_init__()
+            if type(self.stride) is not int or self.stride < 1:
+                raise OperatorError(f"pooled_keys: stride counts tokens from 1; got {self.stride!r}. Try 2.")
+
+    def __init__(self, config: Config, site: Site):
+        super().__init__(config, site)
+        width, stride = site.inner_width, config.stride
+        self.convolutions = nn.ModuleDict(
+            {name: nn.Conv2d(width, width, stride, stride, groups=width) for name in ("key", "value")}
+        )
+
+    @torch.no_grad()
+    def init_from(self, original: nn.Module) -> None:
+        for convolution in self.convolutions.values():
+            convolution.weight.fill_(self.config.stride**-2)
+            convolution.bias.zero_()
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+        key, value = (self._pooled(name, part, context) for name, part in (("key", key), ("value", value)))
+        return F.scaled_dot_product_attention(query, key, value, scale=context.scale)
+
+    def _pooled(self, name: str, part: torch.Tensor, context: Context) -> torch.Tensor:
+        """[B, H, N, E] -> [B, H, M, E]."""
+        grid, stride = context.require_grid(self.name, part.shape[2]), self.config.stride
+        batch, heads, _, width = part.shape
+        image = tokens_last(part, grid.height, grid.width).permute(0, 3, 1, 2)
+        right, below = -grid.width % stride, -grid.height % stride
+        if right or below:
+            image = F.pad(image, (0, right, 0, below), mode="replicate").contiguous(memory_format=torch.channels_last)
+        pooled = self.convolutions[name](image).permute(0, 2, 3, 1)
+        return pooled.reshape(batch, -1, heads, width).transpose(1, 2)
+
+    def flops(self, tokens: int) -> int:
+        """Softmax over the pooled keys, and two convolutions; of a grid that the stride divides."""
+        return 4 * (tokens // self.config.stride**2) * tokens * self.site.inner_width + 4 * tokens * self.site.inner_width
