@@ -41,10 +41,17 @@ CASES = [
     {"operator": "linear_attention", "feature_map": "softmax"},
     {"operator": "linear_attention", "value_conv": 3},
     {"operator": "linear_attention", "feature_map": "softmax", "value_conv": 5},
+    "ttt",
+    {"operator": "ttt", "steps": 3},
+    {"operator": "ttt", "steps": 2, "convolution": False},
     "mlp",
     {"operator": "mlp", "expansion": 6},
     {"operator": "mlp", "expansion": 2.5, "activation": "relu"},
     {"operator": "mlp", "activation": "silu"},
+    {"operator": "mlp", "activation": "geglu-approximate"},
+    "gated_mlp",
+    {"operator": "gated_mlp", "expansion": 2.5, "activation": "swiglu"},
+    {"operator": "gated_mlp", "expansion": 5, "activation": "sigmoid"},
 ]
 
 

@@ -1,0 +1,131 @@
+"""Operators whose state learns or decays from token to token, against definitions written independently of them."""
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import diffusers_graft as dg
+from diffusers_graft.errors import GraftError
+from diffusers_graft.operators import configure
+from diffusers_graft.operators.conformance import example_site
+from diffusers_graft.site import Context, Grid, Site
+
+from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
+
+ATTENTION = example_site("self_attention")
+DIT_XL = Site(kind="self_attention", index=0, path="x", width=1152, heads=16, head_width=72)
+
+
+def build(spec, site=ATTENTION):
+    return configure(spec).build(site).double().eval()
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def qkv(tokens, batch=1):
+    return [draw(batch, 3, tokens, 4, seed=seed) for seed in range(3)]
+
+
+def parameters(spec):
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in configure(spec).build(DIT_XL).parameters())
+
+
+def same_with_gradients(fast, plain, wanted, tolerance=1e-9):
+    """Outputs, and gradients of a fixed weighting of them."""
+    torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance)
+    weights = draw(*fast.shape, seed=9)
+    found = (torch.autograd.grad((output * weights).sum(), wanted, retain_graph=True) for output in (fast, plain))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("spec", ["ttt", {"operator": "ttt", "steps": 2, "convolution": False}], ids=str)
+def test_a_graft_trains_comes_back_and_comes_out_bit_for_bit(spec, tmp_path):
+    model = tiny_dit()
+    before, tensors = predict(model), tensors_of(model)
+    model.set_graft({"self_attention[1::2]": spec})
+    start = predict(model)
+    assert start.isfinite().all()
+    assert not torch.equal(start, before)
+    dg.finetune(model, batches(), dg.FinetuneConfig(steps=1, lr=1e-3, progress=False), noise_scheduler=SCHEDULER)
+    trained = predict(model)
+    assert not torch.equal(trained, start)
+    model.save_graft(tmp_path)
+    fresh = tiny_dit()
+    fresh.load_graft(tmp_path)
+    assert torch.equal(predict(fresh), trained)
+    model.unset_graft()
+    assert torch.equal(predict(model), before)
+    assert same_tensors(model, tensors)
+
+
+@pytest.mark.parametrize("spec", [
+    {"operator": "ttt", "steps": 0}, {"operator": "ttt", "steps": True}, {"operator": "ttt", "steps": 1.0},
+    {"operator": "ttt", "convolution": 1}, {"operator": "ttt", "convolution": "2d"},
+])  # fmt: skip
+def test_bad_settings_are_refused(spec):
+    with pytest.raises(GraftError, match="ttt"):
+        configure(spec)
+
+
+def inner_loss(first, second, k, v):
+    return ((F.silu(k @ first) @ second - v) ** 2).sum() / math.sqrt(k.shape[1]) / (2 * len(k))
+
+
+def ttt_by_hand(operator, query, key, value, steps):
+    """Head by head, by functional derivatives of the inner loss."""
+    rows = []
+    for head in range(query.shape[1]):
+        q, k, v = query[0, head], key[0, head], value[0, head]
+        k = (k - k.mean(0)) / (k.var(0, correction=0) + 1).sqrt()
+        first, second = operator.first[head], operator.second[head]
+        for _ in range(steps):
+            descent = torch.func.grad(inner_loss, argnums=(0, 1))(first, second, k, v)
+            first, second = first - descent[0], second - descent[1]
+        rows.append(F.silu(q @ first) @ second)
+    return torch.stack(rows)[None]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_ttt_and_its_gradients_by_definition(steps):
+    operator = build({"operator": "ttt", "steps": steps, "convolution": False})
+    torch.nn.init.normal_(operator.first), torch.nn.init.normal_(operator.second)
+    inputs = [part.requires_grad_() for part in qkv(11)]
+    fast, plain = operator(*inputs, Context()), ttt_by_hand(operator, *inputs, steps)
+    same_with_gradients(fast, plain, [*inputs, *operator.parameters()])
+
+
+def test_ttt_learns_to_give_the_value_of_a_key():
+    """What a step is for: the inner loss falls, and queries that are the keys come nearer to the values."""
+    _, key, _ = qkv(40)
+    value = key.roll(1, -1)
+    errors = []
+    for steps in (1, 10, 100):
+        operator = build({"operator": "ttt", "steps": steps, "convolution": False})
+        torch.nn.init.normal_(operator.first, generator=torch.Generator().manual_seed(1))
+        errors.append((operator(key, key, value, Context()) - value).norm())
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_ttt_convolves_each_frame_by_itself():
+    operator, plain = build("ttt"), build({"operator": "ttt", "convolution": False})
+    plain.load_state_dict(operator.state_dict(), strict=False)
+    grid, inputs = Grid(frames=2, height=3, width=4), qkv(24)
+    operator.init_from(None)
+    torch.testing.assert_close(operator(*inputs, Context(grid=grid)), plain(*inputs, Context()))
+    with torch.no_grad():
+        operator.convolutions["query"].weight.fill_(0.1)
+        neighbours = [8, 9, 4, 5]
+        query = inputs[0].clone()
+        query[:, :, 8] += 0.1 * inputs[0][:, :, neighbours].sum(2)
+    expected = plain(query, *inputs[1:], Context())[:, :, 8]
+    torch.testing.assert_close(operator(*inputs, Context(grid=grid))[:, :, 8], expected)
+
+
+def test_ttt_has_the_papers_parameters():
+    assert parameters("ttt") == 2 * 16 * 72**2 + 20 * 1152
+    assert parameters({"operator": "ttt", "convolution": False}) == 2 * 16 * 72**2
