@@ -48,9 +48,11 @@ class OperatorConfig:
         return self.owner(self, site)
 
     def __str__(self) -> str:
-        values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "init")
-        settings = (f"{name}={value if isinstance(value, OperatorConfig) else repr(value)}" for name, value in values)
-        start = [] if self.init == "warm" else [f"init={self.init!r}"]
+        usual = {"init": "warm", "backend": "torch"}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        told = {name: value for name, value in values.items() if usual.get(name) != value}
+        settings = (f"{name}={v if isinstance(v, OperatorConfig) else repr(v)}" for name, v in told.items() if name != "init")
+        start = [f"init={self.init!r}"] if "init" in told else []
         return f"{self.owner.name}({', '.join([*settings, *start])})"
 
 
@@ -108,6 +110,7 @@ class Operator(nn.Module):
         unused_inputs: inputs that it does not read, `"input 0"` for the first; they get no gradient.
         output_layer: name of the linear layer its output comes from, which `dg.closed_form` solves for; a mixer's is the
             attention's output projection.
+        uses_energy: whether a warm start is better for a `LinearPair.energy`, which takes data.
 
     Where they depend on settings, `__init__` sets them on the instance. Optional methods that `check_operator` reads:
     `reference`, the definition in plain torch with the signature of `forward`; `countable`, the same for torch's FLOP
@@ -124,6 +127,7 @@ class Operator(nn.Module):
     start: ClassVar[str] = ""
     unused_inputs: ClassVar[tuple[str, ...]] = ()
     output_layer: ClassVar[str | None] = None
+    uses_energy: ClassVar[bool] = False
     Config: ClassVar[type[OperatorConfig]] = OperatorConfig
 
     def __init_subclass__(cls, **kwargs):

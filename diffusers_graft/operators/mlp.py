@@ -4,26 +4,15 @@ Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, T
 """
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ..errors import OperatorError, UnknownNameError
 from ..site import Context, Site
+from ._activations import ACTIVATIONS
+from ._feed_forward import HiddenConfig, copy_input, copy_output, hidden_width, is_narrower, strongest
 from .base import FeedForwardOperator, LinearPair
-
-# By diffusers' names.
-ACTIVATIONS = {
-    "gelu": F.gelu, "gelu-approximate": partial(F.gelu, approximate="tanh"), "silu": F.silu, "linear-silu": F.silu,
-    "relu": F.relu,
-}  # fmt: skip
-
-# They need a second input layer for the gate.
-GATED = ("geglu", "geglu-approximate", "swiglu")
 
 
 class Mlp(FeedForwardOperator):
@@ -34,9 +23,10 @@ class Mlp(FeedForwardOperator):
         "keeps the original's neurons: all of them where there is room (then, with the original's activation, the same "
         "function), else the strongest"
     )
+    output_layer = "down"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(FeedForwardOperator.Config):
+    class Config(HiddenConfig):
         """Settings of the layers.
 
         Attributes:
@@ -44,59 +34,17 @@ class Mlp(FeedForwardOperator):
             activation: diffusers' name; None means that of the replaced feed-forward.
         """
 
-        expansion: float = 4
-        activation: str | None = None
-
-        def __post_init__(self):
-            super().__post_init__()
-            number = isinstance(self.expansion, int | float) and not isinstance(self.expansion, bool)
-            if not number or not 0 < self.expansion < math.inf:
-                raise OperatorError(f"mlp: expansion is a positive ratio; got {self.expansion!r}. Try 3, 4 or 6.")
-            if self.activation in GATED:
-                raise OperatorError(
-                    f"mlp: {self.activation} is gated, which takes a second input layer that mlp has not. "
-                    f"Name one of {', '.join(sorted(ACTIVATIONS))}."
-                )
-            if self.activation is not None and self.activation not in ACTIVATIONS:
-                raise UnknownNameError("activation of mlp", self.activation, ACTIVATIONS)
-
-        def resolved(self, site: Site) -> Mlp.Config:
-            if self.activation is not None:
-                return self
-            if site.activation is None:
-                raise OperatorError(
-                    f"mlp: the activation of {site.path} is not known. Name one of {', '.join(sorted(ACTIVATIONS))}."
-                )
-            return replace(self, activation=site.activation)
-
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
-        hidden = round(config.expansion * site.width)
-        if hidden < 1:
-            raise OperatorError(
-                f"mlp: expansion {config.expansion} of width {site.width} leaves no neuron; "
-                f"{1 / site.width:.2g} leaves one."
-            )
+        hidden = hidden_width(self.name, config.expansion, site)
+        self.uses_energy = is_narrower(hidden, site)
         self.activation = ACTIVATIONS[config.resolved(site).activation]
         self.up, self.down = nn.Linear(site.width, hidden), nn.Linear(hidden, site.width)
 
-    @torch.no_grad()
     def init_from(self, original: LinearPair) -> None:
-        kept = self._kept(original)
-        self.down.weight.zero_()  # new neurons start silent, with random inputs to learn from
-        self.up.weight[: len(kept)], self.down.weight[:, : len(kept)] = original.up[kept], original.down[:, kept]
-        self.up.bias.zero_()
-        if original.up_bias is not None:
-            self.up.bias[: len(kept)] = original.up_bias[kept]
-        self.down.bias.zero_()
-        if original.down_bias is not None:
-            self.down.bias.copy_(original.down_bias)
-
-    def _kept(self, original: LinearPair) -> torch.Tensor:
-        """The original's neurons that fit, by the product of the norms of their input and output weights, in order."""
-        strength = original.up.float().norm(dim=1) * original.down.float().norm(dim=0)
-        count = min(self.up.out_features, len(strength))
-        return strength.topk(count).indices.sort().values
+        kept = strongest(original, self.up.out_features)
+        copy_input(self.up, original, kept)
+        copy_output(self.down, original, kept)
 
     def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
         return self.down(self.activation(self.up(hidden_states)))
