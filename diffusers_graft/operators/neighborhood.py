@@ -11,13 +11,55 @@ import torch
 
 from ..errors import GeometryError, OperatorError
 from ..site import Context, Grid, Site
+from ._backends import Backend, WithBackends, check_backend
+from ._flex import Sees, flex
 from ._tiles import dense_attention, tiled_attention
 from .base import Mixer
 
 
-class Neighborhood(Mixer):
+def around(length: int, kernel: int, dilation: int) -> list[range]:
+    """The places each place of an axis sees, by NATTEN: `kernel` of those of its own remainder by the dilation."""
+    rows = []
+    for i in range(length):
+        peers = range(i % dilation, length, dilation)
+        start = min(max(i // dilation - kernel // 2, 0), len(peers) - kernel)
+        rows.append(peers[start : start + kernel])
+    return rows
+
+
+def _sees(length: int, kernel: int, dilation: int) -> Sees:
+    def sees(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        peers = (length - query % dilation + dilation - 1) // dilation
+        start = torch.minimum((query // dilation - kernel // 2).clamp(min=0), peers - kernel)
+        place = key // dilation
+        return (key % dilation == query % dilation) & (place >= start) & (place < start + kernel)
+
+    return sees
+
+
+def _natten(operator: Neighborhood, query, key, value, context: Context) -> torch.Tensor:
+    from natten import functional
+
+    grid, (batch, heads, _, width) = context.grid, query.shape
+    lengths = operator.lengths(grid)
+    images = (part.transpose(1, 2).reshape(batch, *lengths, heads, width) for part in (query, key, value))
+    call = functional.na3d if len(lengths) == 3 else functional.na2d
+    settings = {"dilation": operator.config.dilation, "scale": context.scale}
+    mixed = call(*images, operator.config.kernel, **settings)
+    return mixed.reshape(batch, -1, heads, width).transpose(1, 2)
+
+
+def _flex(operator: Neighborhood, query, key, value, context: Context) -> torch.Tensor:
+    return flex(query, key, value, _sees, operator.axes(context.grid), context.scale)
+
+
+class Neighborhood(WithBackends, Mixer):
     """Images get a square, videos a cube of side `kernel`."""
 
+    backends = (
+        Backend("natten", _natten, "natten.functional", dtypes=(torch.float16, torch.bfloat16, torch.float32)),
+        Backend("flex", _flex, "torch.nn.attention.flex_attention", dtypes=(), runs_on=("cuda", "cpu")),
+    )
     needs_grid = True
     paper = "Neighborhood Attention Transformer, arXiv 2204.07143"
 
@@ -28,13 +70,16 @@ class Neighborhood(Mixer):
         Attributes:
             kernel: side of the window in tokens, odd.
             dilation: steps between the tokens of a window.
+            backend: `torch`, `auto`, `natten` or `flex`.
         """
 
         kernel: int = 3
         dilation: int = 1
+        backend: str = "torch"
 
         def __post_init__(self):
             super().__post_init__()
+            check_backend(self)
             if type(self.kernel) is not int or self.kernel < 1 or self.kernel % 2 == 0:
                 raise OperatorError(
                     f"neighborhood: kernel is an odd count of tokens; got {self.kernel!r}. Try 3, 5 or 7."
@@ -47,22 +92,25 @@ class Neighborhood(Mixer):
         self.causal_operator = config.kernel == 1  # a token by itself
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+        axes = self.axes(context.require_grid(self.name, query.shape[2]))
+        if backend := self.backend_for(query):
+            return backend.run(self, query, key, value, context)
         tile = 4 if self.config.kernel < 9 else 8
-        axes = self._axes(context.require_grid(self.name, query.shape[2]))
         return tiled_attention(query, key, value, around, axes, tile=tile, scale=context.scale)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: softmax over all tokens under a mask."""
-        axes = self._axes(context.require_grid(self.name, query.shape[2]))
+        axes = self.axes(context.require_grid(self.name, query.shape[2]))
         return dense_attention(query, key, value, around, axes, scale=context.scale)
 
     def receptive_field(self, token: int, grid: Grid) -> set[int]:
         seen = {0}
-        for (length, *settings), place in zip(self._axes(grid), grid.place_of(token), strict=True):
+        for (length, *settings), place in zip(self.axes(grid), grid.place_of(token), strict=True):
             seen = {outer * length + inner for outer in seen for inner in around(length, *settings)[place]}
         return seen
 
-    def _axes(self, grid: Grid) -> tuple[tuple[int, int, int], ...]:
+    def lengths(self, grid: Grid) -> tuple[int, ...]:
+        """Of the axes of a grid. Raises `GeometryError` where the window does not fit."""
         lengths = (grid.frames, grid.height, grid.width) if grid.frames > 1 else (grid.height, grid.width)
         reach = self.config.kernel * self.config.dilation
         if min(lengths) < reach:
@@ -70,7 +118,11 @@ class Neighborhood(Mixer):
                 f"neighborhood: kernel {self.config.kernel} with dilation {self.config.dilation} spans {reach} tokens, "
                 f"but the grid is {grid}. Choose a smaller kernel or dilation, or larger latents."
             )
-        return tuple((length, self.config.kernel, self.config.dilation) for length in lengths)
+        return lengths
+
+    def axes(self, grid: Grid) -> tuple[tuple[int, int, int], ...]:
+        """Each axis as the rule takes it."""
+        return tuple((length, self.config.kernel, self.config.dilation) for length in self.lengths(grid))
 
     def flops(self, tokens: int) -> int:
         """Of an image; a video's window has kernel times as many tokens."""
@@ -81,13 +133,3 @@ class Neighborhood(Mixer):
         return -4 * (tokens**2 - tokens * self.config.kernel**2) * self.site.inner_width
 
     countable = reference
-
-
-def around(length: int, kernel: int, dilation: int) -> list[range]:
-    """The places each place of an axis sees, by NATTEN: `kernel` of those of its own remainder by the dilation."""
-    rows = []
-    for i in range(length):
-        peers = range(i % dilation, length, dilation)
-        start = min(max(i // dilation - kernel // 2, 0), len(peers) - kernel)
-        rows.append(peers[start : start + kernel])
-    return rows

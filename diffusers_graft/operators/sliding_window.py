@@ -10,12 +10,50 @@ import torch
 
 from ..errors import OperatorError
 from ..site import Context, Grid, Site
+from ._backends import Backend, WithBackends, check_backend
+from ._flex import Sees, flex
 from ._tiles import dense_attention, tiled_attention
 from .base import Mixer
 
 
-class SlidingWindow(Mixer):
+def band(length: int, before: int, after: int) -> list[range]:
+    """The places each place of a sequence sees; the band is cut off at both ends."""
+    return [range(max(0, i - before), min(length, i + after + 1)) for i in range(length)]
+
+
+def _sees(length: int, before: int, after: int) -> Sees:
+    return lambda query, key: (key >= query - before) & (key <= query + after)
+
+
+def _flash(operator: SlidingWindow, query, key, value, context: Context) -> torch.Tensor:
+    from flash_attn import flash_attn_func
+
+    tokens_first = (part.transpose(1, 2) for part in (query, key, value))
+    return flash_attn_func(*tokens_first, softmax_scale=context.scale, window_size=operator.config.window).transpose(1, 2)
+
+
+def _varlen(operator: SlidingWindow, query, key, value, context: Context) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch, heads, tokens, width = query.shape
+    starts = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
+    packed = (part.transpose(1, 2).reshape(batch * tokens, heads, width) for part in (query, key, value))
+    window = {"scale": context.scale, "window_size": operator.config.window}
+    return varlen_attn(*packed, starts, starts, tokens, tokens, **window).view(batch, tokens, heads, width).transpose(1, 2)
+
+
+def _flex(operator: SlidingWindow, query, key, value, context: Context) -> torch.Tensor:
+    return flex(query, key, value, _sees, ((query.shape[2], *operator.config.window),), context.scale)
+
+
+class SlidingWindow(WithBackends, Mixer):
     """Needs no grid, so it also serves sequences; on images it never reaches the token above or below."""
+
+    backends = (
+        Backend("flash", _flash, "flash_attn"),
+        Backend("varlen", _varlen, "torch.nn.attention.varlen"),
+        Backend("flex", _flex, "torch.nn.attention.flex_attention", dtypes=(), runs_on=("cuda", "cpu")),
+    )
 
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
 
@@ -25,12 +63,15 @@ class SlidingWindow(Mixer):
 
         Attributes:
             window: tokens seen before and after each token.
+            backend: `torch`, `auto`, `flash` (flash-attn), `varlen` (torch's own, CUDA) or `flex`.
         """
 
         window: tuple[int, int] = (4, 4)
+        backend: str = "torch"
 
         def __post_init__(self):
             super().__post_init__()
+            check_backend(self)
             sound = isinstance(self.window, tuple) and len(self.window) == 2
             if not sound or not all(type(side) is int and side >= 0 for side in self.window):
                 raise OperatorError(
@@ -42,6 +83,8 @@ class SlidingWindow(Mixer):
         self.causal_operator = config.window[1] == 0
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+        if backend := self.backend_for(query):
+            return backend.run(self, query, key, value, context)
         axes = ((query.shape[2], *self.config.window),)
         tile = max(32, *self.config.window)
         return tiled_attention(query, key, value, band, axes, tile=tile, scale=context.scale)
@@ -64,8 +107,3 @@ class SlidingWindow(Mixer):
 
     def _seen(self, tokens: int) -> int:
         return sum(map(len, band(tokens, *self.config.window)))
-
-
-def band(length: int, before: int, after: int) -> list[range]:
-    """The places each place of a sequence sees; the band is cut off at both ends."""
-    return [range(max(0, i - before), min(length, i + after + 1)) for i in range(length)]

@@ -1,0 +1,142 @@
+"""Faster ways to compute an operator, where a machine has them; plain torch is always there, and the default.
+
+`backend="torch"` never changes by itself. A backend asked for by name runs, or is an error that says what is missing.
+`backend="auto"` takes the first that this device and precision allow and that agrees with plain torch on a small example,
+and says once what it chose.
+"""
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..errors import MissingDependencyError, OperatorError, UnknownNameError
+from ..site import Context, Grid, Site
+from .base import Operator, OperatorConfig
+
+logger = logging.getLogger(__name__)
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One faster way, with the same results up to rounding.
+
+    Attributes:
+        name: what `backend=` takes.
+        run: called as `run(operator, *inputs, context)`.
+        module: what it imports.
+        dtypes: precisions it computes in; all if empty.
+        runs_on, trains_on: device types of its forward and of its backward.
+        pays_on: device types on which `"auto"` considers it.
+    """
+
+    name: str
+    run: Callable[..., torch.Tensor]
+    module: str
+    dtypes: tuple[torch.dtype, ...] = HALF
+    runs_on: tuple[str, ...] = ("cuda",)
+    trains_on: tuple[str, ...] = ("cuda",)
+    pays_on: tuple[str, ...] = ("cuda",)
+
+    def obstacle(self, device: str, dtype: torch.dtype, grad: bool) -> str | None:
+        """Why it cannot run there, or None."""
+        if device not in self.runs_on:
+            return f"it runs on {' and '.join(self.runs_on)}, and the tensors are on {device}"
+        if self.dtypes and dtype not in self.dtypes:
+            return f"it computes in {', '.join(map(str, self.dtypes))}, and the tensors are {dtype}"
+        if grad and device not in self.trains_on:
+            return f"it has no backward on {device}"
+        return None
+
+
+class WithBackends(Operator):
+    """An operator that has faster ways; its config has the setting `backend`."""
+
+    backends: tuple[Backend, ...] = ()
+
+    def __init__(self, config, site):
+        super().__init__(config, site)
+        for backend in self.backends:
+            if backend.name == config.backend:
+                _import(backend, self.name)
+
+    def backend_for(self, like: torch.Tensor) -> Backend | None:
+        """The backend of this forward; None means plain torch. Raises `OperatorError` where the one asked for cannot run."""
+        asked = self.config.backend
+        if asked == "torch":
+            return None
+        grad = torch.is_grad_enabled() and (like.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if asked == "auto":
+            return _best(type(self), self.config, like.shape[-1], like.device.type, like.dtype, grad)
+        backend = next(backend for backend in self.backends if backend.name == asked)
+        if obstacle := backend.obstacle(like.device.type, like.dtype, grad):
+            raise OperatorError(f'{self.name}: backend {asked!r} was asked for, but {obstacle}. Choose "torch" or "auto".')
+        return backend
+
+
+def check_backend(config: OperatorConfig) -> None:
+    """Raise `UnknownNameError` for a backend that the operator does not have."""
+    names = ("torch", "auto", *(backend.name for backend in config.owner.backends))
+    if config.backend not in names:
+        raise UnknownNameError(f"backend of {config.owner.name}", config.backend, names)
+
+
+def _import(backend: Backend, operator: str) -> None:
+    """The exact module it runs, since some packages import without what they need."""
+    try:
+        importlib.import_module(backend.module)
+    except Exception as error:  # kernels fail in many ways where there is no device or compiler for them
+        needs = backend.module.partition(".")[0]
+        raise MissingDependencyError(f"Backend {backend.name!r} of {operator}", needs, extra="kernels") from error
+
+
+@torch.compiler.assume_constant_result
+def _best(*case) -> Backend | None:
+    return _kept_best(*case)
+
+
+@functools.cache
+def _kept_best(
+    owner: type[WithBackends], config: OperatorConfig, width: int, device: str, dtype: torch.dtype, grad: bool
+) -> Backend | None:
+    """The first backend that is there, allowed and right; said once, since the answer is kept."""
+    for backend in owner.backends:
+        if device not in backend.pays_on or backend.obstacle(device, dtype, grad):
+            continue
+        try:
+            _import(backend, owner.name)
+            error = _disagreement(backend, config, width, device, dtype, grad)
+        except Exception as problem:  # a kernel that cannot run this shape is no reason to stop
+            logger.debug("%s: backend %s cannot run here: %s", owner.name, backend.name, problem)
+            continue
+        if error < 0.03:
+            logger.warning("%s: backend %s on %s, %s", owner.name, backend.name, device, dtype)
+            return backend
+        logger.warning("%s: backend %s differs from plain torch by %.2g and is not used", owner.name, backend.name, error)
+    logger.warning("%s: backend torch on %s, %s", owner.name, device, dtype)
+    return None
+
+
+def _disagreement(
+    backend: Backend, config: OperatorConfig, width: int, device: str, dtype: torch.dtype, grad: bool
+) -> float:
+    """Largest relative difference to plain torch, of outputs and, where it is to train, of gradients, on 48 x 48 tokens."""
+    site = Site(kind="self_attention", index=0, path="example", width=2 * width, heads=2, head_width=width)
+    context, shape = Context(grid=Grid(height=48, width=48)), (1, 2, 48 * 48, width)
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        operator = replace(config, backend="torch").build(site).to(device, dtype)
+        inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_(grad) for _ in range(3)]
+        weights = torch.randn(shape, generator=generator).to(device, dtype)
+        results = []
+        for call in (operator, functools.partial(backend.run, operator)):
+            output = call(*inputs, context)
+            results.append([output, *(torch.autograd.grad((output * weights).sum(), inputs) if grad else ())])
+    pairs = [(one.detach().double(), other.detach().double()) for one, other in zip(*results, strict=True)]
+    return max(((one - other).norm() / one.norm().clamp(min=1e-12)).item() for one, other in pairs)

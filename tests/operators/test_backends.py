@@ -1,0 +1,191 @@
+"""Faster ways: offered, refused and chosen in words; what calls a kernel is checked against a stand-in of its interface."""
+import itertools
+import logging
+import sys
+import types
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import diffusers_graft as dg
+from diffusers_graft.errors import MissingDependencyError, OperatorError, UnknownNameError
+from diffusers_graft.operators import neighborhood, sliding_window
+from diffusers_graft.operators._backends import Backend, WithBackends, check_backend
+from diffusers_graft.operators._flex import mask_of
+from diffusers_graft.operators.base import Mixer
+from diffusers_graft.operators.conformance import example_site
+from diffusers_graft.site import Context, Grid
+
+from ..models import predict, tiny_dit
+
+SITE = example_site("self_attention")
+
+
+def qkv(tokens, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, tokens, 4, generator=generator, **options) for _ in range(3)]
+
+
+def as_dense(rule, axes):
+    tokens = list(itertools.product(*(range(axis[0]) for axis in axes)))
+    rows = [rule(*axis) for axis in axes]
+    return torch.tensor([[all(k in row[q] for row, q, k in zip(rows, a, b, strict=True)) for b in tokens] for a in tokens])
+
+
+def as_mask(sees, axes):
+    places = torch.arange(torch.tensor([axis[0] for axis in axes]).prod().item())
+    return mask_of(sees, axes)(None, None, places[:, None], places[None])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 30), st.integers(0, 9), st.integers(0, 9))
+def test_the_mask_function_of_a_band(length, before, after):
+    axes = ((length, before, after),)
+    assert torch.equal(as_mask(sliding_window._sees, axes), as_dense(sliding_window.band, axes))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(6, 9), min_size=2, max_size=2), st.sampled_from([(1, 1), (3, 1), (3, 2), (1, 3), (5, 1)]))
+def test_the_mask_function_of_a_neighbourhood(lengths, window):
+    axes = tuple((length, *window) for length in lengths)
+    assert torch.equal(as_mask(neighborhood._sees, axes), as_dense(neighborhood.around, axes))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("settings_", [{"operator": "sliding_window", "window": (7, 40)},
+                                       {"operator": "neighborhood", "kernel": 5, "dilation": 2}], ids=str)  # fmt: skip
+def test_flex_attention_agrees(settings_):
+    grid = Grid(height=16, width=20)
+    inputs = [part.repeat(1, 1, 1, 4) for part in qkv(grid.tokens)]
+    with torch.no_grad():
+        expected, mixed = (
+            dg.operators.configure({**settings_, "backend": backend}).build(SITE)(*inputs, Context(grid=grid))
+            for backend in ("torch", "flex")
+        )
+    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
+
+
+def band_softmax(query, key, value, scale, window):
+    """Softmax in a band: [B, N, H, E] as flash-attn takes it."""
+    mask = as_dense(sliding_window.band, ((query.shape[1], *window),))
+    parts = (part.transpose(1, 2) for part in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def stand_in(monkeypatch, name, **functions):
+    for path in (name.partition(".")[0], name):
+        monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
+    module = sys.modules[name]
+    vars(module).update(functions)
+    if "." in name:
+        setattr(sys.modules[name.partition(".")[0]], name.rpartition(".")[2], module)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_calls_of_flash_attn(monkeypatch, scale):
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
+        return band_softmax(q, k, v, softmax_scale, window_size)
+
+    stand_in(monkeypatch, "flash_attn", flash_attn_func=flash_attn_func)
+    operator, context = dg.operators.SlidingWindow.Config(window=(2, 5)).build(SITE), Context(scale=scale)
+    mixed = sliding_window._flash(operator, *qkv(30), context)
+    torch.testing.assert_close(mixed, operator(*qkv(30), context))
+
+
+def test_calls_of_varlen_attention(monkeypatch):
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        assert cu_seq_q.tolist() == cu_seq_k.tolist() == [0, max_q, 2 * max_q]
+        rows = [part.view(2, max_q, 3, 4) for part in (query, key, value)]
+        return band_softmax(*rows, scale, window_size).reshape(query.shape)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    operator = dg.operators.SlidingWindow.Config(window=(2, 5)).build(SITE)
+    torch.testing.assert_close(sliding_window._varlen(operator, *qkv(30), Context()), operator(*qkv(30), Context()))
+
+
+@pytest.mark.parametrize("grid", [Grid(height=7, width=9), Grid(frames=5, height=6, width=5)], ids=str)
+def test_calls_of_natten(monkeypatch, grid):
+    def natten(query, key, value, kernel_size, dilation=1, scale=None):
+        axes = tuple((length, kernel_size, dilation) for length in query.shape[1:-2])
+        mask = as_dense(neighborhood.around, axes)
+        parts = (part.flatten(1, -3).transpose(1, 2) for part in (query, key, value))
+        mixed = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)
+        return mixed.transpose(1, 2).reshape(query.shape)
+
+    stand_in(monkeypatch, "natten.functional", na2d=natten, na3d=natten)
+    operator, context = dg.operators.get("neighborhood").Config(kernel=3).build(SITE), Context(grid=grid)
+    mixed = neighborhood._natten(operator, *qkv(grid.tokens), context)
+    torch.testing.assert_close(mixed, operator(*qkv(grid.tokens), context))
+
+
+def test_a_backend_that_is_not_installed_names_the_extra_and_touches_nothing():
+    model = tiny_dit()
+    before = predict(model)
+    with pytest.raises(MissingDependencyError, match=r"'natten' of neighborhood needs natten.*diffusers-graft\[kernels\]"):
+        model.set_graft({"self_attention[0]": {"operator": "neighborhood", "backend": "natten"}})
+    assert model.graft is None
+    assert torch.equal(predict(model), before)
+
+
+def test_an_unknown_backend():
+    with pytest.raises(UnknownNameError, match="no backend of neighborhood 'naten'. Did you mean 'natten'"):
+        dg.operators.configure({"operator": "neighborhood", "backend": "naten"})
+
+
+def test_a_backend_asked_for_runs_or_says_why_not():
+    inputs = qkv(64)
+    with pytest.raises(OperatorError, match="'varlen' was asked for, but it runs on cuda, and the tensors are on cpu"):
+        dg.operators.SlidingWindow.Config(backend="varlen").build(SITE)(*inputs, Context())
+    with pytest.raises(OperatorError, match="'flex' was asked for, but it has no backward on cpu"):
+        dg.operators.SlidingWindow.Config(backend="flex").build(SITE)(*[part.requires_grad_() for part in inputs], Context())
+    assert "torch.bfloat16" in Backend("x", None, "x").obstacle("cuda", torch.float32, False)
+
+
+def fake(run):
+    """An operator with one backend, of a module that is there and a device that every machine has."""
+
+    class Fake(WithBackends, Mixer):
+        backends = (Backend("quick", run, "math", dtypes=(), runs_on=("cpu",), trains_on=("cpu",), pays_on=("cpu",)),)
+
+        @dataclass(frozen=True, kw_only=True)
+        class Config(Mixer.Config):
+            backend: str = "torch"
+
+            def __post_init__(self):
+                check_backend(self)
+
+        def forward(self, query, key, value, context):
+            if backend := self.backend_for(query):
+                return backend.run(self, query, key, value, context)
+            return query * key + value
+
+    return Fake.Config(backend="auto").build(SITE)
+
+
+@pytest.mark.parametrize(("run", "said", "output"), [
+    (lambda operator, query, key, value, context: (query * key + value) * 1.001, "backend quick on cpu", 1.001),
+    (lambda operator, query, key, value, context: (query * key + value) * 1.5, "differs from plain torch", 1.0),
+    (lambda operator, query, key, value, context: query.no_such_thing, "backend torch on cpu", 1.0),
+], ids=["right", "wrong", "broken"])  # fmt: skip
+@pytest.mark.parametrize("grad", [False, True])
+def test_auto_takes_what_agrees_and_says_so_once(caplog, run, said, output, grad):
+    operator, (query, key, value) = fake(run), qkv(9)
+    query.requires_grad_(grad)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            mixed = operator(query, key, value, Context())
+    torch.testing.assert_close(mixed, (query * key + value) * output)
+    assert sum(said in message for message in caplog.messages) == 1
+
+
+def test_auto_is_plain_torch_on_a_cpu():
+    inputs = qkv(64)
+    expected = dg.operators.SlidingWindow.Config().build(SITE)(*inputs, Context())
+    automatic = dg.operators.SlidingWindow.Config(backend="auto").build(SITE)
+    assert torch.equal(automatic(*inputs, Context()), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(automatic, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs, Context()), expected)
