@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import OperatorError, UnknownNameError
 from ..site import Site
-from ._activations import ACTIVATIONS, GATED
+from ._activations import ACTIVATIONS, GATED, hermite_coefficients
 from .base import FeedForwardOperator, LinearPair
 
 
@@ -128,3 +128,15 @@ def copy_output(layer: nn.Linear, original: LinearPair, kept: torch.Tensor) -> N
     layer.bias.zero_()
     if original.down_bias is not None:
         layer.bias.copy_(original.down_bias)
+
+
+def polynomials(original: LinearPair, degree: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every neuron of the original as a polynomial, the nearest over standard normal tokens, in float64.
+
+    Returns:
+        Directions [hidden, D] of length one and coefficients [degree + 1, hidden], in powers of direction * token.
+    """
+    up = original.up.double()
+    mean = up.new_zeros(len(up)) if original.up_bias is None else original.up_bias.double()
+    deviation = up.norm(dim=1).clamp(min=1e-6)  # of the neuron's input, when tokens are standard normal
+    return up / deviation[:, None], hermite_coefficients(ACTIVATIONS[original.activation], mean, deviation, degree)

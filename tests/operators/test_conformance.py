@@ -52,6 +52,14 @@ CASES = [
     "gated_mlp",
     {"operator": "gated_mlp", "expansion": 2.5, "activation": "swiglu"},
     {"operator": "gated_mlp", "expansion": 5, "activation": "sigmoid"},
+    "linear_mlp",
+    "low_rank_mlp",
+    {"operator": "low_rank_mlp", "rank": 3, "activation": "mish"},
+    "mix_ffn",
+    {"operator": "mix_ffn", "expansion": 2, "kernel": 5, "activation": "silu"},
+    "hyena_mlp",
+    {"operator": "hyena_mlp", "expansion": 1.5, "kernel_size": 3, "positions": 1},
+    {"operator": "hyena_mlp", "positions": 64},
 ]
 
 

@@ -1,0 +1,114 @@
+"""A feed-forward of products instead of an activation: down(q * k * v), with q, k, v = conv(up(x)) along the features.
+
+Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, Table 4 (MLP Hyena-X, r = 2, K = 4).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..site import Context, Site
+from ._feed_forward import hidden_width, is_narrower, polynomials, require_count, require_ratio, strongest
+from .base import FeedForwardOperator, LinearPair
+
+
+class HyenaMlp(FeedForwardOperator):
+    """Tokens stay by themselves: the causal convolution runs over the 3 r D features of one token, q before k before v.
+
+    The paper's code has one filter for each of 256 token positions, which fixes the length of a sequence. Here the
+    positions share the sequence out evenly: where tokens are more, neighbours in raster order share a filter; where they
+    are fewer, a token's is the mean of those that fall to it. With as many tokens as positions it is the paper's operator,
+    with its 10,626,176 parameters at width 1152. The paper's table counts two gates and leaves the convolution out;
+    `flops` counts both.
+    """
+
+    paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
+    start = (
+        "the strongest of the original's neurons, each with the parabola nearest to its activation over standard normal "
+        "tokens, as q = 1 and k * v; convolutions pass what comes"
+    )
+    output_layer = "down"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(FeedForwardOperator.Config):
+        """Settings of the layers.
+
+        Attributes:
+            expansion: hidden neurons over the width of a token (r).
+            kernel_size: taps of the convolution (K).
+            positions: filters along the sequence; 1 is one for all tokens.
+        """
+
+        expansion: float = 2
+        kernel_size: int = 4
+        positions: int = 256
+
+        def __post_init__(self):
+            super().__post_init__()
+            require_ratio("hyena_mlp", self.expansion)
+            require_count("hyena_mlp", "kernel_size", self.kernel_size, least=1, example=4)
+            require_count("hyena_mlp", "positions", self.positions, least=1, example=256)
+
+    def __init__(self, config: Config, site: Site):
+        super().__init__(config, site)
+        self.hidden = hidden_width(self.name, config.expansion, site)
+        self.uses_energy = is_narrower(self.hidden, site)
+        self.up, self.down = nn.Linear(site.width, 3 * self.hidden), nn.Linear(self.hidden, site.width)
+        self.convolution = nn.Conv1d(config.positions, config.positions, config.kernel_size, groups=config.positions)
+
+    @torch.no_grad()
+    def init_from(self, original: LinearPair) -> None:
+        self.convolution.weight.zero_()
+        self.convolution.weight[:, :, -1] = 1.0
+        self.convolution.bias.zero_()
+        kept = strongest(original, self.hidden)
+        direction, (constant, slope, curve) = polynomials(original, degree=2)
+        self._set_products(direction[kept], slope[kept], curve[kept])
+        self.down.weight.zero_()
+        self.down.weight[:, : len(kept)] = original.down[:, kept]
+        constant += curve  # the mean of a parabola, which is all that stays of a neuron that goes
+        constant[kept] -= curve[kept]
+        self.down.bias.copy_(original.down.double() @ constant)
+        if original.down_bias is not None:
+            self.down.bias.add_(original.down_bias)
+
+    def _set_products(self, direction: torch.Tensor, slope: torch.Tensor, curve: torch.Tensor) -> None:
+        """The first neurons become q = 1, k = slope + curve * z and v = z, with z = direction * token."""
+        query = torch.zeros_like(direction), torch.ones_like(slope)
+        key = curve[:, None] * direction, slope
+        value = direction, torch.zeros_like(slope)
+        for part, rows, biases in zip((query, key, value), self.up.weight.chunk(3), self.up.bias.chunk(3), strict=True):
+            rows[: len(slope)], biases[: len(slope)] = part
+
+    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+        weight, bias = self._filters(hidden_states.shape[1])
+        padded = F.pad(self.up(hidden_states), (self.config.kernel_size - 1, 0))
+        query, key, value = F.conv1d(padded, weight[:, None], bias, groups=len(weight)).chunk(3, dim=-1)
+        return self.down(query * key * value)
+
+    def reference(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+        """The definition: the convolution tap by tap."""
+        weight, bias = self._filters(hidden_states.shape[1])
+        padded = F.pad(self.up(hidden_states), (self.config.kernel_size - 1, 0))
+        taps = padded.unfold(-1, self.config.kernel_size, 1)
+        query, key, value = ((taps * weight[:, None]).sum(-1) + bias[:, None]).chunk(3, dim=-1)
+        return self.down(query * key * value)
+
+    def _filters(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The filter [N, K] and bias [N] of every token."""
+        filters = torch.cat([self.convolution.weight[:, 0], self.convolution.bias[:, None]], dim=1)
+        spread = F.adaptive_avg_pool1d(filters.T, tokens).T
+        return spread[:, :-1], spread[:, -1]
+
+    def flops(self, tokens: int) -> int:
+        """The linear layers, the convolution and two gates."""
+        convolution = 6 * self.config.kernel_size * tokens * self.hidden
+        return 8 * tokens * self.site.width * self.hidden + convolution + self.uncounted_flops(tokens)
+
+    def uncounted_flops(self, tokens: int) -> int:
+        """The gates, which torch's counter does not see."""
+        return 2 * tokens * self.hidden
+

@@ -1,0 +1,81 @@
+"""A feed-forward whose two linear layers are products of two thin ones: W = A B, of a given rank.
+
+Paper: Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation, arXiv 1404.0736, section 3.2.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import OperatorError
+from ..site import Context, Site
+from ._activations import ACTIVATIONS
+from ._feed_forward import ActivatedConfig
+from .base import FeedForwardOperator, LinearPair
+
+
+class LowRankMlp(FeedForwardOperator):
+    """As many hidden neurons as the original; below a rank of 0.8 of the width it is cheaper than an expansion of 4."""
+
+    paper = "Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation, arXiv 1404.0736"
+    start = "each linear layer is the best approximation of the original's of its rank; biases and activation are kept"
+    output_layer = "down"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ActivatedConfig):
+        """Settings of the layers.
+
+        Attributes:
+            rank: of each layer: a whole number, or a share of the width of a token (above 0.0, up to 1.0).
+            activation: diffusers' name; None means that of the replaced feed-forward.
+        """
+
+        rank: int | float = 0.5
+
+        def __post_init__(self):
+            super().__post_init__()
+            whole, share = type(self.rank) is int and self.rank > 0, type(self.rank) is float and 0 < self.rank <= 1
+            if not whole and not share:
+                raise OperatorError(
+                    f"low_rank_mlp: rank is a whole number from 1, or a share of the width above 0.0, up to 1.0; "
+                    f"got {self.rank!r}. Try 64 or 0.5."
+                )
+
+    def __init__(self, config: Config, site: Site):
+        super().__init__(config, site)
+        rank = config.rank if isinstance(config.rank, int) else max(1, round(config.rank * site.width))
+        if rank > site.width:
+            raise OperatorError(
+                f"low_rank_mlp: a layer at {site.path} has rank {site.width} at most; got {rank}. "
+                "Lower it, or give a share of the width such as 0.5."
+            )
+        if site.hidden is None:
+            raise OperatorError(f"low_rank_mlp: the hidden width of {site.path} is not known. Choose mlp there.")
+        self.activation = ACTIVATIONS[config.resolved(site).activation]
+        self.up_in, self.up = nn.Linear(site.width, rank, bias=False), nn.Linear(rank, site.hidden)
+        self.down_in, self.down = nn.Linear(site.hidden, rank, bias=False), nn.Linear(rank, site.width)
+
+    def init_from(self, original: LinearPair) -> None:
+        _factorise(original.up, original.up_bias, self.up_in, self.up)
+        _factorise(original.down, original.down_bias, self.down_in, self.down)
+
+    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+        hidden = self.activation(self.up(self.up_in(hidden_states)))
+        return self.down(self.down_in(hidden))
+
+    def flops(self, tokens: int) -> int:
+        return 4 * tokens * self.up.in_features * (self.site.width + self.site.hidden)
+
+
+@torch.no_grad()
+def _factorise(weight: torch.Tensor, bias: torch.Tensor | None, first: nn.Linear, second: nn.Linear) -> None:
+    """The truncated singular value decomposition of a layer (Eckart and Young), its singular values shared evenly."""
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    rank, root = first.out_features, values.sqrt()
+    first.weight.copy_(root[:rank, None] * right[:rank])
+    second.weight.copy_(left[:, :rank] * root[:rank])
+    second.bias.zero_()
+    if bias is not None:
+        second.bias.copy_(bias)
