@@ -34,9 +34,10 @@ HOMES = {
     "yaml": {"hub.cards"},
     "matplotlib": {"evaluation.report", "testbed.sampling"},
     "PIL": {"testbed"},  # renders the letters
+    **dict.fromkeys(("flash_attn", "natten", "causal_conv1d", "mamba_ssm", "fla"), {"operators"}),  # backends
 }
 RESUMES = {"testbed.pretrain"}  # keeps optimizer state to resume its own run, read back with weights_only=True; never shared
-OPTIONAL = {"matplotlib", "PIL"}  # of an extra: imported where they are used, never with the module
+OPTIONAL = {"matplotlib", "PIL", "flash_attn", "natten", "causal_conv1d", "mamba_ssm", "fla"}  # of an extra: imported where they are used, never with the module
 
 
 def dotted(path):

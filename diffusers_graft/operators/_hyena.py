@@ -9,11 +9,24 @@ from torch import nn
 
 from ..errors import OperatorError, UnknownNameError
 from ..site import Context, Grid, Site
+from ._backends import HALF, Backend, WithBackends, check_backend
 from ._depthwise import LAYOUTS, ShortConvolution, heads_first, tokens_last
 from .base import Mixer
 
 
-class GatedConvolution(Mixer):
+def _causal_conv1d(operator: GatedConvolution, query, key, value, context: Context) -> torch.Tensor:
+    from causal_conv1d import causal_conv1d_fn
+
+    def convolve(convolution: ShortConvolution, image: torch.Tensor) -> torch.Tensor:
+        taps = convolution.weight[:, 0, :, 0]
+        return causal_conv1d_fn(image[:, :, 0].transpose(1, 2), taps, convolution.bias).transpose(1, 2)[:, :, None]
+
+    if operator.config.layout != "causal_1d":
+        raise OperatorError(f'{operator.name}: backend "causal_conv1d" is for the layout causal_1d. Choose backend="torch".')
+    return operator.gated(query, key, value, context, convolve)
+
+
+class GatedConvolution(WithBackends, Mixer):
     """In `2d` the convolutions run on the token grid and see the token above and below, which the paper's never do.
 
     Attributes:
@@ -21,6 +34,7 @@ class GatedConvolution(Mixer):
         has_inner: whether the product of keys and values does.
     """
 
+    backends = (Backend("causal_conv1d", _causal_conv1d, "causal_conv1d", dtypes=(*HALF, torch.float32)),)
     has_featurisers: ClassVar[bool] = True
     has_inner: ClassVar[bool] = True
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
@@ -32,13 +46,16 @@ class GatedConvolution(Mixer):
         Attributes:
             kernel_size: taps along each axis.
             layout: `causal_1d` (the paper), `centered_1d`, or `2d`.
+            backend: `torch`, `auto` or `causal_conv1d`.
         """
 
         kernel_size: int = 4
         layout: str = "causal_1d"
+        backend: str = "torch"
 
         def __post_init__(self):
             super().__post_init__()
+            check_backend(self)
             if self.layout not in LAYOUTS:
                 raise UnknownNameError(f"layout of {self.owner.name}", self.layout, LAYOUTS)
             if type(self.kernel_size) is not int or self.kernel_size < 1:
@@ -64,13 +81,16 @@ class GatedConvolution(Mixer):
             convolution.set_identity() if name == "value" else convolution.set_constant(1.0)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-        return self._gated(query, key, value, context, ShortConvolution.forward)
+        if backend := self.backend_for(query):
+            return backend.run(self, query, key, value, context)
+        return self.gated(query, key, value, context, ShortConvolution.forward)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: every convolution tap by tap."""
-        return self._gated(query, key, value, context, ShortConvolution.by_taps)
+        return self.gated(query, key, value, context, ShortConvolution.by_taps)
 
-    def _gated(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, convolve):
+    def gated(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, convolve) -> torch.Tensor:
+        """The whole of it, with `convolve(convolution, image)` for its convolutions."""
         layout = self._layout(query, context)
         parts = [tokens_last(part, *layout) for part in (query, key, value)]
         if self.has_featurisers:

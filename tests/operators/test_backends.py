@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import diffusers_graft as dg
 from diffusers_graft.errors import MissingDependencyError, OperatorError, UnknownNameError
-from diffusers_graft.operators import neighborhood, sliding_window
+from diffusers_graft.operators import _hyena, neighborhood, sliding_window
 from diffusers_graft.operators._backends import Backend, WithBackends, check_backend
 from diffusers_graft.operators._flex import mask_of
 from diffusers_graft.operators.base import Mixer
@@ -119,6 +119,20 @@ def test_calls_of_natten(monkeypatch, grid):
     operator, context = dg.operators.get("neighborhood").Config(kernel=3).build(SITE), Context(grid=grid)
     mixed = neighborhood._natten(operator, *qkv(grid.tokens), context)
     torch.testing.assert_close(mixed, operator(*qkv(grid.tokens), context))
+
+
+@pytest.mark.parametrize("name", ["hyena_x", "hyena_se", "hyena_y"])
+def test_calls_of_causal_conv1d(monkeypatch, name):
+    def causal_conv1d_fn(x, weight, bias=None):
+        channels, taps = weight.shape
+        return torch.nn.functional.conv1d(x, weight[:, None], bias, padding=taps - 1, groups=channels)[..., : x.shape[-1]]
+
+    stand_in(monkeypatch, "causal_conv1d", causal_conv1d_fn=causal_conv1d_fn)
+    operator = dg.operators.get(name).Config().build(SITE)
+    mixed = _hyena._causal_conv1d(operator, *qkv(30), Context())
+    torch.testing.assert_close(mixed, operator(*qkv(30), Context()))
+    with pytest.raises(OperatorError, match="is for the layout causal_1d"):
+        _hyena._causal_conv1d(dg.operators.get(name).Config(layout="2d").build(SITE), *qkv(30), Context())
 
 
 def test_a_backend_that_is_not_installed_names_the_extra_and_touches_nothing():
