@@ -75,7 +75,7 @@ def _activation(first: nn.Module) -> str:
 def linear_pair(feed_forward: nn.Module) -> LinearPair:
     """The two linear layers of a feed-forward. Raises `OperatorError` where there is no such pair to start from."""
     activation = _activation(feed_forward.net[0])
-    if activation not in ("gelu", "gelu-approximate", "linear-silu"):
+    if activation not in ("gelu", "gelu-approximate", "geglu-approximate", "linear-silu"):
         raise OperatorError(
             f"A feed-forward with {activation} is not down(activation(up(x))), so nothing can start from it: "
             'choose init="random".'
