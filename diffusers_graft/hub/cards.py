@@ -39,7 +39,7 @@ def render_card(folder: Path, model: ModelMixin, graft: Graft, config: dict[str,
         own_parameters=f"{sum(t.numel() for path in graft.seats for t in graft.own_tensors_of(path).values()):,}",
         body=len(graft.body), lora=graft.adapter_config.r if graft.adapter_config else None,
         stages=[_stage_row(row) for row in stages],
-        sites=[_site_row(row) for stage in stages for row in stage.get("sites", ())],
+        sites=[_site_row(stage, row) for stage in stages for row in stage.get("sites", ())],
         papers=sorted({edit.config.owner.paper for edit in graft.plan.edits} - {""}),
         picture=_PICTURE if (folder / _PICTURE).exists() else None, versions=config["versions"], **_score_table(scores),
     )  # fmt: skip
@@ -89,14 +89,15 @@ def _stage_row(row: dict[str, Any]) -> dict[str, str]:
         (sum(site[key] for site in sites) / len(sites) for key in ("first_loss", "last_loss")) if sites
         else (row["first_loss"], row["last_loss"])
     )  # fmt: skip
-    trained = "new parts" if sites else row["train"] + (f" and LoRA of rank {row['lora']['r']}" if row["lora"] else "")
-    return {"stage": row["stage"], "steps": f"{row['steps']:,}", "lr": f"{row['lr']:g}", "trained": trained,
-            "first": f"{first:.4g}", "last": f"{last:.4g}"}  # fmt: skip
+    parts = "output layers, solved" if row["stage"] == "closed form" else "new parts"
+    trained = parts if sites else row["train"] + (f" and LoRA of rank {row['lora']['r']}" if row["lora"] else "")
+    return {"stage": row["stage"], "steps": f"{row['steps']:,}", "lr": f"{row['lr']:g}" if "lr" in row else "none",
+            "trained": trained, "first": f"{first:.4g}", "last": f"{last:.4g}"}  # fmt: skip
 
 
-def _site_row(row: dict[str, Any]) -> dict[str, str]:
-    return {"site": row["site"], "first": f"{row['first_loss']:.4g}", "last": f"{row['last_loss']:.4g}",
-            "error": f"{row['relative_error']:.1%}"}  # fmt: skip
+def _site_row(stage: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
+    return {"stage": stage["stage"], "site": row["site"], "first": f"{row['first_loss']:.4g}",
+            "last": f"{row['last_loss']:.4g}", "error": f"{row['relative_error']:.1%}"}  # fmt: skip
 
 
 def _score_table(scores: dict[str, Any]) -> dict[str, Any]:
