@@ -1,13 +1,15 @@
 """Operators whose state learns or decays from token to token, against definitions written independently of them."""
 import math
+import time
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import diffusers_graft as dg
-from diffusers_graft.errors import GraftError
-from diffusers_graft.operators import configure
+from diffusers_graft.errors import GeometryError, GraftError, OperatorError
+from diffusers_graft.operators import Mixer, configure
+from diffusers_graft.operators._scans import state_space, visits
 from diffusers_graft.operators.conformance import example_site
 from diffusers_graft.site import Context, Grid, Site
 
@@ -43,7 +45,10 @@ def same_with_gradients(fast, plain, wanted, tolerance=1e-9):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("spec", ["ttt", {"operator": "ttt", "steps": 2, "convolution": False}], ids=str)
+@pytest.mark.parametrize("spec", [
+    "ttt", {"operator": "ttt", "steps": 2, "convolution": False}, "mamba2", {"operator": "mamba2", "scan": "zigzag", "state": 8},
+    {"operator": "mamba2", "bidirectional": False, "head_width": 4, "chunk": 5},
+], ids=str)  # fmt: skip
 def test_a_graft_trains_comes_back_and_comes_out_bit_for_bit(spec, tmp_path):
     model = tiny_dit()
     before, tensors = predict(model), tensors_of(model)
@@ -66,9 +71,12 @@ def test_a_graft_trains_comes_back_and_comes_out_bit_for_bit(spec, tmp_path):
 @pytest.mark.parametrize("spec", [
     {"operator": "ttt", "steps": 0}, {"operator": "ttt", "steps": True}, {"operator": "ttt", "steps": 1.0},
     {"operator": "ttt", "convolution": 1}, {"operator": "ttt", "convolution": "2d"},
+    {"operator": "mamba2", "state": 0}, {"operator": "mamba2", "expand": 1.5}, {"operator": "mamba2", "conv": True},
+    {"operator": "mamba2", "head_width": "16"}, {"operator": "mamba2", "chunk": None}, {"operator": "mamba2", "scan": "diagonal"},
+    {"operator": "mamba2", "bidirectional": 1},
 ])  # fmt: skip
 def test_bad_settings_are_refused(spec):
-    with pytest.raises(GraftError, match="ttt"):
+    with pytest.raises(GraftError, match=spec["operator"]):
         configure(spec)
 
 
@@ -129,3 +137,154 @@ def test_ttt_convolves_each_frame_by_itself():
 def test_ttt_has_the_papers_parameters():
     assert parameters("ttt") == 2 * 16 * 72**2 + 20 * 1152
     assert parameters({"operator": "ttt", "convolution": False}) == 2 * 16 * 72**2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("spec", ["ttt", "mamba2", {"operator": "mamba2", "bidirectional": False}], ids=str)
+def test_time_grows_as_tokens(spec):
+    """From a size on at which nothing fits the caches any more: what falls out of them on the way is no fault of a scan."""
+    def seconds(side):
+        operator = configure(spec).build(Site(kind="self_attention", index=0, path="x", width=64, heads=1, head_width=64))
+        shapes = [(1, 1, side * side, 64)] * 3 if isinstance(operator, Mixer) else [(1, side * side, 64)]
+        inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        runs = []
+        for _ in range(4):
+            started = time.process_time()
+            operator(*inputs, Context(grid=Grid(height=side, width=side))).sum().backward()
+            runs.append(time.process_time() - started)
+        return min(runs[1:])
+
+    assert seconds(256) / seconds(128) <= 6
+
+
+def test_orders_visit_what_they_say():
+    grid = Grid(height=3, width=4)
+    assert visits(grid, "raster").tolist() == list(range(12))
+    assert visits(grid, "column").tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+    assert visits(grid, "zigzag").tolist() == [0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("order", ["raster", "column", "zigzag"])
+def test_frames_are_visited_one_after_the_other(order):
+    one, film = visits(Grid(height=3, width=4), order), visits(Grid(frames=3, height=3, width=4), order)
+    assert film.tolist() == [12 * frame + place for frame in range(3) for place in one.tolist()]
+
+
+def test_a_zigzag_never_jumps():
+    places = [divmod(token, 5) for token in visits(Grid(height=4, width=5), "zigzag").tolist()]
+    assert all(abs(y - v) + abs(x - u) == 1 for (y, x), (v, u) in zip(places, places[1:], strict=False))
+
+
+def state_space_inputs(tokens):
+    value, key, query = draw(2, tokens, 3, 4), draw(2, tokens, 5, seed=1), draw(2, tokens, 5, seed=2)
+    return [part.requires_grad_() for part in (value, key, query, -draw(2, tokens, 3, seed=3).abs())]
+
+
+def one_way(value, key, query, log_decay):
+    """Every pair of tokens by itself: what a token says, decayed at each token after it up to the one that listens."""
+    rows = []
+    for i in range(value.shape[1]):
+        said = [(query[:, i] * key[:, j]).sum(-1)[:, None, None] * log_decay[:, j + 1 : i + 1].sum(1).exp()[..., None] * value[:, j]
+                for j in range(i + 1)]  # fmt: skip
+        rows.append(sum(said))
+    return torch.stack(rows, dim=1)
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 4), (3, 4), (4, 4), (13, 4), (13, 1), (16, 5), (9, 32)])
+def test_a_state_space_pair_by_pair(tokens, chunk):
+    inputs = state_space_inputs(tokens)
+    fast = state_space(*inputs, chunk=chunk, bidirectional=False)
+    same_with_gradients(fast, one_way(*inputs), inputs)
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 4), (3, 4), (13, 4), (13, 1), (16, 5), (9, 32)])
+def test_both_ways_are_the_sum_of_two_with_every_token_once(tokens, chunk):
+    inputs = state_space_inputs(tokens)
+    fast = state_space(*inputs, chunk=chunk, bidirectional=True)
+    back = one_way(*(part.flip(1) for part in inputs)).flip(1)
+    value, key, query, _ = inputs
+    plain = one_way(*inputs) + back - (query * key).sum(-1)[..., None, None] * value
+    same_with_gradients(fast, plain, inputs)
+
+
+def transformers_mamba2(monkeypatch, **settings):
+    """Their module as torch alone runs it, in float64: they sum in float32."""
+    pytest.importorskip("transformers")
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
+
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    mixer = Mamba2Mixer(Mamba2Config(**settings), layer_idx=0).double().eval()
+    norm = mixer.norm
+    monkeypatch.setattr(norm, "forward", lambda y, z: F.rms_norm(y * F.silu(z), y.shape[-1:], norm.weight, norm.variance_epsilon))
+    return mixer
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 37])
+def test_mamba2_and_its_gradients_are_transformers(tokens, monkeypatch):
+    theirs = transformers_mamba2(monkeypatch, hidden_size=12, num_heads=6, head_dim=4, state_size=5, expand=2, n_groups=1,
+                                 conv_kernel=4, chunk_size=8, use_bias=False, use_conv_bias=True)  # fmt: skip
+    ours = build({"operator": "mamba2", "state": 5, "head_width": 4, "chunk": 8, "bidirectional": False})
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    theirs.load_state_dict(ours.state_dict())
+    hidden_states = draw(2, tokens, 12).requires_grad_()
+    fast, plain = ours(hidden_states, Context()), theirs(hidden_states)
+    torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-10)
+    weights, names = draw(*fast.shape, seed=9), [name for name, _ in ours.named_parameters()]
+    for module, output in ((ours, fast), (theirs, plain)):
+        (output * weights).sum().backward()
+        module.gradient, hidden_states.grad = hidden_states.grad, None
+    torch.testing.assert_close(ours.gradient, theirs.gradient, rtol=1e-9, atol=1e-9)
+    for name in names:
+        torch.testing.assert_close(ours.get_parameter(name).grad, theirs.get_parameter(name).grad, rtol=1e-9, atol=1e-9)
+
+
+def test_mamba2_has_the_papers_parameters():
+    assert parameters({"operator": "mamba2", "bidirectional": False}) == 8_290_864
+    assert parameters("mamba2") == 8_290_864
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in configure("mamba2").build(DIT_XL).state_dict().items()}
+    assert shapes == {
+        "in_proj.weight": (4880, 1152), "conv1d.weight": (2432, 1, 4), "conv1d.bias": (2432,), "dt_bias": (144,), "A_log": (144,),
+        "D": (144,), "norm.weight": (2304,), "out_proj.weight": (1152, 2304),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("scan", ["column", "zigzag"])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_a_scan_is_a_raster_scan_of_tokens_put_in_order(scan, bidirectional):
+    spec, grid = {"operator": "mamba2", "bidirectional": bidirectional}, Grid(frames=2, height=3, width=4)
+    raster, other = build(spec), build({**spec, "scan": scan})
+    other.load_state_dict(raster.state_dict())
+    hidden_states, order = draw(2, 24, 12), visits(grid, scan)
+    expected = torch.empty_like(hidden_states)
+    expected[:, order] = raster(hidden_states[:, order], Context())
+    torch.testing.assert_close(other(hidden_states, Context(grid=grid)), expected)
+    with pytest.raises(GeometryError, match="gave no grid"):
+        other(hidden_states, Context())
+
+
+def test_chunks_change_nothing():
+    hidden_states, results = draw(1, 29, 12), []
+    for chunk in (1, 8, 29, 64):
+        torch.manual_seed(0)
+        results.append(build({"operator": "mamba2", "chunk": chunk})(hidden_states, Context()))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-12, atol=1e-12)
+
+
+def test_heads_of_mamba2_divide_the_inner_width():
+    assert configure("mamba2").resolved(DIT_XL).head_width == 16
+    assert configure("mamba2").resolved(ATTENTION).head_width == 12
+    with pytest.raises(OperatorError, match=r"heads of 16 do not divide .* 2 \* 12 = 24"):
+        build({"operator": "mamba2", "head_width": 16})
+
+
+def test_mamba2_keeps_its_state_in_float32():
+    """A state of 4096 tokens kept in bfloat16 would be wrong by percents."""
+    operator = configure("mamba2").build(ATTENTION)
+    hidden_states = draw(1, 4096, 12).bfloat16()
+    precise = operator.double()(hidden_states.double(), Context())
+    error = (operator.bfloat16()(hidden_states, Context()).double() - precise).norm() / precise.norm()
+    assert error < 0.03

@@ -1,0 +1,182 @@
+"""Mamba-2, a selective state space: every head keeps a state that decays as the token says; linear in tokens.
+
+Papers: Transformers are SSMs, arXiv 2405.21060, Section 7 (the block); Exploring Diffusion Transformer Designs via Grafting,
+arXiv 2506.05340, Table 4; Hydra, arXiv 2407.09941 (both directions as one matrix, with projections in common).
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import OperatorError, UnknownNameError
+from ..site import Context, Grid, Site
+from ._scans import ORDERS, state_space, visits
+from .base import AttentionOperator
+
+
+class Mamba2(AttentionOperator):
+    """Parameters have the names and shapes of `mamba_ssm.Mamba2`, in one direction as in both.
+
+    In both directions the convolution is centred, and a token sees those before it through a state from the left and those
+    after it through a state from the right, with the same projections and decays. The state is kept in float32 whatever the
+    inputs' precision.
+    """
+
+    paper = "Transformers are SSMs, arXiv 2405.21060"
+    start = "random projections: nothing of the replaced attention is kept"
+    output_layer = "out_proj"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionOperator.Config):
+        """Settings of the block; the paper on grafting takes `bidirectional=False` and the rest as it is here.
+
+        Attributes:
+            state: width of the state's keys (S).
+            expand: inner width over the width of a token.
+            conv: taps of the depthwise convolution over tokens.
+            head_width: channels of a head (P); None means 16, or the most below it that divides the inner width.
+            bidirectional: whether tokens see later ones too.
+            scan: order in which tokens are visited: `raster`, `column` or `zigzag`, frame by frame.
+            chunk: tokens computed at once; changes speed and memory, not results.
+        """
+
+        state: int = 64
+        expand: int = 2
+        conv: int = 4
+        head_width: int | None = None
+        bidirectional: bool = True
+        scan: str = "raster"
+        chunk: int = 32
+
+        def __post_init__(self):
+            super().__post_init__()
+            for name in ("state", "expand", "conv", "head_width", "chunk"):
+                number = getattr(self, name)
+                if (type(number) is not int or number < 1) and not (name == "head_width" and number is None):
+                    raise OperatorError(f"mamba2: {name} is a whole number from 1; got {number!r}. Try the default.")
+            if type(self.bidirectional) is not bool:
+                raise OperatorError(f"mamba2: bidirectional is True or False; got {self.bidirectional!r}.")
+            if self.scan not in ORDERS:
+                raise UnknownNameError("scan of mamba2", self.scan, ORDERS)
+
+        def resolved(self, site: Site) -> Mamba2.Config:
+            inner = self.expand * site.width
+            if self.head_width is None:
+                return replace(self, head_width=next(width for width in range(16, 0, -1) if inner % width == 0))
+            if inner % self.head_width:
+                raise OperatorError(
+                    f"mamba2: heads of {self.head_width} do not divide the inner width of {site.path}, which is "
+                    f"{self.expand} * {site.width} = {inner}. Choose a head_width that does, or leave it out."
+                )
+            return self
+
+    def __init__(self, config: Config, site: Site):
+        config = config.resolved(site)
+        super().__init__(config, site)
+        self.inner = config.expand * site.width
+        self.heads = self.inner // config.head_width
+        channels = self.inner + 2 * config.state
+        self.in_proj = nn.Linear(site.width, self.inner + channels + self.heads, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, config.conv, groups=channels)
+        self.dt_bias, self.A_log = (nn.Parameter(start) for start in decay_start(self.heads))
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = nn.RMSNorm(self.inner, eps=1e-5)
+        self.out_proj = nn.Linear(self.inner, site.width, bias=False)
+        self.needs_grid = config.scan != "raster"
+        self.causal_operator = not (config.bidirectional or self.needs_grid)
+
+    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+        return self._run(hidden_states, context, self._scanned)
+
+    def reference(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+        """The definition: token by token."""
+        return self._run(hidden_states, context, self._token_by_token)
+
+    def _run(self, hidden_states: torch.Tensor, context: Context, scan) -> torch.Tensor:
+        if not self.needs_grid:
+            return self._block(hidden_states, scan)
+        grid = context.require_grid(self.name, hidden_states.shape[1])
+        order = visits(grid, self.config.scan, hidden_states.device)
+        return self._block(hidden_states[:, order], scan)[:, order.argsort()]
+
+    def _block(self, hidden_states: torch.Tensor, scan) -> torch.Tensor:
+        """The Mamba-2 block on tokens in the order of the scan."""
+        precise = torch.promote_types(hidden_states.dtype, torch.float32)
+        channels = self.conv1d.in_channels
+        gate, mixed, step = self.in_proj(hidden_states).split([self.inner, channels, self.heads], dim=-1)
+        mixed = F.silu(self._convolved(mixed)).to(precise)
+        value, key, query = mixed.split([self.inner, self.config.state, self.config.state], dim=-1)
+        value = value.unflatten(-1, (self.heads, -1))
+        step = F.softplus(step.to(precise) + self.dt_bias)
+        log_decay = -self.A_log.to(precise).exp() * step
+        mixed = scan(value * step[..., None], key, query, log_decay) + value * self.D[:, None]
+        mixed = mixed.flatten(2) * F.silu(gate.to(precise))
+        return self.out_proj(self.norm(mixed.to(hidden_states.dtype)))
+
+    def _convolved(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Depthwise over [B, N, channels], as an image one token wide whose channels stay last in memory: fast on CPU."""
+        taps = self.config.conv
+        before = taps // 2 if self.config.bidirectional else taps - 1
+        image = F.pad(tokens, (0, 0, before, taps - 1 - before)).transpose(1, 2)[..., None]
+        image = F.conv2d(image, self.conv1d.weight[..., None], self.conv1d.bias, groups=self.conv1d.groups)
+        return image[..., 0].transpose(1, 2)
+
+    def _scanned(self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, log_decay: torch.Tensor) -> torch.Tensor:
+        settings = {"chunk": self.config.chunk, "bidirectional": self.config.bidirectional}
+        return state_space(value, key, query, log_decay, **settings)
+
+    def _token_by_token(self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, log_decay: torch.Tensor):
+        """The recurrence h_i = decay_i h_(i-1) + k_i v_i, y_i = q_i h_i, each way; a token counts itself once."""
+        steps = list(zip(*(part.unbind(1) for part in (value, key, query, log_decay.exp())), strict=True))
+
+        def one_way(steps):
+            state = torch.zeros_like(steps[0][1][:, None, :, None] * steps[0][0][:, :, None])
+            for v, k, q, decay in steps:
+                state = decay[..., None, None] * state + k[:, None, :, None] * v[:, :, None]
+                yield (q[:, None, None] @ state)[:, :, 0]
+
+        mixed = torch.stack(list(one_way(steps)), dim=1)
+        if not self.config.bidirectional:
+            return mixed
+        own = (query * key).sum(-1)[..., None, None] * value
+        return mixed + torch.stack(list(one_way(steps[::-1]))[::-1], dim=1) - own
+
+    def receptive_field(self, token: int, grid: Grid) -> Collection[int]:
+        if self.config.bidirectional:
+            return range(grid.tokens)
+        order = visits(grid, self.config.scan).tolist()
+        return order[: order.index(token) + 1]
+
+    def flops(self, tokens: int) -> int:
+        """Projections, convolution, and of the scan the products within chunks and, each way, with the state."""
+        padded, state, chunk = self._padded(tokens), self.config.state, self.config.chunk
+        projections = 2 * tokens * self.site.width * (self.in_proj.out_features + self.inner)
+        convolution = 2 * self.config.conv * tokens * self.conv1d.in_channels
+        within = 2 * padded * chunk * (state + self.inner)
+        across = 4 * padded * state * self.inner * (1 + self.config.bidirectional)
+        return projections + convolution + within + across + self.uncounted_flops(tokens)
+
+    def uncounted_flops(self, tokens: int) -> int:
+        """Elementwise work: decays between the tokens of a chunk and of states, gates, and the norm."""
+        padded, ways = self._padded(tokens), 1 + self.config.bidirectional
+        decays = padded * self.heads * self.config.chunk * (2 + ways)
+        states = 2 * ways * (padded // self.config.chunk) * self.config.state * self.inner
+        return decays + states + (10 + 3 * ways) * tokens * self.inner
+
+    def _padded(self, tokens: int) -> int:
+        """Tokens of all chunks together."""
+        return tokens + -tokens % self.config.chunk
+
+
+def decay_start(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mamba's start of a decay exp(-A dt), one value a head: the bias of dt, and log A.
+
+    A is uniform in [1, 16]; dt, the softplus of the bias, log-uniform in [0.001, 0.1].
+    """
+    step = torch.empty(heads).uniform_(math.log(0.001), math.log(0.1)).exp()
+    return step + torch.log(-torch.expm1(-step)), torch.empty(heads).uniform_(1, 16).log()
