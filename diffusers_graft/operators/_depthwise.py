@@ -46,13 +46,18 @@ class ShortConvolution(nn.Conv2d):
         self.bias.fill_(value)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Channels stay last in memory, also through padding: forward and backward take a third of the time on CPU."""
-        (top, left), padding = self.before, self.before
-        bottom, right = (size - 1 - before for size, before in zip(self.kernel_size, self.before, strict=True))
-        if (bottom, right) != self.before:
-            image, padding = F.pad(image, (0, 0, left, right, top, bottom)), (0, 0)
-        image = image.permute(0, 3, 1, 2)
-        return F.conv2d(image, self.weight, self.bias, padding=padding, groups=self.groups).permute(0, 2, 3, 1)
+        """Channels stay last in memory, and the convolution pads: a padded copy would take longer than the convolution."""
+        padding = [max(before, size - 1 - before) for size, before in zip(self.kernel_size, self.before, strict=True)]
+        convolved = F.conv2d(image.permute(0, 3, 1, 2), self.weight, self.bias, padding=padding, groups=self.groups)
+        top, left = (more - before for more, before in zip(padding, self.before, strict=True))
+        height, width = image.shape[1:3]
+        return convolved[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1)
+
+    def padded(self, image: torch.Tensor) -> torch.Tensor:
+        """The same, and not one output beyond those asked for: what torch's FLOP counter should see."""
+        (top, left), (rows, columns) = self.before, self.kernel_size
+        image = F.pad(image, (0, 0, left, columns - 1 - left, top, rows - 1 - top)).permute(0, 3, 1, 2)
+        return F.conv2d(image, self.weight, self.bias, groups=self.groups).permute(0, 2, 3, 1)
 
     def by_taps(self, image: torch.Tensor) -> torch.Tensor:
         """The definition: every tap by itself, on a copy padded with zeros."""

@@ -89,15 +89,19 @@ class GatedConvolution(WithBackends, Mixer):
         """The definition: every convolution tap by tap."""
         return self.gated(query, key, value, context, ShortConvolution.by_taps)
 
+    def countable(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+        """Without the outputs beyond the border that `forward` throws away."""
+        return self.gated(query, key, value, context, ShortConvolution.padded)
+
     def gated(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, convolve) -> torch.Tensor:
         """The whole of it, with `convolve(convolution, image)` for its convolutions."""
         layout = self._layout(query, context)
         parts = [tokens_last(part, *layout) for part in (query, key, value)]
         if self.has_featurisers:
             parts = [convolve(convolution, part) for convolution, part in zip(self.convolutions.values(), parts, strict=True)]
-        gate, key_part, value_part = parts
-        product = key_part * value_part
-        return heads_first(gate * (product if self.inner is None else convolve(self.inner, product)), query)
+        product = _times(parts[1], parts[2], own=self.has_featurisers)
+        product = product if self.inner is None else convolve(self.inner, product)
+        return heads_first(_times(product, parts[0], own=True), query)
 
     def _layout(self, query: torch.Tensor, context: Context) -> tuple[int, int]:
         """Rows and columns; a sequence stands upright, one token a row."""
@@ -131,3 +135,8 @@ class GatedConvolution(WithBackends, Mixer):
     def uncounted_flops(self, tokens: int) -> int:
         """The gates, which torch's counter does not see."""
         return 2 * tokens * self.site.inner_width
+
+
+def _times(product: torch.Tensor, part: torch.Tensor, *, own: bool) -> torch.Tensor:
+    """In place where the product is ours and no backward pass needs it: new memory costs more than the multiplication."""
+    return product * part if torch.is_grad_enabled() or not own else product.mul_(part)

@@ -20,6 +20,9 @@ Rule = Callable[..., list[range]]
 # Up to here one masked softmax over all tokens beats gathering; the mask has at most 256 x 256 entries.
 DENSE_TOKENS = 256
 
+# Keys gathered at a time where nothing is kept for a backward pass.
+GATHERED_TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -110,20 +113,28 @@ def tiled_attention(
     axes = tuple(tuple(len([None] * setting) for setting in axis) for axis in axes)
     # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind; it must not be kept for real ones.
     cut = (tiling if type(query) is torch.Tensor else _made)(rule, axes, tile, query.device)
-    batch, heads, tokens, width = query.shape
     tiles = cut.queries.shape[0]
     if tiles == 1:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=cut.mask, scale=scale)
+    # Whole tokens [B, N, H * E] are gathered fastest, and without gradients a few tiles at a time, which stay in cache.
+    parts = tuple(part.transpose(1, 2).flatten(2) for part in (query, key, value))
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    step = tiles if whole else max(1, GATHERED_TOKENS // cut.keys.shape[1])
+    mixed = [_mixed(parts, cut, slice(start, start + step), query.shape[1], scale) for start in range(0, tiles, step)]
+    mixed = (torch.cat(mixed, dim=1) if len(mixed) > 1 else mixed[0]).index_select(1, cut.inverse)
+    return mixed.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
 
-    def gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        picked = tensor.index_select(2, index.flatten())
-        return picked.view(batch * heads, tiles, -1, width).transpose(0, 1)
 
-    mixed = F.scaled_dot_product_attention(
-        gather(query, cut.queries), gather(key, cut.keys), gather(value, cut.keys), attn_mask=cut.mask, scale=scale
+def _mixed(parts: tuple[torch.Tensor, ...], cut: Tiling, some: slice, heads: int, scale: float | None) -> torch.Tensor:
+    """Some tiles, mixed: [B, tiles * Q, H * E]."""
+    queries, keys, mask = cut.queries[some], cut.keys[some], cut.mask[some]
+    batch, tiles = len(parts[0]), len(queries)
+    gathered = (
+        part.index_select(1, index.flatten()).view(batch * tiles, -1, heads, part.shape[2] // heads).transpose(1, 2)
+        for part, index in zip(parts, (queries, keys, keys), strict=True)
     )
-    mixed = mixed.transpose(0, 1).reshape(batch, heads, -1, width)
-    return mixed.index_select(2, cut.inverse)
+    mixed = F.scaled_dot_product_attention(*gathered, attn_mask=mask.repeat(batch, 1, 1, 1), scale=scale)
+    return mixed.transpose(1, 2).reshape(batch, -1, parts[2].shape[2])
 
 
 def dense_attention(
