@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 import torch
 from diffusers import DiTTransformer2DModel
 
-from .evaluation.benchmark import benchmark_latency, table
+from ..evaluation.benchmark import benchmark_latency, table
 
 # Wide enough for attention to weigh as it does in real models, small enough for two cores.
 SHAPE = dict(num_attention_heads=6, attention_head_dim=64, num_layers=4, sample_size=32, patch_size=2, in_channels=4,
              out_channels=4, num_embeds_ada_norm=10)  # fmt: skip
 
 
-def bench(operators: Iterable[str], *, sizes: Iterable[int], rounds: int = 7, say: Callable[[str], None]) -> None:
+def bench_models(operators: Iterable[str], *, sizes: Iterable[int], rounds: int = 7, say: Callable[[str], None]) -> None:
     """Print forward latency with every self-attention replaced, as ratios to the original of the same round."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(**SHAPE).eval()

@@ -1,0 +1,141 @@
+"""What operators cost by themselves: time against the part they replace, parameters, FLOPs, memory."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..errors import GraftError
+from ..operators import AttentionOperator, Mixer, Operator, OperatorConfig
+from ..site import Context, Grid, Site
+from .benchmark import PeakMemory, compare
+
+Run = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class OperatorCost:
+    """One operator at one shape.
+
+    Attributes:
+        config: its settings.
+        baseline: what it is timed against: `softmax`, `attention` (softmax with its four projections) or `mlp` (r = 4).
+        parameters, flops: of the operator itself, for one sample.
+        milliseconds: median.
+        ratio, low, high: of its time to the baseline's, median and quartiles over rounds.
+        refusal: why it could not run at that shape; then the measurements are zero.
+    """
+
+    config: OperatorConfig
+    baseline: str
+    parameters: int = 0
+    flops: int = 0
+    milliseconds: float = 0.0
+    ratio: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    refusal: str = ""
+
+
+def example_part(config: OperatorConfig, *, width: int, heads: int) -> Operator:
+    """An operator with random weights, on a site of the first kind it replaces."""
+    kind = config.owner.kinds[0]
+    attention = {"heads": heads, "head_width": width // heads}
+    feed_forward = {"hidden": 4 * width, "activation": "gelu-approximate"}
+    sizes = feed_forward if kind == "feed_forward" else attention
+    site = Site(kind=kind, index=0, path="example", width=width, **sizes)
+    return config.resolved(site).build(site).eval()
+
+
+def example_tensors(operator: Operator, tokens: int, *, seed: int = 0) -> list[torch.Tensor]:
+    """Random inputs of one sample: three of [1, H, N, E] for a mixer, else one of [1, N, D].
+
+    In memory tokens come before heads, as projections leave them: what an operator copies to undo that counts.
+    """
+    generator, site = torch.Generator().manual_seed(seed), operator.site
+    if not isinstance(operator, Mixer):
+        return [torch.randn(1, tokens, site.width, generator=generator)]
+    return [torch.randn(1, tokens, site.heads, site.head_width, generator=generator).transpose(1, 2) for _ in range(3)]
+
+
+def operator_costs(
+    configs: Iterable[OperatorConfig], *, grid: Grid, width: int, heads: int, backward: bool = False, rounds: int = 5,
+    progress: bool = True,
+) -> list[OperatorCost]:  # fmt: skip
+    """Time operators on CPU against what they replace, in turns.
+
+    Args:
+        grid: layout of the tokens.
+        width, heads: of the model (D, H).
+        backward: forward and backward, instead of forward alone.
+    """
+    rows = []
+    for config in tqdm(list(configs), desc="operators", unit="operator", disable=not progress):
+        operator = example_part(config, width=width, heads=heads)
+        name, baseline = _baseline(operator)
+        inputs, context = example_tensors(operator, grid.tokens), Context(grid=grid)
+        runs = {name: _run(baseline, inputs, backward), "operator": _run(partial(_called, operator, context), inputs, backward)}
+        try:
+            timing = compare(runs, rounds=rounds)[1]
+        except GraftError as error:
+            rows.append(OperatorCost(config, name, refusal=str(error)))
+            continue
+        parameters = sum(parameter.numel() for parameter in operator.parameters())
+        rows.append(OperatorCost(config, name, parameters, operator.flops(grid.tokens), 1000 * timing.seconds,
+                                 timing.ratio, timing.low, timing.high))  # fmt: skip
+    return rows
+
+
+def peak_memory(config: OperatorConfig, grid: Grid, *, width: int, heads: int, backward: bool = False) -> int:
+    """Bytes of tensors alive at once above the inputs, in one run on one sample."""
+    operator = example_part(config, width=width, heads=heads)
+    inputs = example_tensors(operator, grid.tokens)
+    run = _run(partial(_called, operator, Context(grid=grid)), inputs, backward)
+    run()  # what is kept from run to run is made here
+    with PeakMemory() as memory:
+        run()
+    return memory.peak
+
+
+def _called(operator: Operator, context: Context, *inputs: torch.Tensor) -> torch.Tensor:
+    return operator(*inputs, context)
+
+
+def _run(call: Run, inputs: list[torch.Tensor], backward: bool) -> Callable[[], None]:
+    def forward() -> None:
+        with torch.no_grad():
+            call(*inputs)
+
+    def forward_and_backward() -> None:
+        call(*(tensor.detach().requires_grad_() for tensor in inputs)).sum().backward()
+
+    return forward_and_backward if backward else forward
+
+
+def _baseline(operator: Operator) -> tuple[str, Run]:
+    """The part an operator replaces, by what kind of operator it is."""
+    site = operator.site
+    if isinstance(operator, Mixer):
+        return "softmax", F.scaled_dot_product_attention
+    if isinstance(operator, AttentionOperator):
+        return "attention", _Attention(site)
+    return "mlp", nn.Sequential(nn.Linear(site.width, site.hidden), nn.GELU("tanh"), nn.Linear(site.hidden, site.width))
+
+
+class _Attention(nn.Module):
+    """Softmax attention with its four projections."""
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.site, inner = site, site.inner_width
+        self.parts = nn.ModuleList(nn.Linear(site.width, inner) for _ in range(3))
+        self.out = nn.Linear(inner, site.width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        split = (part(hidden_states).unflatten(-1, (self.site.heads, -1)).transpose(1, 2) for part in self.parts)
+        return self.out(F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2))
