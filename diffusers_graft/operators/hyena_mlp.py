@@ -71,9 +71,8 @@ class HyenaMlp(FeedForwardOperator):
         self.down.weight[:, : len(kept)] = original.down[:, kept]
         constant += curve  # the mean of a parabola, which is all that stays of a neuron that goes
         constant[kept] -= curve[kept]
-        self.down.bias.copy_(original.down.double() @ constant)
-        if original.down_bias is not None:
-            self.down.bias.add_(original.down_bias)
+        silent = 0.0 if original.down_bias is None else original.down_bias
+        self.down.bias.copy_(original.down.double() @ constant + silent)
 
     def _set_products(self, direction: torch.Tensor, slope: torch.Tensor, curve: torch.Tensor) -> None:
         """The first neurons become q = 1, k = slope + curve * z and v = z, with z = direction * token."""
