@@ -5,7 +5,7 @@ OUTPUT ?= quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help quickstart test test-all bench testbed lint clean
+.PHONY: help quickstart test test-all bench bench-operators bench-pixart testbed lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -31,6 +31,12 @@ test-all: $(READY) ## The test suite with the long tests
 
 bench: $(READY) ## Forward latency of original and grafted models
 	$(BIN)/diffusers-graft bench
+
+bench-operators: $(READY) ## Every operator by itself, on a CPU
+	$(BIN)/diffusers-graft bench-operators --output examples/benchmarks/operators-cpu.md
+
+bench-pixart: $(READY) ## PixArt-Sigma at 2,048 x 2,048 (needs one CUDA device)
+	$(BIN)/diffusers-graft bench-pixart --output examples/benchmarks/pixart-sigma.md
 
 testbed: $(READY) ## Train the testbed's model and its judge from scratch (hours on two cores)
 	$(BIN)/python -m diffusers_graft.testbed.classifier --output runs/testbed

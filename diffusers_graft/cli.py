@@ -23,15 +23,10 @@ def run_quickstart(arguments: argparse.Namespace) -> None:
 
 
 def run_operators(arguments: argparse.Namespace) -> None:
-    """List every operator with what it replaces and where it comes from."""
-    from . import operators
-    from .evaluation.benchmark import table
+    """List every operator: what it replaces, its cost at a shape, its start, its paper."""
+    from .bench.operators import list_operators
 
-    rows = [["operator", "replaces", "paper"]]
-    for name in operators.available():
-        operator = operators.get(name)
-        rows.append([name, ", ".join(operator.kinds), operator.paper])
-    say(table(rows))
+    list_operators(tokens=arguments.tokens, width=arguments.width, heads=arguments.heads, say=say)
 
 
 def run_sites(arguments: argparse.Namespace) -> None:
@@ -47,9 +42,23 @@ def run_sites(arguments: argparse.Namespace) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """Forward latency of the original and of grafts, alternating, as ratios."""
-    from .bench import bench
+    from .bench.models import bench_models
 
-    bench(arguments.operators.split(","), sizes=arguments.sizes, rounds=arguments.rounds, say=say)
+    bench_models(arguments.operators.split(","), sizes=arguments.sizes, rounds=arguments.rounds, say=say)
+
+
+def run_bench_operators(arguments: argparse.Namespace) -> None:
+    """Every operator by itself on CPU: time against softmax, share of a free mixer's speed-up, memory."""
+    from .bench.operators import bench_operators
+
+    bench_operators(arguments.output, rounds=arguments.rounds, say=say)
+
+
+def run_bench_pixart(arguments: argparse.Namespace) -> None:
+    """PixArt-Sigma at 2,048 x 2,048 on one CUDA device: what grafts save of a forward."""
+    from .bench.pixart import bench_pixart
+
+    bench_pixart(arguments.output, rounds=arguments.rounds, say=say)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,7 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--seed", type=int, default=0)
     quickstart.set_defaults(run=run_quickstart)
 
-    verbs.add_parser("operators", help=run_operators.__doc__).set_defaults(run=run_operators)
+    operators = verbs.add_parser("operators", help=run_operators.__doc__)
+    operators.add_argument("--tokens", type=int, default=1024, help="of the shape costs are measured at; a square")
+    operators.add_argument("--width", type=int, default=384)
+    operators.add_argument("--heads", type=int, default=6)
+    operators.set_defaults(run=run_operators)
 
     sites = verbs.add_parser("sites", help=run_sites.__doc__)
     sites.add_argument("model", nargs="?", help="folder or Hub repository of a transformer; the testbed unless given")
@@ -75,6 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128], help="sides of the latents (2 x 2 patches)")
     bench.add_argument("--rounds", type=int, default=7)
     bench.set_defaults(run=run_bench)
+
+    for name, run in (("bench-operators", run_bench_operators), ("bench-pixart", run_bench_pixart)):
+        verb = verbs.add_parser(name, help=run.__doc__)
+        verb.add_argument("--output", type=Path, help="Markdown file to store the tables in")
+        verb.add_argument("--rounds", type=int, default=7)
+        verb.set_defaults(run=run)
     return parser
 
 

@@ -1,0 +1,140 @@
+"""The operator benchmark: time of each against softmax, share of the free mixer's speed-up in a real block, peak memory."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from diffusers import PixArtTransformer2DModel
+
+from ..errors import GeometryError, OperatorError
+from ..evaluation.benchmark import benchmark_latency, table
+from ..evaluation.operator_costs import operator_costs, peak_memory
+from ..operators import OperatorConfig, available, get
+from ..plan import parse_operator
+from ..site import Grid
+
+# (operator, most of softmax's time it should take: forward at 4,096 tokens, forward and backward at 16,384)
+MIXERS = [
+    ("sliding_window(window=(128, 128))", 0.08, None), ("sliding_window(window=(256, 256))", 0.13, 0.035),
+    ("neighborhood(kernel=3)", None, None), ("neighborhood(kernel=7)", 0.20, None), ("linear_attention", 0.05, 0.015),
+    ("linear_attention(feature_map='relu')", None, None), ("hyena_x", 0.012, 0.004), ("hyena_se", 0.025, 0.010),
+    ("hyena_y", None, None), ("hyena_x(layout='2d', kernel_size=3)", None, None), ("ttt", None, None),
+    ("pooled_keys", None, None), ("hybrid", None, None), ("identity", None, None),
+]  # fmt: skip
+WHOLE = ["mamba2", "gated_deltanet"]
+FEED_FORWARDS = [
+    "mlp(expansion=3)", "mlp(expansion=6)", "gated_mlp", "mix_ffn", "hyena_mlp", "low_rank_mlp", "linear_mlp", "moe_mlp",
+]  # fmt: skip
+
+# A block of PixArt-Sigma-XL, at the tokens of a 1,024 x 1,024 image.
+BLOCK = dict(num_attention_heads=16, attention_head_dim=72, num_layers=1, sample_size=128, patch_size=2, in_channels=4,
+             out_channels=8, cross_attention_dim=1152, caption_channels=512)  # fmt: skip
+IN_A_BLOCK = ["identity", "hyena_x", "linear_attention", "sliding_window", "neighborhood(kernel=7)"]
+WIDTH = 72  # of a head, as in PixArt and DiT-XL
+
+
+def bench_operators(
+    output: Path | None, *, rounds: int = 5, side: int = 64, heads: int = 16, say: Callable[[str], None]
+) -> None:
+    """Print the tables, and store them where an output is named.
+
+    Args:
+        side: of the grid of the first table; the second has four times the tokens on one head.
+        heads: of the model.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        parts = list(_parts(rounds, side, heads))
+    finally:
+        torch.set_num_threads(threads)
+    text = "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in parts)
+    text += f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios are medians of {rounds} rounds in turns."
+    say(text)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(f"# Operators on a CPU\n\n`make bench-operators`\n\n```\n{text}\n```\n", encoding="utf-8")
+
+
+def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], None]) -> None:
+    """Print every operator with its default settings: what it replaces, its measured cost, its start, its paper.
+
+    Raises `GeometryError` for tokens that are no square, `OperatorError` for heads that do not divide the width.
+    """
+    side = math.isqrt(tokens)
+    if tokens < 1 or side * side != tokens:
+        raise GeometryError(f"Costs are measured on a square of tokens; {tokens} is none. Try {max(1, side) ** 2}.")
+    if heads < 1 or width < heads or width % heads:
+        raise OperatorError(f"{heads} heads do not divide a width of {width}. Try --width {64 * max(1, heads)}.")
+    configs = [get(name).Config() for name in available()]
+    rows = [["operator", "replaces", "time", "of", "parameters", "MFLOPs"]]
+    costs = operator_costs(configs, grid=Grid(height=side, width=side), width=width, heads=heads)
+    for cost in costs:
+        owner, ran = cost.config.owner, not cost.refusal
+        rows.append([owner.name, ", ".join(owner.kinds), f"{cost.ratio:.2f} x" if ran else "refused", cost.baseline,
+                     f"{cost.parameters:,}", f"{cost.flops / 1e6:,.1f}"])  # fmt: skip
+    say(table(rows))
+    threads = torch.get_num_threads()
+    say(f"\nForward at {tokens} tokens, width {width}, {heads} heads, fp32, {threads} threads; default settings.")
+    say("Time is against the part it replaces: softmax, an attention with its projections, or an mlp of r = 4.\n")
+    for cost in costs:
+        owner = cost.config.owner
+        say(f"{owner.name}: {owner.start or 'starts from random weights'}. {owner.paper}")
+
+
+def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, list[list[str]]]]:
+    """Titles and rows of the tables."""
+    half, near, far = (Grid(height=side * n // 2, width=side * n // 2) for n in (1, 2, 4))
+    forward = [(name, target) for name, target, _ in MIXERS]
+    training = [(name, target) for name, _, target in MIXERS]
+    whole = [(name, None) for name in WHOLE]
+    plain = [(name, None) for name in FEED_FORWARDS]
+    yield f"Mixers against softmax, forward, {near.tokens} tokens, {heads} heads of {WIDTH}", _ratios(forward, near, heads, rounds)
+    yield (f"Mixers against softmax, forward and backward, {far.tokens} tokens, one head",
+           _ratios(training, far, 1, max(3, rounds // 2), backward=True))  # fmt: skip
+    yield f"Whole attentions against softmax with its projections, forward, {near.tokens} tokens", _ratios(whole, near, heads, rounds)
+    yield f"Feed-forwards against r = 4, forward, {half.tokens} tokens", _ratios(plain, half, heads, rounds)
+    yield f"A PixArt block, all self-attention replaced, {near.tokens} tokens", _in_a_block(2 * side, heads, rounds)
+    yield "Peak memory above the inputs, MiB, one head, forward and backward", _memory((half, near, far))
+
+
+def _configs(names: Iterable[str]) -> list[OperatorConfig]:
+    return [parse_operator(name) for name in names]
+
+
+def _ratios(
+    wanted: list[tuple[str, float | None]], grid: Grid, heads: int, rounds: int, *, backward: bool = False
+) -> list[list[str]]:
+    configs = _configs(name for name, _ in wanted)
+    costs = operator_costs(configs, grid=grid, width=heads * WIDTH, heads=heads, backward=backward, rounds=rounds)
+    rows = [["operator", "ms", "ratio", "quartiles", "target"]]
+    for cost, (name, target) in zip(costs, wanted, strict=True):
+        met = "" if target is None else f"{target:g} {'met' if cost.ratio <= target else 'missed'}"
+        rows.append([name, f"{cost.milliseconds:.1f}", f"{cost.ratio:.4f}", f"{cost.low:.4f} to {cost.high:.4f}", met])
+    return rows
+
+
+def _in_a_block(size: int, heads: int, rounds: int) -> list[list[str]]:
+    """Speed-ups, and what share of the `identity` mixer's each is: the yardstick that travels between machines."""
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(**{**BLOCK, "sample_size": size, "num_attention_heads": heads,
+                                        "cross_attention_dim": heads * WIDTH}).eval()  # fmt: skip
+    rules = {name: {"self_attention[:]": config} for name, config in zip(IN_A_BLOCK, _configs(IN_A_BLOCK), strict=True)}
+    measured = {row["name"]: row for row in benchmark_latency(model, rules, [size], rounds=rounds)}
+    free = measured["identity"]["ratio"]
+    rows = [["model", "ms", "speed-up", "share of identity's"]]
+    for name, row in measured.items():
+        share = "" if name == "original" else f"{free / row['ratio']:.3f}"
+        rows.append([name, f"{row['milliseconds']:.0f}", f"{1 / row['ratio']:.2f}", share])
+    return rows
+
+
+def _memory(grids: tuple[Grid, ...]) -> list[list[str]]:
+    rows = [["operator", *(f"{grid.tokens} tokens" for grid in grids)]]
+    for name in ("self_attention", *(name for name, _, _ in MIXERS), *WHOLE):
+        config = _configs([name])[0]
+        peaks = [peak_memory(config, grid, width=WIDTH, heads=1, backward=True) for grid in grids]
+        rows.append([name, *(f"{peak / 2**20:.1f}" for peak in peaks)])
+    return rows
