@@ -6,6 +6,9 @@ tensor of zeros as large as the whole at every step, which is quadratic in token
 """
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -38,19 +41,22 @@ def chunked(tensor: torch.Tensor, size: int) -> torch.Tensor:
     return tensor.unflatten(1, (-1, size))
 
 
-def carried(added: torch.Tensor, kept: torch.Tensor, backwards: bool = False) -> torch.Tensor:
-    """The state that enters every chunk: what earlier chunks added, decayed by those since.
+def carried(
+    added: torch.Tensor, kept: torch.Tensor, *, backwards: bool, step: Callable[..., torch.Tensor] = torch.addcmul
+) -> torch.Tensor:
+    """The state that enters every chunk: what earlier chunks added, as far as those since have kept it.
 
     Args:
         added: what each chunk adds to the state, [B, T, ...].
-        kept: the factor that each chunk leaves of the state before it, broadcastable to `added`.
+        kept: factor of each chunk on the state before it, [B, T, ...]; a number, or with `step=torch.baddbmm` a matrix.
         backwards: whether the last chunk comes first.
+        step: called as `step(added, kept, state)` for the state after a chunk.
     """
     steps = list(zip(added.unbind(1), kept.unbind(1), strict=True))
     state, entering = torch.zeros_like(steps[0][0]), []
     for new, factor in reversed(steps) if backwards else steps:
         entering.append(state)
-        state = torch.addcmul(new, factor, state)
+        state = step(new, factor, state)
     return torch.stack(entering[::-1] if backwards else entering, dim=1)
 
 
@@ -81,7 +87,8 @@ def state_space(
     value, key, query = (chunked(part, chunk) for part in (value, key, query))
     log_decay = chunked(log_decay, chunk).transpose(2, 3)
     ways = [decay_sums(log_decay, backwards) for backwards in ((False, True) if bidirectional else (False,))]
-    weights = pair_decays(ways) * (query @ key.transpose(-1, -2))[:, :, None]
+    decays = pair_decays(ways[0], ways[-1] if bidirectional else None)
+    weights = decays * (query @ key.transpose(-1, -2))[:, :, None]
     mixed = (weights @ value.transpose(2, 3)).transpose(2, 3)
     for backwards, since in enumerate(ways):
         far = _from_other_chunks(value, key, query, since, log_decay.sum(-1), bool(backwards))
@@ -89,15 +96,15 @@ def state_space(
     return mixed.flatten(1, 2)[:, :tokens]
 
 
-def pair_decays(ways: list[torch.Tensor]) -> torch.Tensor:
-    """Decay between any two tokens of a chunk, [B, T, H, Q, Q], from the sums of each way through it, [B, T, H, Q].
+def pair_decays(forwards: torch.Tensor | None, backwards: torch.Tensor | None) -> torch.Tensor:
+    """Decay between any two tokens of a chunk, [..., Q, Q], from the `decay_sums` of each way through it, [..., Q].
 
-    Forwards below the diagonal and backwards above it; without a way backwards nothing is seen above it.
+    On the diagonal and below it are the decays forwards, above it those backwards; a way that is None sees no other token.
     """
-    pairs = [since[..., :, None] - since[..., None, :] for since in ways]
-    size = pairs[0].shape[-1]
-    earlier = torch.ones(size, size, dtype=torch.bool, device=pairs[0].device).tril()
-    return torch.where(earlier, pairs[0], pairs[1] if len(pairs) == 2 else float("-inf")).exp()
+    pairs = [float("-inf") if since is None else since[..., :, None] - since[..., None, :] for since in (forwards, backwards)]
+    size, device = next((since.shape[-1], since.device) for since in (forwards, backwards) if since is not None)
+    earlier = torch.ones(size, size, dtype=torch.bool, device=device).tril(-1 if forwards is None else 0)
+    return torch.where(earlier, *pairs).exp()
 
 
 def _from_other_chunks(
@@ -106,5 +113,49 @@ def _from_other_chunks(
     """What tokens read in the state on entering their chunk, [B, T, Q, H, P]; one product serves all heads."""
     until_end = (total[..., None] - since).exp().transpose(2, 3)[..., None]
     added = (key.transpose(-1, -2) @ (value * until_end).flatten(3)).unflatten(-1, value.shape[3:])
-    state = carried(added, total.exp()[:, :, None, :, None], backwards)
+    state = carried(added, total.exp()[:, :, None, :, None], backwards=backwards)
     return (query @ state.flatten(3)).unflatten(-1, value.shape[3:])
+
+
+def gated_delta_rule(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, strength: torch.Tensor, log_decay: torch.Tensor, *, chunk: int,
+    backwards: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """The gated delta rule: S_i = d_i (1 - s_i k_i k_i^T) S_(i-1) + s_i k_i v_i^T, and o_i = S_i^T q_i; linear in N.
+
+    Chunks as in arXiv 2412.06464, Section 3.3: within one, the values that are written depend on one another by a triangular
+    system; from one to the next the state obeys S -> M S + A, with matrices made for all chunks at once.
+
+    Args:
+        query, key: [B, N, E], keys of unit length.
+        value: [B, N, E].
+        strength: share of what a key recalls that it replaces (s; the paper's beta), in [0, 1], [B, N].
+        log_decay: log of the factor on the state at each token (d; the paper's alpha), at most 0, [B, N].
+        chunk: tokens of a chunk (Q).
+        backwards: whether the last token comes first.
+
+    Returns: [B, N, E].
+    """
+    tokens, width = value.shape[1:]
+    query, key, value, strength, log_decay = (chunked(part, chunk) for part in (query, key, value, strength, log_decay))
+    since, total = decay_sums(log_decay, backwards)[..., None], log_decay.sum(-1)[..., None, None]
+    decays = pair_decays(*((None, since[..., 0]) if backwards else (since[..., 0], None)))
+    system = strength[..., None] * decays * (key @ key.transpose(-1, -2))
+    given = strength[..., None] * torch.cat([value, key * since.exp()], dim=-1)
+    solved = torch.linalg.solve_triangular(system, given, upper=backwards, unitriangular=True)
+    # What the chunk writes is what it would write to an empty state, less what its keys recall of the one it enters with.
+    added, erased = ((key * (total - since).exp()).transpose(-1, -2) @ solved).split(width, dim=-1)
+    kept = total.exp() * torch.eye(width, dtype=key.dtype, device=key.device) - erased
+    state = carried(added, kept, backwards=backwards, step=torch.baddbmm)
+    alone, recalled = solved.split(width, dim=-1)
+    mixed = (query * since.exp()) @ state + (decays * (query @ key.transpose(-1, -2))) @ (alone - recalled @ state)
+    return mixed.flatten(1, 2)[:, :tokens]
+
+
+def decay_start(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mamba's start of a decay exp(-A dt), one value a head: the bias of dt, and log A.
+
+    A is uniform in [1, 16]; dt, the softplus of the bias, log-uniform in [0.001, 0.1].
+    """
+    step = torch.empty(heads).uniform_(math.log(0.001), math.log(0.1)).exp()
+    return step + torch.log(-torch.expm1(-step)), torch.empty(heads).uniform_(1, 16).log()

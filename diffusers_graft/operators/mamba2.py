@@ -5,7 +5,6 @@ arXiv 2506.05340, Table 4; Hydra, arXiv 2407.09941 (both directions as one matri
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from ..errors import OperatorError, UnknownNameError
 from ..site import Context, Grid, Site
-from ._scans import ORDERS, state_space, visits
+from ._scans import ORDERS, decay_start, state_space, visits
 from .base import AttentionOperator
 
 
@@ -171,12 +170,3 @@ class Mamba2(AttentionOperator):
     def _padded(self, tokens: int) -> int:
         """Tokens of all chunks together."""
         return tokens + -tokens % self.config.chunk
-
-
-def decay_start(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mamba's start of a decay exp(-A dt), one value a head: the bias of dt, and log A.
-
-    A is uniform in [1, 16]; dt, the softplus of the bias, log-uniform in [0.001, 0.1].
-    """
-    step = torch.empty(heads).uniform_(math.log(0.001), math.log(0.1)).exp()
-    return step + torch.log(-torch.expm1(-step)), torch.empty(heads).uniform_(1, 16).log()

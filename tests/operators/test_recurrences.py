@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 import diffusers_graft as dg
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError
-from diffusers_graft.operators import Mixer, configure
-from diffusers_graft.operators._scans import state_space, visits
+from diffusers_graft.operators import Mixer, Projections, configure
+from diffusers_graft.operators._scans import gated_delta_rule, state_space, visits
 from diffusers_graft.operators.conformance import example_site
 from diffusers_graft.site import Context, Grid, Site
 
@@ -50,6 +50,7 @@ def same_with_gradients(fast, plain, wanted, tolerance=1e-9):
 @pytest.mark.parametrize("spec", [
     "ttt", {"operator": "ttt", "steps": 2, "convolution": False}, "mamba2", {"operator": "mamba2", "scan": "zigzag", "state": 8},
     {"operator": "mamba2", "bidirectional": False, "head_width": 4, "chunk": 5},
+    "gated_deltanet", {"operator": "gated_deltanet", "bidirectional": False, "chunk": 5, "init": "random"},
 ], ids=str)  # fmt: skip
 def test_a_graft_trains_comes_back_and_comes_out_bit_for_bit(spec, tmp_path):
     model = tiny_dit()
@@ -75,7 +76,8 @@ def test_a_graft_trains_comes_back_and_comes_out_bit_for_bit(spec, tmp_path):
     {"operator": "ttt", "convolution": 1}, {"operator": "ttt", "convolution": "2d"},
     {"operator": "mamba2", "state": 0}, {"operator": "mamba2", "expand": 1.5}, {"operator": "mamba2", "conv": True},
     {"operator": "mamba2", "head_width": "16"}, {"operator": "mamba2", "chunk": None}, {"operator": "mamba2", "scan": "diagonal"},
-    {"operator": "mamba2", "bidirectional": 1},
+    {"operator": "mamba2", "bidirectional": 1}, {"operator": "gated_deltanet", "chunk": 0}, {"operator": "gated_deltanet", "chunk": 8.0},
+    {"operator": "gated_deltanet", "bidirectional": None},
 ])  # fmt: skip
 def test_bad_settings_are_refused(spec):
     with pytest.raises(GraftError, match=spec["operator"]):
@@ -176,7 +178,8 @@ def seconds(spec, side):
     return min(runs[1:])
 
 
-LINEAR = ["ttt", "mamba2", {"operator": "mamba2", "bidirectional": False}]
+LINEAR = ["ttt", "mamba2", {"operator": "mamba2", "bidirectional": False}, "gated_deltanet",
+          {"operator": "gated_deltanet", "bidirectional": False}]  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", LINEAR, ids=str)
@@ -323,3 +326,89 @@ def test_mamba2_keeps_its_state_in_float32():
     precise = operator.double()(hidden_states.double(), Context())
     error = (operator.bfloat16()(hidden_states, Context()).double() - precise).norm() / precise.norm()
     assert error < 0.03
+
+
+def delta_inputs(tokens):
+    query, key, value = (draw(2, tokens, 4, seed=seed) for seed in range(3))
+    key = F.normalize(key, dim=-1)
+    return [part.requires_grad_() for part in (query, key, value, draw(2, tokens, seed=3).sigmoid(), -draw(2, tokens, seed=4).abs())]
+
+
+def delta_by_matrices(query, key, value, strength, log_decay):
+    """The paper's Eq. 10, row by row: the state as a matrix that transitions multiply."""
+    rows = []
+    for row in range(len(query)):
+        state, one, outputs = query.new_zeros(4, 4), torch.eye(4, dtype=query.dtype), []
+        for q, k, v, beta, log_alpha in zip(*(part[row] for part in (query, key, value, strength, log_decay)), strict=True):
+            state = state @ (log_alpha.exp() * (one - beta * torch.outer(k, k))) + beta * torch.outer(v, k)
+            outputs.append(state @ q)
+        rows.append(torch.stack(outputs))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 4), (3, 4), (4, 4), (13, 4), (13, 1), (16, 5), (9, 64)])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_gated_delta_rule_by_matrices(tokens, chunk, backwards):
+    inputs = delta_inputs(tokens)
+    plain = delta_by_matrices(*((part.flip(1) for part in inputs) if backwards else inputs))
+    fast = gated_delta_rule(*inputs, chunk=chunk, backwards=backwards)
+    same_with_gradients(fast, plain.flip(1) if backwards else plain, inputs)
+
+
+def test_the_gated_delta_rule_is_that_of_transformers(monkeypatch):
+    pytest.importorskip("transformers")
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    query, key, value, strength, log_decay = inputs = delta_inputs(37)
+    theirs, _ = torch_chunk_gated_delta_rule(2 * query[:, :, None], key[:, :, None], value[:, :, None], log_decay[:, :, None],
+                                             strength[:, :, None], chunk_size=8)  # fmt: skip
+    same_with_gradients(gated_delta_rule(*inputs, chunk=16), theirs[:, :, 0], inputs)
+
+
+def attention_projections(biases=True):
+    weights = {name: draw(12, 12, seed=seed) for seed, name in enumerate(("query", "key", "value", "out"))}
+    return Projections(**weights, **{f"{name}_bias": draw(12, seed=7) for name in weights if biases})
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_gated_deltanet_starts_from_the_projections(biases):
+    operator, original = build("gated_deltanet"), attention_projections(biases)
+    operator.init_from(original)
+    for name in ("query", "key", "value", "out"):
+        layer, bias = operator.get_submodule(f"{name[0]}_proj"), getattr(original, f"{name}_bias")
+        assert torch.equal(layer.weight, getattr(original, name))
+        assert torch.equal(layer.bias, torch.zeros(12) if bias is None else bias)
+
+
+def test_gated_deltanet_of_one_token_is_its_value():
+    """What is written in full to an empty state and asked for by its own key comes back as it was."""
+    operator, original = build("gated_deltanet"), attention_projections()
+    operator.init_from(original)
+    operator.k_proj = operator.q_proj
+    torch.nn.init.zeros_(operator.b_proj.weight)
+    token = draw(1, 1, 12)
+    value = token @ original.value.T + original.value_bias
+    torch.testing.assert_close(operator(token, Context()), 0.5 * value @ original.out.T + original.out_bias)
+
+
+def test_gated_deltanet_is_the_mean_of_both_directions():
+    one, both = build({"operator": "gated_deltanet", "bidirectional": False}), build("gated_deltanet")
+    both.load_state_dict(one.state_dict())
+    hidden_states = draw(2, 70, 12)
+    back = one(hidden_states.flip(1), Context()).flip(1)
+    torch.testing.assert_close(both(hidden_states, Context()), (one(hidden_states, Context()) + back) / 2)
+
+
+def test_gated_deltanet_adds_few_tensors():
+    assert parameters("gated_deltanet") == 5_313_024 + 2 * 16 * 1152 + 2 * 16
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gated_deltanet"])
+def test_the_output_layer_is_the_last_step(name):
+    """What `dg.closed_form` solves for: zero its weights, and nothing but its bias is left."""
+    operator = build(name)
+    layer = operator.get_submodule(operator.output_layer)
+    torch.nn.init.zeros_(layer.weight)
+    expected = torch.zeros(12) if layer.bias is None else layer.bias
+    assert torch.equal(operator(draw(1, 5, 12), Context()), expected.double().expand(1, 5, 12))
