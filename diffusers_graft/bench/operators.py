@@ -41,7 +41,7 @@ def bench_operators(
     """Print the tables, and store them where an output is named.
 
     Args:
-        side: of the grid of the first table; the second has four times the tokens on one head.
+        side: of the grid of the first table; the second has four times the tokens, on two heads.
         heads: of the model.
     """
     threads = torch.get_num_threads()
@@ -89,15 +89,14 @@ def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, list[list[
     half, near, far = (Grid(height=side * n // 2, width=side * n // 2) for n in (1, 2, 4))
     forward = [(name, target) for name, target, _ in MIXERS]
     training = [(name, target) for name, _, target in MIXERS]
-    whole = [(name, None) for name in WHOLE]
-    plain = [(name, None) for name in FEED_FORWARDS]
-    yield f"Mixers against softmax, forward, {near.tokens} tokens, {heads} heads of {WIDTH}", _ratios(forward, near, heads, rounds)
-    yield (f"Mixers against softmax, forward and backward, {far.tokens} tokens, one head",
-           _ratios(training, far, 1, max(3, rounds // 2), backward=True))  # fmt: skip
-    yield f"Whole attentions against softmax with its projections, forward, {near.tokens} tokens", _ratios(whole, near, heads, rounds)
-    yield f"Feed-forwards against r = 4, forward, {half.tokens} tokens", _ratios(plain, half, heads, rounds)
+    whole, plain = ([(name, None) for name in names] for names in (WHOLE, FEED_FORWARDS))
+    yield f"Mixers / softmax, forward, {near.tokens} tokens, {heads} heads", _ratios(forward, near, heads, rounds)
+    less = max(3, rounds // 2)
+    yield f"Mixers / softmax, forward + backward, {far.tokens} tokens, 2 heads", _ratios(training, far, 2, less, backward=True)
+    yield f"Whole attentions / softmax with its projections, forward, {near.tokens} tokens", _ratios(whole, near, heads, rounds)
+    yield f"Feed-forwards / mlp of r = 4, forward, {half.tokens} tokens", _ratios(plain, half, heads, rounds)
     yield f"A PixArt block, all self-attention replaced, {near.tokens} tokens", _in_a_block(2 * side, heads, rounds)
-    yield "Peak memory above the inputs, MiB, one head, forward and backward", _memory((half, near, far))
+    yield "Peak memory above the inputs, MiB, 2 heads, forward + backward", _memory((half, near, far))
 
 
 def _configs(names: Iterable[str]) -> list[OperatorConfig]:
@@ -135,6 +134,6 @@ def _memory(grids: tuple[Grid, ...]) -> list[list[str]]:
     rows = [["operator", *(f"{grid.tokens} tokens" for grid in grids)]]
     for name in ("self_attention", *(name for name, _, _ in MIXERS), *WHOLE):
         config = _configs([name])[0]
-        peaks = [peak_memory(config, grid, width=WIDTH, heads=1, backward=True) for grid in grids]
+        peaks = [peak_memory(config, grid, width=2 * WIDTH, heads=2, backward=True) for grid in grids]
         rows.append([name, *(f"{peak / 2**20:.1f}" for peak in peaks)])
     return rows
