@@ -24,7 +24,7 @@ class Hybrid(Mixer):
 
         Attributes:
             first, second: operators as a rule takes them: a name, a Config, or a dict.
-            split: heads of the first, the others being the second's: a share of the heads (rounded), a count from head 0,
+            split: heads of the first, the others being the second's: a share of the heads (rounded, at least one each), a count from head 0,
                 or the heads themselves as a tuple.
         """
 
@@ -49,9 +49,10 @@ class Hybrid(Mixer):
 
         def heads(self, site: Site) -> tuple[int, ...]:
             """The heads of the first mixer. Raises `OperatorError` where the split leaves a mixer without heads."""
-            count = max(1, round(self.split * site.heads)) if isinstance(self.split, float) else self.split
+            share = isinstance(self.split, float)
+            count = min(max(1, round(self.split * site.heads)), site.heads - 1) if share else self.split
             chosen = count if isinstance(count, tuple) else tuple(range(count))
-            if not len(chosen) < site.heads or max(chosen) >= site.heads:
+            if not 0 < len(chosen) < site.heads or max(chosen) >= site.heads:
                 raise OperatorError(
                     f"hybrid: split {self.split!r} of the {site.heads} heads of {site.path} leaves none for the second mixer. "
                     f"Give a count from 1 to {site.heads - 1}, or a tuple of heads up to {site.heads - 1}."
