@@ -24,8 +24,8 @@ class Hybrid(Mixer):
 
         Attributes:
             first, second: operators as a rule takes them: a name, a Config, or a dict.
-            split: heads of the first, the others being the second's: a share of the heads (rounded, at least one each), a count from head 0,
-                or the heads themselves as a tuple.
+            split: heads of the first, the others being the second's: a share of the heads (rounded, at least one each), a
+                count from head 0, or the heads themselves as a tuple.
         """
 
         first: Any = "sliding_window"

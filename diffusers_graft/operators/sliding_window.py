@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import OperatorError
+from ..errors import GeometryError, OperatorError
 from ..site import Context, Grid, Site
 from ._backends import Backend, WithBackends, check_backend
 from ._flex import Sees, flex
@@ -83,15 +83,24 @@ class SlidingWindow(WithBackends, Mixer):
         self.causal_operator = config.window[1] == 0
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+        axes = self._axes(query)
         if backend := self.backend_for(query):
             return backend.run(self, query, key, value, context)
-        axes = ((query.shape[2], *self.config.window),)
         tile = max(32, *self.config.window)
         return tiled_attention(query, key, value, band, axes, tile=tile, scale=context.scale)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: softmax over all tokens under a band mask."""
-        return dense_attention(query, key, value, band, ((query.shape[2], *self.config.window),), scale=context.scale)
+        return dense_attention(query, key, value, band, self._axes(query), scale=context.scale)
+
+    def _axes(self, query: torch.Tensor) -> tuple[tuple[int, int, int], ...]:
+        tokens, width = query.shape[2], sum(self.config.window) + 1
+        if width > tokens:
+            raise GeometryError(
+                f"sliding_window: window {self.config.window} spans {width} tokens, and there are {tokens}. "
+                "Choose a smaller window, or self_attention, which sees them all."
+            )
+        return ((tokens, *self.config.window),)
 
     def receptive_field(self, token: int, grid: Grid) -> range:
         return band(grid.tokens, *self.config.window)[token]

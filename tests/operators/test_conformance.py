@@ -6,11 +6,12 @@ from diffusers_graft.operators import configure
 
 CASES = [
     "self_attention",
+    {"operator": "self_attention", "heads": 2},
     "sliding_window",
     {"operator": "sliding_window", "window": (0, 3)},
     {"operator": "sliding_window", "window": (4, 0)},
     {"operator": "sliding_window", "window": (70, 1)},
-    {"operator": "sliding_window", "window": (999, 999)},
+    {"operator": "sliding_window", "window": (31, 32)},
     "neighborhood",
     {"operator": "neighborhood", "kernel": 5},
     {"operator": "neighborhood", "kernel": 3, "dilation": 2},
