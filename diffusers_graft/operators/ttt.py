@@ -52,8 +52,7 @@ class Ttt(Mixer):
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
         shape = (site.heads, site.head_width, site.head_width)
-        self.first = nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
-        self.second = nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
+        self.first, self.second = (nn.Parameter(0.02 * torch.randn(shape)) for _ in range(2))
         self.needs_grid, self.convolutions = config.convolution, nn.ModuleDict()
         if config.convolution:
             self.convolutions.update({name: ShortConvolution(site.inner_width, 3) for name in ("query", "key")})

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -141,6 +142,12 @@ def test_ttt_convolves_each_frame_by_itself():
 def test_ttt_has_the_papers_parameters():
     assert parameters("ttt") == 2 * 16 * 72**2 + 20 * 1152
     assert parameters({"operator": "ttt", "convolution": False}) == 2 * 16 * 72**2
+
+
+@pytest.mark.parametrize("spec", ["ttt", {"operator": "mamba2", "scan": "zigzag"}, "gated_deltanet"], ids=str)
+def test_tensors_that_only_pretend_pass_through(spec):
+    with FakeTensorMode():
+        forward_and_backward(spec, 9)()
 
 
 class Written(TorchDispatchMode):
