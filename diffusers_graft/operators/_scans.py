@@ -62,8 +62,7 @@ def carried(
 
 def decay_sums(log_decay: torch.Tensor, backwards: bool = False) -> torch.Tensor:
     """Log of the decay since a chunk is entered, up to and including each token: sums over the last axis."""
-    total = log_decay.cumsum(-1)
-    return total[..., -1:] - total + log_decay if backwards else total
+    return log_decay.flip(-1).cumsum(-1).flip(-1) if backwards else log_decay.cumsum(-1)
 
 
 def state_space(
@@ -83,7 +82,7 @@ def state_space(
 
     Returns: [B, N, H, P].
     """
-    batch, tokens, heads, width = value.shape
+    tokens = value.shape[1]
     value, key, query = (chunked(part, chunk) for part in (value, key, query))
     log_decay = chunked(log_decay, chunk).transpose(2, 3)
     ways = [decay_sums(log_decay, backwards) for backwards in ((False, True) if bidirectional else (False,))]
