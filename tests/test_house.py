@@ -17,8 +17,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # A room imports from the floors below its own, and from itself. Rooms that share a floor do not know each other.
 FLOORS = [
-    {"errors", "_version"}, {"site"}, {"operators"}, {"anatomy", "processor"}, {"plan"}, {"graft"}, {"surgery"},
-    {"training"}, {"analysis"}, {"evaluation"}, {"hub"}, {"model", "training.trainer", "testbed"}, {"quickstart", "bench"},
+    {"errors", "_version"}, {"site", "source"}, {"operators"}, {"anatomy", "processor"}, {"plan"}, {"graft"}, {"surgery"},
+    {"training"}, {"analysis"}, {"evaluation"}, {"hub"}, {"model", "training.trainer", "testbed"}, {"quickstart", "bench", "ablate"},
     {"cli"},
 ]  # fmt: skip
 
@@ -28,7 +28,7 @@ HOMES = {
     "einops": {"operators"},
     "peft": {"training.lora", "training.finetune", "hub.adapters"},  # stage two injects it, the hub stores its tensors
     "accelerate": {"training"},
-    "safetensors": {"hub.files", "testbed"},  # the testbed's classifier is no diffusers model
+    "safetensors": {"hub.files", "testbed", "training.checkpoint", "training.datasets"},  # training stands below the hub
     "huggingface_hub": {"hub"},
     "jinja2": {"hub.cards"},
     "yaml": {"hub.cards"},

@@ -7,7 +7,7 @@ kept, in float64, so memory does not grow with samples: 8 (F + 1)^2 bytes a site
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 
@@ -154,7 +154,7 @@ class _Energy:
 @torch.no_grad()
 def closed_form(
     model: ModelMixin, graft: Graft, batches: Iterable[Batch], config: ClosedFormConfig | None = None, *,
-    noise_scheduler: SchedulerMixin | None = None,
+    noise_scheduler: SchedulerMixin | None = None, paths: Collection[str] | None = None,
 ) -> dict[str, SolvedSite]:  # fmt: skip
     """Solve for the output layer of every part of a graft, so that it does what the part it replaces does.
 
@@ -165,6 +165,7 @@ def closed_form(
         graft: from `build_graft`; changed in place.
         batches: see `training.data`: dicts with a clean `sample` and conditioning, or complete model arguments.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
+        paths: of the sites to solve; all of the graft's unless given.
 
     Returns:
         A report for every site that was solved, by address; its errors are those on the batches it was solved for.
@@ -177,13 +178,14 @@ def closed_form(
     config = config or ClosedFormConfig()
     if is_enabled(model):
         raise StateError("A closed form watches the original parts: call model.unset_graft() or model.disable_graft() first.")
-    regressions = {edit.site.path: r for edit in graft.plan.edits if (r := _regression(graft, edit)) is not None}
+    edits = [edit for edit in graft.plan.edits if paths is None or edit.site.path in paths]
+    regressions = {edit.site.path: r for edit in edits if (r := _regression(graft, edit)) is not None}
     if not regressions:
         raise OperatorError("No part of this graft ends in a linear layer, so there is nothing to solve for. Use dg.distill.")
     run = _runner(model, batches, config, noise_scheduler)
     with _untouched(model, graft, config.seed):
         if config.energy and not any("stage" in row for row in graft.history):
-            _start_from_energy(model, graft, run)
+            _start_from_energy(model, graft, edits, run)
         _collect(model, regressions, run)
     reports = {r.site.address: r.solve(config.ridge) for r in regressions.values()}
     rows = [report.to_dict() for report in reports.values()]
@@ -236,9 +238,9 @@ def _collect(model: ModelMixin, regressions: dict[str, _Regression], run: Run) -
         run("closed form")
 
 
-def _start_from_energy(model: ModelMixin, graft: Graft, run: Run) -> None:
+def _start_from_energy(model: ModelMixin, graft: Graft, edits: list[Edit], run: Run) -> None:
     """Start anew, from the neurons that are active on data, the parts that ask for it."""
-    starting = [e for e in graft.plan.edits if graft.seats[e.site.path].graft.uses_energy and e.config.init == "warm"]
+    starting = [e for e in edits if graft.seats[e.site.path].graft.uses_energy and e.config.init == "warm"]
     if not starting:
         return
     meters = {edit.site.path: _Energy(edit.site) for edit in starting}

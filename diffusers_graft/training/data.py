@@ -6,6 +6,7 @@ and a noise scheduler noises the sample afresh each time. Without, it is a set o
 """
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,22 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Noised:
-    """One training example batch: arguments of the model, and what it should predict (None where unknown)."""
+    """One batch to train on.
+
+    Attributes:
+        inputs: arguments of the model.
+        target: what it should predict; None where that is unknown.
+        sample: the clean sample; None where the batch held model arguments.
+    """
 
     inputs: dict[str, Any]
     target: torch.Tensor | None
+    sample: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Samples in the batch."""
+        return len(self.inputs["hidden_states"] if self.sample is None else self.sample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +49,15 @@ class Noising:
         scheduler: diffusers' noise scheduler of the model; None where batches are complete model arguments.
         timesteps: `"auto"` (uniform for DDPM, logit-normal for flow matching), `"uniform"` or `"logit_normal"`.
         drop_labels: drop class labels at the model's own rate, for classifier-free guidance.
+        null_prompt, prompt_dropout: conditioning of no prompt (one sample of each argument), and the rate at which it takes
+            the place of a sample's own.
     """
 
     scheduler: SchedulerMixin | None = None
     timesteps: str = "auto"
     drop_labels: bool = True
+    null_prompt: Mapping[str, Any] | None = None
+    prompt_dropout: float = 0.1
 
     def __post_init__(self):
         choices = ("auto", "uniform", "logit_normal")
@@ -63,8 +80,11 @@ class Noising:
         share = self._shares(len(sample), generator)
         if self.drop_labels and "class_labels" in inputs:
             inputs["class_labels"] = dropped_labels(model, inputs["class_labels"], generator)
+        if self.null_prompt is not None and self.prompt_dropout:
+            dropped = torch.rand(len(sample), generator=generator) < self.prompt_dropout
+            inputs |= {name: _replaced(name, inputs[name], null, dropped) for name, null in self.null_prompt.items()}
         noised, timestep, target = _noise(self.scheduler, sample, noise, share)
-        return Noised({"hidden_states": noised, "timestep": timestep, **inputs}, target)
+        return Noised({"hidden_states": noised, "timestep": timestep, **inputs}, target, sample)
 
     def _shares(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Where in the noise schedule each sample lies, from 0 (clean) to 1: [B]."""
@@ -72,6 +92,16 @@ class Noising:
         if logit_normal:
             return torch.randn(count, generator=generator).sigmoid()
         return torch.rand(count, generator=generator)
+
+
+def _replaced(name: str, value: torch.Tensor, null: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    null = null.to(value)
+    if null.shape[1:] != value.shape[1:]:
+        raise TrainingError(
+            f"The null prompt's {name} is {tuple(null.shape)}, one sample of the batch {tuple(value.shape[1:])}: encode both "
+            "to the same length."
+        )
+    return torch.where(dropped.to(value.device).view(-1, *[1] * (value.ndim - 1)), null, value)
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
@@ -126,19 +156,77 @@ def _onto(value: Any, model: ModelMixin) -> Any:
     return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
 
 
-def batches_of(dataset: Dataset | Iterable, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Endless batches.
+class Shuffled:
+    """Endless batches of a map-style dataset (torch's, or of the `datasets` library), shuffled anew each epoch.
 
-    Of a map-style dataset (torch's, or of the `datasets` library) they are made of its single samples, shuffled anew each
-    epoch; a list or any other iterable holds batches, which are passed on as they come.
+    Order depends on `seed` alone, so a run that is resumed reads no sample of those it has had.
     """
+
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int, *, workers: int = 0):
+        self.dataset, self.batch_size, self.seed, self.workers, self._start = dataset, batch_size, seed, workers, 0
+
+    def start_at(self, batch: int) -> None:
+        """Begin the next reading at the batch of this number."""
+        self._start = batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from DataLoader(self.dataset, batch_sampler=self._indices(self._start), num_workers=self.workers)
+
+    def _indices(self, start: int) -> Iterator[list[int]]:
+        full = len(self.dataset) // self.batch_size or 1
+        epoch, skipped = divmod(start, full)
+        while True:
+            order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+            chunks = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(full)]
+            yield from chunks[skipped:]
+            epoch, skipped = epoch + 1, 0
+
+
+def batches_of(dataset: Dataset | Iterable, batch_size: int, seed: int) -> Iterable[Batch]:
+    """Batches of single samples of a map-style dataset; a list or any other iterable holds batches, passed on as they come."""
     if hasattr(dataset, "__getitem__") and not isinstance(dataset, list | tuple):
-        generator = torch.Generator().manual_seed(seed)
-        loader: Iterable = DataLoader(dataset, batch_size, shuffle=True, drop_last=len(dataset) >= batch_size,
-                                      generator=generator)  # fmt: skip
-    else:
-        loader = dataset
-    yield from repeated(loader)
+        return Shuffled(dataset, batch_size, seed)
+    return dataset
+
+
+class Stream:
+    """Batches one after the other, over and over, by number.
+
+    Attributes:
+        position: batches taken so far.
+    """
+
+    def __init__(self, batches: Iterable[Batch]):
+        self.batches, self.position, self._next = batches, 0, repeated(batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._next)
+        self.position += 1
+        return batch
+
+    def peek(self) -> Batch:
+        """The next batch, not yet taken."""
+        batch = next(self._next)
+        self._next = itertools.chain([batch], self._next)
+        return batch
+
+    def seek(self, position: int) -> None:
+        """Go on to a later batch: at once where the batches have `start_at`, else by reading those before it."""
+        if hasattr(self.batches, "start_at"):
+            self.batches.start_at(position)
+            self._next, self.position = repeated(self.batches), position
+        while self.position < position:
+            next(self)
+
+
+def first(batches: Iterable[Batch], count: int) -> list[Batch]:
+    """The first batches, fewer where there are fewer. Raises `TrainingError` where there is none."""
+    if not (found := list(itertools.islice(batches, count))):
+        raise TrainingError("There are no held-out batches: give some, or None.")
+    return found
 
 
 def repeated(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -1,116 +1,86 @@
 """Stage one: every new part learns what the old part does, all of them in one pass of the intact model.
 
 Hooks on the untouched model hand each new part the arguments the old one received and the output it gave. The part takes
-its own forward, backward and optimiser step right there and drops everything before the next site is reached: no second
-model, nothing on disk, and the peak is one site's activations. Paper: arXiv 2506.05340, Eq. 2, with noise redrawn each step.
+its own forward and backward right there and drops everything before the next site is reached: no second model, nothing on
+disk, and the peak is one site's activations. Paper: arXiv 2506.05340, Eq. 2, with noise redrawn each step.
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
-from torch import nn
-from tqdm.auto import tqdm
 
-from ..anatomy import evaluating, read_context
-from ..errors import StateError, TrainingError, UnknownNameError
+from ..errors import StateError, TrainingError
 from ..graft import Graft, is_enabled
-from ..site import Site
-from .data import Batch, Noising, repeated
+from ..plan import select
+from ..site import Site, Sites
+from .classroom import Classroom, enroll
+from .closed_form import ClosedFormConfig, closed_form
+from .config import TrainingConfig, one_of
+from .data import Batch, Noising, Stream
+from .losses import LOSSES
+from .pupil import SiteReport
+from .run import is_resumable
 
-_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
+MODES = ("parallel", "sequential")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Settings of stage one.
+class DistillConfig(TrainingConfig):
+    """Settings of stage one, beside those of both stages.
 
     Attributes:
-        steps: batches; every site takes one optimiser step for each.
-        lr: peak learning rate of AdamW; warmed up linearly, then a half cosine to zero.
-        warmup: steps of warm-up.
-        loss: `"auto"` (the paper's choice: `l1` for attention, `l2` for feed-forwards), `l1`, `l2` or `huber`.
-        max_grad_norm: clipping, for each site by itself.
-        timesteps, seed: of the noise, see `Noising`.
-        progress: show a bar.
+        loss: `"auto"` (the paper's choice: `l1` for attention, `l2` for feed-forwards), `l1`, `l2`, `huber` or `relative_l2`;
+            or a loss for each rule key.
+        lr_scale: factors on the learning rate by rule key.
+        gated: compare answers as the block adds them, multiplied by its adaLN gate, instead of raw ones.
+        sites: rule keys of the sites to train; None trains all. The teacher's forward ends after the last one.
+        mode: `"parallel"` shows every part what the intact model would; `"sequential"` what reaches it through the new parts
+            before it, whose errors it can then make up for.
+        closed_form: solve for output layers first.
+        evaluate_every, patience, held_out_batches: with held-out batches, so many of them are looked at every so many steps,
+            and the best weights are kept; a site that has not got better for `patience` looks is finished, and costs nothing
+            more. None lets every site use all its steps, which a falling learning rate rewards.
+        reuse, ring, memory: each batch of the teacher is used `reuse` times, out of a ring of up to `ring` batches that takes
+            at most `memory` bytes (half of what is free, unless given); sites learn in groups whose activations fit.
+        host: keep the ring in the memory of the host instead of the device's.
     """
 
-    steps: int = 500
-    lr: float = 1e-4
-    warmup: int = 20
-    loss: str = "auto"
-    weight_decay: float = 0.0
+    loss: str | Mapping[str, str] = "auto"
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
+    gated: bool = False
+    sites: str | tuple[str, ...] | None = None
+    mode: str = "parallel"
+    schedule: str = "cosine"
     max_grad_norm: float = 10.0
-    timesteps: str = "auto"
-    seed: int = 0
-    progress: bool = True
+    closed_form: ClosedFormConfig | None = None
+    evaluate_every: int = 100
+    patience: int | None = None
+    held_out_batches: int = 4
+    reuse: int = 1
+    ring: int = 16
+    memory: int | None = None
+    host: bool = False
 
     def __post_init__(self):
-        if self.loss not in ("auto", *_LOSSES):
-            raise UnknownNameError("loss", self.loss, ("auto", *_LOSSES))
-        if self.steps < 1 or self.lr <= 0:
-            raise TrainingError(f"Stage one needs at least one step and a positive learning rate; got {self}.")
-
-
-@dataclass
-class SiteReport:
-    """How one site learned: the loss of every step, and the relative error |new - old| / |old| (L2) of the last ones."""
-
-    site: Site
-    losses: list[float] = field(default_factory=list)
-    errors: list[float] = field(default_factory=list)
-
-    @property
-    def relative_error(self) -> float:
-        """Mean over the last tenth of the steps."""
-        tail = self.errors[-max(1, len(self.errors) // 10) :]
-        return sum(tail) / len(tail)
-
-    def to_dict(self) -> dict[str, float | str]:
-        return {"site": self.site.address, "first_loss": self.losses[0], "last_loss": self.losses[-1],
-                "relative_error": self.relative_error}  # fmt: skip
-
-
-class _Pupil:
-    """One new part at its lessons: its seat, its optimiser, its report."""
-
-    def __init__(self, site: Site, seat: nn.Module, parameters: list[nn.Parameter], config: DistillConfig):
-        self.seat, self.parameters, self.config, self.report = seat, parameters, config, SiteReport(site)
-        name = config.loss if config.loss != "auto" else "l2" if site.kind == "feed_forward" else "l1"
-        self.loss = _LOSSES[name]
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-
-    def hook(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        """Forward hook of the old part: one step of the new one. Returns None, so the model runs on untouched."""
-        with torch.enable_grad():
-            answer = self.seat(*args, **kwargs)
-            loss = self.loss(answer.float(), output.float())
-            if not torch.isfinite(loss):
-                raise TrainingError(
-                    f"Stage one: the loss of {self.report.site.address} is {loss.item()} at step {len(self.report.losses)}. "
-                    "Look at the batch for values that are not finite, or lower DistillConfig.lr."
-                )
-            loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        step = len(self.report.losses)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * lr_factor(step, self.config.warmup, self.config.steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            error = (answer.float() - output.float()).norm() / output.float().norm().clamp(min=1e-12)
-        self.report.losses.append(loss.item())
-        self.report.errors.append(error.item())
+        super().__post_init__()
+        for name in [self.loss] if isinstance(self.loss, str) else self.loss.values():
+            one_of("loss", name, ("auto", *LOSSES))
+        one_of("mode", self.mode, MODES)
+        if min(self.reuse, self.evaluate_every, self.held_out_batches, self.patience or 1) < 1 or self.ring < 2:
+            raise TrainingError(f"Counts start at one, a ring at two batches; got {self}.")
+        if self.reuse > 1 and self.mode == "sequential":
+            raise TrainingError('reuse keeps what the intact model did, and mode="sequential" changes it: choose one of them.')
 
 
 def distill(
     model: ModelMixin, graft: Graft, batches: Iterable[Batch], config: DistillConfig | None = None, *,
-    noise_scheduler: SchedulerMixin | None = None,
+    noise_scheduler: SchedulerMixin | None = None, held_out: Iterable[Batch] | None = None,
+    null_prompt: Mapping[str, Any] | None = None, output_dir: str | Path | None = None, resume: bool = False,
+    callbacks: Iterable[Any] = (),
 ) -> dict[str, SiteReport]:  # fmt: skip
     """Teach every part of a graft to do what the part it replaces does.
 
@@ -119,9 +89,13 @@ def distill(
         graft: from `build_graft`; trained in place.
         batches: see `training.data`: dicts with a clean `sample` and conditioning, or complete model arguments.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
+        held_out: batches that are never trained on; by their error the best weights are chosen.
+        null_prompt: conditioning of no prompt, one sample of each; prompts are dropped where it is given.
+        output_dir: for `training.jsonl` and checkpoints; nothing is written without it.
+        resume: continue from the last checkpoint there, exactly; start where there is none.
+        callbacks: see `Run`.
 
-    Returns:
-        A report for every site, by address.
+    Returns a report for every site that was trained, by address.
 
     Raises:
         StateError: the graft is installed and running: its parts would then be taught by themselves.
@@ -130,53 +104,38 @@ def distill(
     config = config or DistillConfig()
     if is_enabled(model):
         raise StateError("Stage one watches the original parts: call model.unset_graft() or model.disable_graft() first.")
-    pupils = _enroll(graft, config)
-    generator = torch.Generator().manual_seed(config.seed)
-    noising = Noising(scheduler=noise_scheduler, timesteps=config.timesteps)
-    bar = tqdm(total=config.steps, desc="stage one", unit="step", disable=not config.progress)
-    with evaluating(model), bar, _watching(model, graft, pupils), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        for _, batch in zip(range(config.steps), repeated(batches), strict=False):
-            model(**noising(model, batch, generator).inputs, return_dict=False)
-            bar.update()
-            bar.set_postfix(error=f"{sum(p.report.errors[-1] for p in pupils.values()) / len(pupils):.3f}")
-    reports = {pupil.report.site.address: pupil.report for pupil in pupils.values()}
-    graft.history.append({"stage": "one", **asdict(config), "sites": [report.to_dict() for report in reports.values()]})
+    noising = Noising(scheduler=noise_scheduler, timesteps=config.timesteps, null_prompt=null_prompt,
+                      prompt_dropout=config.prompt_dropout)  # fmt: skip
+    chosen, stream = _chosen(graft, config), Stream(batches)
+    if config.closed_form is not None and not (resume and is_resumable(output_dir, "one")):
+        paths = {site.path for site in chosen}
+        closed_form(model, graft, stream, config.closed_form, noise_scheduler=noise_scheduler, paths=paths)
+    pupils = enroll(graft, chosen, config, _by_site(graft, config.loss, "auto"), _by_site(graft, config.lr_scale, 1.0))
+    room = Classroom(model, graft, pupils, config, noising, held_out)
+    room.teach(stream, output_dir=output_dir, resume=resume, callbacks=callbacks)
+    reports = {pupil.site.address: pupil.report for pupil in pupils.values()}
+    graft.history.append({"stage": "one", **config.to_dict(), "sites": [report.to_dict() for report in reports.values()]})
     return reports
 
 
-def _enroll(graft: Graft, config: DistillConfig) -> dict[str, _Pupil]:
-    pupils = {}
-    for edit in graft.plan.edits:
-        path = edit.site.path
-        graft.unshare(path)
-        parameters = [p for p in graft.own_tensors_of(path).values() if isinstance(p, nn.Parameter)]
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        pupils[path] = _Pupil(edit.site, graft.seats[path], parameters, config)
-    return pupils
+def _chosen(graft: Graft, config: DistillConfig) -> list[Site]:
+    """The sites to train, in forward order. Raises `RuleError` for keys that name none of the graft's."""
+    edited = Sites(edit.site for edit in graft.plan.edits)
+    if config.sites is None:
+        return list(edited)
+    keys = [config.sites] if isinstance(config.sites, str) else config.sites
+    named = {site for key in keys for site in select(graft.sites, key)}
+    if not (chosen := [site for site in edited if site in named]):
+        there = ", ".join(site.address for site in edited)
+        raise TrainingError(f"None of the graft's sites is among {', '.join(keys)}: it has {there}.")
+    return chosen
 
 
-@contextmanager
-def _watching(model: ModelMixin, graft: Graft, pupils: dict[str, _Pupil]) -> Iterator[None]:
-    """The hooks of stage one, taken off again whatever happens."""
-
-    def read(module: ModelMixin, args: tuple, kwargs: dict) -> None:
-        graft.slot.current = read_context(module, args, kwargs)
-
-    handles = [model.register_forward_pre_hook(read, with_kwargs=True)]
-    handles += [model.get_submodule(path).register_forward_hook(p.hook, with_kwargs=True) for path, p in pupils.items()]
-    for pupil in pupils.values():
-        pupil.seat.train()
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for path, pupil in pupils.items():
-            pupil.seat.train(graft.originals[path].training)
-
-
-def lr_factor(step: int, warmup: int, steps: int) -> float:
-    """Linear warm-up, then a half cosine to zero."""
-    return min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+def _by_site(graft: Graft, setting: Any, usual: Any) -> dict[str, Any]:
+    """A setting for every path: the same for all, or by rule key, where later keys win."""
+    if not isinstance(setting, Mapping):
+        return {edit.site.path: setting for edit in graft.plan.edits}
+    values = {edit.site.path: usual for edit in graft.plan.edits}
+    for key, value in setting.items():
+        values |= {site.path: value for site in select(graft.sites, key) if site.path in values}
+    return values

@@ -4,68 +4,77 @@ Paper: arXiv 2506.05340, section 3.1 (end-to-end finetuning against accumulated 
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.models.embeddings import LabelEmbedding
 from peft import LoraConfig
 from torch import nn
-from tqdm.auto import tqdm
 
-from ..anatomy import predict
-from ..errors import StateError, TrainingError, UnknownNameError
+from ..errors import StateError, TrainingError
 from ..graft import Graft, is_enabled
 from ..surgery import check_seats, require_graft
-from .data import Batch, Noising, denoising_loss, repeated
+from .config import TrainingConfig, one_of
+from .data import Batch, Noising, Stream
 from .lora import add_lora
+from .objective import VARIANCES
+from .settling import Settling
 
-TRAINABLE = ("operators", "all")
+TRAINABLE = ("operators", "operators+lora", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """Settings of stage two.
+class FinetuneConfig(TrainingConfig):
+    """Settings of stage two, beside those of both stages. The paper: learning rate 1e-4 after 1,000 steps of warm-up.
 
     Attributes:
-        steps, lr, warmup: AdamW at a constant learning rate after a linear warm-up (the paper: 1e-4 after 1,000 steps).
-        train: `"operators"` (the new parts) or `"all"` weights of the model, as in the paper's class-conditional runs.
-        lora: LoRA on the rest of the model, beside the operators (the paper's text-to-image run: rank 64).
+        train: `"operators"` (the new parts), `"operators+lora"` (LoRA on the rest of the model beside them), or `"all"`
+            weights of the model, as in the paper's class-conditional runs.
+        lora: settings of LoRA; rank 64 on every linear layer of the blocks, as the paper's text-to-image run, unless given.
         ema_decay: exponential moving average whose weights are kept at the end; 0 keeps the last ones.
-        max_grad_norm: clipping, over all parameters.
-        timesteps, seed: of the noise, see `Noising`.
-        progress: show a bar.
+        variance: of models that predict variances as well: `"auto"`, `"vb"` or `"ignore"`, see `objective`.
+        min_snr: gamma of min-SNR weighting, 5 is usual; None weights all noise levels alike.
+        distill_output: weight of the distance to the ungrafted model's prediction; costs its forward at every step.
+        distill_features: weight of the distance to the ungrafted model's block outputs, massive activations left out; costs
+            the same forward, and keeps the outputs of all blocks in memory.
+        gradient_checkpointing: recompute blocks in the backward: less memory, a third more time.
+        compile: compile the training forward, by a backend's name or True for torch's default.
     """
 
-    steps: int = 500
-    lr: float = 1e-4
-    warmup: int = 20
     train: str = "all"
     lora: LoraConfig | None = None
     ema_decay: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    timesteps: str = "auto"
-    seed: int = 0
-    progress: bool = True
+    variance: str = "auto"
+    min_snr: float | None = None
+    distill_output: float = 0.0
+    distill_features: float = 0.0
+    gradient_checkpointing: bool = False
+    compile: bool | str = False
 
     def __post_init__(self):
-        if self.train not in TRAINABLE:
-            raise UnknownNameError("set of weights to train", self.train, TRAINABLE)
-        if self.steps < 1 or self.lr <= 0:
-            raise TrainingError(f"Stage two needs at least one step and a positive learning rate; got {self}.")
+        super().__post_init__()
+        one_of("set of weights to train", self.train, TRAINABLE)
+        one_of("treatment of predicted variances", self.variance, VARIANCES)
+        if self.train == "operators+lora" and self.lora is None:
+            object.__setattr__(self, "lora", LoraConfig(r=64, lora_alpha=64, target_modules="all-linear"))
+        if not 0 <= self.ema_decay < 1 or min(self.distill_output, self.distill_features) < 0:
+            raise TrainingError(f"A decay lies from 0 up to 1, weights are not negative; got {self}.")
 
     def to_dict(self) -> dict[str, Any]:
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lora"}
-        return {**settings, "lora": None if self.lora is None else {"r": self.lora.r, "alpha": self.lora.lora_alpha}}
+        settings = dataclasses.replace(self, lora=None) if self.train != "operators+lora" else self
+        row = super(FinetuneConfig, settings).to_dict()
+        return {**row, "lora": None if self.lora is None else {"r": self.lora.r, "alpha": self.lora.lora_alpha}}
 
 
 def finetune(
     model: ModelMixin, batches: Iterable[Batch], config: FinetuneConfig | None = None, *,
-    noise_scheduler: SchedulerMixin | None = None,
+    noise_scheduler: SchedulerMixin | None = None, null_prompt: Mapping[str, Any] | None = None,
+    output_dir: str | Path | None = None, resume: bool = False, callbacks: Iterable[Any] = (),
 ) -> list[float]:  # fmt: skip
     """Finetune a grafted model in place, on its own denoising objective.
 
@@ -74,6 +83,11 @@ def finetune(
             are trained (`train="all"`), their untrained values are kept beside the graft.
         batches: see `training.data`: dicts with a clean `sample` and conditioning, or model arguments with a `target`.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
+        null_prompt: conditioning of no prompt, one sample of each; prompts are dropped where it is given.
+        output_dir: for `training.jsonl` and checkpoints; nothing is written without it.
+        resume: continue from the last checkpoint there, exactly, on a model prepared as the first time; start where there is
+            none.
+        callbacks: see `Run`.
 
     Returns:
         The loss of every step.
@@ -87,50 +101,13 @@ def finetune(
     if not is_enabled(model):
         raise StateError("Stage two trains the grafted model: call model.enable_graft() first.")
     check_seats(graft)
-    noising = Noising(scheduler=noise_scheduler, timesteps=config.timesteps)
-    with _trainable(model, graft, config) as parameters, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        losses = _run(model, parameters, batches, config, noising)
+    noising = Noising(scheduler=noise_scheduler, timesteps=config.timesteps, null_prompt=null_prompt,
+                      prompt_dropout=config.prompt_dropout)  # fmt: skip
+    with _trainable(model, graft, config) as parameters:
+        settling = Settling(model, parameters, config, noising)
+        losses = settling.run(Stream(batches), output_dir=output_dir, resume=resume, callbacks=callbacks)
     graft.history.append({"stage": "two", **config.to_dict(), "first_loss": losses[0], "last_loss": losses[-1]})
     return losses
-
-
-def _run(model: ModelMixin, parameters: list[nn.Parameter], batches: Iterable[Batch], config: FinetuneConfig,
-         noising: Noising) -> list[float]:  # fmt: skip
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    average = [parameter.detach().clone() for parameter in parameters] if config.ema_decay else []
-    generator = torch.Generator().manual_seed(config.seed)
-    losses: list[float] = []
-    with tqdm(total=config.steps, desc="stage two", unit="step", disable=not config.progress) as bar:
-        for step, batch in zip(range(config.steps), repeated(batches), strict=False):
-            losses.append(_backward(model, noising(model, batch, generator), step))
-            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if average:
-                decay = min(config.ema_decay, (step + 1) / (step + 10))
-                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-            bar.update()
-            bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}")
-    with torch.no_grad():
-        for parameter, value in zip(parameters, average, strict=False):
-            parameter.copy_(value)
-    return losses
-
-
-def _backward(model: ModelMixin, noised, step: int) -> float:
-    if noised.target is None:
-        raise TrainingError('Stage two needs to know what to predict: batches need a "sample" to noise, or a "target".')
-    loss = denoising_loss(predict(model, noised.inputs), noised.target)
-    if not torch.isfinite(loss):
-        raise TrainingError(
-            f"Stage two: the loss is {loss.item()} at step {step}; the weights are those of the step before. "
-            "Look at the batch for values that are not finite, or lower FinetuneConfig.lr."
-        )
-    loss.backward()
-    return loss.item()
 
 
 @contextmanager
@@ -145,6 +122,7 @@ def _trainable(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> Itera
     if config.lora is not None:
         add_lora(model, graft, config.lora)
     modes = {module: module.training for module in model.modules()}
+    checkpointed = model.is_gradient_checkpointing
     chosen = _chosen(model, graft, config)
     if config.train == "all":
         _keep_untrained(model, graft, chosen)
@@ -154,9 +132,13 @@ def _trainable(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> Itera
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
             module.eval()  # labels are dropped for whole samples, in `data`
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     try:
         yield [parameter for parameter in model.parameters() if id(parameter) in chosen]
     finally:
+        if config.gradient_checkpointing and not checkpointed:
+            model.disable_gradient_checkpointing()
         for parameter in model.parameters():
             parameter.grad = None
             parameter.requires_grad_(flags.get(parameter, True))

@@ -8,7 +8,7 @@ from diffusers_graft.errors import OperatorError, StateError, TrainingError
 from diffusers_graft.training.closed_form import _Regression
 from diffusers_graft.training.data import Noising
 
-from .models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
+from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
 
 NARROW = {"operator": "mlp", "expansion": 1}
 

@@ -1,0 +1,85 @@
+"""Parameters and what moves them: optimiser, schedule, clipping, scaling, an average. Both stages step with it."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import TrainingConfig
+from .processes import average_gradients
+
+
+def mixed(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision on a device, or none.
+
+    Without autocast's cache: weights cast without gradients would be used again with them.
+    """
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, kind, enabled=kind is not None, cache_enabled=False)
+
+
+class Learner:
+    """One optimiser over some parameters.
+
+    A step is: `backward` for every batch of it, `gather` (which tells whether the gradients can be used), `step`.
+
+    Attributes:
+        average: exponential moving averages of the parameters, empty where there is no decay.
+        done: steps taken.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig, *, lr_scale: float = 1.0,
+                 ema_decay: float = 0.0):  # fmt: skip
+        self.parameters, self.config, self.ema_decay, self.done = list(parameters), config, ema_decay, 0
+        self.lr, self.factor = config.lr * lr_scale, config.lr_factors()
+        self.optimizer = config.make_optimizer(self.parameters, self.lr)
+        self.average = [p.detach().clone() for p in self.parameters] if ema_decay else []
+        device = self.parameters[0].device.type if self.parameters else "cpu"
+        self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of one batch."""
+        self.scaler.scale(loss / self.config.accumulate).backward()
+
+    def gather(self) -> torch.Tensor:
+        """Gradients averaged over processes and clipped; their norm before that, 0 where the scaler looks after it."""
+        average_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        return torch.zeros_like(norm) if self.scaler.is_enabled() else norm.detach()
+
+    def step(self) -> None:
+        """Move the parameters, then the average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.factor(self.done)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.clear()
+        self.done += 1
+        if self.average:
+            decay = min(self.ema_decay, self.done / (self.done + 9))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def take(self, values: Sequence[torch.Tensor]) -> None:
+        """Set the parameters."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parameters": self.parameters, "average": self.average, "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "done": self.done}  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.take(state["parameters"])
+        for average, saved in zip(self.average, state["average"], strict=True):
+            average.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.done = state["done"]

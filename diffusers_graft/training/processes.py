@@ -1,0 +1,59 @@
+"""Several processes as one: every process reads the same batches and takes its share of each.
+
+Noise is drawn for the whole batch before it is shared out, so a run does not depend on how many processes there are, and
+one that was begun on four may be resumed on one.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import nn
+
+from ..errors import TrainingError
+
+
+def share(value: Any, count: int) -> Any:
+    """This process's part of everything that has `count` samples along its first dimension.
+
+    Raises `TrainingError` for a batch that cannot be shared evenly.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return value
+    if count % state.num_processes:
+        raise TrainingError(f"A batch of {count} samples cannot be shared evenly by {state.num_processes} processes.")
+    if isinstance(value, Mapping):
+        return {name: share(item, count) for name, item in value.items()}
+    if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
+        return value.chunk(state.num_processes)[state.process_index]
+    return value
+
+
+def mean(values: torch.Tensor) -> torch.Tensor:
+    """The mean over processes."""
+    return values if PartialState().num_processes == 1 else reduce(values, "mean")
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace gradients by their mean over processes; what got none on any process keeps none."""
+    if PartialState().num_processes == 1:
+        return
+    flat = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+    there = torch.tensor([float(p.grad is not None) for p in parameters], device=flat[0].device, dtype=flat[0].dtype)
+    *averaged, there = mean(torch.cat([*flat, there])).split([*(len(f) for f in flat), len(there)])
+    for parameter, gradient, seen in zip(parameters, averaged, there.tolist(), strict=True):
+        parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if seen else None
+
+
+def is_main() -> bool:
+    """Whether this process writes files and shows bars."""
+    return PartialState().is_main_process
+
+
+def wait() -> None:
+    """Until every process is here."""
+    PartialState().wait_for_everyone()

@@ -1,0 +1,211 @@
+"""A run as people see it: bar, `training.jsonl`, trackers, callbacks, and checkpoints to continue from."""
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from tqdm.auto import tqdm
+
+from ..errors import StateError
+from .checkpoint import Checkpoints
+from .config import TrainingConfig, one_of
+from .processes import is_main, wait
+
+JOURNAL = "training.jsonl"
+
+
+@dataclass
+class RunState:
+    """Where a run is; what callbacks are shown.
+
+    Attributes:
+        stage: `"one"` or `"two"`.
+        global_step, max_steps: of the stage.
+        seconds: spent, also before a resume.
+        log_history: the rows of `training.jsonl` written by this process.
+        should_training_stop: set it to end the stage after this step.
+    """
+
+    stage: str
+    max_steps: int
+    global_step: int = 0
+    seconds: float = 0.0
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    should_training_stop: bool = False
+
+
+class Run:
+    """One stage on its way.
+
+    Args:
+        identity: whatever decides the weights; a checkpoint of another one is refused.
+        folder: for `training.jsonl` and `checkpoints`; None keeps nothing on disk.
+        callbacks: objects with any of the methods `on_train_begin`, `on_step_end`, `on_log`, `on_save`, `on_train_end`, each
+            called as those of a `transformers.TrainerCallback`: `(args, state, control, **kwargs)`.
+    """
+
+    def __init__(self, stage: str, config: TrainingConfig, identity: Any, *, folder: str | Path | None = None,
+                 callbacks: Iterable[Any] = ()):  # fmt: skip
+        self.config, self.state, self.callbacks = config, RunState(stage, config.steps), list(callbacks)
+        self.identity = json.loads(json.dumps(identity))
+        self.folder = None if folder is None else Path(folder)
+        self.checkpoints = None if folder is None else Checkpoints(self.folder / "checkpoints", stage, config.keep)
+        self.trackers: list[Any] = []
+        self._began, self._logged, self._saved = time.perf_counter(), 0, 0
+
+    def resume(self, load: Callable[[dict[str, Any]], None]) -> bool:
+        """Continue from the last checkpoint, whose state `load` takes; whether there was one.
+
+        Raises `StateError` without a folder, or for a checkpoint of another run.
+        """
+        if self.checkpoints is None:
+            raise StateError("There is nothing to resume from: give the output_dir that the interrupted run wrote to.")
+        steps = self.checkpoints.steps()
+        if not steps:
+            return False
+        saved = self.checkpoints.load(steps[-1])
+        if other := _differences(saved["identity"], self.identity):
+            raise StateError(
+                f"The checkpoint in {self.checkpoints.path(steps[-1])} was made by another run: {other}. Resume with the same "
+                "settings, or give another output_dir."
+            )
+        load(saved["state"])
+        self.state.global_step = self._saved = saved["step"]
+        self._logged = saved["step"] // self.config.log_every
+        self._began -= saved["seconds"]
+        return True
+
+    def begin(self, steps: int) -> None:
+        """Open what is written to; `steps` lie ahead in all."""
+        one, self.state.max_steps = self.state, steps
+        self.bar = tqdm(total=one.max_steps, initial=one.global_step, desc=f"stage {one.stage}", unit="step",
+                        disable=not (self.config.progress and is_main()))  # fmt: skip
+        if self.folder is not None and is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _forget_after(self.folder / JOURNAL, one.stage, one.global_step)
+            self.trackers = list(_trackers(self.config, self.folder, f"stage-{one.stage}"))
+        self._tell("on_train_begin")
+
+    def advance(self, step: int, values: Callable[[], dict[str, Any]], *, samples: int) -> bool:
+        """After a step: log where it is time to; whether to go on.
+
+        Args:
+            values: what to log; only called then.
+            samples: of one step, all processes together.
+        """
+        one, before = self.state, self.state.global_step
+        one.global_step, one.seconds = step, time.perf_counter() - self._began
+        self.bar.update(step - before)
+        if step // self.config.log_every > self._logged or step >= one.max_steps:
+            self._logged = step // self.config.log_every
+            self.log({**values(), "samples_per_second": round(samples * step / max(one.seconds, 1e-9), 2)})
+        self._tell("on_step_end")
+        return not one.should_training_stop
+
+    def log(self, values: dict[str, Any]) -> None:
+        """A row for the journal, the bar, trackers and callbacks."""
+        row = {"stage": self.state.stage, "step": self.state.global_step, "seconds": round(self.state.seconds, 2), **values}
+        self.state.log_history.append(row)
+        plain = {name: value for name, value in flat(values).items() if isinstance(value, int | float)}
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in plain.items() if "." not in name})
+        if self.folder is not None and is_main():
+            with (self.folder / JOURNAL).open("a", encoding="utf-8") as journal:
+                journal.write(json.dumps(row) + "\n")
+        for tracker in self.trackers:
+            tracker.log({f"{self.state.stage}/{name}": value for name, value in plain.items()}, step=self.state.global_step)
+        self._tell("on_log", logs=row)
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self.checkpoints is not None and self.state.global_step - self._saved >= self.config.save_every
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint of `state["step"]`, where there is a folder for it."""
+        if self.checkpoints is None:
+            return
+        step = self._saved = state["step"]
+        if is_main():
+            seconds = time.perf_counter() - self._began
+            self.checkpoints.save(step, {"step": step, "seconds": seconds, "identity": self.identity, "state": state})
+        wait()
+        self._tell("on_save")
+
+    def end(self) -> None:
+        """Close what is open; also after an error."""
+        self.bar.close()
+        for tracker in self.trackers:
+            tracker.finish()
+        self._tell("on_train_end")
+
+    def _tell(self, event: str, **details: Any) -> None:
+        for callback in self.callbacks:
+            if (method := getattr(callback, event, None)) is not None:
+                method(self.config, self.state, self.state, **details)
+
+
+def is_resumable(folder: str | Path | None, stage: str) -> bool:
+    """Whether a folder holds a checkpoint of a stage."""
+    return folder is not None and bool(Checkpoints(Path(folder) / "checkpoints", stage, 1).steps())
+
+
+def read_journal(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a folder's `training.jsonl`, none where there is no such file; a last line that is not whole is left out."""
+    path = Path(folder) / JOURNAL
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def draws(generator: torch.Generator, device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of all randomness of a run."""
+    state = {"noise": generator.get_state(), "torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def redraw(state: dict[str, torch.Tensor], generator: torch.Generator, device: torch.device) -> None:
+    """Bring randomness back to a state."""
+    generator.set_state(state["noise"])
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted names."""
+    rows: dict[str, Any] = {}
+    for name, value in values.items():
+        rows |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return rows
+
+
+def _differences(saved: Any, now: Any) -> str:
+    one, other = flat({"run": saved}), flat({"run": now})
+    names = [name for name in one | other if one.get(name) != other.get(name)]
+    return ", ".join(f"{name.removeprefix('run.')} was {one.get(name)!r} and is {other.get(name)!r}" for name in names[:3])
+
+
+def _forget_after(path: Path, stage: str, step: int) -> None:
+    """Drop the rows of steps that will be done again."""
+    rows = [row for row in read_journal(path.parent) if row["stage"] != stage or row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _trackers(config: TrainingConfig, folder: Path, name: str) -> Iterable[Any]:
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    wanted = config.trackers if config.trackers is not None else tuple({"tensorboard"} & set(installed))
+    for one in wanted:
+        one_of("installed tracker", one, installed)
+        cls = LOGGER_TYPE_TO_CLASS[one]
+        tracker = cls(name, logging_dir=folder / "logs") if cls.requires_logging_directory else cls(name)
+        if hasattr(tracker, "start"):
+            tracker.start()
+        tracker.store_init_configuration({key: value for key, value in flat(config.to_dict()).items() if value is not None})
+        yield tracker
