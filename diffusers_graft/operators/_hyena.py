@@ -96,12 +96,15 @@ class GatedConvolution(WithBackends, Mixer):
     def gated(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, convolve) -> torch.Tensor:
         """The whole of it, with `convolve(convolution, image)` for its convolutions."""
         layout = self._layout(query, context)
-        parts = [tokens_last(part, *layout) for part in (query, key, value)]
-        if self.has_featurisers:
-            parts = [convolve(convolution, part) for convolution, part in zip(self.convolutions.values(), parts, strict=True)]
-        product = _times(parts[1], parts[2], own=self.has_featurisers)
+
+        def featurised(name: str, part: torch.Tensor) -> torch.Tensor:
+            image = tokens_last(part, *layout)
+            return convolve(self.convolutions[name], image) if self.has_featurisers else image
+
+        # One after the other, so that the next can have the memory of the last.
+        product = _times(featurised("key", key), featurised("value", value), own=self.has_featurisers)
         product = product if self.inner is None else convolve(self.inner, product)
-        return heads_first(_times(product, parts[0], own=True), query)
+        return heads_first(_times(product, featurised("query", query), own=True), query)
 
     def _layout(self, query: torch.Tensor, context: Context) -> tuple[int, int]:
         """Rows and columns; a sequence stands upright, one token a row."""
