@@ -1,35 +1,104 @@
-"""LoRA weights beside a graft, in peft's own files: `adapter_config.json` and `adapter_model.safetensors`."""
+"""LoRA beside a graft: its layers by name and rank in the description, its tensors among those of the graft."""
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
 
+import torch
 from diffusers import ModelMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 
-from ..errors import FileError
+from ..errors import FileError, StateError
 from ..graft import Graft
 from ..training.lora import add_lora
-from .files import read_tensors, write_tensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_SHARED = {"lora_dropout": float, "use_rslora": bool, "use_dora": bool, "fan_in_fan_out": bool}
+_FIXED = {"bias": "none", "modules_to_save": None, "target_parameters": None, "layer_replication": None}
 
 
-def save_adapters(model: ModelMixin, graft: Graft, folder: Path) -> None:
-    """Write the LoRA of a graft; without one, remove what an earlier save left."""
-    if graft.adapter_config is None:
-        for name in (WEIGHTS, CONFIG):
-            (folder / name).unlink(missing_ok=True)
+def is_adapter(name: str) -> bool:
+    """Whether a saved tensor belongs to LoRA, by its name."""
+    return ".lora_" in name
+
+
+def describe_adapters(model: ModelMixin, graft: Graft) -> dict[str, Any] | None:
+    """The LoRA of a graft as data, resolved layer by layer; None without one.
+
+    Raises `StateError` for settings that a saved graft cannot carry.
+    """
+    config = graft.adapter_config
+    if config is None:
+        return None
+    for name, usual in _FIXED.items():
+        if getattr(config, name, usual) != usual:
+            raise StateError(f"A saved graft carries plain LoRA layers; this one has {name}={getattr(config, name)!r}.")
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    described = {path: {"r": layer.r["default"], "alpha": layer.lora_alpha["default"]} for path, layer in layers.items()}
+    return {**{name: kind(getattr(config, name)) for name, kind in _SHARED.items()}, "layers": described}
+
+
+def adapter_tensors(model: ModelMixin, graft: Graft) -> dict[str, torch.Tensor]:
+    """The tensors of a graft's LoRA by their names in the model."""
+    return {} if graft.adapter_config is None else get_peft_model_state_dict(model)
+
+
+def load_adapters(model: ModelMixin, graft: Graft, described: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Add a saved LoRA to a model whose graft is installed. Raises `FileError` where it does not fit; nothing is left then."""
+    if described is None and not tensors:
         return
-    write_tensors(folder / WEIGHTS, get_peft_model_state_dict(model), {})
-    graft.adapter_config.save_pretrained(folder)
+    config = _config(described)
+    shapes = {name: (parameter.shape, parameter.requires_grad) for name, parameter in model.named_parameters()}
+    with _undone_on_error(model, graft):
+        add_lora(model, graft, config)
+        expected = {(name, value.shape) for name, value in get_peft_model_state_dict(model).items()}
+        given = {(name, value.shape) for name, value in tensors.items()}
+        adapted = {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+        if odd := sorted({name for name, _ in expected ^ given} | (adapted ^ set(config.target_modules))):
+            raise FileError(f"The saved LoRA does not fit the model: {', '.join(odd[:4])} differ.")
+        set_peft_model_state_dict(model, tensors)
+    for name, parameter in model.named_parameters():
+        known = shapes.get(name.replace(".base_layer.", "."))
+        if known is not None:
+            parameter.requires_grad_(known[1])  # peft freezes what it does not train
 
 
-def load_adapters(model: ModelMixin, graft: Graft, folder: Path) -> None:
-    """Add the saved LoRA, if there is one, to a model whose graft is installed."""
-    if not (folder / CONFIG).exists():
-        return
-    add_lora(model, graft, LoraConfig.from_pretrained(folder))
-    result = set_peft_model_state_dict(model, read_tensors(folder / WEIGHTS))
-    missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
-        raise FileError(f"{folder / WEIGHTS} does not fit the model: {sorted(missing + result.unexpected_keys)}.")
+def _config(described: Any) -> LoraConfig:
+    """peft's config from our description: numbers and names alone, since some of peft's settings name code to import."""
+    try:
+        layers = {str(path): (row["r"], row["alpha"]) for path, row in described["layers"].items()}
+        settings = {name: described[name] for name in _SHARED}
+        sound = layers and all(type(settings[name]) is kind for name, kind in _SHARED.items())
+        sound = sound and all(type(r) is int and 0 < r < 2**16 and type(a) in (int, float) for r, a in layers.values())
+        if not sound or not all(re.fullmatch(r"[\w.]+", path) for path in layers):
+            raise ValueError("a rank, a path or a setting is none")
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise FileError(f"The description of this graft's LoRA is damaged: {error!r}.") from error
+    r, alpha = next(iter(layers.values()))
+    escaped = {re.escape(path): pair for path, pair in layers.items()}
+    return LoraConfig(
+        r=r, lora_alpha=alpha, target_modules=list(layers), exclude_modules=[],
+        rank_pattern={path: pair[0] for path, pair in escaped.items() if pair[0] != r},
+        alpha_pattern={path: pair[1] for path, pair in escaped.items() if pair[1] != alpha}, **settings,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _undone_on_error(model: ModelMixin, graft: Graft) -> Iterator[None]:
+    """Where LoRA cannot be added whole, put every module back in its place."""
+    children = {module: dict(module._modules) for module in model.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    except BaseException as error:
+        for module, before in children.items():
+            module._modules.clear()
+            module._modules.update(before)
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad_(requires_grad)
+        graft.adapters, graft.adapter_config = {}, None
+        if isinstance(error, ValueError | TypeError | RuntimeError | KeyError) and not isinstance(error, FileError):
+            raise FileError(f"The saved LoRA does not fit the model: {error}") from error
+        raise

@@ -17,12 +17,14 @@ _OURS = "written by diffusers-graft"
 _PICTURE = "samples.png"
 
 
-def write_card(folder: Path, model: ModelMixin, graft: Graft, config: dict[str, Any], scores: dict[str, Any]) -> None:
-    """Write the card of a graft, unless a person has made the one that is there their own."""
-    path = folder / CARD
-    if path.exists() and _OURS not in path.read_text(encoding="utf-8"):
+def write_card(
+    stage: Path, folder: Path, model: ModelMixin, graft: Graft, config: dict[str, Any], scores: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write the card of a graft that is saved to `folder`, unless a person has made the one that is there their own."""
+    present = folder / CARD
+    if present.exists() and _OURS not in present.read_text(encoding="utf-8"):
         return
-    write_text(path, render_card(folder, model, graft, config, scores))
+    write_text(stage / CARD, render_card(folder, model, graft, config, scores))
 
 
 def render_card(folder: Path, model: ModelMixin, graft: Graft, config: dict[str, Any], scores: dict[str, Any]) -> str:

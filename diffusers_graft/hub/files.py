@@ -1,4 +1,4 @@
-"""Writing so that nothing saved is ever lost, and reading so that nothing damaged is ever used."""
+"""Files: written whole, and read as what they must be or refused."""
 from __future__ import annotations
 
 import hashlib
@@ -9,39 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import FileError
 
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside `path`, flush to disk, then rename: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
-        os.replace(temporary, path)
-    except OSError as error:
-        raise FileError(f"{path} could not be written: {error}. What was saved there before is unchanged.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+DISK_ERRORS = (OSError, SafetensorError)
+_LARGEST_JSON = 32 * 2**20
+_DEEPEST_JSON = 64
+_ROW = 1024  # words of 8 bytes that a checksum adds up at once
+_SAMPLES = 2048  # values of a tensor that a fingerprint looks at
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """A text file that is on the disk when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: dict[str, str]) -> None:
-    """A safetensors file, whole or not at all."""
+    """A safetensors file that is on the disk when this returns."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt", **header}))
+    save_file(ready, path, metadata={"format": "pt", **header})
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -60,25 +54,93 @@ def _read(path: Path, read: Callable[[Any], Any]) -> Any:
     try:
         with safe_open(path, framework="pt") as file:
             return read(file)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise FileError(f"{path} is damaged ({error}). Download or save it again.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises `FileError` for a file that is missing or no JSON object."""
+    """Raises `FileError` for a file that is missing, too large, or no JSON object."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _LARGEST_JSON:
+            raise FileError(f"{path} has {path.stat().st_size:,} bytes; a description has at most {_LARGEST_JSON:,}.")
+        return parse_json(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError as error:
         raise FileError(f"There is no {path.name} in {path.parent}.") from error
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is damaged: it is not text ({error}).") from error
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """A JSON object from text. Raises `FileError` for text that is anything else, or nested deeper than ours ever is."""
+    if len(text) > _LARGEST_JSON:
+        raise FileError(f"{where} holds {len(text):,} characters; a description has at most {_LARGEST_JSON:,}.")
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+        deep = _depth(data) > _DEEPEST_JSON
+    except RecursionError:
+        deep = True
     except ValueError as error:
-        raise FileError(f"{path} is damaged: it is not JSON ({error}).") from error
+        raise FileError(f"{where} is damaged: it is not JSON ({error}).") from error
+    if deep:
+        raise FileError(f"{where} is nested deeper than {_DEEPEST_JSON} levels; nothing of ours is.")
     if not isinstance(data, dict):
-        raise FileError(f"{path} is damaged: it holds no JSON object.")
+        raise FileError(f"{where} is damaged: it holds no JSON object.")
     return data
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _depth(data: Any) -> int:
+    children = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    return 1 + max(map(_depth, children), default=0)
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Raise `FileError` where a value is not finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+            raise FileError(f"{name} in {where} holds values that are not finite; this cannot be used.")
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Names, dtypes, shapes and values in one number that no damage leaves as it was, at the speed of memory.
+
+    Sums of rows of words go into a SHA-256; the words themselves would take longer to hash than to read.
+    """
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        data = tensor.reshape(-1).view(torch.uint8)
+        whole = data.numel() // (8 * _ROW) * 8 * _ROW
+        if whole:
+            rows = data[:whole].clone() if data.storage_offset() % 8 else data[:whole]
+            total.update(rows.view(torch.int64).view(-1, _ROW).sum(1).numpy())
+        total.update(data[whole:].numpy())
+    return total.hexdigest()
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Who a model is: names, shapes, and values spread evenly over every tensor, rounded to bfloat16.
+
+    A model loaded in bfloat16 keeps its fingerprint; reading all values of a large base would take longer than loading the
+    graft.
+    """
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().reshape(-1)
+        total.update(f"{name} {tuple(tensors[name].shape)} ".encode())
+        places = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), _SAMPLES), dtype=torch.float64).long()
+        values = flat[places.to(flat.device)]
+        values = values.to(torch.bfloat16) if values.is_floating_point() else values
+        total.update(values.contiguous().view(torch.uint8).cpu().numpy())
+    return total.hexdigest()
+
+
 def digest(tensors: Mapping[str, torch.Tensor], *, as_bfloat16: bool = False) -> str:
-    """SHA-256 over names, shapes and values, in the order of names.
+    """SHA-256 over names, shapes and all values, in the order of names; what format 1 stored.
 
     With `as_bfloat16` floating-point values are rounded first, so that a model loaded in bfloat16 keeps its digest.
     """
@@ -90,16 +152,3 @@ def digest(tensors: Mapping[str, torch.Tensor], *, as_bfloat16: bool = False) ->
         total.update(f"{name} {tuple(tensor.shape)} ".encode())
         total.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
     return total.hexdigest()
-
-
-def local_folder(source: str | Path, patterns: list[str], **hub_arguments: Any) -> Path:
-    """A folder as it is, or the wanted files of a Hub repository. Raises `FileError` where there is neither."""
-    if Path(source).is_dir():
-        return Path(source)
-    if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise FileError(f"There is no folder {source}. Give a folder that save_graft wrote, or a Hub repository user/name.")
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns, **hub_arguments))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileError(f"There is no folder {source}, and the Hub repository of that name did not load: {reason}") from error

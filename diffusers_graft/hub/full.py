@@ -2,60 +2,118 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ContextManagers, no_init_weights
 
 from ..errors import FileError, StateError
-from ..graft import build_graft, installed, is_enabled
+from ..graft import Graft, installed, is_enabled
 from ..plan import GraftPlan
 from ..surgery import check_seats, install
-from .files import local_folder, read_json, read_tensors, write_text
-from .store import CONFIG, FORMAT, versions
+from .blank import build_blank, check_operators, require_like
+from .cards import write_card
+from .description import CONFIG, FORMAT, check_kinds, describe_base, require_format, to_text, versions
+from .files import checksum, read_json, read_tensors, require_finite, write_text
+from .folders import inside, local_folder, replacing
+from .settings import apply_settings
 
 _PATTERNS = ["*.json", "*.safetensors", "README.md"]
+_WEIGHTS = "diffusion_pytorch_model"
+_ORIGIN = "_graft_origin"
 
 
 def load_pretrained(
-    source: str | Path, *, revision: str | None = None, torch_dtype: torch.dtype | None = None, subfolder: str = "",
-    **hub_arguments: Any,
+    source: str | Path, *, revision: str | None = None, dtype: torch.dtype | None = None,
+    torch_dtype: torch.dtype | None = None, device: torch.device | str | None = None, subfolder: str = "",
+    variant: str | None = None, low_cpu_mem_usage: bool = True, **hub_arguments: Any,
 ) -> ModelMixin:  # fmt: skip
     """A grafted model, of the right class, from what its `save_pretrained` wrote.
 
     Args:
         source: folder or Hub repository id.
-        torch_dtype: as in diffusers' `from_pretrained`; float32 unless given.
+        dtype: as in diffusers' `from_pretrained`, which also calls it `torch_dtype`; float32 unless given.
+        device: where the model goes.
+        low_cpu_mem_usage: take the tensors of the file for the model's own instead of copying them into initialised ones.
+        hub_arguments: `token`, `cache_dir`, `local_files_only` and the like, for `huggingface_hub.snapshot_download`.
 
     Raises:
         FileError: missing, damaged, or not a whole grafted model.
     """
-    folder = local_folder(source, _PATTERNS, revision=revision, **hub_arguments) / subfolder
-    config, graft_config = read_json(folder / "config.json"), read_json(folder / CONFIG)
-    if graft_config.get("format", FORMAT + 1) > FORMAT:
-        raise FileError(f"{folder / CONFIG} has a format this version does not read. Upgrade: pip install -U diffusers-graft")
-    cls = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
-        raise FileError(f"{folder / 'config.json'} names the class {config.get('_class_name')}, which diffusers does not have.")
-    model = cls.from_config(config)
-    graft = build_graft(model, GraftPlan.from_dict(graft_config["plan"]))
+    folder = local_folder(source, _PATTERNS, subfolder=subfolder, revision=revision, **hub_arguments)
+    description = _description(folder)
+    plan, tensors = GraftPlan.from_dict(description["plan"]), read_weights(folder, variant)
+    if description.get("checksum") not in (None, checksum(tensors)):
+        raise FileError(f"The weights in {folder} were edited or damaged: they are not those that were saved.")
+    require_finite(tensors, folder)
+    check_operators(plan, tensors, folder)
+    with ContextManagers([no_init_weights()] if low_cpu_mem_usage else []):
+        model = _model_class(folder).from_config(read_json(folder / "config.json"))
+        graft = build_blank(model, plan)
     install(model, graft)
-    graft.standalone, graft.history = True, graft_config["history"]
-    try:
-        model.load_state_dict(_weights(folder))
-    except RuntimeError as error:
-        raise FileError(f"The weights in {folder} do not fit the model and its graft: {error}") from error
-    return model.to(torch_dtype or torch.float32).eval()
+    graft.standalone, graft.history = True, description["history"]
+    apply_settings(model, description.get("settings", []))
+    _take(model, tensors, folder, assign=low_cpu_mem_usage)
+    vars(model)[_ORIGIN] = {name: description.get(name) for name in ("base", "settings", "scores")}
+    return _cast(model, tensors, dtype or torch_dtype or torch.float32).to(device).eval()
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(path for path in folder.glob("diffusion_pytorch_model*.safetensors"))
-    if not files:
-        raise FileError(f"There are no diffusion_pytorch_model*.safetensors in {folder}.")
-    return {name: tensor for path in files for name, tensor in read_tensors(path).items()}
+def _description(folder: Path) -> dict[str, Any]:
+    description = read_json(folder / CONFIG)
+    require_format(description, str(folder / CONFIG))
+    check_kinds(description, {"plan": dict, "history": list}, str(folder / CONFIG))
+    return description
+
+
+def _model_class(folder: Path) -> type[ModelMixin]:
+    name = read_json(folder / "config.json").get("_class_name")
+    cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+        raise FileError(f"{folder / 'config.json'} names the class {name}, which diffusers does not have.")
+    return cls
+
+
+def read_weights(folder: Path, variant: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a model that diffusers saved, in one file or in shards. Raises `FileError`; pickles are not read."""
+    suffix = f".{variant}" if variant else ""
+    index = folder / f"{_WEIGHTS}.safetensors.index{suffix}.json"
+    if index.exists():
+        mapped = read_json(index).get("weight_map")
+        if not isinstance(mapped, dict) or not mapped:
+            raise FileError(f"{index} is damaged: it holds no weight_map.")
+        files = [inside(folder, name) for name in dict.fromkeys(mapped.values())]
+        tensors = {name: tensor for path in files for name, tensor in read_tensors(path).items()}
+        if odd := sorted(mapped.keys() ^ tensors.keys()):
+            raise FileError(f"{index} does not fit the files it names: {', '.join(odd[:4])} differ.")
+        return tensors
+    path = folder / f"{_WEIGHTS}{suffix}.safetensors"
+    if not path.exists() and (pickles := sorted(p.name for p in folder.glob("*.bin"))):
+        raise FileError(f"{folder} has its weights in {', '.join(pickles)}: pickles can run code and are not read.")
+    return read_tensors(path)
+
+
+def _take(model: ModelMixin, tensors: dict[str, torch.Tensor], folder: Path, *, assign: bool) -> None:
+    expected = model.state_dict()
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        raise FileError(f"The weights in {folder} do not fit the model and its graft: {', '.join(odd[:4])} differ.")
+    for name, tensor in tensors.items():
+        require_like(expected[name], tensor, name, folder)
+    if assign:  # a copy, since mapped memory would crash the process once somebody writes over the file
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, assign=assign)
+
+
+def _cast(model: ModelMixin, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> ModelMixin:
+    """In the dtype asked for, but for the modules that diffusers keeps in float32."""
+    kept = set(type(model)._keep_in_fp32_modules or ())
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if kept & set(name.split(".")):
+            parameter.data = tensors[name].to(torch.float32)
+    return model
 
 
 def attach_saving() -> None:
@@ -66,17 +124,36 @@ def attach_saving() -> None:
 
 def _saving(original):
     @functools.wraps(original)
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
         graft = installed(self)
-        if graft is not None and is_enabled(self):
-            check_seats(graft)
-            if graft.adapter_config is not None:
-                raise StateError("A whole model is saved without LoRA layers; save_graft keeps them.")
-            config = {"format": FORMAT, "versions": versions(), "plan": graft.plan.to_dict(), "history": graft.history}
-            write_text(Path(save_directory) / CONFIG, json.dumps(config, indent=2) + "\n")
-        return original(self, save_directory, *args, **kwargs)
+        if graft is None or not is_enabled(self):
+            return original(self, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+        return _save_whole(original, self, graft, Path(save_directory), *args, **kwargs)
 
     return save_pretrained
+
+
+def _save_whole(original, model: ModelMixin, graft: Graft, folder: Path, *args, **kwargs) -> None:
+    check_seats(graft)
+    if graft.adapter_config is not None:
+        raise StateError("A whole model is saved without LoRA layers; save_graft keeps them.")
+    description = describe_whole(model, graft)
+    suffix = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+    stale = [f"{_WEIGHTS}{suffix}.safetensors", f"{_WEIGHTS}{suffix}-?????-of-?????.safetensors",
+             f"{_WEIGHTS}-?????-of-?????{suffix}.safetensors", f"{_WEIGHTS}.safetensors.index{suffix}.json"]  # fmt: skip
+    with replacing(folder, stale=stale) as stage:
+        original(model, stage, *args, **kwargs)
+        write_text(stage / CONFIG, to_text(description) + "\n")
+        write_card(stage, folder, model, graft, description, {})
+
+
+def describe_whole(model: ModelMixin, graft: Graft) -> dict[str, Any]:
+    """What `graft_config.json` holds beside a whole model."""
+    origin = vars(model).get(_ORIGIN, {})
+    base = origin.get("base") if graft.standalone else describe_base(model, graft.originals)
+    return {"format": FORMAT, "versions": versions(), "base": base, "plan": graft.plan.to_dict(),
+            "settings": origin.get("settings") or [], "checksum": checksum(model.state_dict()), "history": graft.history,
+            "scores": origin.get("scores") or {}}  # fmt: skip
 
 
 def _loading(original):
@@ -84,7 +161,9 @@ def _loading(original):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         folder = Path(pretrained_model_name_or_path or "") / (kwargs.get("subfolder") or "")
         if all((folder / name).is_file() for name in (CONFIG, "config.json")):
-            return load_pretrained(folder, torch_dtype=kwargs.get("dtype") or kwargs.get("torch_dtype"))
+            known = ("dtype", "torch_dtype", "variant", "low_cpu_mem_usage")
+            given = {name: kwargs[name] for name in known if kwargs.get(name) is not None}
+            return load_pretrained(folder, device=kwargs.get("device_map"), **given)
         return original(cls, pretrained_model_name_or_path, **kwargs)
 
     return from_pretrained

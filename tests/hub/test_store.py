@@ -1,5 +1,4 @@
 """Saved and loaded, whole or refused."""
-import json
 import os
 import subprocess
 import sys
@@ -9,13 +8,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, GraftError, MismatchError, StateError
-from diffusers_graft.hub import files, store
 
-from .models import FAMILIES, SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
+from ..models import FAMILIES, SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
 
 RULES = {"self_attention[1::2]": {"operator": "hyena_x", "init": "random"}, "feed_forward[0]": {"operator": "mlp", "expansion": 6}}
 
@@ -39,7 +37,7 @@ torch.save(predict(model), folder + "/seen.pt")
 
 
 def in_new_process(family, folder, layers=4):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", NEW_PROCESS, family, str(folder), str(layers)]
     subprocess.run(command, check=True, env=environment, capture_output=True)
     return torch.load(folder / "seen.pt", weights_only=True)
@@ -101,125 +99,9 @@ def test_saving_over_another_graft_replaces_it_whole(tmp_path):
     assert torch.equal(predict(model), expected)
 
 
-@pytest.mark.parametrize("stage", ["write_tensors", "write_text"])
-def test_an_interrupted_save_keeps_the_graft_that_was_there(stage, tmp_path, monkeypatch):
-    expected = saved(tmp_path)
-    newer = tiny_dit()
-    newer.set_graft({"self_attention[0]": "neighborhood"})
-
-    def interrupted(*arguments, **keywords):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(files if stage == "write_tensors" else store, "save_file" if stage == "write_tensors" else stage, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        newer.save_graft(tmp_path)
-    monkeypatch.undo()
-    if stage == "write_text":  # the new weights are in place; only their readable copy is not
-        (tmp_path / "graft_config.json").unlink()
-        expected = predict(newer)
-    model = tiny_dit()
-    model.load_graft(tmp_path)
-    assert torch.equal(predict(model), expected)
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch):
-    expected = saved(tmp_path)
-
-    def full(*arguments, **keywords):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files, "save_file", full)
-    model = tiny_dit()
-    model.set_graft({"self_attention[0]": "neighborhood"})
-    with pytest.raises(FileError, match="could not be written.*unchanged"):
-        model.save_graft(tmp_path)
-    monkeypatch.undo()
-    fresh = tiny_dit()
-    fresh.load_graft(tmp_path)
-    assert torch.equal(predict(fresh), expected)
-
-
-def truncated(folder):
-    path = folder / "graft_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def flipped(folder):
-    path = folder / "graft_model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-40] ^= 1
-    path.write_bytes(data)
-
-
-def emptied(folder):
-    (folder / "graft_model.safetensors").write_bytes(b"")
-
-
-def removed(folder):
-    (folder / "graft_model.safetensors").unlink()
-
-
-def edited_config(folder):
-    config = json.loads((folder / "graft_config.json").read_text())
-    config["plan"]["edits"][0]["kernel_size"] = 5
-    (folder / "graft_config.json").write_text(json.dumps(config))
-
-
-def broken_config(folder):
-    (folder / "graft_config.json").write_text("{")
-
-
-def foreign_tensors(folder):
-    save_file({"x": torch.zeros(2)}, folder / "graft_model.safetensors")
-
-
-def from_the_future(folder):
-    path = folder / "graft_model.safetensors"
-    config = json.loads((folder / "graft_config.json").read_text())
-    config["format"] = 99
-    save_file(load_file(path), path, metadata={"graft_config": json.dumps(config)})
-
-
-def not_finite(folder):
-    path = folder / "graft_model.safetensors"
-    config, tensors = json.loads((folder / "graft_config.json").read_text()), load_file(path)
-    next(iter(tensors.values())).view(-1)[0] = float("nan")
-    config["tensors_sha256"] = files.digest(tensors)
-    save_file(tensors, path, metadata={"graft_config": json.dumps(config)})
-    (folder / "graft_config.json").unlink()
-
-
-def missing_tensor(folder):
-    path = folder / "graft_model.safetensors"
-    config, tensors = json.loads((folder / "graft_config.json").read_text()), load_file(path)
-    tensors.pop(next(iter(tensors)))
-    config["tensors_sha256"] = files.digest(tensors)
-    save_file(tensors, path, metadata={"graft_config": json.dumps(config)})
-    (folder / "graft_config.json").unlink()
-
-
-DAMAGE = {truncated: "damaged", flipped: "edited or damaged", emptied: "damaged", removed: "There is no graft_model",
-          edited_config: "was edited", broken_config: "not JSON", foreign_tensors: "header holds no graft",
-          from_the_future: "format 99", not_finite: "not finite", missing_tensor: "does not fit"}  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda function: function.__name__)
-def test_damaged_grafts_are_refused_and_the_model_is_untouched(damage, tmp_path):
-    saved(tmp_path)
-    damage(tmp_path)
-    model = tiny_dit()
-    before, tensors = predict(model), tensors_of(model)
-    with pytest.raises(FileError, match=DAMAGE[damage]):
-        model.load_graft(tmp_path)
-    assert model.graft is None
-    assert same_tensors(model, tensors)
-    assert torch.equal(predict(model), before)
-
-
 @pytest.mark.parametrize("source", ["/no/such/folder", "nothing", "./none", "user/name", Path("none")])
 def test_a_folder_that_does_not_exist(source):
-    with pytest.raises(FileError, match="There is no folder"):
+    with pytest.raises(FileError, match="There is no folder|not in the local cache"):
         tiny_dit().load_graft(source)
 
 
@@ -371,7 +253,8 @@ def test_pushing_uploads_the_sound_graft_and_nothing_else(tmp_path, monkeypatch)
     assert calls["folder_path"] == tmp_path
     assert calls["repo_id"] == "user/name"
     calls.clear()
-    truncated(tmp_path)
+    path = tmp_path / "graft_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(FileError):
         push.push_graft(tmp_path, "user/name")
     assert not calls

@@ -1,0 +1,62 @@
+"""Grafts without values: what loading fills, and checks before it does."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+
+from ..errors import FileError
+from ..graft import Graft, build_graft
+from ..operators import Operator, OperatorConfig
+from ..plan import GraftPlan
+from ..site import Site
+
+
+class _Blank:
+    """A config whose operators do not start from the part they replace: their values are about to be loaded."""
+
+    init = "warm"  # a random start would copy the projections that a mixer shares
+
+    def __init__(self, config: OperatorConfig):
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
+
+    def build(self, site: Site) -> Operator:
+        operator = self.config.build(site)
+        vars(operator)["init_from"] = lambda original: None
+        return operator
+
+
+def build_blank(model: ModelMixin, plan: GraftPlan) -> Graft:
+    """The parts of a plan beside the model, at no more than the cost of their memory."""
+    graft = build_graft(model, replace(plan, edits=tuple(replace(edit, config=_Blank(edit.config)) for edit in plan.edits)))
+    graft.plan = plan
+    for operator in graft.operators().values():
+        del vars(operator)["init_from"]
+    return graft
+
+
+def check_operators(plan: GraftPlan, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Raise `FileError` unless each operator's tensors are all there, no others, of the right shapes; nothing is built."""
+    for edit in plan.edits:
+        with torch.device("meta"):
+            expected = edit.config.build(edit.site).state_dict()
+        prefix = f"{edit.site.path}.graft."
+        there = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if odd := sorted(expected.keys() ^ there.keys()):
+            raise FileError(f"{folder} does not fit {edit.site.path}: {', '.join(odd[:4])} missing, or not of {edit.config}.")
+        for name, tensor in there.items():
+            require_like(expected[name], tensor, f"{prefix}{name}", folder)
+
+
+def require_like(expected: torch.Tensor, given: torch.Tensor, name: str, folder: Path) -> None:
+    """Raise `FileError` for a tensor of another shape, or of a type that cannot become the expected one."""
+    if expected.shape != given.shape:
+        raise FileError(f"{name} in {folder} does not fit: it is {tuple(given.shape)}, not {tuple(expected.shape)}.")
+    if expected.dtype != given.dtype and not (expected.is_floating_point() and given.is_floating_point()):
+        raise FileError(f"{name} in {folder} does not fit: it is {given.dtype}, not {expected.dtype}.")

@@ -1,0 +1,80 @@
+"""A seeded input with the model's output for it: what a shared graft proves itself by."""
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+
+from ..anatomy import evaluating, example_inputs, predict
+from ..errors import FileError
+from .files import read_tensors
+
+logger = logging.getLogger(__name__)
+
+_LARGEST = 32  # latents: a proof should not cost minutes where a model was made for 16,000 tokens
+
+
+def _inputs(model: ModelMixin) -> dict[str, Any]:
+    size = getattr(model.config, "sample_size", None)
+    return example_inputs(model, size=min(size, _LARGEST) if isinstance(size, int) else None)
+
+
+@torch.no_grad()
+def prove(model: ModelMixin) -> dict[str, torch.Tensor]:
+    """A seeded input and the model's output for it."""
+    inputs = _inputs(model)
+    with evaluating(model):
+        return {**_flat(inputs), "output": predict(model, inputs)}
+
+
+@torch.no_grad()
+def replay(model: ModelMixin, path: Path) -> float | None:
+    """Largest difference from the proven output, logged; None for a graft without proof.
+
+    Raises `FileError` for a proof that is damaged, or of other inputs than the model takes.
+    """
+    if not path.exists():
+        logger.warning(f"{path.parent} carries no proof; its outputs were not checked.")
+        return None
+    saved, inputs = read_tensors(path), _inputs(model)
+    wanted = {name: tensor.shape for name, tensor in _flat(inputs).items()}
+    given = {name: tensor.shape for name, tensor in saved.items() if name != "output"}
+    if "output" not in saved or not set(given) <= set(wanted):
+        raise FileError(f"{path} is no proof for this model: it holds {sorted(saved)}, not {sorted([*wanted, 'output'])}.")
+    try:
+        with evaluating(model):
+            output = predict(model, _unflat(inputs, saved))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise FileError(f"{path} holds inputs that this model does not take: {error}") from error
+    expected = saved["output"].to(output.device, output.dtype)
+    if output.shape != expected.shape:
+        raise FileError(f"{path} holds an output of shape {tuple(expected.shape)}, not {tuple(output.shape)}.")
+    difference = (output - expected).abs().max().item()
+    level = logging.INFO if difference <= 1e-3 * expected.abs().max().item() else logging.WARNING
+    logger.log(level, f"proof replayed: largest difference {difference:.3g}")
+    return difference
+
+
+def _flat(inputs: dict[str, Any], prefix: str = "inputs.") -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            tensors.update(_flat(value, f"{prefix}{name}."))
+        elif isinstance(value, torch.Tensor):
+            tensors[prefix + name] = value
+    return tensors
+
+
+def _unflat(inputs: dict[str, Any], saved: dict[str, torch.Tensor], prefix: str = "inputs.") -> dict[str, Any]:
+    """The example inputs, their tensors replaced by the saved ones."""
+    filled = {}
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            value = _unflat(value, saved, f"{prefix}{name}.")
+        elif isinstance(value, torch.Tensor) and prefix + name in saved:
+            value = saved[prefix + name].to(value.device, value.dtype)
+        filled[name] = value
+    return filled
