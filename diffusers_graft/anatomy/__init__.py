@@ -1,7 +1,8 @@
 """Reading a diffusers model: which parts it has, how its tokens lie, what its forward takes."""
 from .families import Family, bind_arguments, example_inputs, family_of, read_context
+from .parts import linear_pair, projections
 from .running import evaluating, predict
-from .sites import find_sites, linear_pair, projections, require_model
+from .sites import find_sites, require_model
 
 __all__ = [
     "Family", "bind_arguments", "evaluating", "example_inputs", "family_of", "find_sites", "linear_pair", "predict",

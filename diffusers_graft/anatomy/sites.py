@@ -1,97 +1,142 @@
-"""Finding the parts of a model that can be replaced, by looking at its modules."""
+"""Finding the parts of a model that can be replaced, by looking at its modules and at how their blocks call them."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from diffusers import ModelMixin
-from diffusers.models import activations
 from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from ..errors import ModelError, OperatorError
-from ..operators import LinearPair, Projections
+from ..errors import ModelError
 from ..site import Site, Sites
-from .families import family_of
+from ..source import calls_of, passes_another_sequence, takes_one_tensor, text_comes_first
+from .parts import activation_of
+from .walking import walk
 
 
 def find_sites(model: ModelMixin) -> Sites:
     """Every replaceable part of a model, in forward order; the same sites before and after grafting.
 
+    Nothing is run, so models on the meta device are read too.
+
     Raises:
-        ModelError: not a diffusers model, or of a family this version cannot read.
+        ModelError: not a diffusers model.
     """
     require_model(model)
-    family_of(model)
     seen: Counter[str] = Counter()
-    sites = []
-    for path, module in model.named_modules():
-        site = getattr(module, "graft_site", None) or _describe(path, module, seen)
+    sites, inside = [], ""
+    attending = {id(module) for _, module, parent in walk(model) for module in (module, parent) if _attends(module)}
+    for path, module, parent in walk(model):
+        if inside and path.startswith(inside):
+            continue
+        site = getattr(module, "graft_site", None) or _describe(path, module, parent, seen, attending)
         if site is not None:
+            inside = f"{path}."
             seen[site.kind] += 1
             sites.append(site)
     return Sites(sites)
 
 
 def require_model(model: Any) -> None:
-    """Raise `ModelError` unless given a diffusers model; a pipeline is told apart, as people pass those by mistake."""
+    """Raise `ModelError` unless given a diffusers model; pipelines and compiled models are told apart, people pass those."""
     if isinstance(model, ModelMixin):
         return
-    parts = getattr(model, "components", None)
-    hint = " That is a pipeline: pass its transformer, pipe.transformer." if isinstance(parts, dict) else ""
+    hint, parts = "", getattr(model, "components", None)
+    if isinstance(parts, dict):
+        denoisers = ("transformer", "transformer_2", "unet", "prior")
+        names = [name for name in denoisers if isinstance(parts.get(name), ModelMixin)] or ["transformer"]
+        hint = " That is a pipeline: pass its " + " or its ".join(f"{name}, pipe.{name}" for name in names) + "."
+    elif isinstance(getattr(model, "_orig_mod", None), ModelMixin):
+        hint = " That is a compiled model: graft the model itself (model._orig_mod), then compile it."
     raise ModelError(f"A graft needs a diffusers model (a ModelMixin); got {type(model).__name__}.{hint}")
 
 
-def _describe(path: str, module: nn.Module, seen: Counter[str]) -> Site | None:
-    if isinstance(module, Attention):
-        kind = _attention_kind(module)
-        return Site(kind=kind, index=seen[kind], path=path, width=module.query_dim, heads=module.heads,
-                    head_width=module.inner_dim // module.heads)  # fmt: skip
-    if isinstance(module, FeedForward):
-        first, last = module.net[0], module.net[2]
-        return Site(kind="feed_forward", index=seen["feed_forward"], path=path, width=last.out_features,
-                    hidden=last.in_features, activation=_activation(first))  # fmt: skip
+def _attends(module: nn.Module | None) -> bool:
+    """Whether a module is an attention with a processor, or the seat of a graft that replaces one."""
+    if (site := getattr(module, "graft_site", None)) is not None:
+        return site.kind.endswith("attention")
+    return getattr(module, "processor", None) is not None and _first_number(module, _HEADS) is not None
+
+
+def _describe(path: str, module: nn.Module, parent: nn.Module | None, seen: Counter[str], attending: set[int]) -> Site | None:
+    name = path.rpartition(".")[2]
+    if _attends(module):
+        kind, heads = _attention_kind(module, parent, name), _first_number(module, _HEADS)
+        return Site(kind=kind, index=seen[kind], path=path, width=_width(module), heads=heads,
+                    head_width=_head_width(module, heads))  # fmt: skip
+    if parent is not None and _is_feed_forward(module, parent, name, attending):
+        width = _width(module)
+        hidden = max((layer[0] for layer in _layers(module) if layer[1] == width), default=width)
+        return Site(kind="feed_forward", index=seen["feed_forward"], path=path, width=width, hidden=hidden,
+                    activation=activation_of(module))  # fmt: skip
     return None
 
 
-def _attention_kind(attention: Attention) -> str:
-    if attention.added_kv_proj_dim is not None:
+def _attention_kind(attention: nn.Module, parent: nn.Module | None, name: str) -> str:
+    """By how the block calls it; where that depends, by what the module says of itself."""
+    other = passes_another_sequence(type(parent), name, type(attention).forward.__get__(attention))
+    if other is False:
+        return "self_attention"
+    joins = text_comes_first(type(attention.processor)) is not None
+    if joins and (other or getattr(attention, "added_kv_proj_dim", None) is not None):
         return "joint_attention"
-    return "cross_attention" if attention.is_cross_attention else "self_attention"
+    crosses = getattr(attention, "is_cross_attention", None)
+    if not crosses and (other or crosses is None):
+        says_so = "cross" in f"{type(attention).__name__} {type(parent).__name__} {name}".lower()
+        crosses = says_so or (crosses is None and other)
+    return "cross_attention" if crosses else "self_attention"
 
 
-def _activation(first: nn.Module) -> str:
-    """diffusers' `activation_fn` name of a feed-forward's first layer."""
-    if isinstance(first, activations.GELU):
-        return "gelu-approximate" if first.approximate == "tanh" else "gelu"
-    names = {
-        activations.GEGLU: "geglu", activations.ApproximateGELU: "geglu-approximate",
-        activations.SwiGLU: "swiglu", activations.LinearActivation: "linear-silu",
-    }  # fmt: skip
-    return names.get(type(first), type(first).__name__)
+def _is_feed_forward(module: nn.Module, parent: nn.Module, name: str, attending: set[int]) -> bool:
+    """Called with one tensor by a block that also attends, and gives back as many features as it took."""
+    if isinstance(parent, ModelMixin) or not _takes_one_tensor(module, parent, name):
+        return False
+    if not any(id(part) in attending for sibling in parent.children() if sibling is not module for part in sibling.modules()):
+        return False
+    if any(id(part) in attending for part in module.modules()):
+        return False
+    layers = _layers(module)
+    return isinstance(module, FeedForward) or (len(layers) > 1 and any(layer[1] == layers[0][0] for layer in layers))
 
 
-def linear_pair(feed_forward: nn.Module) -> LinearPair:
-    """The two linear layers of a feed-forward. Raises `OperatorError` where there is no such pair to start from."""
-    activation = _activation(feed_forward.net[0])
-    if activation not in ("gelu", "gelu-approximate", "geglu-approximate", "linear-silu"):
-        raise OperatorError(
-            f"A feed-forward with {activation} is not down(activation(up(x))), so nothing can start from it: "
-            'choose init="random".'
-        )
-    up, down = feed_forward.net[0].proj, feed_forward.net[2]
-    return LinearPair(up=up.weight, up_bias=up.bias, down=down.weight, down_bias=down.bias, activation=activation)
+def _takes_one_tensor(module: nn.Module, parent: nn.Module, name: str) -> bool:
+    """As its block calls it; diffusers' own FeedForward takes one anyway, wherever it is called from."""
+    calls = [takes_one_tensor(call) for call in calls_of(type(parent), name)]
+    return any(calls) or not calls if isinstance(module, FeedForward) else bool(calls) and all(calls)
 
 
-def projections(attention: nn.Module) -> Projections:
-    """The four linear layers of an attention. Raises `OperatorError` where they are not four plain linear layers."""
-    layers = {name: getattr(attention, f"to_{name[0]}", None) for name in ("query", "key", "value")}
-    layers["out"] = (getattr(attention, "to_out", None) or [None])[0]
-    if odd := sorted(name for name, layer in layers.items() if not isinstance(layer, nn.Linear)):
-        raise OperatorError(
-            f"{type(attention).__name__} has no plain linear layer for {', '.join(odd)}, so nothing can start from its "
-            'projections: choose init="random".'
-        )
-    biases = {f"{name}_bias": layer.bias for name, layer in layers.items()}
-    return Projections(**{name: layer.weight for name, layer in layers.items()}, **biases)
+_HEADS = ("heads", "num_heads", "num_attention_heads")
+
+
+def _first_number(module: nn.Module | None, names: tuple[str, ...]) -> int | None:
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if type(value) is int), None)
+
+
+def _layers(module: nn.Module) -> list[tuple[int, int]]:
+    """(features in, features out) of linear and convolutional layers; LoRA counts with the layer it adapts."""
+    return list(_layers_below(module))
+
+
+def _layers_below(module: nn.Module) -> Iterator[tuple[int, int]]:
+    for child in module.children():
+        sizes = [(getattr(child, f"in_{unit}", None), getattr(child, f"out_{unit}", None)) for unit in ("features", "channels")]
+        size = next((pair for pair in sizes if type(pair[0]) is int and type(pair[1]) is int), None)
+        if size is None:
+            yield from _layers_below(child)
+        else:
+            yield size
+
+
+def _width(module: nn.Module) -> int:
+    """Features of a token entering the part."""
+    return _first_number(module, ("query_dim",)) or _layers(module)[0][0]
+
+
+def _head_width(attention: nn.Module, heads: int) -> int:
+    width = _first_number(attention, ("head_dim", "dim_heads"))
+    projection = getattr(attention, "to_q", None) or getattr(attention, "to_query", None)
+    inner = _first_number(attention, ("inner_dim",)) or _first_number(projection, ("out_features",))
+    return width or (inner or _layers(attention)[-1][0]) // heads

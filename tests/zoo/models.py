@@ -440,7 +440,7 @@ ZOO: dict[str, tuple[dict[str, Any], Any]] = {
         {**_HEADS, "in_channels": 4, "out_channels": 4, "num_single_layers": 2, "text_embed_dim": 8, "rope_axes_dim": (4, 6, 6)},
         lambda z: z.latents(z.video(4), 8, encoder_attention_mask=z.mask())),
     "NucleusMoEImageTransformer2DModel": (
-        {**_HEADS, **_ROPE, "in_channels": 4, "out_channels": 4, "patch_size": 1, "joint_attention_dim": 8, "num_experts": 2,
+        {**_HEADS, **_ROPE, "in_channels": 4, "out_channels": 4, "patch_size": 1, "joint_attention_dim": 8, "num_experts": 2, "mlp_ratio": 8,
          "moe_intermediate_dim": 16, "num_key_value_heads": 1, "capacity_factors": [2.0, 2.0]},
         lambda z: z.latents(z.packed(4), 8, encoder_hidden_states_mask=z.mask().bool(), img_shapes=[(1, z.height, z.width)] * z.batch)
         | {"timestep": z.time()}),

@@ -1,0 +1,48 @@
+"""What operators start from: the linear layers of the parts they replace."""
+from __future__ import annotations
+
+from diffusers.models import activations
+from diffusers.models.attention import FeedForward
+from torch import nn
+
+from ..errors import OperatorError
+from ..operators import LinearPair, Projections
+
+
+def activation_of(feed_forward: nn.Module) -> str:
+    """diffusers' `activation_fn` name; of feed-forwards that are not diffusers' own, the name of their class."""
+    if not isinstance(feed_forward, FeedForward):
+        return type(feed_forward).__name__
+    first = feed_forward.net[0]
+    if isinstance(first, activations.GELU):
+        return "gelu-approximate" if first.approximate == "tanh" else "gelu"
+    names = {
+        activations.GEGLU: "geglu", activations.ApproximateGELU: "geglu-approximate",
+        activations.SwiGLU: "swiglu", activations.LinearActivation: "linear-silu",
+    }  # fmt: skip
+    return names.get(type(first), type(first).__name__)
+
+
+def linear_pair(feed_forward: nn.Module) -> LinearPair:
+    """The two linear layers of a feed-forward. Raises `OperatorError` where there is no such pair to start from."""
+    activation = activation_of(feed_forward)
+    if activation not in ("gelu", "gelu-approximate", "geglu-approximate", "linear-silu"):
+        raise OperatorError(
+            f"A feed-forward with {activation} is not down(activation(up(x))), so nothing can start from it: "
+            'choose init="random".'
+        )
+    up, down = feed_forward.net[0].proj, feed_forward.net[2]
+    return LinearPair(up=up.weight, up_bias=up.bias, down=down.weight, down_bias=down.bias, activation=activation)
+
+
+def projections(attention: nn.Module) -> Projections:
+    """The four linear layers of an attention. Raises `OperatorError` where they are not four plain linear layers."""
+    layers = {name: getattr(attention, f"to_{name[0]}", None) for name in ("query", "key", "value")}
+    layers["out"] = (getattr(attention, "to_out", None) or [None])[0]
+    if odd := sorted(name for name, layer in layers.items() if not isinstance(layer, nn.Linear)):
+        raise OperatorError(
+            f"{type(attention).__name__} has no plain linear layer for {', '.join(odd)}, so nothing can start from its "
+            'projections: choose init="random".'
+        )
+    biases = {f"{name}_bias": layer.bias for name, layer in layers.items()}
+    return Projections(**{name: layer.weight for name, layer in layers.items()}, **biases)
