@@ -16,7 +16,7 @@ import torch
 
 from ..errors import MissingDependencyError, OperatorError, UnknownNameError
 from ..site import Context, Grid, Site
-from .base import Operator, OperatorConfig
+from .base import Mixer, Operator, OperatorConfig
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +128,13 @@ def _disagreement(
 ) -> float:
     """Largest relative difference to plain torch, of outputs and, where it is to train, of gradients, on 48 x 48 tokens."""
     site = Site(kind="self_attention", index=0, path="example", width=2 * width, heads=2, head_width=width)
-    context, shape = Context(grid=Grid(height=48, width=48)), (1, 2, 48 * 48, width)
+    context, mixes = Context(grid=Grid(height=48, width=48)), issubclass(config.owner, Mixer)
+    shape = (1, 2, 48 * 48, width) if mixes else (1, 48 * 48, 2 * width)
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         operator = replace(config, backend="torch").build(site).to(device, dtype)
-        inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_(grad) for _ in range(3)]
-        weights = torch.randn(shape, generator=generator).to(device, dtype)
+        *inputs, weights = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4 if mixes else 2))
+        inputs = [tensor.requires_grad_(grad) for tensor in inputs]
         results = []
         for call in (operator, functools.partial(backend.run, operator)):
             output = call(*inputs, context)

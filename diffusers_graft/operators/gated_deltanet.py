@@ -12,11 +12,26 @@ from torch import nn
 
 from ..errors import OperatorError
 from ..site import Context, Site
+from ._backends import Backend, WithBackends, check_backend
 from ._scans import decay_start, gated_delta_rule
 from .base import AttentionOperator, Projections
 
 
-class GatedDeltanet(AttentionOperator):
+def _fla(operator: GatedDeltanet, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    # Heads are rows of the batch; the kernel takes queries, keys and values in half precision, [B, N, H, E].
+    *parts, strength, log_decay = (part[:, :, None] for part in operator.projected(hidden_states))
+    parts, mixed = [part.to(hidden_states.dtype) for part in parts], []
+    for backwards in operator.ways():
+        turned = [part.flip(1) if backwards else part for part in (*parts, strength, log_decay)]
+        query, key, value, beta, g = turned
+        output = chunk_gated_delta_rule(query, key, value, g=g, beta=beta, scale=1.0)[0][:, :, 0]
+        mixed.append(output.flip(1) if backwards else output)
+    return operator.output(mixed, hidden_states)
+
+
+class GatedDeltanet(WithBackends, AttentionOperator):
     """Queries and keys are of unit length, so that a query which is a key gives the value last written there.
 
     That keeps outputs at the scale of values, which is what the pretrained output projection expects; the paper's short
@@ -24,6 +39,7 @@ class GatedDeltanet(AttentionOperator):
     decays, and their outputs are averaged. The state is kept in float32 whatever the inputs' precision.
     """
 
+    backends = (Backend("fla", _fla, "fla.ops.gated_delta_rule"),)
     paper = "Gated Delta Networks, arXiv 2412.06464"
     start = (
         "queries, keys, values and output start from the pretrained projections, without norms and rotary embeddings; decay "
@@ -38,13 +54,16 @@ class GatedDeltanet(AttentionOperator):
         Attributes:
             bidirectional: whether tokens see later ones too (the paper: they do not).
             chunk: tokens computed at once; changes speed and memory, not results.
+            backend: `torch`, `auto` or `fla`.
         """
 
         bidirectional: bool = True
         chunk: int = 64
+        backend: str = "torch"
 
         def __post_init__(self):
             super().__post_init__()
+            check_backend(self)
             if type(self.bidirectional) is not bool:
                 raise OperatorError(f"gated_deltanet: bidirectional is True or False; got {self.bidirectional!r}.")
             if type(self.chunk) is not int or self.chunk < 1:
@@ -66,20 +85,22 @@ class GatedDeltanet(AttentionOperator):
             layer.bias.zero_() if bias is None else layer.bias.copy_(bias)
 
     def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
-        parts = self._projected(hidden_states)
-        mixed = [gated_delta_rule(*parts, chunk=self.config.chunk, backwards=backwards) for backwards in self._ways()]
-        return self._output(mixed, hidden_states)
+        if backend := self.backend_for(hidden_states):
+            return backend.run(self, hidden_states, context)
+        parts = self.projected(hidden_states)
+        mixed = [gated_delta_rule(*parts, chunk=self.config.chunk, backwards=backwards) for backwards in self.ways()]
+        return self.output(mixed, hidden_states)
 
     def reference(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: token by token."""
-        parts = self._projected(hidden_states)
-        return self._output([token_by_token(*parts, backwards=backwards) for backwards in self._ways()], hidden_states)
+        parts = self.projected(hidden_states)
+        return self.output([token_by_token(*parts, backwards=backwards) for backwards in self.ways()], hidden_states)
 
-    def _ways(self) -> tuple[bool, ...]:
+    def ways(self) -> tuple[bool, ...]:
         """Whether each scan goes backwards."""
         return (False, True) if self.config.bidirectional else (False,)
 
-    def _projected(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def projected(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values [B * H, N, E], strength of writing and log of the decay [B * H, N]."""
         precise = torch.promote_types(hidden_states.dtype, torch.float32)
         projections = self.q_proj, self.k_proj, self.v_proj, self.b_proj, self.a_proj
@@ -91,7 +112,8 @@ class GatedDeltanet(AttentionOperator):
         log_decay = -rate.exp() * F.softplus(step[..., 0] + bias)
         return F.normalize(query, dim=-1), F.normalize(key, dim=-1), value, strength[..., 0].sigmoid(), log_decay
 
-    def _output(self, mixed: list[torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
+    def output(self, mixed: list[torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
+        """The mean of the ways, [B * H, N, E] each, through the output projection."""
         mean = sum(mixed) / len(mixed)
         mean = mean.unflatten(0, (len(hidden_states), -1)).transpose(1, 2).flatten(2)
         return self.o_proj(mean.to(hidden_states.dtype))
@@ -101,7 +123,7 @@ class GatedDeltanet(AttentionOperator):
         padded, width, chunk = tokens + -tokens % self.config.chunk, self.site.head_width, self.config.chunk
         projections = 8 * tokens * self.site.width * self.site.inner_width + 4 * tokens * self.site.width * self.site.heads
         within, across, steps = 6 * chunk, 8 * width, 2 * width * width // chunk
-        scans = len(self._ways()) * padded * self.site.inner_width * (within + across + steps)
+        scans = len(self.ways()) * padded * self.site.inner_width * (within + across + steps)
         return projections + scans + self.uncounted_flops(tokens)
 
     def uncounted_flops(self, tokens: int) -> int:
@@ -109,7 +131,7 @@ class GatedDeltanet(AttentionOperator):
         padded, chunk = tokens + -tokens % self.config.chunk, self.config.chunk
         systems = padded * chunk * 2 * self.site.inner_width
         decays = 5 * padded * chunk * self.site.heads
-        return len(self._ways()) * (systems + decays + 10 * padded * self.site.inner_width)
+        return len(self.ways()) * (systems + decays + 10 * padded * self.site.inner_width)
 
 
 def token_by_token(

@@ -5,7 +5,7 @@ arXiv 2506.05340, Table 4; Hydra, arXiv 2407.09941 (both directions as one matri
 """
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,11 +14,16 @@ from torch import nn
 
 from ..errors import OperatorError, UnknownNameError
 from ..site import Context, Grid, Site
+from ._backends import HALF, Backend, WithBackends, check_backend
 from ._scans import ORDERS, decay_start, state_space, visits
 from .base import AttentionOperator
 
 
-class Mamba2(AttentionOperator):
+def _mamba_ssm(operator: Mamba2, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+    return operator.run(hidden_states, context, operator.scanned_by_kernel)
+
+
+class Mamba2(WithBackends, AttentionOperator):
     """Parameters have the names and shapes of `mamba_ssm.Mamba2`, in one direction as in both.
 
     In both directions the convolution is centred, and a token sees those before it through a state from the left and those
@@ -26,6 +31,7 @@ class Mamba2(AttentionOperator):
     inputs' precision.
     """
 
+    backends = (Backend("mamba_ssm", _mamba_ssm, "mamba_ssm.ops.triton.ssd_combined", dtypes=(*HALF, torch.float32)),)
     paper = "Transformers are SSMs, arXiv 2405.21060"
     start = "random projections: nothing of the replaced attention is kept"
     output_layer = "out_proj"
@@ -42,6 +48,7 @@ class Mamba2(AttentionOperator):
             bidirectional: whether tokens see later ones too.
             scan: order in which tokens are visited: `raster`, `column` or `zigzag`, frame by frame.
             chunk: tokens computed at once; changes speed and memory, not results.
+            backend: `torch`, `auto` or `mamba_ssm`.
         """
 
         state: int = 64
@@ -51,9 +58,11 @@ class Mamba2(AttentionOperator):
         bidirectional: bool = True
         scan: str = "raster"
         chunk: int = 32
+        backend: str = "torch"
 
         def __post_init__(self):
             super().__post_init__()
+            check_backend(self)
             for name in ("state", "expand", "conv", "head_width", "chunk"):
                 number = getattr(self, name)
                 if (type(number) is not int or number < 1) and not (name == "head_width" and number is None):
@@ -90,20 +99,23 @@ class Mamba2(AttentionOperator):
         self.causal_operator = not (config.bidirectional or self.needs_grid)
 
     def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
-        return self._run(hidden_states, context, self._scanned)
+        if backend := self.backend_for(hidden_states):
+            return backend.run(self, hidden_states, context)
+        return self.run(hidden_states, context, self._scanned)
 
     def reference(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: token by token."""
-        return self._run(hidden_states, context, self._token_by_token)
+        return self.run(hidden_states, context, self._token_by_token)
 
-    def _run(self, hidden_states: torch.Tensor, context: Context, scan) -> torch.Tensor:
+    def run(self, hidden_states: torch.Tensor, context: Context, scan: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """The block, with `scan(value, key, query, step)` for its recurrence."""
         if not self.needs_grid:
             return self._block(hidden_states, scan)
         grid = context.require_grid(self.name, hidden_states.shape[1])
         order = visits(grid, self.config.scan, hidden_states.device)
         return self._block(hidden_states[:, order], scan)[:, order.argsort()]
 
-    def _block(self, hidden_states: torch.Tensor, scan) -> torch.Tensor:
+    def _block(self, hidden_states: torch.Tensor, scan: Callable[..., torch.Tensor]) -> torch.Tensor:
         """The Mamba-2 block on tokens in the order of the scan."""
         precise = torch.promote_types(hidden_states.dtype, torch.float32)
         channels = self.conv1d.in_channels
@@ -112,8 +124,7 @@ class Mamba2(AttentionOperator):
         value, key, query = mixed.split([self.inner, self.config.state, self.config.state], dim=-1)
         value = value.unflatten(-1, (self.heads, -1))
         step = F.softplus(step.to(precise) + self.dt_bias)
-        log_decay = -self.A_log.to(precise).exp() * step
-        mixed = scan(value * step[..., None], key, query, log_decay) + value * self.D[:, None]
+        mixed = scan(value, key, query, step) + value * self.D[:, None]
         mixed = mixed.flatten(2) * F.silu(gate.to(precise))
         return self.out_proj(self.norm(mixed.to(hidden_states.dtype)))
 
@@ -125,13 +136,39 @@ class Mamba2(AttentionOperator):
         image = F.conv2d(image, self.conv1d.weight[..., None], self.conv1d.bias, groups=self.conv1d.groups)
         return image[..., 0].transpose(1, 2)
 
-    def _scanned(self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, log_decay: torch.Tensor) -> torch.Tensor:
-        settings = {"chunk": self.config.chunk, "bidirectional": self.config.bidirectional}
-        return state_space(value, key, query, log_decay, **settings)
+    def _decayed(self, step: torch.Tensor) -> torch.Tensor:
+        """Log of the decay of each step, [B, N, heads]."""
+        return -self.A_log.to(step.dtype).exp() * step
 
-    def _token_by_token(self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, log_decay: torch.Tensor):
-        """The recurrence h_i = decay_i h_(i-1) + k_i v_i, y_i = q_i h_i, each way; a token counts itself once."""
-        steps = list(zip(*(part.unbind(1) for part in (value, key, query, log_decay.exp())), strict=True))
+    def _scanned(self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        settings = {"chunk": self.config.chunk, "bidirectional": self.config.bidirectional}
+        return state_space(value * step[..., None], key, query, self._decayed(step), **settings)
+
+    def scanned_by_kernel(
+        self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor
+    ) -> torch.Tensor:
+        """mamba-ssm's kernel, which knows one way only: the other runs on turned tokens."""
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        rate, chunk = -self.A_log.float().exp(), max(16, self.config.chunk)
+        parts = value, step, key[:, :, None], query[:, :, None]
+
+        def one_way(value, step, key, query):
+            return mamba_chunk_scan_combined(value.contiguous(), step, rate, key, query, chunk)
+
+        mixed = one_way(*parts)
+        if not self.config.bidirectional:
+            return mixed
+        return mixed + one_way(*(part.flip(1) for part in parts)).flip(1) - self._own(value, key, query, step)
+
+    def _own(self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """What each token gets from itself, which both ways count."""
+        return (query * key).sum(-1)[..., None, None] * value * step[..., None]
+
+    def _token_by_token(self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """The recurrence h_i = decay_i h_(i-1) + k_i step_i v_i, y_i = q_i h_i, each way; a token counts itself once."""
+        decay = self._decayed(step).exp()
+        steps = list(zip(*(part.unbind(1) for part in (value * step[..., None], key, query, decay)), strict=True))
 
         def one_way(steps):
             state = torch.zeros_like(steps[0][1][:, None, :, None] * steps[0][0][:, :, None])
@@ -142,8 +179,7 @@ class Mamba2(AttentionOperator):
         mixed = torch.stack(list(one_way(steps)), dim=1)
         if not self.config.bidirectional:
             return mixed
-        own = (query * key).sum(-1)[..., None, None] * value
-        return mixed + torch.stack(list(one_way(steps[::-1]))[::-1], dim=1) - own
+        return mixed + torch.stack(list(one_way(steps[::-1]))[::-1], dim=1) - self._own(value, key, query, step)
 
     def receptive_field(self, token: int, grid: Grid) -> Collection[int]:
         if self.config.bidirectional:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import diffusers_graft as dg
 from diffusers_graft.errors import MissingDependencyError, OperatorError, UnknownNameError
-from diffusers_graft.operators import _hyena, neighborhood, sliding_window
+from diffusers_graft.operators import _hyena, gated_deltanet, mamba2, neighborhood, sliding_window
 from diffusers_graft.operators._backends import Backend, WithBackends, check_backend
 from diffusers_graft.operators._flex import mask_of
 from diffusers_graft.operators.base import Mixer
@@ -76,12 +76,14 @@ def band_softmax(query, key, value, scale, window):
 
 
 def stand_in(monkeypatch, name, **functions):
-    for path in (name.partition(".")[0], name):
-        monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
-    module = sys.modules[name]
+    """A module of that name, with the packages it lies in."""
+    parts = name.split(".")
+    for path in (".".join(parts[: end + 1]) for end in range(len(parts))):
+        module = types.ModuleType(path)
+        monkeypatch.setitem(sys.modules, path, module)
+        if "." in path:
+            setattr(sys.modules[path.rpartition(".")[0]], path.rpartition(".")[2], module)
     vars(module).update(functions)
-    if "." in name:
-        setattr(sys.modules[name.partition(".")[0]], name.rpartition(".")[2], module)
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
@@ -133,6 +135,43 @@ def test_calls_of_causal_conv1d(monkeypatch, name):
     torch.testing.assert_close(mixed, operator(*qkv(30), Context()))
     with pytest.raises(OperatorError, match="is for the layout causal_1d"):
         _hyena._causal_conv1d(dg.operators.get(name).Config(layout="2d").build(SITE), *qkv(30), Context())
+
+
+def tokens_in(number=30):
+    return torch.randn(2, number, SITE.width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_calls_of_fla(monkeypatch, bidirectional):
+    def chunk_gated_delta_rule(q, k, v, g, beta, scale=None):
+        """[B, N, H, E] and [B, N, H]; heads one by one."""
+        heads = [
+            gated_deltanet.token_by_token(*(part[:, :, head] for part in (q * scale, k, v, beta, g)), backwards=False)
+            for head in range(q.shape[2])
+        ]
+        return torch.stack(heads, 2), None
+
+    stand_in(monkeypatch, "fla.ops.gated_delta_rule", chunk_gated_delta_rule=chunk_gated_delta_rule)
+    operator = dg.operators.get("gated_deltanet").Config(bidirectional=bidirectional).build(SITE)
+    mixed = gated_deltanet._fla(operator, tokens_in(), Context())
+    torch.testing.assert_close(mixed, operator(tokens_in(), Context()))
+
+
+@pytest.mark.parametrize("settings_", [{}, {"bidirectional": False}, {"scan": "zigzag"}], ids=str)
+def test_calls_of_mamba_ssm(monkeypatch, settings_):
+    def mamba_chunk_scan_combined(x, dt, rate, key, query, chunk_size):
+        """The kernel's x [B, N, H, P], dt [B, N, H], A [H], B and C [B, N, groups, S]."""
+        state, outputs = 0, []
+        for i in range(x.shape[1]):
+            added = (dt[:, i, :, None] * x[:, i])[..., None] * key[:, i, 0][:, None, None]
+            state = (dt[:, i] * rate).exp()[..., None, None] * state + added
+            outputs.append((state * query[:, i, 0][:, None, None]).sum(-1))
+        return torch.stack(outputs, 1)
+
+    stand_in(monkeypatch, "mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=mamba_chunk_scan_combined)
+    operator = dg.operators.get("mamba2").Config(**settings_).build(SITE)
+    context = Context(grid=Grid(height=5, width=6))
+    torch.testing.assert_close(mamba2._mamba_ssm(operator, tokens_in(), context), operator(tokens_in(), context))
 
 
 def test_a_backend_that_is_not_installed_names_the_extra_and_touches_nothing():
