@@ -1,4 +1,6 @@
 """What operators cost: the paper's Table 4, memory that grows as tokens do, and the lists and benchmarks that print it."""
+import time
+
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
@@ -8,9 +10,9 @@ from diffusers_graft.bench import operators as bench_operators_module
 from diffusers_graft.bench.pixart import CONTENDERS, LAYERS, bench_pixart, pixart_table
 from diffusers_graft.cli import main
 from diffusers_graft.errors import GraftError
-from diffusers_graft.evaluation.operator_costs import operator_costs, peak_memory
+from diffusers_graft.evaluation.operator_costs import example_part, example_tensors, operator_costs, peak_memory
 from diffusers_graft.operators import configure
-from diffusers_graft.site import Grid
+from diffusers_graft.site import Context, Grid
 
 TOKENS = 256  # of a 256 x 256 image in DiT-XL/2
 
@@ -102,6 +104,31 @@ def test_memory_grows_as_tokens(name):
     )
     assert four <= 4.4 * thousand + 2**16
     assert sixteen <= 4.4 * four + 2**16
+
+
+# All but softmax over all tokens, and what contains it.
+LINEAR = sorted({*dg.operators.available()} - {"self_attention", "pooled_keys", "hybrid"})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [*LINEAR, "neighborhood(kernel=7)", "mamba2(bidirectional=False)", "linear_attention(value_conv=3)"])
+def test_time_grows_as_tokens(name):
+    """Forward and backward; backward passes that are quadratic without a word pass every test of correctness.
+
+    On eight heads, so that tensors are larger than the caches at both sizes.
+    """
+
+    def seconds(side):
+        operator = example_part(dg.plan.parse_operator(name), width=512, heads=8)
+        context, runs = Context(grid=Grid(height=side, width=side)), []
+        for _ in range(4):
+            inputs = [tensor.requires_grad_() for tensor in example_tensors(operator, side * side)]
+            started = time.process_time()
+            operator(*inputs, context).sum().backward()
+            runs.append(time.process_time() - started)
+        return min(runs[1:])
+
+    assert seconds(128) / seconds(64) <= 6
 
 
 def test_costs_of_an_operator():

@@ -427,22 +427,3 @@ def test_a_grid_of_another_forward_is_refused():
 def test_an_operator_refuses_another_kind():
     with pytest.raises(OperatorError, match="replaces self_attention"):
         configure("hyena_x").build(FEED_FORWARD)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("spec", ["sliding_window", {"operator": "neighborhood", "kernel": 7}, "hyena_x", "linear_attention"], ids=str)
-def test_time_grows_as_tokens(spec):
-    """Three quadratic backward passes that a correctness test would pass were met while these were designed."""
-    import time
-
-    def seconds(side):
-        operator = configure(spec).build(Site(kind="self_attention", index=0, path="x", width=64, heads=1, head_width=64))
-        inputs = [torch.randn(1, 1, side * side, 64, requires_grad=True) for _ in range(3)]
-        runs = []
-        for _ in range(4):
-            started = time.process_time()
-            operator(*inputs, Context(grid=Grid(height=side, width=side))).sum().backward()
-            runs.append(time.process_time() - started)
-        return min(runs[1:])
-
-    assert seconds(128) / seconds(64) <= 6

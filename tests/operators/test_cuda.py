@@ -1,0 +1,65 @@
+"""Every operator on a GPU: as on the CPU, forward and gradients, in bf16, and compiled. Skipped where there is none."""
+import pytest
+import torch
+
+from diffusers_graft.operators import configure
+from diffusers_graft.operators._subject import Subject, gradients, run
+from diffusers_graft.operators.conformance import example_site
+
+from .test_conformance import CASES
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+BACKENDS = [
+    *({"operator": "sliding_window", "backend": name} for name in ("flash", "varlen", "flex", "auto")),
+    *({"operator": "neighborhood", "kernel": 5, "backend": name} for name in ("natten", "flex", "auto")),
+    *({"operator": name, "backend": "auto"} for name in ("hyena_x", "hyena_se", "hyena_y", "mamba2", "gated_deltanet")),
+]
+
+
+def subject_of(case):
+    config = configure(case)
+    return Subject(config, example_site(config.owner.kinds[0])).accepted()[0]
+
+
+def on_gpu(subject, dtype):
+    return subject.build().to("cuda", dtype), [tensor.to("cuda") for tensor in subject.inputs(dtype=dtype)]
+
+
+def error(one, other):
+    one, other = one.detach().double().cpu(), other.detach().double().cpu()
+    return ((one - other).norm() / other.norm().clamp(min=1e-9)).item()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_on_the_cpu(case):
+    subject = subject_of(case)
+    operator, inputs = on_gpu(subject, torch.float32)
+    output, found = gradients(operator, operator, inputs, subject.context)
+    expected, wanted = gradients(subject.build(), subject.build(), subject.inputs(), subject.context)
+    assert error(output, expected) < 1e-3
+    for gradient, want in zip(found, wanted, strict=True):
+        assert (gradient is None) == (want is None)
+        assert gradient is None or error(gradient, want) < 1e-2
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_in_bf16_and_compiled(case):
+    subject = subject_of(case)
+    operator, inputs = on_gpu(subject, torch.bfloat16)
+    expected = run(operator, inputs, subject.context)
+    torch._dynamo.reset()
+    compiled = torch.compile(operator, fullgraph=True)
+    assert error(compiled(*inputs, subject.context), expected) < 0.05
+
+
+@pytest.mark.parametrize("case", BACKENDS, ids=str)
+def test_backends_agree_with_plain_torch(case):
+    subject = subject_of({**case, "backend": "torch"})
+    try:
+        fast = configure(case).resolved(subject.site).build(subject.site)
+    except ImportError as missing:
+        pytest.skip(str(missing))
+    operator, inputs = on_gpu(subject, torch.bfloat16)
+    fast.to("cuda", torch.bfloat16).load_state_dict(operator.state_dict())
+    assert error(run(fast, inputs, subject.context), run(operator, inputs, subject.context)) < 0.05
