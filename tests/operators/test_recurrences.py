@@ -1,6 +1,5 @@
 """Operators whose state learns or decays from token to token, against definitions written independently of them."""
 import math
-import time
 
 import pytest
 import torch
