@@ -42,15 +42,16 @@ class PooledKeys(Mixer):
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
         width, stride = site.inner_width, config.stride
+        # No bias for keys: one vector added to all of them changes no softmax.
         self.convolutions = nn.ModuleDict(
-            {name: nn.Conv2d(width, width, stride, stride, groups=width) for name in ("key", "value")}
+            {name: nn.Conv2d(width, width, stride, stride, groups=width, bias=name == "value") for name in ("key", "value")}
         )
 
     @torch.no_grad()
     def init_from(self, original: nn.Module) -> None:
         for convolution in self.convolutions.values():
             convolution.weight.fill_(self.config.stride**-2)
-            convolution.bias.zero_()
+        self.convolutions["value"].bias.zero_()
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         key, value = (self._pooled(name, part, context) for name, part in (("key", key), ("value", value)))
