@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import PixArtTransformer2DModel
 
-from ..errors import GeometryError, OperatorError
+from ..errors import GeometryError, GraftError, OperatorError
 from ..evaluation.benchmark import benchmark_latency, table
 from ..evaluation.operator_costs import operator_costs, peak_memory
 from ..operators import OperatorConfig, available, get
@@ -110,6 +110,9 @@ def _ratios(
     costs = operator_costs(configs, grid=grid, width=heads * WIDTH, heads=heads, backward=backward, rounds=rounds)
     rows = [["operator", "ms", "ratio", "quartiles", "target"]]
     for cost, (name, target) in zip(costs, wanted, strict=True):
+        if cost.refusal:
+            rows.append([name, "refused", "", "", ""])
+            continue
         met = "" if target is None else f"{target:g} {'met' if cost.ratio <= target else 'missed'}"
         rows.append([name, f"{cost.milliseconds:.1f}", f"{cost.ratio:.4f}", f"{cost.low:.4f} to {cost.high:.4f}", met])
     return rows
@@ -134,6 +137,12 @@ def _memory(grids: tuple[Grid, ...]) -> list[list[str]]:
     rows = [["operator", *(f"{grid.tokens} tokens" for grid in grids)]]
     for name in ("self_attention", *(name for name, _, _ in MIXERS), *WHOLE):
         config = _configs([name])[0]
-        peaks = [peak_memory(config, grid, width=2 * WIDTH, heads=2, backward=True) for grid in grids]
-        rows.append([name, *(f"{peak / 2**20:.1f}" for peak in peaks)])
+        rows.append([name, *(_peak(config, grid) for grid in grids)])
     return rows
+
+
+def _peak(config: OperatorConfig, grid: Grid) -> str:
+    try:
+        return f"{peak_memory(config, grid, width=2 * WIDTH, heads=2, backward=True) / 2**20:.1f}"
+    except GraftError:
+        return "refused"
