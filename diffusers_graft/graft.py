@@ -16,9 +16,10 @@ from torch import nn
 
 from .anatomy import find_sites, linear_pair, projections
 from .errors import OperatorError
+from .mixing import refuse_hiding
 from .operators import AttentionOperator, Operator
-from .plan import Edit, GraftPlan
-from .processor import graft_processor, refuse_hiding
+from .plan import Edit, GraftPlan, build_operator
+from .processor import graft_processor
 from .site import ContextSlot, Site, Sites
 
 # Quantised and fp8 weights are stored, not computed with; a new part takes the model's dtype there.
@@ -33,7 +34,14 @@ class FeedForwardSeat(nn.Module):
         self.graft_site, self.graft = site, operator
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return self.graft(hidden_states, self.graft.slot.current)
+        if hidden_states.dim() == 3:
+            return self.graft(hidden_states, self.graft.slot.current)
+        # Tokens without a batch [N, D], on their grid [B, F, H, W, D], or as a convolution takes them [B, D, H, W].
+        channels_first = hidden_states.dim() == 4 and hidden_states.shape[-1] != self.graft_site.width
+        tokens = hidden_states.movedim(1, -1) if channels_first else hidden_states
+        batch = 1 if tokens.dim() == 2 else tokens.shape[0]
+        mixed = self.graft(tokens.reshape(batch, -1, tokens.shape[-1]), self.graft.slot.current).view(tokens.shape)
+        return mixed.movedim(-1, 1) if channels_first else mixed
 
 
 class AttentionSeat(nn.Module):
@@ -166,7 +174,7 @@ def is_enabled(model: ModelMixin) -> bool:
 
 def _build_seat(model: ModelMixin, edit: Edit, original: nn.Module, slot: ContextSlot) -> nn.Module:
     _refuse_hooked(original, edit.site)
-    operator = edit.config.build(edit.site)
+    operator = build_operator(edit.config, edit.site)
     operator.slot = slot
     if edit.site.kind == "feed_forward":
         if edit.config.init == "warm":

@@ -9,7 +9,7 @@ import ast
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from diffusers import ModelMixin
 
 from .anatomy import find_sites
 from .errors import FileError, MismatchError, RuleError, UnknownNameError
-from .operators import OperatorConfig, configure, get
+from .operators import Mixer, Operator, OperatorConfig, configure, get
 from .site import KINDS, Site, Sites
 
 FORMAT = 1
@@ -133,10 +133,21 @@ def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:
 
 def _fitted(config: OperatorConfig, site: Site) -> OperatorConfig:
     """The config resolved for the site; building it on the meta device proves that it fits, at no cost."""
-    config = config.resolved(site)
+    config = config.resolved(as_mixed(config, site))
     with torch.device("meta"):
-        config.build(site)
+        build_operator(config, site)
     return config
+
+
+def build_operator(config: OperatorConfig, site: Site) -> Operator:
+    """The operator of a config for a site of a model."""
+    return config.build(as_mixed(config, site))
+
+
+def as_mixed(config: OperatorConfig, site: Site) -> Site:
+    """The site as its operator sees it: mixers are given the image tokens of a joint attention, as of self-attention."""
+    mixes = issubclass(config.owner, Mixer) and "joint_attention" not in config.owner.kinds
+    return replace(site, kind="self_attention") if mixes and site.kind == "joint_attention" else site
 
 
 def select(sites: Sites, key: str) -> Sites:

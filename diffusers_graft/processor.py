@@ -7,21 +7,29 @@ processor's `__call__`, once per class, and nothing else changes: same signature
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import inspect
-import textwrap
 import types
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.overrides import TorchFunctionMode
 
-from .errors import GeometryError, OperatorError
+from .errors import OperatorError
+from .mixing import mix, mix_with_others
+from .site import Context, Site
+from .source import text_comes_first, tree_of
 
 # Layouts of the two softmax calls: heads before tokens [B, H, N, E], or after [B, N, H, E].
-_SOFTMAX_CALLS = {"scaled_dot_product_attention": "_mix", "dispatch_attention_fn": "_mix_tokens_first"}
+_SOFTMAX_CALLS = {
+    "scaled_dot_product_attention": "_mix", "dispatch_attention_fn": "_mix_tokens_first", "mix_scores": "_mix_scores",
+}  # fmt: skip
+
+_STREAM = "graft_stream"  # local name of the length of the image's stream, read before a processor joins it with the prompt's
 
 
 def graft_processor(processor: Any) -> Any:
@@ -55,116 +63,168 @@ class _Grafted:
     """What every generated class adds to the processor class it derives from."""
 
     _original: type
+    _text_first: bool | None
+    _calls: int
 
-    def _mix(self, attn, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        """`scaled_dot_product_attention`, by the operator: [B, H, N, E] each."""
+    def _mix(self, attn, stream, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+             enable_gqa=False):  # fmt: skip
+        """`scaled_dot_product_attention`, by the operator: [B, H, N, E] each; `stream` is the length of the image's stream."""
+        operator, site = attn.graft, attn.graft_site
         if dropout_p:
-            raise OperatorError(f"{attn.graft.name} has no attention dropout; the model asks for {dropout_p}.")
-        if is_causal and not (attn.graft.honours_causal or attn.graft.causal_operator):
-            raise OperatorError(f"{attn.graft.name} looks ahead, and this attention is causal. Leave it as it is.")
+            raise OperatorError(f"{operator.name} has no attention dropout; the model asks for {dropout_p}.")
+        if isinstance(attn_mask, BlockMask):
+            raise OperatorError(f"{site.path} runs under a flex BlockMask, which no mixer can honour. Leave it as it is.")
         if enable_gqa and key.shape[1] != query.shape[1]:
             shared = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
-        if attn_mask is not None and not attn.graft.honours_mask:
-            refuse_hiding(attn_mask, attn.graft.name)
-            attn_mask = None
-        context = attn.graft.slot.with_attention(mask=attn_mask, scale=scale, causal=is_causal)
-        return attn.graft(query, key, value, context)
+        tokens, keys = query.shape[2], key.shape[2]
+        context = operator.slot.with_attention(mask=attn_mask, scale=scale, causal=is_causal).at(site, tokens)
+        image = self._image_tokens(site, context, stream, tokens, keys)
+        if image is None or operator.honours_mask and operator.honours_causal:
+            return mix(operator, query, key, value, context)
+        first = self._text_first if site.kind == "joint_attention" else context.text_first
+        start = keys - image if first else 0
+        own = context.grid.tokens if context.grid is not None and context.text_first is not None else image
+        if own < image:  # the stream also holds earlier frames, before the image, or padding, after it
+            start, image = start + (image - own) * context.text_first, own
+        return mix_with_others(operator, query, key, value, context, start=start, image=image)
 
-    def _mix_tokens_first(self, attn, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+    def _image_tokens(self, site: Site, context: Context, stream: int, tokens: int, keys: int) -> int | None:
+        """How many of the keys belong to the image; None where a mixer takes the whole sequence."""
+        if site.kind == "cross_attention":
+            return None
+        image = stream if site.kind == "joint_attention" else None
+        if site.kind == "self_attention" and context.grid is not None and context.text_first is not None:
+            shared = keys > context.grid.tokens or (self._calls > 1 and tokens < context.grid.tokens)
+            image = context.grid.tokens if shared else None
+        if tokens != keys and tokens != image and self._calls == 1:
+            raise OperatorError(
+                f"{site.path} attends to keys of other tokens than its own, as with a key-value cache, and "
+                "a graft mixes the tokens of one forward. Run the model without its cache."
+            )
+        return image
+
+    def _mix_tokens_first(self, attn, stream, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
                           enable_gqa=False, attention_kwargs=None, *, backend=None, parallel_config=None):  # fmt: skip
         """`dispatch_attention_fn`, by the operator: [B, N, H, E] each. The backend concerns softmax alone."""
         if parallel_config is not None:
             raise OperatorError("A graft mixes tokens on one device: disable context parallelism.")
+        if isinstance(attn_mask, torch.Tensor) and attn_mask.shape == (query.shape[0], key.shape[1]):
+            attn_mask = attn_mask[:, None, None]
         heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return self._mix(attn, *heads_first, attn_mask, dropout_p, is_causal, scale, enable_gqa).transpose(1, 2)
+        return self._mix(attn, stream, *heads_first, attn_mask, dropout_p, is_causal, scale, enable_gqa).transpose(1, 2)
+
+    def _scores(self, query, key, attn_mask=None):
+        """`attn.get_attention_scores`: put off until the values are there."""
+        return query, key, attn_mask
+
+    def _mix_scores(self, attn, stream, scores, value):
+        """`torch.bmm(scores, value)`, by the operator: [B * H, N, E] each, as the oldest processors have them."""
+        query, key, mask = scores
+        query, key, value = (tensor.unflatten(0, (-1, attn.heads)) for tensor in (query, key, value))
+        mask = mask if mask is None else mask.unflatten(0, (-1, attn.heads))
+        return self._mix(attn, stream, query, key, value, mask, scale=attn.scale).flatten(0, 1)
 
     def __reduce__(self):
         return _dress, (self._original, vars(self).copy())
 
 
-def refuse_hiding(mask: torch.Tensor, name: str) -> None:
-    """Raise `GeometryError` for a mask that hides anything from an operator that cannot honour it."""
-    hidden = ~mask if mask.dtype == torch.bool else mask != 0
-    if hidden.any():
-        raise GeometryError(
-            f"{name} cannot honour an attention mask that hides tokens. Pass inputs without padding, "
-            "or choose an operator that can, such as linear_attention."
-        )
-
-
 @functools.cache
 def grafted_class(original: type) -> type:
     """The generated subclass of a processor class: one per class, so that compiled blocks share one graph."""
-    call = _rewritten_call(original) or _intercepted_call(original)
-    body = {"__call__": call, "_original": original, "__module__": __name__}
+    call, count = _rewritten_call(original) or (_intercepted_call(original), 1)
+    body = {"__call__": call, "_original": original, "_text_first": text_comes_first(original), "_calls": count,
+            "__module__": __name__}  # fmt: skip
     return type(f"Grafted{original.__name__}", (_Grafted, original), body)
 
 
-def _rewritten_call(original: type) -> types.FunctionType | None:
-    """`original.__call__` with its softmax calls rewritten, or None where there is no source to rewrite."""
+def _rewritten_call(original: type) -> tuple[types.FunctionType, int] | None:
+    """`original.__call__` with its softmax calls rewritten, and their number; None where there is no source to rewrite."""
     function = inspect.unwrap(original.__call__)
-    try:
-        source = textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
+    tree = copy.deepcopy(tree_of(function))
+    if tree is None or function.__closure__:
         return None
-    if function.__closure__:
-        return None
-    tree = ast.parse(source)
-    rewriter = _SoftmaxCalls(*list(inspect.signature(function).parameters)[:2])
+    names = list(inspect.signature(function).parameters)
+    rewriter = _SoftmaxCalls(*names[:2])
     rewriter.visit(tree)
     if not rewriter.found:
         raise OperatorError(
             f"{original.__name__} never calls scaled_dot_product_attention, so there is no softmax to replace. "
-            "If set_default_attn_processor() or slicing put it there, go back to the default AttnProcessor2_0."
+            "Operators that replace the whole attention, such as mamba2, may go there."
         )
-    tree.body[0].decorator_list = []
-    ast.increment_lineno(ast.fix_missing_locations(tree), function.__code__.co_firstlineno - 1)
-    module = compile(tree, inspect.getsourcefile(function), "exec", dont_inherit=True)
+    tree.decorator_list = []
+    tree.body.insert(0, ast.parse(f"{_STREAM} = {_image_stream(names)}.shape[-2]").body[0])
+    module = ast.Module([ast.increment_lineno(ast.fix_missing_locations(tree), function.__code__.co_firstlineno - 1)], [])
+    module = compile(module, inspect.getsourcefile(function), "exec", dont_inherit=True)
     code = next(item for item in module.co_consts if isinstance(item, types.CodeType) and item.co_name == function.__name__)
     call = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
     call.__kwdefaults__ = function.__kwdefaults__
     call.__signature__ = inspect.signature(function)  # diffusers drops arguments that the signature does not name
-    return call
+    return call, rewriter.found
+
+
+def _image_stream(names: list[str]) -> str:
+    """The argument that holds the image's tokens, of a processor with these arguments."""
+    return "gen_seq" if "gen_seq" in names else names[2]
 
 
 class _SoftmaxCalls(ast.NodeTransformer):
-    """Turns `F.scaled_dot_product_attention(...)` into `self._mix(attn, ...)`."""
+    """Turns `F.scaled_dot_product_attention(...)` into `self._mix(attn, graft_stream, ...)`."""
 
     def __init__(self, processor: str, attention: str):
-        self.processor, self.attention, self.found = processor, attention, 0
+        self.processor, self.attention, self.found, self.scores = processor, attention, 0, set()
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        if isinstance(node.value, ast.Call) and self._called(node.value) == "get_attention_scores":
+            self.scores |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        return self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+        called, first = self._called(node), node.args[0] if node.args else None
+        if called == "get_attention_scores" and self.scores:
+            return self._ours("_scores", [], node)
+        if called == "bmm" and isinstance(first, ast.Name) and first.id in self.scores:
+            called = "mix_scores"
         if called not in _SOFTMAX_CALLS:
             return node
         self.found += 1
-        method = ast.Attribute(ast.Name(self.processor, ast.Load()), _SOFTMAX_CALLS[called], ast.Load())
-        return ast.copy_location(ast.Call(method, [ast.Name(self.attention, ast.Load()), *node.args], node.keywords), node)
+        return self._ours(_SOFTMAX_CALLS[called], [self.attention, _STREAM], node)
+
+    @staticmethod
+    def _called(node: ast.Call) -> str | None:
+        return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+
+    def _ours(self, method: str, names: list[str], node: ast.Call) -> ast.AST:
+        function = ast.Attribute(ast.Name(self.processor, ast.Load()), method, ast.Load())
+        arguments = [ast.Name(name, ast.Load()) for name in names]
+        return ast.copy_location(ast.Call(function, [*arguments, *node.args], node.keywords), node)
 
 
 def _intercepted_call(original: type):
     """Eager fallback where source is missing: the original call, its softmax caught on the way to torch."""
+    signature = inspect.signature(original.__call__)
+    stream = _image_stream(list(signature.parameters))
 
     def call(self, attn, *args, **kwargs):
-        with _CatchSoftmax(self, attn):
+        given = signature.bind(self, attn, *args, **kwargs).arguments
+        with _CatchSoftmax(self, attn, given[stream].shape[-2]):
             return original.__call__(self, attn, *args, **kwargs)
 
-    call.__signature__ = inspect.signature(original.__call__)
+    call.__signature__ = signature
     return call
 
 
 class _CatchSoftmax(TorchFunctionMode):
-    def __init__(self, processor: _Grafted, attn: nn.Module):
+    def __init__(self, processor: _Grafted, attn: nn.Module, stream: int):
         super().__init__()
-        self.processor, self.attn, self.inside = processor, attn, False
+        self.processor, self.attn, self.stream, self.inside = processor, attn, stream, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.scaled_dot_product_attention or self.inside:
             return func(*args, **(kwargs or {}))
         self.inside = True  # the operator may itself be softmax attention
         try:
-            return self.processor._mix(self.attn, *args, **(kwargs or {}))
+            return self.processor._mix(self.attn, self.stream, *args, **(kwargs or {}))
         finally:
             self.inside = False

@@ -125,7 +125,11 @@ class Context:
 
     Attributes:
         grid: layout of the image or video tokens, or None where it is unknown.
-        text_tokens: text tokens in the same sequence.
+        text_tokens: tokens of the prompt.
+        text_first: in sequences that hold more than the image (prompt, registers, earlier frames), whether the others stand
+            before it; None where that is unknown.
+        aside: paths of parts that run on other sequences alone, such as a prompt's refiner.
+        pyramid: whether parts also run on halved grids, as in a UNet.
         timestep: the model's own timestep argument.
         mask: attention mask as `scaled_dot_product_attention` takes it, broadcastable to [B, H, N, M].
         scale: factor on query-key products; None means 1 / sqrt(E).
@@ -134,22 +138,42 @@ class Context:
 
     grid: Grid | None = None
     text_tokens: int = 0
+    text_first: bool | None = None
+    aside: tuple[str, ...] = ()
+    pyramid: bool = False
     timestep: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     scale: float | None = None
     causal: bool = False
+
+    def at(self, site: Site, tokens: int) -> Context:
+        """This context for one part and the tokens it is given: a frame of a video, a level of a pyramid, or no grid."""
+        grid = self.grid
+        if grid is None or grid.tokens == tokens:
+            return self
+        if self.aside and site.path.startswith(self.aside):
+            return replace(self, grid=None, text_first=None)
+        if not self.pyramid and grid.frames == 1:
+            return self
+        height, width = grid.height, grid.width
+        while self.pyramid and height * width > tokens:
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return replace(self, grid=Grid(height=height, width=width)) if height * width == tokens else self
 
     def require_grid(self, who: str, tokens: int) -> Grid:
         """The grid, or a `GeometryError` where there is none or where it does not hold `tokens` tokens."""
         if self.grid is None:
             raise GeometryError(
                 f"{who} needs to know how tokens lie on the image, and this forward gave no grid. "
-                "Call the model as a whole (not one of its blocks), or choose a sequence operator such as sliding_window."
+                "Call the model as a whole (not one of its blocks), or choose a sequence operator such as sliding_window. "
+                "For a family that is not read yet, add a row to diffusers_graft/anatomy/families.py that says how its "
+                "tokens lie."
             )
         if self.grid.tokens != tokens:
             raise GeometryError(
                 f"{who} was given {tokens} tokens, but the grid is {self.grid} = {self.grid.tokens}. "
-                "Call the model as a whole, so that the grid of this very forward is read."
+                "Call the model as a whole, so that the grid of this very forward is read; parts that run on other tokens "
+                "(a prompt's refiner, the frames of one place) take sequence operators, such as sliding_window."
             )
         return self.grid
 

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, SanaLinearAttnProcessor2_0
 
 import diffusers_graft as dg
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError, StateError
@@ -145,9 +145,20 @@ def test_lost_processors_are_noticed_at_the_next_forward_and_save(tmp_path):
 
 def test_processors_without_a_softmax_call_are_refused():
     model = tiny_dit()
-    model.transformer_blocks[0].attn1.set_processor(AttnProcessor())
+    model.transformer_blocks[0].attn1.set_processor(SanaLinearAttnProcessor2_0())
     with pytest.raises(OperatorError, match="never calls scaled_dot_product_attention"):
         model.set_graft({"self_attention[0]": "hyena_x"})
+
+
+def test_processors_that_multiply_scores_themselves_are_rewritten_too():
+    model = tiny_dit()
+    model.transformer_blocks[0].attn1.set_processor(AttnProcessor())
+    before = predict(model)
+    model.set_graft({"self_attention[0]": "self_attention"})
+    torch.testing.assert_close(predict(model), before)
+    model.unset_graft()
+    model.set_graft({"self_attention[0]": "neighborhood"})
+    assert not torch.allclose(predict(model), before)
 
 
 def test_without_source_the_softmax_is_caught_on_its_way(monkeypatch):

@@ -1,5 +1,6 @@
 """Reading a diffusers model: which parts it has, how its tokens lie, what its forward takes."""
-from .families import Family, bind_arguments, example_inputs, family_of, read_context
+from .examples import example_inputs
+from .families import Family, bind_arguments, family_of, read_context
 from .parts import linear_pair, projections
 from .running import evaluating, predict
 from .sites import find_sites, require_model

@@ -1,6 +1,8 @@
-"""What differs from one model family to the next: how its tokens lie, and inputs small enough to try it on.
+"""What differs from one model family to the next in how tokens lie: a row for each class that cannot be read off its call.
 
-A family is one row of `_FAMILIES`, keyed by the class object (class names repeat inside diffusers).
+Grids are read from a forward's own arguments (`geometry`). A row says what no argument tells: where the prompt stands in a
+stream that holds image and text, which parts run on the prompt alone, and which axis of the latents is which. Rows are keyed
+by class object, since class names repeat inside diffusers, and found by name, since older versions lack some.
 """
 from __future__ import annotations
 
@@ -9,97 +11,104 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiTTransformer2DModel, ModelMixin, PixArtTransformer2DModel
+from diffusers import ModelMixin
+from diffusers.models import transformers
 
-from ..errors import ModelError
 from ..site import Context, Grid
-
-Inputs = dict[str, Any]
+from . import geometry
+from .geometry import Inputs
 
 
 @dataclass(frozen=True)
 class Family:
-    """How to read one family: the context of a forward, and example inputs for `size` x `size` latents."""
+    """How to read one family.
 
-    read_context: Callable[[ModelMixin, Inputs], Context]
-    example_inputs: Callable[[ModelMixin, int, int, torch.Generator], Inputs]
+    Attributes:
+        text_first: where a stream holds more than the image (prompt, registers, earlier frames), whether that stands before it.
+        aside: paths of parts that run on the prompt, or on something else than the image, alone.
+        pyramid: whether the grid is halved on the way.
+        grid: reads the grid of a forward.
+    """
+
+    text_first: bool | None = None
+    aside: tuple[str, ...] = ()
+    pyramid: bool = False
+    grid: Callable[[ModelMixin, Inputs], Grid | None] = geometry.read_grid
+
+
+_REFINER = ("context_embedder.",)
+
+_ROWS: dict[str, Family] = {
+    # Streams with the prompt, or registers and earlier frames, before the image.
+    **dict.fromkeys((
+        "FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel", "BriaTransformer2DModel",
+        "BriaFiboTransformer2DModel", "AuraFlowTransformer2DModel", "LongCatImageTransformer2DModel",
+        "OvisImageTransformer2DModel", "OmniGenTransformer2DModel", "HeliosTransformer3DModel", "QwenImage21Transformer2DModel",
+    ), Family(text_first=True)),
+    "Flux3Transformer2DModel": Family(text_first=True, aside=("txt_mode_blocks.", "mode_blocks.image_cond.")),
+    "Lumina2Transformer2DModel": Family(text_first=True, aside=("context_refiner.",)),
+    "BriaFibo2Transformer2DModel": Family(text_first=True, aside=("perceiver.",)),
+    "Krea2Transformer2DModel": Family(text_first=True, aside=("text_fusion.",), grid=geometry.from_last_positions),
+    "Ideogram4Transformer2DModel": Family(text_first=True, grid=geometry.from_marked_positions),
+    "MiniMaxH3Transformer3DModel": Family(text_first=True, aside=("token_refiner.",), grid=geometry.from_video_positions),
+    "HunyuanVideoFramepackTransformer3DModel": Family(text_first=True, aside=_REFINER),  # earlier frames stand first
+    # Streams with the image first.
+    **dict.fromkeys(("HiDreamImageTransformer2DModel", "ErnieImageTransformer2DModel"), Family(text_first=False)),
+    "ZImageTransformer2DModel": Family(text_first=False, aside=("context_refiner.", "siglip_refiner.")),
+    # Two streams, with a refiner of the prompt.
+    **dict.fromkeys((
+        "HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel", "HunyuanImageTransformer2DModel",
+    ), Family(aside=_REFINER)),
+    "Kandinsky5Transformer3DModel": Family(aside=("text_transformer_blocks.",), grid=geometry.channels_last),
+    "Kandinsky6SRTransformer3DModel": Family(grid=geometry.channels_last),
+    "Kandinsky6Transformer3DModel": Family(
+        aside=("video_text_transformer_blocks.", "audio_text_transformer_blocks."), grid=geometry.channels_last),
+    # Latents [B, F, C, H, W].
+    **dict.fromkeys((
+        "CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel", "AnyFlowTransformer3DModel",
+        "AnyFlowFARTransformer3DModel",
+    ), Family(grid=geometry.frames_first)),
+    "Cosmos3OmniTransformer": Family(grid=geometry.from_vision_shapes),
+    # Waveforms: [B, C, N], some with registers or the time before them; and [B, N, C].
+    **dict.fromkeys((
+        "StableAudioDiTModel", "StableAudio3DiTModel", "MiniMaxMusic3Transformer1DModel",
+    ), Family(text_first=True, grid=geometry.waveform)),
+    **dict.fromkeys(("AceStepTransformer1DModel", "LongCatAudioDiTTransformer"), Family(grid=geometry.packed_waveform)),
+    **dict.fromkeys((
+        "UNet2DModel", "UNet2DConditionModel", "UNet3DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel",
+        "UVit2DModel", "Kandinsky3UNet", "StableCascadeUNet", "UNetControlNetXSModel",
+    ), Family(pyramid=True)),
+}  # fmt: skip
+
+
+def _classes() -> dict[type, Family]:
+    homes = (transformers, diffusers)
+    found = ((next((getattr(home, name) for home in homes if hasattr(home, name)), None), row) for name, row in _ROWS.items())
+    return {cls: row for cls, row in found if cls is not None}
+
+
+_FAMILIES = _classes()
 
 
 def family_of(model: ModelMixin) -> Family:
-    """The family of a model's class or its nearest base. Raises `ModelError` naming the families there are."""
-    for cls in type(model).__mro__:
-        if cls in _FAMILIES:
-            return _FAMILIES[cls]
-    known = ", ".join(cls.__name__ for cls in _FAMILIES)
-    raise ModelError(
-        f"{type(model).__name__} is a family this version cannot read: it knows {known}. "
-        "A family is one row of diffusers_graft/anatomy/families.py that says how its tokens lie; contributions are welcome."
-    )
+    """The row of a model's class or its nearest base; what is read off the call alone where there is none."""
+    return next((_FAMILIES[cls] for cls in type(model).__mro__ if cls in _FAMILIES), Family())
 
 
 def read_context(model: ModelMixin, args: tuple, kwargs: Inputs) -> Context:
-    """The context of the forward `model(*args, **kwargs)`."""
-    return family_of(model).read_context(model, bind_arguments(type(model), args, kwargs))
+    """The context of the forward `model(*args, **kwargs)`; no grid where its arguments do not tell one."""
+    family, inputs = family_of(model), bind_arguments(type(model), args, kwargs)
+    prompt = next((inputs[name] for name in ("encoder_hidden_states", "text_bth") if name in inputs), None)
+    return Context(
+        grid=family.grid(model, inputs), text_first=family.text_first, aside=family.aside, pyramid=family.pyramid,
+        text_tokens=prompt.shape[-2] if isinstance(prompt, torch.Tensor) and prompt.dim() > 1 else 0,
+        timestep=next((inputs[name] for name in ("timestep", "timesteps", "t") if name in inputs), None),
+    )  # fmt: skip
 
 
-def example_inputs(model: ModelMixin, *, batch_size: int = 1, size: int | None = None, seed: int = 0) -> Inputs:
-    """Random but reproducible arguments for `model(**inputs)`, on the model's device and in its dtype.
-
-    Args:
-        size: height and width of the latents; the size the model was made for unless given.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    inputs = family_of(model).example_inputs(model, batch_size, size or model.config.sample_size, generator)
-    return {name: _onto(value, model) for name, value in inputs.items()}
-
-
-def bind_arguments(cls: type[ModelMixin], args: tuple, kwargs: Inputs) -> Inputs:
+def bind_arguments(cls: type[ModelMixin], args: tuple, kwargs: Inputs) -> dict[str, Any]:
     """Arguments of a forward by name, however they were passed; unknown ones are left for the model to refuse."""
     names = tuple(inspect.signature(cls.forward).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _onto(value: Any, model: ModelMixin) -> Any:
-    if isinstance(value, dict):
-        return {name: _onto(item, model) for name, item in value.items()}
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
-
-
-def _image_context(model: ModelMixin, inputs: Inputs) -> Context:
-    """Latents [B, C, height, width] cut into patches, raster order, no text in the stream."""
-    height, width = (side // model.config.patch_size for side in inputs["hidden_states"].shape[-2:])
-    return Context(grid=Grid(height=height, width=width), timestep=inputs.get("timestep"))
-
-
-def _latents(model: ModelMixin, batch_size: int, size: int, generator: torch.Generator) -> Inputs:
-    return {
-        "hidden_states": torch.randn(batch_size, model.config.in_channels, size, size, generator=generator),
-        "timestep": torch.randint(1, 1000, (batch_size,), generator=generator),
-    }
-
-
-def _dit_inputs(model: ModelMixin, batch_size: int, size: int, generator: torch.Generator) -> Inputs:
-    labels = torch.randint(model.config.num_embeds_ada_norm, (batch_size,), generator=generator)
-    return {**_latents(model, batch_size, size, generator), "class_labels": labels}
-
-
-def _pixart_inputs(model: ModelMixin, batch_size: int, size: int, generator: torch.Generator) -> Inputs:
-    width = model.config.caption_channels or model.config.cross_attention_dim
-    conditions = dict.fromkeys(("resolution", "aspect_ratio"))
-    if model.use_additional_conditions:
-        conditions = {"resolution": torch.full((batch_size, 2), 8.0 * size), "aspect_ratio": torch.ones(batch_size, 1)}
-    return {
-        **_latents(model, batch_size, size, generator),
-        "encoder_hidden_states": torch.randn(batch_size, 12, width, generator=generator),
-        "encoder_attention_mask": torch.ones(batch_size, 12),
-        "added_cond_kwargs": conditions,
-    }
-
-
-_FAMILIES: dict[type[ModelMixin], Family] = {
-    DiTTransformer2DModel: Family(_image_context, _dit_inputs),
-    PixArtTransformer2DModel: Family(_image_context, _pixart_inputs),
-}

@@ -84,7 +84,8 @@ def _attention_kind(attention: nn.Module, parent: nn.Module | None, name: str) -
         return "joint_attention"
     crosses = getattr(attention, "is_cross_attention", None)
     if not crosses and (other or crosses is None):
-        says_so = "cross" in f"{type(attention).__name__} {type(parent).__name__} {name}".lower()
+        classes = (type(part).__name__ for part in (attention, attention.processor, parent))
+        says_so = any("cross" in word.lower() for word in (name, *classes))
         crosses = says_so or (crosses is None and other)
     return "cross_attention" if crosses else "self_attention"
 

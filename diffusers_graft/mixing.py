@@ -1,0 +1,149 @@
+"""Running a mixer in place of softmax. Where image and text share one attention, only image-to-image mixing is replaced.
+
+The rule for MM-DiT and single streams, the same in training and at inference. Text tokens, and whatever else is no image
+token (registers, padding, earlier frames), keep softmax attention over everything. An image token gives
+
+    out = (1 - p) * mixer + p * text
+
+where `mixer` is the operator on image tokens alone, `text` the token's softmax attention over the others, and p the share of
+attention that the others get,
+
+    p = Z(others) / (Z(others) + Z(image)),    Z(keys) = sum of exp(scale * query . key)
+
+with Z(image) over the image tokens that the operator reads for this token, its receptive field. For a softmax window that is
+exactly one softmax over window and text; for a convolution or a scan it is what softmax would give to the tokens they read.
+Of fields beyond 64 tokens, 64 evenly spaced ones stand for all.
+"""
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from .errors import GeometryError, OperatorError
+from .operators import Mixer, OperatorConfig
+from .site import Context, Grid, Site
+
+FIELD = 64
+
+
+def mix(operator: Mixer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    """The operator's output, [B, H, N, E]. Raises where the replaced attention hides what the operator would show."""
+    if context.causal and not (operator.honours_causal or operator.causal_operator):
+        raise OperatorError(f"{operator.name} looks ahead, and this attention is causal. Leave it as it is.")
+    if context.mask is not None and not operator.honours_mask:
+        refuse_hiding(context.mask, operator.name)
+        context = replace(context, mask=None)
+    return operator(query, key, value, context)
+
+
+def refuse_hiding(mask: torch.Tensor, name: str) -> None:
+    """Raise `GeometryError` for a mask that hides anything from an operator that cannot honour it."""
+    hidden = ~mask if mask.dtype == torch.bool else mask != 0
+    words = (
+        f"{name} cannot honour an attention mask that hides tokens. Pass inputs without padding, "
+        "or choose an operator that can, such as linear_attention."
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(~hidden.any(), words)
+    elif hidden.any():
+        raise GeometryError(words)
+
+
+def mix_with_others(operator: Mixer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, *,
+                    start: int, image: int) -> torch.Tensor:  # fmt: skip
+    """[B, H, N, E] and twice [B, H, M, E] of a sequence whose image tokens are `image` keys from `start`.
+
+    Queries are the whole sequence, the image tokens alone, or none of them.
+    """
+    queries = slice(start, start + image) if query.shape[2] == key.shape[2] else slice(0, image)
+    if query.shape[2] < image:
+        return _softmax(query, key, value, context, slice(0, query.shape[2]))
+    seen_by_image = replace(context, mask=_rows(context.mask, queries))
+    mixed = _image_queries(operator, query[:, :, queries], key, value, seen_by_image, start)
+    parts = [slice(0, queries.start), slice(queries.stop, query.shape[2])]
+    before, after = (_softmax(query[:, :, part], key, value, context, part) for part in parts)
+    return torch.cat([before, mixed, after], dim=2) if query.shape[2] > image else mixed
+
+
+def _softmax(query, key, value, context: Context, part: slice) -> torch.Tensor:
+    if part.stop == part.start:
+        return query
+    mask = _rows(context.mask, part)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=context.scale, is_causal=context.causal)
+
+
+def _image_queries(operator: Mixer, query, key, value, context: Context, start: int) -> torch.Tensor:
+    image = query.shape[2]
+    own, rest = slice(start, start + image), (slice(0, start), slice(start + image, key.shape[2]))
+    mask = None if context.mask is None else context.mask[..., own]
+    mixed = mix(operator, query, key[:, :, own], value[:, :, own], replace(context, mask=mask))
+    if key.shape[2] == image:
+        return mixed
+    others, values = (torch.cat([tensor[:, :, part] for part in rest], dim=2) for tensor in (key, value))
+    scale = query.shape[-1] ** -0.5 if context.scale is None else context.scale
+    scores = scale * (query @ others.transpose(-1, -2)).float()
+    if context.mask is not None:
+        scores = _hide(scores, torch.cat([context.mask[..., part] for part in rest], dim=-1))
+    attended = scores.softmax(-1).to(value.dtype) @ values
+    seen = _seen(operator, query, key[:, :, own], mask, context.grid, scale)
+    share = torch.sigmoid(scores.logsumexp(-1, keepdim=True) - seen).to(value.dtype)
+    return mixed + share * (attended - mixed)
+
+
+def _seen(operator: Mixer, query, key, mask: torch.Tensor | None, grid: Grid | None, scale: float) -> torch.Tensor:
+    """log Z(image) of every image token, [B, H, N, 1]."""
+    tokens = query.shape[2]
+    grid = grid if grid is not None and grid.tokens == tokens else Grid(height=1, width=tokens)
+    fields, weights = fields_of(operator.config, operator.site, grid, query.device)
+    if len(fields) == 1:
+        scores = query @ key[:, :, fields[0]].transpose(-1, -2)
+    else:
+        scores = torch.einsum("bhne,bhnke->bhnk", query, key[:, :, fields])
+    scores = scale * scores.float() + weights
+    if mask is not None:
+        fields = fields.expand(tokens, -1)[(None,) * (mask.dim() - 2)].expand(*mask.shape[:-2], -1, -1)
+        scores = _hide(scores, mask.expand(*mask.shape[:-2], tokens, tokens).gather(-1, fields))
+    return scores.logsumexp(-1, keepdim=True)
+
+
+@torch.compiler.assume_constant_result
+def fields_of(config: OperatorConfig, site: Site, grid: Grid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices and log weights of the tokens that stand for each token's receptive field: [N or 1, K], made once for a grid."""
+    fields, weights = _fields(config, site, grid)
+    return fields.to(device), weights.to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _fields(config: OperatorConfig, site: Site, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.device("meta"):
+        operator = config.build(site)
+    fields = [operator.receptive_field(token, grid) for token in range(grid.tokens)]
+    if all(field == fields[0] for field in fields):
+        fields = fields[:1]
+    chosen = [_evenly(field if isinstance(field, range) else sorted(field)) for field in fields]
+    width = max(map(len, chosen))
+    with torch.inference_mode(False), torch.device("cpu"):
+        indices = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in chosen])
+        weights = torch.tensor([
+            [math.log(len(field) / len(tokens))] * len(tokens) + [-math.inf] * (width - len(tokens))
+            for field, tokens in zip(fields, chosen, strict=True)
+        ])  # fmt: skip
+    return indices, weights
+
+
+def _evenly(field) -> list[int]:
+    return list(field) if len(field) <= FIELD else [field[int((i + 0.5) * len(field) / FIELD)] for i in range(FIELD)]
+
+
+def _rows(mask: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+    return mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., part, :]
+
+
+def _hide(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Scores under a mask; where all is hidden they stay finite, so that a share of zero is zero and not undefined."""
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else (scores + mask).clamp(min=lowest)
