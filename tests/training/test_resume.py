@@ -61,9 +61,10 @@ def test_killed_while_a_checkpoint_is_written_it_takes_the_one_before(tmp_path, 
         path.write_bytes(b"half")
         raise Cut
 
-    with monkeypatch.context() as patch, pytest.raises(Cut):
+    with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", cut)
-        saved.save(2, {"weights": torch.zeros(3)})
+        with pytest.raises(Cut):
+            saved.save(2, {"weights": torch.zeros(3)})
     assert any(tmp_path.glob(".unfinished*/*"))
     assert saved.steps() == [1]
     assert torch.equal(saved.load(1)["weights"], torch.ones(3))
@@ -79,9 +80,10 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_stays(tmp_path, 
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(FileError, match=r"step 20 .* disk is full .* step 10 is intact"):
+    with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
-        saved.save(20, {"weights": torch.zeros(3)})
+        with pytest.raises(FileError, match=r"step 20 .* disk is full .* step 10 is intact"):
+            saved.save(20, {"weights": torch.zeros(3)})
     assert [path.name for path in tmp_path.iterdir()] == ["stage-two-00000010"]
     assert torch.equal(saved.load(10)["weights"], torch.ones(3))
 
@@ -100,7 +102,7 @@ def test_the_last_ones_are_kept_and_nothing_is_pickled(tmp_path):
         saved.load(3)
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -110,7 +112,7 @@ class StopAt:
 
     def on_step_end(self, args, state, control):
         if state.global_step >= self.step:
-            raise Stop
+            raise StopError
 
 
 WAYS = {
@@ -133,7 +135,7 @@ def test_every_way_of_stage_one_goes_on(way, tmp_path):
         return {name: t.detach().clone() for name, t in graft.own_tensors(model).items()}, reports
 
     expected, expected_reports = teach(tmp_path / "whole")
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         teach(tmp_path / "cut", callbacks=[StopAt(4)])
     tensors, reports = teach(tmp_path / "cut", resume=True)
     assert same(tensors, expected)
@@ -157,7 +159,7 @@ def test_every_way_of_stage_two_goes_on(settings, tmp_path):
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}, losses
 
     expected, expected_losses = settle(tmp_path / "whole")
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         settle(tmp_path / "cut", callbacks=[StopAt(3)])
     tensors, losses = settle(tmp_path / "cut", resume=True)
     assert same(tensors, expected)
