@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from ..errors import FileError
+from ..errors import FileError, GraftError
 from ..graft import Graft, build_graft
 from ..operators import Operator, OperatorConfig
-from ..plan import GraftPlan
+from ..plan import Edit, GraftPlan
 from ..site import Site
 
 
@@ -44,14 +44,24 @@ def build_blank(model: ModelMixin, plan: GraftPlan) -> Graft:
 def check_operators(plan: GraftPlan, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Raise `FileError` unless each operator's tensors are all there, no others, of the right shapes; nothing is built."""
     for edit in plan.edits:
-        with torch.device("meta"):
-            expected = edit.config.build(edit.site).state_dict()
+        expected = _expected(edit)
         prefix = f"{edit.site.path}.graft."
         there = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if odd := sorted(expected.keys() ^ there.keys()):
             raise FileError(f"{folder} does not fit {edit.site.path}: {', '.join(odd[:4])} missing, or not of {edit.config}.")
         for name, tensor in there.items():
             require_like(expected[name], tensor, f"{prefix}{name}", folder)
+
+
+def _expected(edit: Edit) -> dict[str, torch.Tensor]:
+    """What the operator of an edit holds, without memory for it."""
+    try:
+        with torch.device("meta"):
+            return edit.config.build(edit.site).state_dict()
+    except GraftError:
+        raise
+    except (ArithmeticError, RuntimeError, TypeError, ValueError, LookupError, MemoryError) as error:
+        raise FileError(f"{edit} cannot be built: {error}") from error
 
 
 def require_like(expected: torch.Tensor, given: torch.Tensor, name: str, folder: Path) -> None:

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from .._version import __version__
 from ..errors import FileError
 from ..graft import Graft, base_tensors
+from ..plan import GraftPlan
 from .adapters import describe_adapters
 from .files import checksum, digest, fingerprint, parse_json, read_header, read_json, read_tensors
 
@@ -139,6 +140,21 @@ def require_format(config: dict[str, Any], where: str) -> int:
             f"{made_with or 'of a newer version'} or later: pip install -U diffusers-graft"
         )
     return number
+
+
+def read_plan(data: Any) -> GraftPlan:
+    """A plan from a description. Raises `FileError` also where it holds what no plan of ours does."""
+    plan = GraftPlan.from_dict(data)
+    sound = isinstance(plan.model_class, str)
+    for edit in plan.edits:
+        sizes = {name: value for name, value in vars(edit.site).items() if name not in ("kind", "path", "activation")}
+        sound = sound and isinstance(edit.site.path, str) and isinstance(edit.site.activation, str | None)
+        sound = sound and all(value is None or (type(value) is int and 0 <= value < 2**31) for value in sizes.values())
+    if not sound:
+        raise FileError("This is not a graft plan: a site's path is no text, or a size of it no number.")
+    if len({edit.site.path for edit in plan.edits}) < len(plan.edits):
+        raise FileError("This is not a graft plan: it edits one site twice.")
+    return plan
 
 
 def check_kinds(config: dict[str, Any], kinds: dict[str, type], where: str) -> None:

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,10 @@ from diffusers.models.modeling_utils import ContextManagers, no_init_weights
 
 from ..errors import FileError, StateError
 from ..graft import Graft, installed, is_enabled
-from ..plan import GraftPlan
 from ..surgery import check_seats, install
 from .blank import build_blank, check_operators, require_like
 from .cards import write_card
-from .description import CONFIG, FORMAT, check_kinds, describe_base, require_format, to_text, versions
+from .description import CONFIG, FORMAT, check_kinds, describe_base, read_plan, require_format, to_text, versions
 from .files import checksum, read_json, read_tensors, require_finite, write_text
 from .folders import inside, local_folder, replacing
 from .settings import apply_settings
@@ -45,13 +46,14 @@ def load_pretrained(
     """
     folder = local_folder(source, _PATTERNS, subfolder=subfolder, revision=revision, **hub_arguments)
     description = _description(folder)
-    plan, tensors = GraftPlan.from_dict(description["plan"]), read_weights(folder, variant)
+    plan, tensors = read_plan(description["plan"]), read_weights(folder, variant)
     if description.get("checksum") not in (None, checksum(tensors)):
         raise FileError(f"The weights in {folder} were edited or damaged: they are not those that were saved.")
     require_finite(tensors, folder)
-    check_operators(plan, tensors, folder)
     with ContextManagers([no_init_weights()] if low_cpu_mem_usage else []):
-        model = _model_class(folder).from_config(read_json(folder / "config.json"))
+        model = _bare_model(folder, len(tensors))
+        plan.check(model)
+        check_operators(plan, tensors, folder)
         graft = build_blank(model, plan)
     install(model, graft)
     graft.standalone, graft.history = True, description["history"]
@@ -65,7 +67,13 @@ def _description(folder: Path) -> dict[str, Any]:
     description = read_json(folder / CONFIG)
     require_format(description, str(folder / CONFIG))
     check_kinds(description, {"plan": dict, "history": list}, str(folder / CONFIG))
+    if description.get("model") not in (None, _digest(read_json(folder / "config.json"))):
+        raise FileError(f"{folder / 'config.json'} was edited, or belongs to another model than {CONFIG}. Save it again.")
     return description
+
+
+def _digest(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _model_class(folder: Path) -> type[ModelMixin]:
@@ -76,6 +84,20 @@ def _model_class(folder: Path) -> type[ModelMixin]:
     return cls
 
 
+def _bare_model(folder: Path, tensors: int) -> ModelMixin:
+    """The ungrafted model that `config.json` describes. Raises `FileError` where it describes none."""
+    config = read_json(folder / "config.json")
+    layers = [value for name, value in config.items() if name.endswith("layers") and isinstance(value, int)]
+    if max(layers, default=0) > tensors:
+        raise FileError(f"{folder / 'config.json'} asks for {max(layers)} layers; the weights hold {tensors} tensors in all.")
+    try:
+        return _model_class(folder).from_config(config)
+    except FileError:
+        raise
+    except Exception as error:
+        raise FileError(f"{folder / 'config.json'} describes no model: {error!r}") from error
+
+
 def read_weights(folder: Path, variant: str | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a model that diffusers saved, in one file or in shards. Raises `FileError`; pickles are not read."""
     suffix = f".{variant}" if variant else ""
@@ -84,7 +106,7 @@ def read_weights(folder: Path, variant: str | None = None) -> dict[str, torch.Te
         mapped = read_json(index).get("weight_map")
         if not isinstance(mapped, dict) or not mapped:
             raise FileError(f"{index} is damaged: it holds no weight_map.")
-        files = [inside(folder, name) for name in dict.fromkeys(mapped.values())]
+        files = dict.fromkeys(inside(folder, name) for name in mapped.values())
         tensors = {name: tensor for path in files for name, tensor in read_tensors(path).items()}
         if odd := sorted(mapped.keys() ^ tensors.keys()):
             raise FileError(f"{index} does not fit the files it names: {', '.join(odd[:4])} differ.")
@@ -109,7 +131,8 @@ def _take(model: ModelMixin, tensors: dict[str, torch.Tensor], folder: Path, *, 
 def _cast(model: ModelMixin, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> ModelMixin:
     """In the dtype asked for, but for the modules that diffusers keeps in float32."""
     kept = set(type(model)._keep_in_fp32_modules or ())
-    model.to(dtype)
+    if {parameter.dtype for parameter in model.parameters()} != {dtype}:
+        model.to(dtype)
     for name, parameter in model.named_parameters():
         if kept & set(name.split(".")):
             parameter.data = tensors[name].to(torch.float32)
@@ -143,6 +166,7 @@ def _save_whole(original, model: ModelMixin, graft: Graft, folder: Path, *args, 
              f"{_WEIGHTS}-?????-of-?????{suffix}.safetensors", f"{_WEIGHTS}.safetensors.index{suffix}.json"]  # fmt: skip
     with replacing(folder, stale=stale) as stage:
         original(model, stage, *args, **kwargs)
+        description["model"] = _digest(read_json(stage / "config.json"))
         write_text(stage / CONFIG, to_text(description) + "\n")
         write_card(stage, folder, model, graft, description, {})
 

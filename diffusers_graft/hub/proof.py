@@ -47,7 +47,7 @@ def replay(model: ModelMixin, path: Path) -> float | None:
     try:
         with evaluating(model):
             output = predict(model, _unflat(inputs, saved))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
         raise FileError(f"{path} holds inputs that this model does not take: {error}") from error
     expected = saved["output"].to(output.device, output.dtype)
     if output.shape != expected.shape:

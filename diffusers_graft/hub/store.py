@@ -16,12 +16,11 @@ from diffusers import ModelMixin
 from ..anatomy import require_model
 from ..errors import FileError, MismatchError, StateError
 from ..graft import Graft, base_tensors, is_enabled
-from ..plan import GraftPlan
 from ..surgery import check_seats, install, require_graft, uninstall
 from .adapters import adapter_tensors, is_adapter, load_adapters
 from .blank import build_blank, check_operators, require_like
 from .cards import write_card
-from .description import KEY, describe, describe_base, names, read_description, to_text
+from .description import KEY, describe, describe_base, names, read_description, read_plan, to_text
 from .files import checksum, digest, require_finite, write_tensors, write_text
 from .folders import local_folder, replacing
 from .proof import prove, replay
@@ -76,8 +75,7 @@ def load_graft(
         source: a folder that `save_graft` wrote, or a Hub repository id.
         revision: branch, tag or commit of the repository.
         allow_base_mismatch: install on a base other than the one the graft was made on.
-        subfolder: of the folder or repository.
-        variant: of the weights, as `save_graft` named it.
+        subfolder, variant: where the graft lies, and which, as `save_graft` named it.
         device, dtype: where the model goes first; the graft follows it. As it is unless given.
         verify: replay the proof, one forward of the model, and compare the base.
         hub_arguments: `token`, `cache_dir`, `local_files_only` and the like, for `huggingface_hub.snapshot_download`.
@@ -90,7 +88,7 @@ def load_graft(
     require_model(model)
     folder = local_folder(source, _PATTERNS, subfolder=subfolder, revision=revision, **hub_arguments)
     config, tensors = read_graft(folder, variant)
-    plan = GraftPlan.from_dict(config["plan"])
+    plan = read_plan(config["plan"])
     plan.check(model)
     if verify:
         _check_base(model, config, allow_base_mismatch)
@@ -102,7 +100,7 @@ def load_graft(
     fill(model, graft, own, folder)
     graft.history = config["history"]
     with _installed(model, graft):
-        load_adapters(model, graft, config["lora"], {name: tensors[name] for name in tensors if name not in own})
+        load_adapters(model, graft, config.get("lora"), {name: tensors[name] for name in tensors if name not in own})
         if verify:
             replay(model, folder / names(variant)[2])
     return graft

@@ -264,6 +264,9 @@ def in_config(name, value):
     def damage(folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, name: value}))
+        description = json.loads((folder / CONFIG).read_text())
+        del description["model"]
+        (folder / CONFIG).write_text(json.dumps(description))
 
     return damage
 
@@ -298,6 +301,9 @@ WHOLE_DAMAGE = {
     "class is a list": (in_config("_class_name", ["x"]), "does not have"),
     "class without sites": (in_config("_class_name", "AutoencoderKL"), "AutoencoderKL"),
     "more layers than weights": (in_config("num_layers", 5), "do not fit"),
+    "layers without end": (in_config("num_layers", 10**9), "asks for 1000000000 layers"),
+    "no model of that size": (in_config("attention_head_dim", -8), "describes no model"),
+    "config edited": (lambda f: (f / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}'), "was edited"),
     "pickles": (as_pickle, "pickles can run code"),
     "truncated shard": (lambda f: os.truncate(sorted(f.glob("*.safetensors"))[0], 500), "damaged"),
     "setting of another attribute": (setting(path=TIME, attribute="__class__", value=0), "does not fit"),

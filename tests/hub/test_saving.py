@@ -1,0 +1,202 @@
+"""Saving: the old files or the new ones, whatever happens and whenever."""
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffusers_graft as dg
+from diffusers_graft.errors import FileError
+from diffusers_graft.hub import files, folders, store
+
+from ..models import predict, tiny_dit
+from .forging import CONFIG, PROOF, WEIGHTS, saved
+
+ROOT = Path(__file__).parents[2]
+OTHER = {"self_attention[0]": "neighborhood"}
+
+
+def loaded(folder):
+    model = tiny_dit()
+    model.load_graft(folder)
+    return predict(model)
+
+
+def grafted(rules):
+    model = tiny_dit()
+    model.set_graft(rules)
+    return model
+
+
+@pytest.mark.parametrize("step", ["write_tensors", "write_text", "write_card"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")], ids=["interrupted", "full"])
+def test_a_save_that_fails_leaves_what_was_there(step, error, tmp_path, monkeypatch):
+    expected = saved(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fails(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr(store, step, fails)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else FileError, match="unchanged" if error is not KeyboardInterrupt else None):
+        grafted(OTHER).save_graft(tmp_path)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert torch.equal(loaded(tmp_path), expected)
+
+
+def test_a_save_that_was_decided_is_finished_by_the_next_reader(tmp_path, monkeypatch):
+    saved(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    newer = grafted(OTHER)
+    monkeypatch.setattr(folders, "settle", lambda folder: None)
+    newer.save_graft(tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / ".saved" / WEIGHTS).exists()
+    assert torch.equal(loaded(tmp_path), predict(newer))
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS, PROOF, "README.md"}
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_a_save_that_was_half_finished_is_finished_by_the_next_reader(stop, tmp_path, monkeypatch):
+    saved(tmp_path)
+    newer, replace, count = grafted(OTHER), os.replace, iter(range(99))
+
+    def killed(*arguments):
+        if next(count) == stop:
+            raise KeyboardInterrupt
+        return replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", killed)
+    if stop < 4:  # there are four files
+        with pytest.raises(KeyboardInterrupt):
+            newer.save_graft(tmp_path)
+    else:
+        newer.save_graft(tmp_path)
+    monkeypatch.undo()
+    assert torch.equal(loaded(tmp_path), predict(newer))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_names_of_an_interrupted_save_cannot_reach_outside(tmp_path):
+    """A folder copied from somebody else may pretend to hold one."""
+    (tmp_path / "graft" / ".saved").mkdir(parents=True)
+    (tmp_path / "mine").write_text("x")
+    (tmp_path / "graft" / ".saved" / ".stale").write_text(f"../mine\n{tmp_path}/mine\n")
+    folders.settle(tmp_path / "graft")
+    assert (tmp_path / "mine").read_text() == "x"
+
+
+def one_of(value):
+    """A small model whose graft is known by one value."""
+    model = tiny_dit(num_layers=1)
+    model.set_graft({"self_attention[0]": "hyena_x"})
+    with torch.no_grad():
+        model.graft.operators()["transformer_blocks.0.attn1"].convolutions["value"].bias.fill_(value)
+    return model
+
+
+def save(model, folder, kind):
+    model.save_graft(folder) if kind == "graft" else model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("kind", "moments"), [("graft", 50), ("whole", 50)])
+def test_killed_at_any_moment(kind, moments, tmp_path):
+    """SIGKILL at random moments of a process that saves in a loop: one of the two models is there, whole, with its own proof."""
+    models, chance, seen, waited = [one_of(1.0), one_of(2.0)], random.Random(0), set(), 0
+    save(models[0], tmp_path, kind)
+    for _ in range(moments):
+        process = os.fork()
+        if not process:
+            while True:
+                for model in reversed(models):
+                    save(model, tmp_path, kind)
+        time.sleep(chance.uniform(0.0, 0.1))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        waited += any(tmp_path.glob(".s*"))
+        seen.add(value_in(tmp_path, kind))
+    assert seen == {1.0, 2.0}
+    assert waited, "no moment fell into a save"
+
+
+def value_in(folder, kind):
+    if kind == "graft":
+        model = tiny_dit(num_layers=1)
+        model.load_graft(folder)
+    else:
+        model = dg.load_pretrained(folder)
+    bias = model.graft.operators()["transformer_blocks.0.attn1"].convolutions["value"].bias
+    assert bias.unique().numel() == 1
+    return bias[0].item()
+
+
+FULL = """
+import resource, signal, sys
+from tests.models import tiny_dit
+import diffusers_graft as dg
+folder, kind, limit = sys.argv[1:]
+model = tiny_dit()
+model.set_graft({"self_attention[0]": "neighborhood", "feed_forward[:]": {"operator": "mlp", "expansion": 6}} if kind == "graft"
+                else {"self_attention[0]": "neighborhood"})
+if int(limit):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+try:
+    model.save_graft(folder) if kind == "graft" else model.save_pretrained(folder)
+except dg.GraftError as error:
+    assert "unchanged" in str(error) and "could not be written" in str(error), error
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("kind", ["graft", "whole"])
+@pytest.mark.parametrize("disk", ["quota", "tmpfs"])
+def test_a_full_disk_leaves_the_old_save(disk, kind, tmp_path):
+    """A process whose files may not grow beyond a limit, everywhere; where mounting is allowed, a disk that is full."""
+    folder, model = tmp_path / "disk", tiny_dit()
+    model.set_graft({"self_attention[0]": "hyena_x"})
+    folder.mkdir()
+    mounted = disk == "tmpfs"
+    if mounted and subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={dict(graft=80, whole=180)[kind]}k", "none", str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here; the quota shows the same")
+    try:
+        model.save_graft(folder / "x") if kind == "graft" else model.save_pretrained(folder / "x")
+        before = {path.name: path.read_bytes() for path in (folder / "x").iterdir()}
+        limit = "0" if mounted else "20000"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        result = subprocess.run([sys.executable, "-c", FULL, str(folder / "x"), kind, limit], env=environment, capture_output=True, check=False)
+        assert result.returncode == 3, result.stderr.decode()
+        assert {path.name: path.read_bytes() for path in (folder / "x").iterdir()} == before
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_leftovers_of_the_dead_are_swept(tmp_path):
+    saved(tmp_path)
+    for name, age in (("old", 2 * 86_400), ("new", 0)):
+        (tmp_path / f".saving-{name}").mkdir()
+        os.utime(tmp_path / f".saving-{name}", (time.time() - age,) * 2)
+    saved(tmp_path)
+    assert [path.name for path in tmp_path.glob(".saving-*")] == [".saving-new"]
+
+
+def test_checksums_see_every_bit_that_flips():
+    tensors = {"a": torch.randn(5000), "b": torch.arange(7, dtype=torch.int8), "c": torch.randn(3, 3).bfloat16()}
+    seen = {files.checksum(tensors)}
+    for name, tensor in tensors.items():
+        data = tensor.view(-1).view(torch.uint8)
+        for place in (0, len(data) // 2, len(data) - 1):
+            data[place] ^= 16
+            seen.add(files.checksum(tensors))
+            data[place] ^= 16
+        seen.add(files.checksum({**tensors, name: tensor.view(-1).view(torch.uint8)}))
+    assert len(seen) == 13
+    assert files.checksum(tensors) in seen
