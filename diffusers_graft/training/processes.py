@@ -10,10 +10,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import parse_flag_from_env, reduce
 from torch import nn
 
 from ..errors import TrainingError
+
+
+def state() -> PartialState:
+    """The processes there are, as `accelerate launch` set them up."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def share(value: Any, count: int) -> Any:
@@ -21,26 +26,26 @@ def share(value: Any, count: int) -> Any:
 
     Raises `TrainingError` for a batch that cannot be shared evenly.
     """
-    state = PartialState()
-    if state.num_processes == 1:
+    total = state().num_processes
+    if total == 1:
         return value
-    if count % state.num_processes:
-        raise TrainingError(f"A batch of {count} samples cannot be shared evenly by {state.num_processes} processes.")
+    if count % total:
+        raise TrainingError(f"A batch of {count} samples cannot be shared evenly by {total} processes.")
     if isinstance(value, Mapping):
         return {name: share(item, count) for name, item in value.items()}
     if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
-        return value.chunk(state.num_processes)[state.process_index]
+        return value.chunk(total)[state().process_index]
     return value
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:
     """The mean over processes."""
-    return values if PartialState().num_processes == 1 else reduce(values, "mean")
+    return values if state().num_processes == 1 else reduce(values, "mean")
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace gradients by their mean over processes; what got none on any process keeps none."""
-    if PartialState().num_processes == 1:
+    if state().num_processes == 1:
         return
     flat = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
     there = torch.tensor([float(p.grad is not None) for p in parameters], device=flat[0].device, dtype=flat[0].dtype)
@@ -51,9 +56,9 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 def is_main() -> bool:
     """Whether this process writes files and shows bars."""
-    return PartialState().is_main_process
+    return state().is_main_process
 
 
 def wait() -> None:
     """Until every process is here."""
-    PartialState().wait_for_everyone()
+    state().wait_for_everyone()
