@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -183,9 +184,15 @@ class ContextSlot:
     """Where the root's pre-hook leaves the context of the running forward for the parts of one graft.
 
     It is not cleared afterwards: gradient checkpointing runs parts again during the backward pass.
+
+    Attributes:
+        current: of the running forward, or the last.
+        arguments: of the last forward of the grafted model, by name; what a saved graft proves itself by where a family has
+            no example inputs.
     """
 
     current: Context = field(default_factory=Context)
+    arguments: dict[str, Any] | None = None
 
     def with_attention(self, *, mask: torch.Tensor | None, scale: float | None, causal: bool) -> Context:
         return replace(self.current, mask=mask, scale=scale, causal=causal)

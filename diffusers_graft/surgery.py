@@ -5,10 +5,11 @@ and removing are the same exchange in both directions, so what was put in can al
 """
 from __future__ import annotations
 
+import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from .anatomy import read_context
+from .anatomy import bind_arguments, read_context
 from .errors import StateError
 from .graft import Graft, installed, is_enabled
 from .processor import is_grafted
@@ -97,6 +98,8 @@ class ContextReader:
     def __call__(self, model: ModelMixin, args: tuple, kwargs: dict) -> None:
         check_seats(self.graft)
         self.graft.slot.current = read_context(model, args, kwargs)
+        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            self.graft.slot.arguments = bind_arguments(type(model), args, kwargs)
 
 
 def _remove_reader(model: ModelMixin) -> None:

@@ -116,7 +116,7 @@ def test_plans_are_resolved():
 @pytest.mark.parametrize(("rules", "error", "words"), [
     ({"self_attention[9:]": "hyena_x"}, RuleError, "matches nothing: the model has 4 self_attention sites"),
     ({"self_atention[0]": "hyena_x"}, UnknownNameError, "Did you mean 'self_attention'"),
-    ({"self_attention[0]": "hyena_q"}, UnknownNameError, "Did you mean 'hyena_x'"),
+    ({"self_attention[0]": "hyena_xx"}, UnknownNameError, "Did you mean 'hyena_x'"),
     ({"feed_forward[0]": "hyena_x"}, OperatorError, "replaces self_attention"),
     ({"block_pair[:]": "mlp"}, RuleError, "matches nothing"),
     ({"self_attention[0]": "hyena_x", "self_attention[:2]": "sliding_window"}, RuleError, "Two rules claim self_attention"),

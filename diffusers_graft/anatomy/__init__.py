@@ -2,10 +2,10 @@
 from .examples import example_inputs
 from .families import Family, bind_arguments, family_of, read_context
 from .parts import linear_pair, projections
-from .running import evaluating, predict
+from .running import evaluating, pack_inputs, predict, unpack_inputs
 from .sites import find_sites, require_model
 
 __all__ = [
-    "Family", "bind_arguments", "evaluating", "example_inputs", "family_of", "find_sites", "linear_pair", "predict",
-    "projections", "read_context", "require_model",
+    "Family", "bind_arguments", "evaluating", "example_inputs", "family_of", "find_sites", "linear_pair", "pack_inputs",
+    "predict", "projections", "read_context", "require_model", "unpack_inputs",
 ]  # fmt: skip
