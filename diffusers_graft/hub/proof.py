@@ -65,6 +65,8 @@ def replay(model: ModelMixin, path: Path) -> float | None:
     if not saved:
         logger.warning(f"{path.parent} carries no proof; its outputs were not checked.")
         return None
+    if "output" not in saved:
+        raise FileError(f"{path} is no proof: it holds {sorted(saved)}, and no output.")
     inputs = _proven(model, saved, path)
     try:
         with evaluating(model):
@@ -91,7 +93,7 @@ def _proven(model: ModelMixin, saved: dict[str, torch.Tensor], path: Path) -> di
             raise FileError(f"{path} is damaged: its inputs cannot be put together: {error!r}") from error
     wanted = {name: tensor.shape for name, tensor in _flat(inputs).items()}
     given = {name: tensor.shape for name, tensor in saved.items() if name != "output"}
-    if "output" not in saved or not set(given) <= set(wanted):
+    if not set(given) <= set(wanted):
         raise FileError(f"{path} is no proof for this model: it holds {sorted(saved)}, not {sorted([*wanted, 'output'])}.")
     return _unflat(inputs, saved)
 

@@ -1,0 +1,144 @@
+"""Every transformer class of diffusers under grafts: in, run, learn, out to a folder, back, and gone without a trace."""
+import copy
+import functools
+
+import pytest
+import torch
+
+import diffusers_graft as dg
+from diffusers_graft.anatomy import family_of
+from diffusers_graft.errors import GraftError, OperatorError
+
+from .models import exported, first, inputs_of, predict, tiny
+
+MIXERS = {"sliding_window": {"operator": "sliding_window", "window": (1, 1)}, "linear_attention": "linear_attention",
+          "hyena_x": "hyena_x"}  # fmt: skip
+NO_MODEL = {"DualTransformer2DModel": "it is no ModelMixin: graft the two Transformer2DModel in its `transformers`"}
+NO_SOFTMAX = {
+    "SanaTransformer2DModel": "its self-attention is a linear one already",
+    "SanaVideoTransformer3DModel": "its self-attention is a linear one already",
+    "AnyFlowFARTransformer3DModel": "its self-attention runs under a flex BlockMask",
+    "Kandinsky6SRTransformer3DModel": "its self-attention runs under a flex BlockMask",
+}
+NO_MAIN_SITE = {"SanaWMTransformer3DModel": "its self-attention is its own module without a processor"}
+REFUSED = {
+    ("RFD4ProteinaTransformer", "sliding_window"): "it adds a bias of pairs to the scores, and the window takes no mask",
+    ("RFD4ProteinaTransformer", "linear_attention"): "it adds a bias of pairs to the scores",
+    ("RFD4ProteinaTransformer", "hyena_x"): "it adds a bias of pairs to the scores",
+    ("MiniMaxMusic3RVQDepthDecoder", "sliding_window"): "it is causal, and this window looks ahead",
+    ("MiniMaxMusic3RVQDepthDecoder", "linear_attention"): "it is causal, and linear attention looks ahead",
+}
+CLOSE = {"T5FilmDecoder": "its processor multiplies the scores itself, softmax attention by torch rounds otherwise"}
+NO_FEED_FORWARD = {
+    "MiniMaxMusic3Transformer1DModel": "linear layers inline in the block", "PRXTransformer2DModel": "linear layers inline",
+    "MiniMaxMusic3RVQDepthDecoder": "linear layers inline", "RFD4ProteinaTransformer": "its transition takes the conditions too",
+    "T5FilmDecoder": "it scales and shifts inside",
+}  # fmt: skip
+NAMES = sorted(set(exported()) - set(NO_MODEL))
+
+
+@functools.cache
+def built(name):
+    return tiny(name)
+
+
+def model_of(name):
+    return copy.deepcopy(built(name))
+
+
+def main_sites(model):
+    """The self- and joint-attention that runs on the image, and in this forward."""
+    aside, called = family_of(model).aside, set()
+    handles = [module.register_forward_pre_hook(lambda *_, path=path: called.add(path)) for path, module in model.named_modules()]
+    predict(model, type(model).__name__)
+    for handle in handles:
+        handle.remove()
+    kinds = ("joint_attention", "self_attention")
+    found = [site for site in dg.find_sites(model) if site.kind in kinds and site.path in called]
+    return [site for site in found if not site.path.startswith(aside)] if aside else found
+
+
+def rules_for(model, spec):
+    return {site.address: spec for site in main_sites(model)}
+
+
+def same(model, keys, output):
+    assert list(model.state_dict()) == keys
+    assert torch.equal(predict(model, type(model).__name__), output)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_softmax_changes_not_a_bit(name):
+    model = model_of(name)
+    before, keys = predict(model, name), list(model.state_dict())
+    if name in NO_MAIN_SITE:
+        assert not main_sites(model)
+        return
+    if name in NO_SOFTMAX:
+        with pytest.raises(OperatorError):
+            model.set_graft(rules_for(model, "self_attention"))
+            predict(model, name)
+        return
+    model.set_graft(rules_for(model, "self_attention"))
+    if name in CLOSE:
+        torch.testing.assert_close(predict(model, name), before)
+    else:
+        same(model, keys, before)
+    model.unset_graft()
+    same(model, keys, before)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(NO_SOFTMAX) - set(NO_MAIN_SITE)))
+def test_mixers_go_in_run_learn_and_come_out(name, mixer, tmp_path):
+    model = model_of(name)
+    before, keys, rules = predict(model, name), list(model.state_dict()), rules_for(model, MIXERS[mixer])
+    model.set_graft(rules)
+    if (name, mixer) in REFUSED:
+        with pytest.raises(GraftError):
+            predict(model, name)
+    else:
+        assert not torch.equal(predict(model, name), before)
+        learn_and_share(model, name, tmp_path)
+    model.unset_graft()
+    same(model, keys, before)
+
+
+FEED_FORWARD = {"operator": "mlp", "init": "random", "activation": "gelu", "expansion": 1}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_feed_forwards_go_in_run_learn_and_come_out(name, tmp_path):
+    model = model_of(name)
+    sites = dg.find_sites(model).where(kind="feed_forward")
+    assert bool(sites) != (name in NO_FEED_FORWARD)
+    if not sites:
+        return
+    before, keys = predict(model, name), list(model.state_dict())
+    model.set_graft({"feed_forward[:]": FEED_FORWARD})
+    assert not torch.equal(predict(model, name), before)
+    learn_and_share(model, name, tmp_path, trains=name not in NO_SOFTMAX)
+    model.unset_graft()
+    same(model, keys, before)
+
+
+def learn_and_share(model, name, folder, *, trains=True):
+    """One step, and a round through a folder to another copy of the base."""
+    own = list(model.graft.own_tensors(model).values())
+    trained = [parameter for parameter in own if parameter.requires_grad] or [
+        parameter for seat in model.graft.seats.values() for parameter in seat.parameters() if parameter.requires_grad]  # fmt: skip
+    if trains:
+        loss = first(model(**inputs_of(name))).square().mean()
+        loss.backward()
+        assert any(parameter.grad is not None and parameter.grad.any() for parameter in trained)
+        with torch.no_grad():
+            for parameter in own:
+                if parameter.requires_grad and parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+        model.zero_grad()
+    grafted = predict(model, name)
+    assert grafted.isfinite().all()
+    model.save_graft(folder)
+    other = model_of(name)
+    other.load_graft(folder)
+    assert torch.equal(predict(other, name), grafted)
