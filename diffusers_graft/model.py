@@ -7,13 +7,13 @@ from diffusers import ModelMixin
 
 from .anatomy import require_model
 from .graft import Graft, build_graft, installed
-from .hub.full import attach_saving
+from .hub.diffusers_verbs import attach_saving
 from .hub.store import load_graft, save_graft
 from .plan import GraftPlan, plan_graft
 from .surgery import disable, enable, install, uninstall
 
 
-def set_graft(model: ModelMixin, graft, *, revision: str | None = None, seed: int = 0) -> Graft:
+def set_graft(model: ModelMixin, graft, *, revision: str | None = None, seed: int = 0, **loading) -> Graft:
     """Graft a model in place.
 
     Args:
@@ -21,13 +21,14 @@ def set_graft(model: ModelMixin, graft, *, revision: str | None = None, seed: in
             Hub repository id.
         revision: branch, tag or commit of a Hub repository.
         seed: of random starts, where the parts are built here.
+        loading: of a folder or repository, as for `load_graft`.
 
     Raises:
         GraftError: one of its kinds, for anything that cannot be installed; the model is then as it was.
     """
     require_model(model)
     if isinstance(graft, str | Path) and not _is_rules(graft):
-        return load_graft(model, graft, revision=revision)
+        return load_graft(model, graft, revision=revision, **loading)
     if not isinstance(graft, Graft):
         plan = graft if isinstance(graft, GraftPlan) else plan_graft(model, graft)
         graft = build_graft(model, plan, seed=seed)

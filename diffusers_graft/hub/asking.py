@@ -35,6 +35,8 @@ def explained(error: Exception, repo_id: str, revision: str | None = None) -> Fi
 
 
 def _reason(error: Exception, revision: str | None) -> str:
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HTTPError):
+        error = error.__cause__  # the client looked into its cache after the Hub had refused
     if isinstance(error, GatedRepoError):
         return f"is gated: ask for access on its page first. {_TOKEN}"
     if isinstance(error, RevisionNotFoundError):

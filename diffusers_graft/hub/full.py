@@ -1,7 +1,6 @@
 """A grafted model as a whole: `save_pretrained`, and back without the base it was made on."""
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -13,7 +12,7 @@ from diffusers import ModelMixin
 from diffusers.models.modeling_utils import ContextManagers, no_init_weights
 
 from ..errors import FileError, StateError
-from ..graft import Graft, installed, is_enabled
+from ..graft import Graft
 from ..surgery import check_seats, install
 from .blank import build_blank, check_operators, require_like
 from .cards import write_card
@@ -25,6 +24,7 @@ from .settings import apply_settings
 _PATTERNS = ["*.json", "*.safetensors", "README.md"]
 _WEIGHTS = "diffusion_pytorch_model"
 _ORIGIN = "_graft_origin"
+MARK = "_graft"  # where config.json holds the description once more, for pipelines download no other JSON
 
 
 def load_pretrained(
@@ -64,16 +64,22 @@ def load_pretrained(
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    description = read_json(folder / CONFIG)
-    require_format(description, str(folder / CONFIG))
-    check_kinds(description, {"plan": dict, "history": list}, str(folder / CONFIG))
-    if description.get("model") not in (None, _digest(read_json(folder / "config.json"))):
+    """From its file, or, where a pipeline was downloaded without that, from the copy in `config.json`."""
+    config = read_json(folder / "config.json")
+    alone = MARK in config and not (folder / CONFIG).exists()
+    description, where = (config[MARK], "config.json") if alone else (read_json(folder / CONFIG), CONFIG)
+    check_kinds({"description": description}, {"description": dict}, str(folder / where))
+    require_format(description, str(folder / where))
+    check_kinds(description, {"plan": dict, "history": list}, str(folder / where))
+    if description.get("model") not in (None, _digest(config)):
         raise FileError(f"{folder / 'config.json'} was edited, or belongs to another model than {CONFIG}. Save it again.")
     return description
 
 
 def _digest(config: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    """Of everything but the copy of the description."""
+    own = {name: value for name, value in config.items() if name != MARK}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def _model_class(folder: Path) -> type[ModelMixin]:
@@ -86,7 +92,7 @@ def _model_class(folder: Path) -> type[ModelMixin]:
 
 def _bare_model(folder: Path, tensors: int) -> ModelMixin:
     """The ungrafted model that `config.json` describes. Raises `FileError` where it describes none."""
-    config = read_json(folder / "config.json")
+    config = {name: value for name, value in read_json(folder / "config.json").items() if name != MARK}
     layers = [value for name, value in config.items() if name.endswith("layers") and isinstance(value, int)]
     if max(layers, default=0) > tensors:
         raise FileError(f"{folder / 'config.json'} asks for {max(layers)} layers; the weights hold {tensors} tensors in all.")
@@ -139,24 +145,8 @@ def _cast(model: ModelMixin, tensors: dict[str, torch.Tensor], dtype: torch.dtyp
     return model
 
 
-def attach_saving() -> None:
-    """Teach `ModelMixin.save_pretrained` and `from_pretrained` about grafts; without one they are what they were."""
-    ModelMixin.save_pretrained = _saving(ModelMixin.save_pretrained)
-    ModelMixin.from_pretrained = classmethod(_loading(ModelMixin.from_pretrained.__func__))
-
-
-def _saving(original):
-    @functools.wraps(original)
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
-        graft = installed(self)
-        if graft is None or not is_enabled(self):
-            return original(self, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
-        return _save_whole(original, self, graft, Path(save_directory), *args, **kwargs)
-
-    return save_pretrained
-
-
-def _save_whole(original, model: ModelMixin, graft: Graft, folder: Path, *args, **kwargs) -> None:
+def save_whole(original, model: ModelMixin, graft: Graft, folder: Path, *args, **kwargs) -> None:
+    """What diffusers' `save_pretrained` writes, the graft's description and its card, all at once."""
     check_seats(graft)
     if graft.adapter_config is not None:
         raise StateError("A whole model is saved without LoRA layers; save_graft keeps them.")
@@ -166,7 +156,10 @@ def _save_whole(original, model: ModelMixin, graft: Graft, folder: Path, *args, 
              f"{_WEIGHTS}-?????-of-?????{suffix}.safetensors", f"{_WEIGHTS}.safetensors.index{suffix}.json"]  # fmt: skip
     with replacing(folder, stale=stale) as stage:
         original(model, stage, *args, **kwargs)
-        description["model"] = _digest(read_json(stage / "config.json"))
+        config = read_json(stage / "config.json")
+        config.pop("_name_or_path", None)  # it may be a path of this machine; the description names the base
+        description["model"] = _digest(config)
+        write_text(stage / "config.json", to_text({**config, MARK: description}) + "\n")
         write_text(stage / CONFIG, to_text(description) + "\n")
         write_card(stage, folder, model, graft, description, {})
 
@@ -178,16 +171,3 @@ def describe_whole(model: ModelMixin, graft: Graft) -> dict[str, Any]:
     return {"format": FORMAT, "versions": versions(), "base": base, "plan": graft.plan.to_dict(),
             "settings": origin.get("settings") or [], "checksum": checksum(model.state_dict()), "history": graft.history,
             "scores": origin.get("scores") or {}}  # fmt: skip
-
-
-def _loading(original):
-    @functools.wraps(original)
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        folder = Path(pretrained_model_name_or_path or "") / (kwargs.get("subfolder") or "")
-        if all((folder / name).is_file() for name in (CONFIG, "config.json")):
-            known = ("dtype", "torch_dtype", "variant", "low_cpu_mem_usage")
-            given = {name: kwargs[name] for name in known if kwargs.get(name) is not None}
-            return load_pretrained(folder, device=kwargs.get("device_map"), **given)
-        return original(cls, pretrained_model_name_or_path, **kwargs)
-
-    return from_pretrained

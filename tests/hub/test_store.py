@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -14,6 +14,7 @@ import diffusers_graft as dg
 from diffusers_graft.errors import FileError, GraftError, MismatchError, StateError
 
 from ..models import FAMILIES, SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
+from .pipelines import draw, pipeline
 
 RULES = {"self_attention[1::2]": {"operator": "hyena_x", "init": "random"}, "feed_forward[0]": {"operator": "mlp", "expansion": 6}}
 
@@ -211,50 +212,8 @@ def test_damaged_whole_models_are_refused(tmp_path):
 
 
 def test_pipelines(tmp_path):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8,), norm_num_groups=2,
-                        sample_size=8, layers_per_block=1)  # fmt: skip
-    transformer = tiny_dit(in_channels=4, out_channels=4, num_embeds_ada_norm=1000)
-    pipe = DiTPipeline(transformer, vae, DDIMScheduler())
+    pipe = pipeline()
     pipe.transformer.set_graft(RULES)
-
-    def draw(pipe):
-        pipe.set_progress_bar_config(disable=True)
-        return pipe([1, 2], num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
-
     expected = draw(pipe)
     pipe.save_pretrained(tmp_path)
     assert (draw(DiffusionPipeline.from_pretrained(tmp_path)) == expected).all()
-
-
-def test_pushing_uploads_the_sound_graft_and_nothing_else(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
-    from diffusers_graft.hub import push
-
-    calls = {}
-
-    class Hub:
-        def __init__(self, token):
-            pass
-
-        def create_repo(self, repo_id, **settings):
-            return SimpleNamespace(repo_id=repo_id)
-
-        def upload_folder(self, **settings):
-            calls.update(settings)
-            return SimpleNamespace(commit_url="commit")
-
-    monkeypatch.setattr(push, "HfApi", Hub)
-    saved(tmp_path)
-    assert push.push_graft(tmp_path, "user/name") == "commit"
-    assert calls["folder_path"] == tmp_path
-    assert calls["repo_id"] == "user/name"
-    calls.clear()
-    path = tmp_path / "graft_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(FileError):
-        push.push_graft(tmp_path, "user/name")
-    assert not calls
