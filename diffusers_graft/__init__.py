@@ -14,6 +14,7 @@ from .model import attach_verbs, set_graft
 from .operators.conformance import check_operator
 from .plan import GraftPlan, interleaved, plan_graft
 from .site import Context, Grid, Site, Sites
+from .training import datasets as data
 from .training.closed_form import ClosedFormConfig, closed_form
 from .training.distill import DistillConfig, distill
 from .training.finetune import FinetuneConfig, finetune
@@ -22,7 +23,8 @@ from .training.trainer import GraftTrainer, GraftTrainingArguments
 __all__ = [
     "ClosedFormConfig", "Context", "DistillConfig", "FinetuneConfig", "Graft", "GraftError", "GraftPlan", "GraftTrainer",
     "GraftTrainingArguments", "Grid", "Scores", "Site", "Sites", "__version__", "build_graft", "check_operator", "closed_form",
-    "distill", "evaluate", "find_sites", "finetune", "interleaved", "load_pretrained", "operators", "plan_graft", "set_graft",
+    "data", "distill", "evaluate", "find_sites", "finetune", "interleaved", "load_pretrained", "operators", "plan_graft",
+    "set_graft",
 ]  # fmt: skip
 
 attach_verbs()

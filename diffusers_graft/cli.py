@@ -22,6 +22,14 @@ def run_quickstart(arguments: argparse.Namespace) -> None:
     quickstart(parse_operator(arguments.operator), arguments.sites, arguments.output, seed=arguments.seed, say=say)
 
 
+def run_ablate(arguments: argparse.Namespace) -> None:
+    """What each start and each stage buys, at equal compute, and the paper's recipe beside ours."""
+    from .ablate import Ablation, ablate
+
+    settings = {name: getattr(arguments, name) for name in ("operator", "sites", "steps", "seeds")}
+    ablate(Ablation(**settings), arguments.output, say=say)
+
+
 def run_operators(arguments: argparse.Namespace) -> None:
     """List every operator: what it replaces, its cost at a shape, its start, its paper."""
     from .bench.operators import list_operators
@@ -67,11 +75,17 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
 
     quickstart = verbs.add_parser("quickstart", help=run_quickstart.__doc__)
-    quickstart.add_argument("--operator", default="neighborhood", help="operator, such as hyena_x(kernel_size=4)")
-    quickstart.add_argument("--sites", default="self_attention[1::2]", help="rule key of the sites to graft")
     quickstart.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for the graft and its pictures")
     quickstart.add_argument("--seed", type=int, default=0)
-    quickstart.set_defaults(run=run_quickstart)
+
+    ablate = verbs.add_parser("ablate", help=run_ablate.__doc__)
+    ablate.add_argument("--steps", type=int, default=50, help="of stage two that every run may cost")
+    ablate.add_argument("--seeds", type=int, default=3)
+    ablate.add_argument("--output", type=Path, default=Path("ablation"), help="folder; rows that are there are not run again")
+    for verb, run in ((quickstart, run_quickstart), (ablate, run_ablate)):
+        verb.set_defaults(run=run)
+        verb.add_argument("--operator", default="neighborhood", help="operator, such as hyena_x(kernel_size=4)")
+        verb.add_argument("--sites", default="self_attention[1::2]", help="rule key of the sites to graft")
 
     operators = verbs.add_parser("operators", help=run_operators.__doc__)
     operators.add_argument("--tokens", type=int, default=1024, help="of the shape costs are measured at; a square")

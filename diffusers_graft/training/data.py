@@ -182,10 +182,10 @@ class Shuffled:
             epoch, skipped = epoch + 1, 0
 
 
-def batches_of(dataset: Dataset | Iterable, batch_size: int, seed: int) -> Iterable[Batch]:
+def batches_of(dataset: Dataset | Iterable, batch_size: int, seed: int, *, workers: int = 0) -> Iterable[Batch]:
     """Batches of single samples of a map-style dataset; a list or any other iterable holds batches, passed on as they come."""
     if hasattr(dataset, "__getitem__") and not isinstance(dataset, list | tuple):
-        return Shuffled(dataset, batch_size, seed)
+        return Shuffled(dataset, batch_size, seed, workers=workers)
     return dataset
 
 

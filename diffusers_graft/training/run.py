@@ -19,6 +19,7 @@ from .config import TrainingConfig, one_of
 from .processes import is_main, wait
 
 JOURNAL = "training.jsonl"
+CHECKPOINTS = ".checkpoints"  # of the machine that trains: a push to the Hub leaves out what begins with a dot
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Run:
 
     Args:
         identity: whatever decides the weights; a checkpoint of another one is refused.
-        folder: for `training.jsonl` and `checkpoints`; None keeps nothing on disk.
+        folder: for `training.jsonl` and `.checkpoints`; None keeps nothing on disk.
         callbacks: objects with any of the methods `on_train_begin`, `on_step_end`, `on_log`, `on_save`, `on_train_end`, each
             called as those of a `transformers.TrainerCallback`: `(args, state, control, **kwargs)`.
     """
@@ -56,7 +57,7 @@ class Run:
         self.config, self.state, self.callbacks = config, RunState(stage, config.steps), list(callbacks)
         self.identity = json.loads(json.dumps(identity))
         self.folder = None if folder is None else Path(folder)
-        self.checkpoints = None if folder is None else Checkpoints(self.folder / "checkpoints", stage, config.keep)
+        self.checkpoints = None if folder is None else Checkpoints(self.folder / CHECKPOINTS, stage, config.keep)
         self.trackers: list[Any] = []
         self._began, self._logged, self._saved = time.perf_counter(), 0, 0
 
@@ -152,7 +153,7 @@ class Run:
 
 def is_resumable(folder: str | Path | None, stage: str) -> bool:
     """Whether a folder holds a checkpoint of a stage."""
-    return folder is not None and bool(Checkpoints(Path(folder) / "checkpoints", stage, 1).steps())
+    return folder is not None and bool(Checkpoints(Path(folder) / CHECKPOINTS, stage, 1).steps())
 
 
 def read_journal(folder: str | Path) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """The two stages strung together, with something on disk after each."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from ..errors import StateError
 from ..evaluation.scores import Scores, evaluate
-from ..graft import Graft, build_graft, is_enabled
+from ..graft import Graft, build_graft, installed, is_enabled
 from ..hub.push import push_graft
 from ..hub.store import save_graft
 from ..plan import GraftPlan, plan_graft
 from ..surgery import install
-from .data import batches_of
+from . import processes
+from .data import Batch, batches_of
 from .distill import DistillConfig, SiteReport, distill
 from .finetune import FinetuneConfig, finetune
+from .run import RunState, is_resumable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +29,11 @@ class GraftTrainingArguments:
 
     Attributes:
         output_dir: after each stage the graft is saved there, whole; what stood there before is replaced, never half.
+            Checkpoints, `training.jsonl` and the logs of trackers lie beside it.
         distill, finetune: settings of the stages; None leaves a stage out.
-        per_device_train_batch_size: samples of a step, where the dataset holds single samples.
+        per_device_train_batch_size: samples of a step on each process, where the dataset holds single samples.
         eval_batches: batches of the evaluation.
+        dataloader_num_workers: processes that read the dataset.
         seed: of random starts and of the order of the data.
     """
 
@@ -37,6 +42,7 @@ class GraftTrainingArguments:
     finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
     per_device_train_batch_size: int = 32
     eval_batches: int = 16
+    dataloader_num_workers: int = 0
     seed: int = 0
 
 
@@ -44,45 +50,60 @@ class GraftTrainer:
     """Graft a model and teach it, in the shape of `transformers.Trainer`.
 
     Args:
-        model: a diffusers model, not grafted.
+        model: a diffusers model, not grafted; moved to the device of its process where there are several.
         plan: a `GraftPlan`, or rules.
         train_dataset, eval_dataset: map-style datasets of single samples (`{"sample": latents, **conditioning}`), or lists
-            and other iterables of batches of them.
+            and other iterables of batches of them. By the error on the evaluation data, stage one chooses weights.
         noise_scheduler: of the model's pipeline.
+        null_prompt: conditioning of no prompt; prompts are dropped where it is given.
+        callbacks: objects with methods of `transformers.TrainerCallback`, see `Run`.
         args: settings.
     """
 
     def __init__(
-        self, model: ModelMixin, plan: GraftPlan | dict[str, Any] | str, *, args: GraftTrainingArguments,
+        self, model: ModelMixin, plan: GraftPlan | Mapping[str, Any] | str, args: GraftTrainingArguments, *,
         train_dataset: Iterable, eval_dataset: Iterable | None = None, noise_scheduler: SchedulerMixin | None = None,
+        null_prompt: Mapping[str, Any] | None = None, callbacks: Iterable[Any] = (),
     ):  # fmt: skip
-        self.model, self.args, self.noise_scheduler = model, args, noise_scheduler
+        self.model, self.args, self.callbacks = model, args, list(callbacks)
+        self.common = {"noise_scheduler": noise_scheduler, "null_prompt": null_prompt}
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        if processes.state().num_processes > 1:
+            model.to(processes.state().device)
         self.plan = plan if isinstance(plan, GraftPlan) else plan_graft(model, plan)
         self.graft: Graft = build_graft(model, self.plan, seed=args.seed)
         self.scores: dict[str, Scores] = {}
 
-    def train(self) -> None:
-        """Stage one, then stage two."""
-        self.distill()
-        self.finetune()
+    def train(self, resume_from_checkpoint: bool = False) -> None:
+        """Stage one, then stage two.
 
-    def distill(self) -> dict[str, SiteReport]:
+        Args:
+            resume_from_checkpoint: go on where an earlier call was stopped, whichever stage that was in.
+        """
+        self.distill(resume_from_checkpoint=resume_from_checkpoint)
+        self.finetune(resume_from_checkpoint=resume_from_checkpoint)
+
+    def distill(self, resume_from_checkpoint: bool = False) -> dict[str, SiteReport]:
         """Stage one; leaves the graft installed and saved."""
         reports = {}
         if self.args.distill is not None:
-            reports = distill(self.model, self.graft, self._batches(), self.args.distill, noise_scheduler=self.noise_scheduler)
-        install(self.model, self.graft)
-        self.save_model()
+            held_out = self._held_out() if self.eval_dataset is not None else None
+            reports = distill(self.model, self.graft, self._batches(), self.args.distill, held_out=held_out,
+                              **self._resumable(resume_from_checkpoint), **self.common)  # fmt: skip
+        if installed(self.model) is None:
+            install(self.model, self.graft)
+        if not (resume_from_checkpoint and is_resumable(self.args.output_dir, "two")):
+            self.save_model()
         return reports
 
-    def finetune(self) -> list[float]:
+    def finetune(self, resume_from_checkpoint: bool = False) -> list[float]:
         """Stage two, on the model as stage one left it; saved again."""
         if not is_enabled(self.model):
             install(self.model, self.graft)
         losses = []
         if self.args.finetune is not None:
-            losses = finetune(self.model, self._batches(), self.args.finetune, noise_scheduler=self.noise_scheduler)
+            losses = finetune(self.model, self._batches(), self.args.finetune, **self._resumable(resume_from_checkpoint),
+                              **self.common)  # fmt: skip
         self.save_model()
         return losses
 
@@ -90,19 +111,31 @@ class GraftTrainer:
         """Denoising loss on the evaluation data, kept under `name` for the card. Raises `StateError` without such data."""
         if self.eval_dataset is None:
             raise StateError("There is nothing to evaluate on: give the trainer an eval_dataset.")
-        batches = batches_of(self.eval_dataset, self.args.per_device_train_batch_size, self.args.seed)
-        some = [batch for batch, _ in zip(batches, range(self.args.eval_batches), strict=False)]
-        self.scores[name] = evaluate(self.model, some, noise_scheduler=self.noise_scheduler)
+        self.scores[name] = evaluate(self.model, self._held_out(), noise_scheduler=self.common["noise_scheduler"])
+        state = RunState("evaluation", 0)
+        for callback in self.callbacks:
+            if (method := getattr(callback, "on_evaluate", None)) is not None:
+                method(self.args, state, state, metrics=dict(self.scores[name].values))
         return self.scores[name]
 
-    def save_model(self, folder: str | Path | None = None) -> None:
-        """Save the graft, by default to `output_dir`."""
-        save_graft(self.model, folder or self.args.output_dir, scores=self.scores)
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Save the graft, by default to the `output_dir` of the arguments; by one process of several."""
+        if processes.is_main():
+            save_graft(self.model, output_dir or self.args.output_dir, scores=self.scores)
+        processes.wait()
 
     def push_to_hub(self, repo_id: str, **hub_arguments: Any) -> str:
         """Save, and push the graft with its card to the Hub; returns the address of the commit."""
         self.save_model()
         return push_graft(self.args.output_dir, repo_id, **hub_arguments)
 
-    def _batches(self):
-        return batches_of(self.train_dataset, self.args.per_device_train_batch_size, self.args.seed)
+    def _resumable(self, resume: bool) -> dict[str, Any]:
+        return {"output_dir": self.args.output_dir, "resume": resume, "callbacks": self.callbacks}
+
+    def _batches(self) -> Iterable[Batch]:
+        size = self.args.per_device_train_batch_size * processes.state().num_processes
+        return batches_of(self.train_dataset, size, self.args.seed, workers=self.args.dataloader_num_workers)
+
+    def _held_out(self) -> list[Batch]:
+        size = self.args.per_device_train_batch_size * processes.state().num_processes
+        return list(itertools.islice(batches_of(self.eval_dataset, size, self.args.seed), self.args.eval_batches))

@@ -40,7 +40,7 @@ def kill(*arguments):
 def test_killed_at_a_random_step_it_ends_bit_equal(stage, tmp_path):
     step = random.SystemRandom().randrange(3, STEPS)  # any step must do
     kill(stage, tmp_path, step)
-    assert Checkpoints(tmp_path / "checkpoints", stage, 2).steps(), step
+    assert Checkpoints(tmp_path / ".checkpoints", stage, 2).steps(), step
     tensors, result = run(stage, tmp_path, resume=True)
     expected, expected_result = uninterrupted(stage)
     assert same(tensors, expected), step
@@ -195,5 +195,5 @@ def test_a_broken_loss_saves_the_last_good_state(stage, tmp_path):
 
     with pytest.raises(TrainingError, match="at step 2, batch 2"):
         go([good, good, bad], tmp_path)
-    assert Checkpoints(tmp_path / "checkpoints", stage, 2).steps() == [2]
+    assert Checkpoints(tmp_path / ".checkpoints", stage, 2).steps() == [2]
     assert same(go([good], tmp_path, resume=True), go([good], tmp_path / "whole"))

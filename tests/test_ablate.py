@@ -1,0 +1,46 @@
+"""The ablation: equal compute, rows that are kept, a report that says what it measured."""
+import json
+
+import pytest
+
+import diffusers_graft as dg
+from diffusers_graft import ablate as ab
+from diffusers_graft.cli import main
+
+TINY = ab.Ablation(steps=4, seeds=1, samples=20, sampling_steps=1, rounds=2, more=2, batch_size=4)
+
+
+def test_the_ablation_at_tiny_size_and_again(tmp_path, monkeypatch):
+    lines = []
+    report = ab.ablate(TINY, tmp_path, say=lines.append, progress=False)
+    assert lines == [report]
+    assert (tmp_path / "ablation.md").read_text() == report
+    head, *rows = map(json.loads, (tmp_path / "ablation.jsonl").read_text().splitlines())
+    assert len(rows) == 13
+    for start in ab.STARTS:
+        assert start in report
+    assert "At least as good in every seed" in report
+    cut = "\n".join((tmp_path / "ablation.jsonl").read_text().splitlines()[:-1]) + "\n"
+    (tmp_path / "ablation.jsonl").write_text(cut)
+    ran = []
+    real = ab._run
+    monkeypatch.setattr(ab, "_run", lambda arm, *rest: (ran.append(arm), real(arm, *rest))[1])
+    ab.ablate(TINY, tmp_path, progress=False)
+    assert ran == [ab.Arm("hyena_x", "random", "both", 0, 2)]
+    with pytest.raises(dg.GraftError, match="another ablation"):
+        ab.ablate(ab.Ablation(), tmp_path)
+    assert main(["ablate", "--output", str(tmp_path)]) == 2
+
+
+def test_arms_cost_the_same():
+    names = ("stage one", "stage two", "closed form")
+    seconds = {f"{operator}: {name}": price for operator in ("neighborhood", "hyena_x")
+               for name, price in zip(names, (0.25, 0.5, 2.0), strict=True)}  # fmt: skip
+    ablation = ab.Ablation(steps=100)
+    for start in ab.STARTS:
+        for training in ab.TRAININGS[1:]:
+            one, two = ab.steps_of(ab.Arm("neighborhood", start, training, 0), ablation, seconds)
+            spent = 0.25 * one + 0.5 * two + (2.0 if "closed" in start else 0)
+            assert spent == pytest.approx(50, abs=0.5)
+    one, two = ab.steps_of(ab.Arm("hyena_x", "random", "both", 0, 10), ablation, seconds)
+    assert 0.25 * one + 0.5 * two == pytest.approx(500, abs=0.5)

@@ -1,0 +1,160 @@
+"""Training sets: made by a pipeline, encoded from images, read in an order that can be taken up again."""
+import itertools
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, PixArtSigmaPipeline
+from safetensors.torch import load_file, save_file
+
+import diffusers_graft as dg
+from diffusers_graft.errors import FileError, StateError, TrainingError
+from diffusers_graft.training import datasets
+from diffusers_graft.training.data import Shuffled, Stream, batches_of
+
+from ..models import SCHEDULER, tiny_dit, tiny_pixart
+
+
+def tiny_vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=8, scaling_factor=0.3).eval()
+
+
+def dit_pipeline():
+    labels = {i: f"class {i}" for i in range(5)}
+    return DiTPipeline(tiny_dit(in_channels=4, out_channels=4, num_embeds_ada_norm=1000), tiny_vae(), DDIMScheduler(), id2label=labels)
+
+
+def pixart_pipeline():
+    pipe = PixArtSigmaPipeline(tokenizer=None, text_encoder=None, vae=tiny_vae(), transformer=tiny_pixart(), scheduler=DDIMScheduler())
+
+    def encode_prompt(prompt, do_classifier_free_guidance=True, **_):
+        embeds = torch.stack([torch.full((12, 10), float(len(text))) for text in prompt])
+        mask = torch.ones(len(prompt), 12)
+        return embeds, mask, torch.zeros_like(embeds), torch.zeros_like(mask)
+
+    pipe.encode_prompt = encode_prompt
+    return pipe
+
+
+SETTINGS = {"batch_size": 2, "shard_size": 4, "progress": False, "num_inference_steps": 2}
+
+
+def test_a_label_pipeline_makes_its_training_set(tmp_path):
+    pipe, seen = dit_pipeline(), []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda latents, *a, **k: (seen.append(latents), decode(latents, *a, **k))[1]
+    found = dg.data.from_pipeline(pipe, [3, 1, 4], 7, tmp_path, guidance_scale=2.0, **SETTINGS)
+    assert len(found) == 7
+    assert [int(found[i]["class_labels"]) for i in range(7)] == [3, 1, 4, 3, 1, 4, 3]
+    torch.testing.assert_close(found[2]["sample"], 0.3 * seen[1][0])
+    assert found[-1]["sample"].shape == (4, 8, 8)
+    graft = dg.build_graft(pipe.transformer, dg.plan_graft(pipe.transformer, {"self_attention[1]": "hyena_x"}))
+    config = dg.DistillConfig(steps=2, progress=False)
+    dg.distill(pipe.transformer, graft, batches_of(found, 4, 0), config, noise_scheduler=SCHEDULER)
+
+
+def test_a_prompt_pipeline_gives_the_conditioning_of_the_prompt_itself(tmp_path):
+    pipe = pixart_pipeline()
+    found = dg.data.from_pipeline(pipe, ["one", "three"], 4, tmp_path, height=8, width=8, use_resolution_binning=False, **SETTINGS)
+    assert [found[i]["encoder_hidden_states"].unique().tolist() for i in range(4)] == [[3.0], [5.0]] * 2
+    assert found[0]["encoder_attention_mask"].all()
+    assert not any(module._forward_pre_hooks for module in pipe.transformer.modules())
+    batch = next(iter(Shuffled(found, 2, 0)))
+    graft = dg.build_graft(pipe.transformer, dg.plan_graft(pipe.transformer, {"self_attention[1]": "hyena_x"}))
+    dg.distill(pipe.transformer, graft, [batch], dg.DistillConfig(steps=1, progress=False), noise_scheduler=SCHEDULER)
+
+
+class CutError(Exception):
+    pass
+
+
+def test_an_interrupted_set_is_finished_by_the_same_call(tmp_path, monkeypatch):
+    whole = dg.data.from_pipeline(dit_pipeline(), [0, 1], 10, tmp_path / "whole", **SETTINGS)
+    written = []
+
+    def cut(tensors, path):
+        if len(written) == 2:
+            path.write_bytes(b"half")
+            raise CutError
+        written.append(path)
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "save_file", cut)
+        with pytest.raises(CutError):
+            dg.data.from_pipeline(dit_pipeline(), [0, 1], 10, tmp_path / "cut", **SETTINGS)
+    with pytest.raises(FileError, match="not finished"):
+        dg.data.Shards(tmp_path / "cut")
+    calls = []
+    pipe = dit_pipeline()
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    again = dg.data.from_pipeline(pipe, [0, 1], 10, tmp_path / "cut", **SETTINGS)
+    assert len(calls) == 2  # one batch of two samples, at two steps
+    assert all(torch.equal(again[i]["sample"], whole[i]["sample"]) for i in range(10))
+    with pytest.raises(StateError, match="other settings \\(seed\\)"):
+        dg.data.from_pipeline(pipe, [0, 1], 10, tmp_path / "cut", seed=1, **SETTINGS)
+    path = min((tmp_path / "cut").glob("*.safetensors"))
+    path.write_bytes(b"half")
+    with pytest.raises(FileError, match="damaged"):
+        _ = again[0]
+
+
+def test_images_are_encoded_once_with_their_labels_or_prompts(tmp_path):
+    vae, images = tiny_vae(), torch.rand(5, 3, 8, 8) * 2 - 1
+    labelled = dg.data.encode(images, vae, folder=tmp_path / "a", class_labels=[0, 1, 2, 3, 4], batch_size=2, shard_size=2, progress=False)
+    assert [int(labelled[i]["class_labels"]) for i in range(5)] == [0, 1, 2, 3, 4]
+    with torch.no_grad():
+        mean = vae.encode(images[:1]).latent_dist.mean
+    assert (labelled[0]["sample"] - 0.3 * mean[0]).abs().max() < 3
+    encoder = dg.data.prompt_encoder(pixart_pipeline())
+    told = dg.data.encode(images, vae, encoder, folder=tmp_path / "b", prompts=["a", "bb", "ccc", "d", "e"], progress=False)
+    assert told[2]["encoder_hidden_states"].unique().tolist() == [3.0]
+    with pytest.raises(TrainingError, match="5 images and 1 prompts"):
+        dg.data.encode(images, vae, encoder, folder=tmp_path / "c", prompts=["a"])
+    with pytest.raises(TrainingError, match="text_encoder"):
+        dg.data.encode(images, vae, folder=tmp_path / "c", prompts=["a"] * 5)
+    with pytest.raises(TrainingError, match="a way of its own"):
+        dg.data.prompt_encoder(dit_pipeline())
+    assert {tensor.dtype for tensor in load_file(next((tmp_path / "b").glob("*.safetensors"))).values()} == {torch.float32}
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Counts how often it is read."""
+
+    def __init__(self, count=10):
+        self.count, self.read = count, 0
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.read += 1
+        return {"sample": torch.tensor([float(index)])}
+
+
+def taken(batches, count):
+    return [batch["sample"].flatten().tolist() for batch in itertools.islice(batches, count)]
+
+
+def test_shuffled_batches_hold_every_sample_once_an_epoch():
+    batches = taken(Shuffled(Numbers(), 3, seed=0), 6)
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    assert len(set(first)) == len(set(second)) == 9
+    assert first != second
+    assert taken(Shuffled(Numbers(), 3, seed=0), 6) == batches
+    assert taken(Shuffled(Numbers(), 3, seed=1), 6) != batches
+    assert [len(batch) for batch in taken(Shuffled(Numbers(2), 5, seed=0), 2)] == [2, 2]
+    assert taken(Shuffled(Numbers(), 3, seed=0, workers=1), 2) == batches[:2]
+
+
+def test_seeking_reads_nothing_of_a_dataset_and_all_of_an_iterator():
+    expected = taken(Shuffled(Numbers(), 3, seed=0), 9)
+    data = Numbers()
+    stream = Stream(Shuffled(data, 3, seed=0))
+    stream.seek(7)
+    assert data.read == 0
+    assert taken(stream, 2) == expected[7:]
+    assert stream.position == 9
+    stream = Stream({"sample": torch.tensor([float(i)])} for i in range(9))
+    stream.seek(7)
+    assert taken([stream.peek()], 1) == taken(stream, 1) == [[7.0]]

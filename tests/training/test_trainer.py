@@ -1,0 +1,97 @@
+"""The trainer, in the shape of transformers' own."""
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import diffusers_graft as dg
+from diffusers_graft.training.run import read_journal
+
+from ..models import SCHEDULER, batches, predict, tiny_dit
+
+
+class Singles(torch.utils.data.Dataset):
+    items = batches(20, size=1)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return {name: value[0] for name, value in self.items[index].items()}
+
+
+class StopError(Exception):
+    pass
+
+
+class Watcher(TrainerCallback):
+    def __init__(self, stop=None):
+        self.events, self.stop = [], stop
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append((state.stage, state.global_step))
+        if self.events[-1] == self.stop:
+            raise StopError
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.events.append(metrics)
+
+
+def trainer(folder, **settings):
+    common = {"steps": 4, "lr": 1e-3, "save_every": 1, "log_every": 1, "progress": False}
+    arguments = dg.GraftTrainingArguments(output_dir=folder, distill=dg.DistillConfig(evaluate_every=2, **common),
+                                          finetune=dg.FinetuneConfig(**common), per_device_train_batch_size=4)  # fmt: skip
+    return dg.GraftTrainer(model=tiny_dit(), plan={"self_attention[1::2]": "hyena_x"}, args=arguments, train_dataset=Singles(),
+                           eval_dataset=Singles(), noise_scheduler=SCHEDULER, **settings)  # fmt: skip
+
+
+def test_a_callback_of_transformers_follows_both_stages(tmp_path):
+    one = trainer(tmp_path, callbacks=[watcher := Watcher()])
+    one.train()
+    scores = one.evaluate()
+    steps = [(stage, step) for stage in ("one", "two") for step in range(1, 5)]
+    assert watcher.events == [*steps, scores.values]
+    rows = read_journal(tmp_path)
+    assert [(row["stage"], row["step"]) for row in rows] == steps
+    assert "held_out" in rows[3]["sites"]["self_attention[1]"]
+    one.save_model(tmp_path / "elsewhere")
+    fresh = tiny_dit()
+    fresh.load_graft(tmp_path / "elsewhere")
+    assert torch.equal(predict(fresh), predict(one.model))
+
+
+@pytest.mark.parametrize("stop", [("one", 3), ("two", 2)])
+def test_train_goes_on_in_whichever_stage_it_was_stopped(stop, tmp_path):
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    cut = trainer(tmp_path / "cut", callbacks=[Watcher(stop)])
+    with pytest.raises(StopError):
+        cut.train()
+    again = trainer(tmp_path / "cut")
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(predict(again.model), predict(whole.model))
+    fresh = tiny_dit()
+    fresh.load_graft(tmp_path / "cut")
+    assert torch.equal(predict(fresh), predict(whole.model))
+
+
+def test_a_push_leaves_checkpoints_at_home(tmp_path, monkeypatch):
+    pushed = {}
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    class Done:
+        repo_id, commit_url = "user/name", "https://example.invalid/commit"
+
+    def upload(self, *, folder_path, ignore_patterns=None, **_):
+        files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+        pushed["files"] = list(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+        return Done()
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: Done())
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    one = trainer(tmp_path)
+    one.train()
+    assert list((tmp_path / ".checkpoints").iterdir())
+    one.push_to_hub("user/name")
+    assert "training.jsonl" in pushed["files"]
+    assert not any("checkpoint" in name for name in pushed["files"])
