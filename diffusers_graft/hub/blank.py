@@ -10,18 +10,18 @@ from diffusers import ModelMixin
 
 from ..errors import FileError, GraftError
 from ..graft import Graft, build_graft
-from ..operators import Operator, OperatorConfig
-from ..plan import Edit, GraftPlan
+from ..operators import Mixer, Operator, OperatorConfig
+from ..plan import Edit, GraftPlan, build_operator
 from ..site import Site
 
 
 class _Blank:
     """A config whose operators do not start from the part they replace: their values are about to be loaded."""
 
-    init = "warm"  # a random start would copy the projections that a mixer shares
-
     def __init__(self, config: OperatorConfig):
         self.config = config
+        # A random start would copy the projections that a mixer shares; the others must not ask for what they would replace.
+        self.init = "warm" if issubclass(config.owner, Mixer) else "random"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.config, name)
@@ -57,7 +57,7 @@ def _expected(edit: Edit) -> dict[str, torch.Tensor]:
     """What the operator of an edit holds, without memory for it."""
     try:
         with torch.device("meta"):
-            return edit.config.build(edit.site).state_dict()
+            return build_operator(edit.config, edit.site).state_dict()
     except GraftError:
         raise
     except (ArithmeticError, RuntimeError, TypeError, ValueError, LookupError, MemoryError) as error:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from ..anatomy import evaluating, example_inputs, predict
-from ..errors import FileError
+from ..anatomy import evaluating, example_inputs, pack_inputs, predict, unpack_inputs
+from ..errors import FileError, ModelError
+from ..graft import installed
 from .files import read_tensors
 
 logger = logging.getLogger(__name__)
 
+_RECIPE = "recipe"  # tensor of the JSON text that puts recorded arguments in their places
 _LARGEST = 32  # latents: a proof should not cost minutes where a model was made for 16,000 tokens
 
 
@@ -24,10 +26,33 @@ def _inputs(model: ModelMixin) -> dict[str, Any]:
 
 @torch.no_grad()
 def prove(model: ModelMixin) -> dict[str, torch.Tensor]:
-    """A seeded input and the model's output for it."""
-    inputs = _inputs(model)
+    """A seeded input and the model's output for it; of a family without example inputs, those of the last forward.
+
+    Empty, with a warning, where there are neither.
+    """
+    inputs, tensors = _to_prove_by(model)
+    if not inputs:
+        return {}
     with evaluating(model):
-        return {**_flat(inputs), "output": predict(model, inputs)}
+        return {**tensors, "output": predict(model, inputs)}
+
+
+def _to_prove_by(model: ModelMixin) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Arguments of a forward, and the tensors that hold them in a file."""
+    try:
+        inputs = _inputs(model)
+        return inputs, _flat(inputs)
+    except ModelError:
+        inputs = installed(model).slot.arguments or {}
+    why = f"No inputs are known for {type(model).__name__}: run it once with its graft, without gradients, then save."
+    try:
+        tensors, recipe = pack_inputs(inputs)
+    except ModelError as error:
+        inputs, why = {}, str(error)
+    if not inputs:
+        logger.warning(f"The graft is saved without a proof. {why}")
+        return {}, {}
+    return inputs, {**tensors, _RECIPE: torch.frombuffer(bytearray(recipe, "utf-8"), dtype=torch.uint8)}
 
 
 @torch.no_grad()
@@ -36,17 +61,16 @@ def replay(model: ModelMixin, path: Path) -> float | None:
 
     Raises `FileError` for a proof that is damaged, or of other inputs than the model takes.
     """
-    if not path.exists():
+    saved = read_tensors(path) if path.exists() else {}
+    if not saved:
         logger.warning(f"{path.parent} carries no proof; its outputs were not checked.")
         return None
-    saved, inputs = read_tensors(path), _inputs(model)
-    wanted = {name: tensor.shape for name, tensor in _flat(inputs).items()}
-    given = {name: tensor.shape for name, tensor in saved.items() if name != "output"}
-    if "output" not in saved or not set(given) <= set(wanted):
-        raise FileError(f"{path} is no proof for this model: it holds {sorted(saved)}, not {sorted([*wanted, 'output'])}.")
+    if "output" not in saved:
+        raise FileError(f"{path} is no proof: it holds {sorted(saved)}, and no output.")
+    inputs = _proven(model, saved, path)
     try:
         with evaluating(model):
-            output = predict(model, _unflat(inputs, saved))
+            output = predict(model, inputs)
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
         raise FileError(f"{path} holds inputs that this model does not take: {error}") from error
     expected = saved["output"].to(output.device, output.dtype)
@@ -56,6 +80,22 @@ def replay(model: ModelMixin, path: Path) -> float | None:
     level = logging.INFO if difference <= 1e-3 * expected.abs().max().item() else logging.WARNING
     logger.log(level, f"proof replayed: largest difference {difference:.3g}")
     return difference
+
+
+def _proven(model: ModelMixin, saved: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
+    """The arguments that a file holds."""
+    try:
+        inputs = _inputs(model)
+    except ModelError:
+        try:
+            return unpack_inputs(saved, bytes(saved[_RECIPE].tolist()).decode(), model)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise FileError(f"{path} is damaged: its inputs cannot be put together: {error!r}") from error
+    wanted = {name: tensor.shape for name, tensor in _flat(inputs).items()}
+    given = {name: tensor.shape for name, tensor in saved.items() if name != "output"}
+    if not set(given) <= set(wanted):
+        raise FileError(f"{path} is no proof for this model: it holds {sorted(saved)}, not {sorted([*wanted, 'output'])}.")
+    return _unflat(inputs, saved)
 
 
 def _flat(inputs: dict[str, Any], prefix: str = "inputs.") -> dict[str, torch.Tensor]:
