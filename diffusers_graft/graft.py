@@ -6,6 +6,7 @@ feed-forward it is a module with the original's call. Weights are shared until s
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from .processor import graft_processor
 from .site import ContextSlot, Site, Sites
 
 # Quantised and fp8 weights are stored, not computed with; a new part takes the model's dtype there.
-_COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class FeedForwardSeat(nn.Module):
@@ -150,10 +151,16 @@ def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
     originals = {edit.site.path: _original(model, edit.site.path) for edit in plan.edits}
     seats = {}
     for number, edit in enumerate(plan.edits):
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _without_memory(originals[edit.site.path]):
             torch.manual_seed(seed + number)
             seats[edit.site.path] = _build_seat(model, edit, originals[edit.site.path], slot)
     return Graft(plan, seats, originals, slot, find_sites(model))
+
+
+def _without_memory(original: nn.Module) -> contextlib.AbstractContextManager:
+    """Parts of a model on the meta device are built there too: no memory, and nothing to start from."""
+    on_meta = any(parameter.is_meta for parameter in original.parameters())
+    return torch.device("meta") if on_meta else contextlib.nullcontext()
 
 
 def _original(model: ModelMixin, path: str) -> nn.Module:
@@ -187,7 +194,7 @@ def _build_seat(model: ModelMixin, edit: Edit, original: nn.Module, slot: Contex
         seat = AttentionSeat(edit.site, operator)
     else:
         seat = _attention_seat(edit, original, operator)
-    like = next((p for p in original.parameters() if p.dtype in _COMPUTE_DTYPES), None)
+    like = next((p for p in original.parameters() if p.dtype in COMPUTE_DTYPES), None)
     operator.to(device=model.device if like is None else like.device, dtype=model.dtype if like is None else like.dtype)
     return seat.train(original.training)
 
@@ -234,7 +241,8 @@ def _refuse_more_than_projections(original: nn.Module, edit: Edit) -> None:
 
 def _refuse_hooked(original: nn.Module, site: Site) -> None:
     """Offloading and casting hooks replace a module's forward, and a copy of it would run the original's."""
-    if "forward" in vars(original) or hasattr(original, "_hf_hook") or hasattr(original, "_diffusers_hook"):
+    offloaded = any(hasattr(module, "_hf_hook") for module in original.modules())
+    if "forward" in vars(original) or offloaded or hasattr(original, "_diffusers_hook"):
         raise OperatorError(
             f"{site.path} carries offloading or casting hooks. Graft first, then enable offloading or layerwise casting."
         )

@@ -98,7 +98,8 @@ def _seen(operator: Mixer, query, key, mask: torch.Tensor | None, grid: Grid | N
     """log Z(image) of every image token, [B, H, N, 1]."""
     tokens = query.shape[2]
     grid = grid if grid is not None and grid.tokens == tokens else Grid(height=1, width=tokens)
-    fields, weights = fields_of(operator.config, operator.site, grid, query.device)
+    site = operator.site
+    fields, weights = fields_of(operator.config, (site.width, site.heads, site.head_width), grid, query.device)
     if len(fields) == 1:
         scores = query @ key[:, :, fields[0]].transpose(-1, -2)
     else:
@@ -111,14 +112,21 @@ def _seen(operator: Mixer, query, key, mask: torch.Tensor | None, grid: Grid | N
 
 
 @torch.compiler.assume_constant_result
-def fields_of(config: OperatorConfig, site: Site, grid: Grid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and log weights of the tokens that stand for each token's receptive field: [N or 1, K], made once for a grid."""
-    fields, weights = _fields(config, site, grid)
+def fields_of(config: OperatorConfig, sizes: tuple[int, int, int], grid: Grid,
+              device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Indices and log weights of the tokens that stand for each token's receptive field: [N or 1, K], made once for a grid.
+
+    Args:
+        sizes: width, heads and head width; not the site itself, which would be another for each of the compiled blocks.
+    """
+    fields, weights = _fields(config, sizes, grid)
     return fields.to(device), weights.to(device)
 
 
 @functools.lru_cache(maxsize=64)
-def _fields(config: OperatorConfig, site: Site, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def _fields(config: OperatorConfig, sizes: tuple[int, int, int], grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    width, heads, head_width = sizes
+    site = Site(kind="self_attention", index=0, path="", width=width, heads=heads, head_width=head_width)
     with torch.device("meta"):
         operator = config.build(site)
     fields = [operator.receptive_field(token, grid) for token in range(grid.tokens)]

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import torch
 from diffusers import ModelMixin
+from diffusers.hooks import group_offloading
 from torch import nn
 
-from .anatomy import bind_arguments, read_context
+from .anatomy import argument_names, context_of, family_of
 from .errors import StateError
-from .graft import Graft, installed, is_enabled
+from .graft import COMPUTE_DTYPES, Graft, installed, is_enabled
 from .processor import is_grafted
 
-_GRAFT, _ENABLED = "_graft", "_graft_enabled"
+_GRAFT, _ENABLED, _SKIPPED = "_graft", "_graft_enabled", "_skip_layerwise_casting_patterns"
 
 
 def install(model: ModelMixin, graft: Graft) -> None:
@@ -53,8 +54,9 @@ def enable(model: ModelMixin) -> None:
     if is_enabled(model):
         return
     _exchange(model, graft, graft.seats, graft.adapters)
-    model.register_forward_pre_hook(ContextReader(graft), with_kwargs=True)
+    model.register_forward_pre_hook(ContextReader(graft, model), with_kwargs=True)
     vars(model)[_ENABLED] = True
+    _tell_hooks(model)
 
 
 def disable(model: ModelMixin) -> None:
@@ -68,6 +70,7 @@ def disable(model: ModelMixin) -> None:
     _exchange(model, graft, graft.originals, adapted)
     _remove_reader(model)
     vars(model)[_ENABLED] = False
+    _tell_hooks(model)
 
 
 def require_graft(model: ModelMixin) -> Graft:
@@ -92,14 +95,26 @@ def check_seats(graft: Graft) -> None:
 class ContextReader:
     """Forward pre-hook of the root: reads the context of this forward for the parts of one graft."""
 
-    def __init__(self, graft: Graft):
-        self.graft = graft
+    def __init__(self, graft: Graft, model: ModelMixin):
+        # What compiled code could not look up.
+        self.graft, self.family, self.names = graft, family_of(model), argument_names(type(model))
 
     def __call__(self, model: ModelMixin, args: tuple, kwargs: dict) -> None:
         check_seats(self.graft)
-        self.graft.slot.current = read_context(model, args, kwargs)
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self.graft.slot.current = context_of(model, self.family, inputs)
         if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
-            self.graft.slot.arguments = bind_arguments(type(model), args, kwargs)
+            self.graft.slot.arguments = inputs
+
+
+def _tell_hooks(model: ModelMixin) -> None:
+    """Offloading by groups follows a change of modules; layerwise casting, enabled later, leaves grafts as they are."""
+    patterns = type(model)._skip_layerwise_casting_patterns
+    vars(model).pop(_SKIPPED, None)
+    if is_enabled(model):
+        vars(model)[_SKIPPED] = (*(patterns or ()), r"\.graft\.")
+    if getattr(group_offloading, "_maybe_remove_and_reapply_group_offloading", None) is not None:
+        group_offloading._maybe_remove_and_reapply_group_offloading(model)
 
 
 def _remove_reader(model: ModelMixin) -> None:
@@ -126,11 +141,12 @@ def _follow(leaving: nn.Module, coming: nn.Module) -> None:
     """Move a part that waited off the tree to where the model went meanwhile, without touching what it shares."""
     coming.train(leaving.training)
     counterparts = dict(leaving.named_parameters())
-    here = next((p for p in counterparts.values() if p.is_floating_point()), None)
+    here = next((p for p in counterparts.values() if p.dtype in COMPUTE_DTYPES), None)
     if here is None:
-        return
+        return  # weights that are only stored, quantised or fp8, say nothing about where a part should go
     shared = {id(parameter) for parameter in counterparts.values()}
     for name, parameter in coming.named_parameters():
         like = counterparts.get(name, here)
+        like = like if like.dtype in COMPUTE_DTYPES else here
         if id(parameter) not in shared and (parameter.device, parameter.dtype) != (like.device, like.dtype):
             parameter.data = parameter.data.to(like.device, like.dtype)

@@ -1,11 +1,11 @@
 """Reading a diffusers model: which parts it has, how its tokens lie, what its forward takes."""
 from .examples import example_inputs
-from .families import Family, bind_arguments, family_of, read_context
+from .families import Family, argument_names, bind_arguments, context_of, family_of, read_context
 from .parts import linear_pair, projections
 from .running import evaluating, pack_inputs, predict, unpack_inputs
 from .sites import find_sites, require_model
 
 __all__ = [
-    "Family", "bind_arguments", "evaluating", "example_inputs", "family_of", "find_sites", "linear_pair", "pack_inputs",
-    "predict", "projections", "read_context", "require_model", "unpack_inputs",
+    "Family", "argument_names", "bind_arguments", "context_of", "evaluating", "example_inputs", "family_of", "find_sites",
+    "linear_pair", "pack_inputs", "predict", "projections", "read_context", "require_model", "unpack_inputs",
 ]  # fmt: skip

@@ -99,7 +99,11 @@ def family_of(model: ModelMixin) -> Family:
 
 def read_context(model: ModelMixin, args: tuple, kwargs: Inputs) -> Context:
     """The context of the forward `model(*args, **kwargs)`; no grid where its arguments do not tell one."""
-    family, inputs = family_of(model), bind_arguments(type(model), args, kwargs)
+    return context_of(model, family_of(model), bind_arguments(type(model), args, kwargs))
+
+
+def context_of(model: ModelMixin, family: Family, inputs: Inputs) -> Context:
+    """The context of a forward of a family, from its arguments by name."""
     prompt = next((inputs[name] for name in ("encoder_hidden_states", "text_bth") if name in inputs), None)
     return Context(
         grid=family.grid(model, inputs), text_first=family.text_first, aside=family.aside, pyramid=family.pyramid,
@@ -108,7 +112,11 @@ def read_context(model: ModelMixin, args: tuple, kwargs: Inputs) -> Context:
     )  # fmt: skip
 
 
+def argument_names(cls: type[ModelMixin]) -> tuple[str, ...]:
+    """Of the forward of a model."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
 def bind_arguments(cls: type[ModelMixin], args: tuple, kwargs: Inputs) -> dict[str, Any]:
     """Arguments of a forward by name, however they were passed; unknown ones are left for the model to refuse."""
-    names = tuple(inspect.signature(cls.forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(argument_names(cls), args, strict=False)), **kwargs}

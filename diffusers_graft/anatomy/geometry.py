@@ -108,10 +108,29 @@ def _from_shapes(shapes: Any) -> Grid | None:
 
 
 def _from_ids(ids: torch.Tensor) -> Grid | None:
-    """The grid of ids [N, axes], the first three axes being frame (or 0), row and column, in raster order."""
+    """The grid of ids [N, axes], the first three axes being frame (or 0), row and column, in raster order.
+
+    Compiled code cannot look at values: it takes the grid last read for as many ids, and checks that it is still theirs.
+    """
     ids = _first_sample(ids)
+    if torch.compiler.is_compiling():
+        return _checked(ids, _READ.get(ids.shape[0]))
     lengths = [int(ids[:, axis].max() - ids[:, axis].min()) + 1 for axis in range(3)]
-    return Grid(frames=lengths[0], height=lengths[1], width=lengths[2]) if _product(lengths) == len(ids) else None
+    grid = Grid(frames=lengths[0], height=lengths[1], width=lengths[2]) if _product(lengths) == len(ids) else None
+    if grid is not None:
+        _READ[len(ids)] = grid
+    return grid
+
+
+_READ: dict[int, Grid] = {}  # by number of ids
+
+
+def _checked(ids: torch.Tensor, grid: Grid | None) -> Grid | None:
+    if grid is not None:
+        lengths = torch.tensor([grid.frames, grid.height, grid.width], device=ids.device)
+        same = (ids.amax(0) - ids.amin(0))[:3].round().long() + 1 == lengths
+        torch._assert_async(same.all(), "The image has other sides than when this was compiled: run it once uncompiled.")
+    return grid
 
 
 def _first_sample(tensor: torch.Tensor, dims: int = 2) -> torch.Tensor:
