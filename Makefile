@@ -5,7 +5,7 @@ OUTPUT ?= quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help quickstart test test-all bench bench-operators bench-pixart testbed lint clean
+.PHONY: help quickstart test test-all ablate bench bench-operators bench-pixart bench-training testbed lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -37,6 +37,12 @@ bench-operators: $(READY) ## Every operator by itself, on a CPU
 
 bench-pixart: $(READY) ## PixArt-Sigma at 2,048 x 2,048 (needs one CUDA device)
 	$(BIN)/diffusers-graft bench-pixart --output examples/benchmarks/pixart-sigma.md
+
+bench-training: $(READY) ## Stage one against the least it could cost, and reuse of the teacher's passes
+	$(BIN)/diffusers-graft bench-training --output examples/benchmarks/training-cpu.md
+
+ablate: $(READY) ## What starts and stages buy, at equal compute (half an hour on one core; goes on where it stopped)
+	$(BIN)/diffusers-graft ablate --output examples/ablation
 
 testbed: $(READY) ## Train the testbed's model and its judge from scratch (hours on two cores)
 	$(BIN)/python -m diffusers_graft.testbed.classifier --output runs/testbed

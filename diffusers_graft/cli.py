@@ -69,6 +69,13 @@ def run_bench_pixart(arguments: argparse.Namespace) -> None:
     bench_pixart(arguments.output, rounds=arguments.rounds, say=say)
 
 
+def run_bench_training(arguments: argparse.Namespace) -> None:
+    """Stage one against the least it could cost, and what reusing the teacher's passes saves."""
+    from .bench.training import bench_training
+
+    bench_training(arguments.output, rounds=arguments.rounds, say=say)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The verbs and their options."""
     parser = argparse.ArgumentParser(prog="diffusers-graft", description="Edit the architecture of diffusion transformers.")
@@ -103,8 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=7)
     bench.set_defaults(run=run_bench)
 
-    for name, run in (("bench-operators", run_bench_operators), ("bench-pixart", run_bench_pixart)):
-        verb = verbs.add_parser(name, help=run.__doc__)
+    for name, run in {"operators": run_bench_operators, "pixart": run_bench_pixart, "training": run_bench_training}.items():
+        verb = verbs.add_parser(f"bench-{name}", help=run.__doc__)
         verb.add_argument("--output", type=Path, help="Markdown file to store the tables in")
         verb.add_argument("--rounds", type=int, default=7)
         verb.set_defaults(run=run)

@@ -225,7 +225,7 @@ def _untouched(model: ModelMixin, graft: Graft, seed: int) -> Iterator[None]:
         torch.manual_seed(seed)
         for module in (model, *graft.seats.values()):
             stack.enter_context(evaluating(module))
-        stack.callback(model.register_forward_pre_hook(ContextReader(graft), with_kwargs=True).remove)
+        stack.callback(model.register_forward_pre_hook(ContextReader(graft, model), with_kwargs=True).remove)
         yield
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,7 +27,8 @@ class TrainingConfig:
         optimizer, optimizer_args: any optimiser of `torch.optim` by name, and its settings.
         max_grad_norm: clipping.
         accumulate: batches of one optimiser step.
-        precision: `"no"`, or mixed: `"bf16"`, `"fp16"` (weights stay as they are).
+        precision: `"no"`, or mixed: `"bf16"`, `"fp16"` (weights stay as they are); None is what `accelerate launch
+            --mixed_precision` says, and else `"no"`.
         timesteps: of the noise, see `Noising`.
         prompt_dropout: rate at which a prompt is dropped, where a null prompt is given; 0.1 is what most models were trained
             with. Class labels are dropped at the model's own rate.
@@ -47,7 +49,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     accumulate: int = 1
-    precision: str = "no"
+    precision: str | None = None
     timesteps: str = "auto"
     prompt_dropout: float = 0.1
     seed: int = 0
@@ -58,6 +60,8 @@ class TrainingConfig:
     progress: bool = True
 
     def __post_init__(self):
+        if self.precision is None:
+            object.__setattr__(self, "precision", os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
         one_of("precision", self.precision, PRECISIONS)
         one_of("schedule", self.schedule, [kind.value for kind in SchedulerType])
         one_of("optimizer", self.optimizer, optimizers())

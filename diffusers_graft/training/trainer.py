@@ -50,7 +50,7 @@ class GraftTrainer:
     """Graft a model and teach it, in the shape of `transformers.Trainer`.
 
     Args:
-        model: a diffusers model, not grafted; moved to the device of its process where there are several.
+        model: a diffusers model, not grafted; moved to the device of its process.
         plan: a `GraftPlan`, or rules.
         train_dataset, eval_dataset: map-style datasets of single samples (`{"sample": latents, **conditioning}`), or lists
             and other iterables of batches of them. By the error on the evaluation data, stage one chooses weights.
@@ -68,7 +68,7 @@ class GraftTrainer:
         self.model, self.args, self.callbacks = model, args, list(callbacks)
         self.common = {"noise_scheduler": noise_scheduler, "null_prompt": null_prompt}
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        if processes.state().num_processes > 1:
+        if processes.state().num_processes > 1 or processes.state().device.type == "cuda":
             model.to(processes.state().device)
         self.plan = plan if isinstance(plan, GraftPlan) else plan_graft(model, plan)
         self.graft: Graft = build_graft(model, self.plan, seed=args.seed)

@@ -67,7 +67,7 @@ class Watch:
     def hooks(self, *, gated: bool = False) -> Iterator[None]:
         """Watch inside; no trace of it afterwards, whatever happens."""
         with ExitStack() as stack:
-            stack.callback(self.model.register_forward_pre_hook(ContextReader(self.graft), with_kwargs=True).remove)
+            stack.callback(self.model.register_forward_pre_hook(ContextReader(self.graft, self.model), with_kwargs=True).remove)
             for path in self.graft.seats:
                 module = self.model.get_submodule(path)
                 stack.callback(module.register_forward_hook(self._hook(path), with_kwargs=True).remove)
