@@ -97,7 +97,7 @@ class _Grafted:
         if site.kind == "self_attention" and context.grid is not None and context.text_first is not None:
             shared = keys > context.grid.tokens or (self._calls > 1 and tokens < context.grid.tokens)
             image = context.grid.tokens if shared else None
-        if tokens != keys and tokens != image and self._calls == 1:
+        if tokens != keys and (image is None or tokens > image):
             raise OperatorError(
                 f"{site.path} attends to keys of other tokens than its own, as with a key-value cache, and "
                 "a graft mixes the tokens of one forward. Run the model without its cache."

@@ -48,8 +48,8 @@ _ROWS: dict[str, Family] = {
         "OvisImageTransformer2DModel", "OmniGenTransformer2DModel", "HeliosTransformer3DModel", "QwenImage21Transformer2DModel",
     ), Family(text_first=True)),
     "Flux3Transformer2DModel": Family(text_first=True, aside=("txt_mode_blocks.", "mode_blocks.image_cond.")),
-    "Lumina2Transformer2DModel": Family(text_first=True, aside=("context_refiner.",)),
-    "BriaFibo2Transformer2DModel": Family(text_first=True, aside=("perceiver.",)),
+    "Lumina2Transformer2DModel": Family(text_first=True, aside=("context_refiner.",), grid=geometry.unless_ragged),
+    "BriaFibo2Transformer2DModel": Family(text_first=True, aside=("perceiver.",), grid=geometry.unless_ragged),
     "Krea2Transformer2DModel": Family(text_first=True, aside=("text_fusion.",), grid=geometry.from_last_positions),
     "Ideogram4Transformer2DModel": Family(text_first=True, grid=geometry.from_marked_positions),
     "MiniMaxH3Transformer3DModel": Family(text_first=True, aside=("token_refiner.",), grid=geometry.from_video_positions),
@@ -78,8 +78,9 @@ _ROWS: dict[str, Family] = {
     **dict.fromkeys(("AceStepTransformer1DModel", "LongCatAudioDiTTransformer"), Family(grid=geometry.packed_waveform)),
     **dict.fromkeys((
         "UNet2DModel", "UNet2DConditionModel", "UNet3DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel",
-        "UVit2DModel", "Kandinsky3UNet", "StableCascadeUNet", "UNetControlNetXSModel",
+        "Kandinsky3UNet", "StableCascadeUNet", "UNetControlNetXSModel",
     ), Family(pyramid=True)),
+    "UVit2DModel": Family(pyramid=True, grid=geometry.from_codes),
 }  # fmt: skip
 
 

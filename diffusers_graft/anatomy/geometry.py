@@ -27,6 +27,16 @@ def read_grid(model: ModelMixin, inputs: Inputs) -> Grid | None:
     return None if latents is None else _patches(model, latents.shape[2:])
 
 
+def unless_ragged(model: ModelMixin, inputs: Inputs) -> Grid | None:
+    """As `read_grid`, but for prompts of several lengths, which put each sample's image elsewhere in the stream."""
+    mask = inputs.get("encoder_attention_mask")
+    if mask is not None and torch.compiler.is_compiling():
+        torch._assert_async((mask != 0).all(), "Prompts are padded, which puts each image elsewhere in the stream.")
+    elif mask is not None and not (mask != 0).all():
+        return None
+    return read_grid(model, inputs)
+
+
 def frames_first(model: ModelMixin, inputs: Inputs) -> Grid | None:
     """Latents [B, F, C, H, W]."""
     latents = latents_of(inputs)
@@ -56,7 +66,9 @@ def from_last_positions(model: ModelMixin, inputs: Inputs) -> Grid | None:
 
 
 def from_marked_positions(model: ModelMixin, inputs: Inputs) -> Grid | None:
-    """Positions [B, N, 3] whose image tokens `indicator` marks with the largest number but that of the prompt (2)."""
+    """Positions [B, N, 3] whose image tokens `indicator` marks with 2, at the same places in every sample."""
+    if not (inputs["indicator"] == inputs["indicator"][:1]).all():
+        return None
     return _from_ids(_first_sample(inputs["position_ids"])[_first_sample(inputs["indicator"], 1) == 2])
 
 
@@ -68,6 +80,11 @@ def from_video_positions(model: ModelMixin, inputs: Inputs) -> Grid | None:
 def from_vision_shapes(model: ModelMixin, inputs: Inputs) -> Grid | None:
     """One (frames, rows, columns) for each packed video; several lie on no one grid."""
     return _from_shapes(inputs["vision_token_shapes"])
+
+
+def from_codes(model: ModelMixin, inputs: Inputs) -> Grid | None:
+    """Codes [B, H, W]."""
+    return Grid(height=inputs["input_ids"].shape[-2], width=inputs["input_ids"].shape[-1])
 
 
 def latents_of(inputs: Inputs) -> torch.Tensor | None:
