@@ -9,7 +9,9 @@ from .anatomy import find_sites
 from .errors import GraftError
 from .evaluation.scores import Scores, evaluate
 from .graft import Graft, build_graft
+from .hub.cards import card
 from .hub.full import load_pretrained
+from .hub.upstream import import_upstream
 from .model import attach_verbs, set_graft
 from .operators.conformance import check_operator
 from .plan import GraftPlan, interleaved, plan_graft
@@ -22,9 +24,9 @@ from .training.trainer import GraftTrainer, GraftTrainingArguments
 
 __all__ = [
     "ClosedFormConfig", "Context", "DistillConfig", "FinetuneConfig", "Graft", "GraftError", "GraftPlan", "GraftTrainer",
-    "GraftTrainingArguments", "Grid", "Scores", "Site", "Sites", "__version__", "build_graft", "check_operator", "closed_form",
-    "data", "distill", "evaluate", "find_sites", "finetune", "interleaved", "load_pretrained", "operators", "plan_graft",
-    "set_graft",
+    "GraftTrainingArguments", "Grid", "Scores", "Site", "Sites", "__version__", "build_graft", "card", "check_operator",
+    "closed_form", "data", "distill", "evaluate", "find_sites", "finetune", "import_upstream", "interleaved",
+    "load_pretrained", "operators", "plan_graft", "set_graft",
 ]  # fmt: skip
 
 attach_verbs()

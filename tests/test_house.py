@@ -31,7 +31,7 @@ HOMES = {
     "safetensors": {"hub.files", "testbed", "training.checkpoint", "training.datasets"},  # training stands below the hub
     "huggingface_hub": {"hub"},
     "jinja2": {"hub.cards"},
-    "yaml": {"hub.cards"},
+    "yaml": {"hub.sections"},
     "matplotlib": {"evaluation.report", "testbed.sampling"},
     "PIL": {"testbed"},  # renders the letters
     **dict.fromkeys(("flash_attn", "natten", "causal_conv1d", "mamba_ssm", "fla"), {"operators"}),  # backends

@@ -2,48 +2,88 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from diffusers import ModelMixin
 
+from ..errors import UnknownNameError
 from ..graft import Graft
+from ..surgery import require_graft
+from .description import describe, describe_whole
+from .edits import edit_rows, own_parameters, strip
 from .files import write_text
+from .sections import finished, front_matter, merged
 
 CARD = "README.md"
-_OURS = "written by diffusers-graft"
 _PICTURE = "samples.png"
+_ABOUT = ("license", "datasets", "pipeline_tag", "speed", "limits", "hardware", "sample_prompts")
+_TAGS = {"DiTTransformer2DModel": "unconditional-image-generation", "PixArtTransformer2DModel": "text-to-image",
+         "FluxTransformer2DModel": "text-to-image", "SD3Transformer2DModel": "text-to-image"}  # fmt: skip
+
+
+def card(model: ModelMixin, *, source: str = "user/name", scores: dict[str, Any] | None = None, **about: Any) -> str:
+    """The card of a grafted model as text. What is not given, and was not measured, is absent.
+
+    Args:
+        source: the repository or folder that the lines on loading name.
+        scores: measured results by row, as `dg.evaluate` gives them; several rows are compared in one table.
+        about: `license` of the base, `datasets` and `hardware` of the training, `pipeline_tag`, `limits` in words, and
+            `speed`, the rows of `evaluation.benchmark.benchmark_latency`.
+    """
+    graft = require_graft(model)
+    whole = graft.standalone
+    config = describe_whole(model, graft) if whole else describe(model, graft, "")
+    config["scores"] = {name: row.to_dict() for name, row in (scores or {}).items()} or config["scores"]
+    config["about"] = checked_about(about)
+    return finished(render_card(model, graft, config, source=source, whole=whole))
+
+
+def checked_about(about: dict[str, Any] | None) -> dict[str, Any]:
+    """What a person tells of a graft. Raises `UnknownNameError` for an entry that no card has."""
+    for name in about or {}:
+        if name not in _ABOUT:
+            raise UnknownNameError("entry of a card", name, _ABOUT)
+    return {name: value for name, value in (about or {}).items() if value is not None}
 
 
 def write_card(
-    stage: Path, folder: Path, model: ModelMixin, graft: Graft, config: dict[str, Any], scores: dict[str, Any],
-) -> None:  # fmt: skip
-    """Write the card of a graft that is saved to `folder`, unless a person has made the one that is there their own."""
-    present = folder / CARD
-    if present.exists() and _OURS not in present.read_text(encoding="utf-8"):
-        return
-    write_text(stage / CARD, render_card(folder, model, graft, config, scores))
+    stage: Path, folder: Path, model: ModelMixin, graft: Graft, config: dict[str, Any], *, whole: bool = False
+) -> None:
+    """Write the card of a graft that is saved to `folder`; what a person changed in the one that is there is kept."""
+    present, picture = folder / CARD, _PICTURE if (folder / _PICTURE).exists() else None
+    fresh = render_card(model, graft, config, source=folder.name, whole=whole, picture=picture)
+    text = merged(fresh, present.read_text(encoding="utf-8")) if present.exists() else finished(fresh)
+    write_text(stage / CARD, text)
 
 
-def render_card(folder: Path, model: ModelMixin, graft: Graft, config: dict[str, Any], scores: dict[str, Any]) -> str:
-    """The card as text; `scores` are rows of `Scores` by name."""
-    base = config["base"]["name_or_path"]
-    edits = [_edit_row(edit, graft) for edit in graft.plan.edits]
+def render_card(
+    model: ModelMixin, graft: Graft, config: dict[str, Any], *, source: str, whole: bool, picture: str | None = None
+) -> str:
+    """The card as text, without the note by which edits are told apart."""
+    base = (config["base"] or {}).get("name_or_path")
+    operators = sorted({edit.config.owner.name for edit in graft.plan.edits})
     stages = [row for row in graft.history if "stage" in row]
-    template = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined).from_string(_template())
+    about, imported = config.get("about") or {}, config.get("imported")
+    papers = sorted({edit.config.owner.paper for edit in graft.plan.edits} - {""})
+    flops, rows = edit_rows(model, graft)
+    template = jinja2.Environment(
+        keep_trailing_newline=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(_template())
     return template.render(
-        front_matter=yaml.safe_dump(_front_matter(base), sort_keys=False).strip(),
-        title=f"{type(model).__name__} with {' and '.join(sorted({e.config.owner.name for e in graft.plan.edits}))}",
-        base=f"`{base}`" if base else f"a `{type(model).__name__}`",
-        summary=_summary(graft), source=folder.name, edits=edits, strip=strip(graft),
-        own_parameters=f"{sum(t.numel() for path in graft.seats for t in graft.own_tensors_of(path).values()):,}",
+        front_matter=front_matter(_front_matter(model, config, operators, whole, source)),
+        title=type(model).__name__ + (f" with {' and '.join(operators)}" if operators else ""),
+        base=f"`{base}`" if base else f"a `{type(model).__name__}`", summary=_summary(graft), source=source, edits=rows,
+        flops_at=flops, strip=strip(graft), whole=whole, model_class=type(model).__name__, own=own_parameters(graft),
         body=len(graft.body), lora=graft.adapter_config.r if graft.adapter_config else None,
-        stages=[_stage_row(row) for row in stages],
+        compressed=compressed_summary(config.get("compressed") or {}), settings=_settings(model, config), imported=imported,
+        stages=[_stage_row(row) for row in stages], hardware=about.get("hardware"), datasets=about.get("datasets") or [],
         sites=[_site_row(stage, row) for stage in stages for row in stage.get("sites", ())],
-        papers=sorted({edit.config.owner.paper for edit in graft.plan.edits} - {""}),
-        picture=_PICTURE if (folder / _PICTURE).exists() else None, versions=config["versions"], **_score_table(scores),
+        papers=papers, citations=[citation(paper) for paper in papers if "2506.05340" not in paper], picture=picture,
+        versions=config["versions"], limits=about.get("limits"), speed=speed_table(about.get("speed") or []),
+        **_score_table(config.get("scores") or {}),
     )  # fmt: skip
 
 
@@ -55,46 +95,74 @@ def _template() -> str:
     return next(folder / "graft_card.md.jinja" for folder in folders if folder.is_dir()).read_text(encoding="utf-8")
 
 
-def _front_matter(base: str | None) -> dict[str, Any]:
-    data: dict[str, Any] = {"library_name": "diffusers-graft", "tags": ["diffusers", "diffusers-graft", "graft"]}
-    return {**data, "base_model": base, "base_model_relation": "adapter"} if base else data
+def _front_matter(model: ModelMixin, config: dict[str, Any], operators: list[str], whole: bool, source: str) -> dict[str, Any]:
+    base, about = (config["base"] or {}).get("name_or_path"), config.get("about") or {}
+    data = {"library_name": "diffusers-graft", "tags": ["diffusers", "diffusers-graft", "graft", *operators]}
+    if base:
+        data |= {"base_model": base, "base_model_relation": "finetune" if whole else "adapter"}
+    license = about.get("license") or (config.get("imported") or {}).get("license")
+    data |= {"license": license} if license else {}
+    tag = about.get("pipeline_tag") or _TAGS.get(type(model).__name__)
+    data |= {"pipeline_tag": tag} if tag else {}
+    data |= {"datasets": list(about["datasets"])} if about.get("datasets") else {}
+    index = _model_index(config.get("scores") or {}, tag, source, about.get("datasets"))
+    return data | ({"model-index": index} if index else {})
+
+
+def _model_index(scores: dict[str, Any], tag: str | None, source: str, datasets: list[str] | None) -> list[dict[str, Any]]:
+    """The measured scores of the last row, the graft's, as the Hub reads them."""
+    if not scores:
+        return []
+    name, row = list(scores.items())[-1]
+    values = row["values"].items()
+    metrics = [{"type": kind, "value": value, "name": f"{kind.replace('_', ' ')} ({name})"} for kind, value in values]
+    data = (datasets or ["held-out batches"])[0]
+    result = {"task": {"type": tag or "image-generation"}, "dataset": {"name": data, "type": data}, "metrics": metrics}
+    return [{"name": source.rpartition("/")[2], "results": [result]}]
 
 
 def _summary(graft: Graft) -> str:
-    count = len(graft.plan.edits)
     kinds = sorted({edit.site.kind.replace("_", " ") for edit in graft.plan.edits})
-    return f"{count} of its parts ({', '.join(kinds)}) replaced"
+    return f"{len(graft.plan.edits)} of its parts ({', '.join(kinds)}) replaced" if kinds else "none of its parts replaced"
 
 
-def strip(graft: Graft) -> str:
-    """The layers drawn in a row for each kind: a block for a replaced part, a dot for one that is left alone."""
-    lines = []
-    for kind in dict.fromkeys(edit.site.kind for edit in graft.plan.edits):
-        replaced = {edit.site.index for edit in graft.plan.edits if edit.site.kind == kind}
-        layers = range(len(graft.sites.where(kind=kind)))
-        lines.append(f"{kind:16} {''.join('█' if index in replaced else '·' for index in layers)}")
-    return "\n".join(lines)
+def _settings(model: ModelMixin, config: dict[str, Any]) -> list[str]:
+    """Settings that differ from diffusers' own, in words."""
+    rows = config.get("settings") or []
+    alike = Counter((row["attribute"], row["value"]) for row in rows)
+    told = [f"`{name}={value:g}` in {n} timestep embeddings (diffusers has 1)" for (name, value), n in alike.items()]
+    if rows and (eps := model.config.get("norm_eps")) is not None:
+        told.append(f"`norm_eps={eps:g}` in every block (diffusers has 1e-05)")
+    return told
 
 
-def _edit_row(edit, graft: Graft) -> dict[str, str]:
-    path = edit.site.path
-    before = sum(p.numel() for p in graft.originals[path].parameters())
-    after = sum(p.numel() for name, p in graft.seats[path].named_parameters() if ".lora_" not in name)
-    start = graft.seats[path].graft.start if edit.config.init == "warm" else "random weights"
-    return {"site": edit.site.address, "path": path, "operator": str(edit.config), "start": start,
-            "before": f"{before:,}", "after": f"{after:,}"}  # fmt: skip
+def compressed_summary(compressed: dict[str, Any]) -> str | None:
+    """How trained tensors were made smaller, and the largest error measured."""
+    if not compressed:
+        return None
+    methods = [row["method"] for row in compressed.values()]
+    counts = ", ".join(f"{methods.count(method)} by {method}" for method in sorted(set(methods)))
+    before, after = (sum(row[key] for row in compressed.values()) for key in ("bytes_before", "bytes_after"))
+    error = max(row["error"] for row in compressed.values())
+    return f"{counts}: {before:,} bytes became {after:,}; the largest relative error of an update is {error:.2%}"
 
 
 def _stage_row(row: dict[str, Any]) -> dict[str, str]:
     sites = row.get("sites")
     first, last = (
         (sum(site[key] for site in sites) / len(sites) for key in ("first_loss", "last_loss")) if sites
-        else (row["first_loss"], row["last_loss"])
+        else (row.get("first_loss"), row.get("last_loss"))
     )  # fmt: skip
     parts = "output layers, solved" if row["stage"] == "closed form" else "new parts"
-    trained = parts if sites else row["train"] + (f" and LoRA of rank {row['lora']['r']}" if row["lora"] else "")
-    return {"stage": row["stage"], "steps": f"{row['steps']:,}", "lr": f"{row['lr']:g}" if "lr" in row else "none",
-            "trained": trained, "first": f"{first:.4g}", "last": f"{last:.4g}"}  # fmt: skip
+    lora = f" and LoRA of rank {row['lora']['r']}" if isinstance(row.get("lora"), dict) and "r" in row["lora"] else ""
+    lr, seconds = row.get("lr"), row.get("seconds")
+    return {
+        "stage": row["stage"], "steps": f"{row['steps']:,}" if "steps" in row else "",
+        "lr": f"{lr:g}" if isinstance(lr, int | float) else "none" if lr is None else str(lr),
+        "trained": parts if sites else f"{row.get('train', 'all')}{lora}",
+        "samples": f"{row['samples']:,}" if row.get("samples") else "", "hours": f"{seconds / 3600:.2f}" if seconds else "",
+        "first": "" if first is None else f"{first:.4g}", "last": "" if last is None else f"{last:.4g}",
+    }  # fmt: skip
 
 
 def _site_row(stage: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
@@ -105,11 +173,39 @@ def _site_row(stage: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
 def _score_table(scores: dict[str, Any]) -> dict[str, Any]:
     if not scores:
         return {"scores": [], "columns": [], "protocol": ""}
-    columns = list(dict.fromkeys(name for score in scores.values() for name in score.values))
+    columns = list(dict.fromkeys(name for score in scores.values() for name in score["values"]))
     rows = [
-        {"name": name, "values": [f"{score.values[c]:.4g}" if c in score.values else "" for c in columns]}
+        {"name": name, "values": [f"{score['values'][c]:.4g}" if c in score["values"] else "" for c in columns]}
         for name, score in scores.items()
     ]
-    protocol = next(iter(scores.values())).protocol
-    text = "Protocol: " + ", ".join(f"{name} {value}" for name, value in protocol.items()) + "."
+    protocol = next(iter(scores.values())).get("protocol") or {}
+    text = "Protocol: " + ", ".join(f"{name} {value}" for name, value in protocol.items()) + "." if protocol else ""
     return {"scores": rows, "columns": [c.replace("_", " ") for c in columns], "protocol": text}
+
+
+def speed_table(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Measured latencies, and for each graft the fewest tokens from which on it was the faster one."""
+    grafts = [row for row in rows if row["name"] != "original"]
+    if not grafts:
+        return None
+    words = [_break_even(name, [row for row in grafts if row["name"] == name]) for name in _names(grafts)]
+    cells = [{"tokens": f"{row['tokens']:,}", "name": row["name"], "ms": f"{row['milliseconds']:.4g}",
+              "ratio": f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"} for row in rows]  # fmt: skip
+    return {"rows": cells, "break_even": "; ".join(words)}
+
+
+def _names(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["name"] for row in rows))
+
+
+def _break_even(name: str, rows: list[dict[str, Any]]) -> str:
+    slower = max((row["tokens"] for row in rows if row["ratio"] >= 1), default=0)
+    faster = [row["tokens"] for row in rows if row["tokens"] > slower]
+    return f"{name} breaks even by {min(faster):,} tokens" if faster else f"{name} was not the faster one at the largest"
+
+
+def citation(paper: str) -> str:
+    """BibTeX from an operator's `paper`: its title, and its number on arXiv."""
+    title, _, number = paper.partition(", arXiv ")
+    key = "".join(word for word in title.split(":")[0].lower() if word.isalnum())[:24]
+    return f"@misc{{{key},\n  title  = {{{title}}},\n  eprint = {{{number.strip()}}},\n  archivePrefix = {{arXiv}}\n}}"

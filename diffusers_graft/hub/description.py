@@ -24,8 +24,10 @@ from .files import checksum, digest, fingerprint, parse_json, read_header, read_
 
 FORMAT = 2
 KEY = "graft_config"
+CARRIED = ("base", "settings", "scores", "imported", "about")  # by a model that is saved whole, loaded, and saved again
+_ORIGIN = "_graft_origin"
 _KINDS = {"format": int, "versions": dict, "base": dict, "plan": dict, "checksum": str, "history": list,
-          "compressed": dict, "scores": dict}  # fmt: skip
+          "compressed": dict, "scores": dict, "about": dict}  # fmt: skip
 
 
 def names(variant: str | None = None) -> tuple[str, str, str]:
@@ -49,7 +51,24 @@ def describe(model: ModelMixin, graft: Graft, total: str) -> dict[str, Any]:
         "checksum": total,
         "history": graft.history,
         "scores": {},
+        "about": {},
     }
+
+
+def describe_whole(model: ModelMixin, graft: Graft) -> dict[str, Any]:
+    """What `graft_config.json` holds beside a whole model."""
+    origin = vars(model).get(_ORIGIN, {})
+    base = origin.get("base") if graft.standalone else describe_base(model, graft.originals)
+    return {"format": FORMAT, "versions": versions(), "base": base, "plan": graft.plan.to_dict(),
+            "settings": origin.get("settings") or [], "scores": origin.get("scores") or {}, "about": origin.get("about") or {},
+            "imported": origin.get("imported"),
+            "checksum": checksum(model.state_dict()), "history": graft.history}  # fmt: skip
+
+
+def as_whole(model: ModelMixin, graft: Graft, **carried: Any) -> None:
+    """Note that a model stands without the base it was made on, and what its description carries on."""
+    graft.standalone = True
+    vars(model)[_ORIGIN] = {name: carried.get(name) for name in CARRIED}
 
 
 def describe_base(model: ModelMixin, replaced: Iterable[str]) -> dict[str, Any]:
@@ -181,5 +200,5 @@ def _from_format_1(config: dict[str, Any], tensors: dict[str, torch.Tensor], fol
         }  # fmt: skip
     base = config.get("base") if isinstance(config.get("base"), dict) else {}
     base = {**base, "fingerprint": None, "sha256": base.get("fingerprint"), "parts": {}}
-    later = {"format": FORMAT, "base": base, "lora": lora, "compressed": {}, "scores": {}, "checksum": checksum(tensors)}
-    return {**config, **later}, tensors
+    later = {"format": FORMAT, "base": base, "lora": lora, "compressed": {}, "scores": {}, "about": {}}
+    return {**config, **later, "checksum": checksum(tensors)}, tensors

@@ -16,14 +16,13 @@ from ..graft import Graft
 from ..surgery import check_seats, install
 from .blank import build_blank, check_operators, require_like
 from .cards import write_card
-from .description import CONFIG, FORMAT, check_kinds, describe_base, read_plan, require_format, to_text, versions
+from .description import CARRIED, CONFIG, as_whole, check_kinds, describe_whole, read_plan, require_format, to_text
 from .files import checksum, read_json, read_tensors, require_finite, write_text
 from .folders import inside, local_folder, replacing
 from .settings import apply_settings
 
 _PATTERNS = ["*.json", "*.safetensors", "README.md"]
 _WEIGHTS = "diffusion_pytorch_model"
-_ORIGIN = "_graft_origin"
 MARK = "_graft"  # where config.json holds the description once more, for pipelines download no other JSON
 
 
@@ -56,10 +55,10 @@ def load_pretrained(
         check_operators(plan, tensors, folder)
         graft = build_blank(model, plan)
     install(model, graft)
-    graft.standalone, graft.history = True, description["history"]
+    graft.history = description["history"]
     apply_settings(model, description.get("settings", []))
-    _take(model, tensors, folder, assign=low_cpu_mem_usage)
-    vars(model)[_ORIGIN] = {name: description.get(name) for name in ("base", "settings", "scores")}
+    take(model, tensors, folder, assign=low_cpu_mem_usage)
+    as_whole(model, graft, **{name: description.get(name) for name in CARRIED})
     return _cast(model, tensors, dtype or torch_dtype or torch.float32).to(device).eval()
 
 
@@ -123,7 +122,8 @@ def read_weights(folder: Path, variant: str | None = None) -> dict[str, torch.Te
     return read_tensors(path)
 
 
-def _take(model: ModelMixin, tensors: dict[str, torch.Tensor], folder: Path, *, assign: bool) -> None:
+def take(model: ModelMixin, tensors: dict[str, torch.Tensor], folder: Path, *, assign: bool) -> None:
+    """Give a model all its tensors. Raises `FileError` where they do not fit."""
     expected = model.state_dict()
     if odd := sorted(expected.keys() ^ tensors.keys()):
         raise FileError(f"The weights in {folder} do not fit the model and its graft: {', '.join(odd[:4])} differ.")
@@ -161,13 +161,4 @@ def save_whole(original, model: ModelMixin, graft: Graft, folder: Path, *args, *
         description["model"] = _digest(config)
         write_text(stage / "config.json", to_text({**config, MARK: description}) + "\n")
         write_text(stage / CONFIG, to_text(description) + "\n")
-        write_card(stage, folder, model, graft, description, {})
-
-
-def describe_whole(model: ModelMixin, graft: Graft) -> dict[str, Any]:
-    """What `graft_config.json` holds beside a whole model."""
-    origin = vars(model).get(_ORIGIN, {})
-    base = origin.get("base") if graft.standalone else describe_base(model, graft.originals)
-    return {"format": FORMAT, "versions": versions(), "base": base, "plan": graft.plan.to_dict(),
-            "settings": origin.get("settings") or [], "checksum": checksum(model.state_dict()), "history": graft.history,
-            "scores": origin.get("scores") or {}}  # fmt: skip
+        write_card(stage, folder, model, graft, description, whole=True)

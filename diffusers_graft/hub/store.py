@@ -19,7 +19,7 @@ from ..graft import Graft, base_tensors, is_enabled
 from ..surgery import check_seats, install, require_graft, uninstall
 from .adapters import adapter_tensors, is_adapter, load_adapters
 from .blank import build_blank, check_operators, require_like
-from .cards import write_card
+from .cards import checked_about, write_card
 from .description import KEY, describe, describe_base, names, read_description, read_plan, to_text
 from .files import checksum, digest, require_finite, write_tensors, write_text
 from .folders import local_folder, replacing
@@ -30,12 +30,13 @@ logger = logging.getLogger(__name__)
 _PATTERNS = ["graft_*", "adapter_*", "README.md"]
 
 
-def save_graft(model: ModelMixin, folder: str | Path, *, scores: dict[str, Any] | None = None,
-               variant: str | None = None) -> None:  # fmt: skip
+def save_graft(model: ModelMixin, folder: str | Path, *, scores: dict[str, Any] | None = None, variant: str | None = None,
+               about: dict[str, Any] | None = None) -> None:  # fmt: skip
     """Write a model's graft, its proof and a card to a folder; a graft saved there before is replaced whole.
 
     Args:
         scores: measured results by row, as `dg.evaluate` gives them, for the card.
+        about: what a person tells on the card, as for `dg.card`: `license`, `datasets`, `hardware`, `speed`, `limits`.
         variant: another set of weights beside the first, as diffusers names them: `graft_model.bf16.safetensors`.
 
     Raises:
@@ -47,13 +48,14 @@ def save_graft(model: ModelMixin, folder: str | Path, *, scores: dict[str, Any] 
     tensors = {**graft.own_tensors(model), **adapter_tensors(model, graft)}
     config = describe(model, graft, checksum(tensors))
     config["scores"] = {name: row.to_dict() for name, row in (scores or {}).items()}
+    config["about"] = checked_about(about)
     proof, text = prove(model), to_text(config)
     config_name, weights_name, proof_name = names(variant)
     with replacing(folder, stale=["adapter_config.json", "adapter_model.safetensors"]) as stage:
         write_tensors(stage / proof_name, proof, {})
         write_tensors(stage / weights_name, tensors, {KEY: text})
         write_text(stage / config_name, text + "\n")
-        write_card(stage, folder, model, graft, config, scores or {})
+        write_card(stage, folder, model, graft, config)
 
 
 def _require_whole(model: ModelMixin, graft: Graft) -> None:

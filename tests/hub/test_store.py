@@ -85,13 +85,6 @@ def test_the_folder_and_its_card(tmp_path):
     assert "Evaluation" not in card  # nothing was measured
 
 
-def test_a_card_that_a_person_made_their_own_is_kept(tmp_path):
-    saved(tmp_path)
-    (tmp_path / "README.md").write_text("my words")
-    saved(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "my words"
-
-
 def test_saving_over_another_graft_replaces_it_whole(tmp_path):
     saved(tmp_path)
     expected = saved(tmp_path, rules={"self_attention[0]": "neighborhood"})

@@ -1,0 +1,78 @@
+"""Cards that people edit: what they wrote is kept, what they left as it was is brought up to date."""
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+import yaml
+
+OURS = "written by diffusers-graft"
+_NOTE = f"<!-- {OURS}: sections you edit are kept when it is saved again. State: {{state}} -->"
+
+
+def finished(text: str) -> str:
+    """A freshly rendered card with the note of what we wrote, by which later edits are told apart."""
+    state = {name: _digest(body) for name, body in _parts(text).items()}
+    return text.rstrip() + "\n\n" + _NOTE.format(state=json.dumps(state, separators=(",", ":"))) + "\n"
+
+
+def merged(fresh: str, present: str) -> str:
+    """A fresh card in which everything stands that a person added to, changed in, or removed from the present one.
+
+    A card without our note is a person's own altogether.
+    """
+    note = re.search(rf"\n*<!-- {OURS}.*?State: (\{{.*?\}}) -->\s*$", present, re.DOTALL)
+    if note is None:
+        return present
+    try:
+        written = json.loads(note[1])
+    except ValueError:
+        return present
+    theirs, ours = _parts(present[: note.start()]), _parts(fresh)
+    parts = {}
+    for name in dict.fromkeys([*ours, *theirs]):
+        if name in theirs and written.get(name) != _digest(theirs[name]):
+            parts[name] = theirs[name]  # changed, or added
+        elif name in ours and (name in theirs or name not in written):
+            parts[name] = ours[name]  # left alone, or new; what was removed stays so
+    text = _joined(parts)
+    state = {name: _digest(body) for name, body in ours.items() if parts.get(name, body) == body}
+    state |= {name: digest for name, digest in written.items() if name not in parts}  # removed, and not to come back
+    return text.rstrip() + "\n\n" + _NOTE.format(state=json.dumps(state, separators=(",", ":"))) + "\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:12]
+
+
+def _parts(card: str) -> dict[str, str]:
+    """Keys of the front matter (as `:key`) and sections (by heading, the first as an empty name), in order."""
+    match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    parts = {}
+    if match:
+        try:
+            data = yaml.safe_load(match[1])
+        except yaml.YAMLError:
+            data = None
+        data = data if isinstance(data, dict) else {}
+        parts = {f":{key}": yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True) for key, value in data.items()}
+    body, name, fenced = card[match.end() if match else 0 :], "", False
+    for line in body.splitlines(keepends=True):
+        fenced ^= line.startswith("```")
+        if line.startswith("## ") and not fenced:
+            name = line[3:].strip()
+        parts[name] = parts.get(name, "") + line
+    return parts
+
+
+def _joined(parts: dict[str, str]) -> str:
+    head = "".join(text for name, text in parts.items() if name.startswith(":"))
+    sections = "\n\n".join(text.strip("\n") for name, text in parts.items() if not name.startswith(":"))
+    return (f"---\n{head}---\n" if head else "") + sections + "\n"
+
+
+def front_matter(data: dict[str, Any]) -> str:
+    """The data at the head of a card, which the Hub reads."""
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()

@@ -1,0 +1,147 @@
+"""Cards: what was done and measured, nothing else, and a person's words kept."""
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from torch.utils.flop_counter import FlopCounterMode
+
+import diffusers_graft as dg
+from diffusers_graft.analysis.cost import _UNCOUNTED
+from diffusers_graft.anatomy import example_inputs
+from diffusers_graft.errors import UnknownNameError
+from diffusers_graft.hub.cards import card, speed_table
+from diffusers_graft.hub.edits import edit_rows
+
+from ..models import FAMILIES, SCHEDULER, batches, tiny_dit
+from .forging import RULES, saved
+
+SPEED = [{"tokens": tokens, "name": name, "milliseconds": 2.0, "ratio": ratio, "low": 0.9, "high": 1.1}
+         for tokens, ratio in ((16, 1.3), (64, 0.8)) for name, ratio in (("original", 1.0), ("grafted", ratio))]  # fmt: skip
+
+
+def front(text):
+    return yaml.safe_load(text.split("---")[1])
+
+
+def sections(text):
+    return re.findall(r"^## (.*)$", text, re.MULTILINE)
+
+
+def test_only_what_was_done_and_measured(tmp_path):
+    saved(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert sections(text) == ["Use", "Edits", "Citation"]
+    assert {"license", "datasets", "model-index", "base_model"}.isdisjoint(front(text))
+
+
+def test_everything_that_is_known(tmp_path):
+    model = tiny_dit()
+    model.register_to_config(_name_or_path="user/base")
+    model.set_graft(RULES)
+    dg.distill(model, model.unset_graft(), batches(), dg.DistillConfig(steps=2, progress=False), noise_scheduler=SCHEDULER)
+    model.set_graft(RULES)
+    dg.finetune(model, batches(), dg.FinetuneConfig(steps=2, progress=False), noise_scheduler=SCHEDULER)
+    about = {"license": "cc-by-nc-4.0", "datasets": ["letters"], "hardware": "two cores", "speed": SPEED, "limits": "Small."}
+    scores = {"original": dg.Scores({"loss": 0.5}, {"samples": 8}), "grafted": dg.Scores({"loss": 0.6}, {"samples": 8})}
+    (tmp_path / "samples.png").write_bytes(b"")
+    model.save_graft(tmp_path, scores=scores, about=about)
+    text = (tmp_path / "README.md").read_text()
+    assert sections(text) == ["Use", "Edits", "Training", "Evaluation", "Speed", "Samples", "Limits", "Citation"]
+    head = front(text)
+    assert (head["base_model"], head["base_model_relation"], head["license"]) == ("user/base", "adapter", "cc-by-nc-4.0")
+    assert head["model-index"][0]["results"][0]["metrics"] == [{"type": "loss", "value": 0.6, "name": "loss (grafted)"}]
+    for words in ("breaks even by 64 tokens", "two cores", "Protocol: samples 8", "| grafted | 0.6 |", "Small."):
+        assert words in text
+    loaded = ModelCard(text)  # what the Hub's own reader makes of it
+    assert loaded.data.eval_results[0].metric_value == 0.6
+    assert loaded.data.tags[-2:] == ["hyena_x", "mlp"]
+
+
+def test_edits_alike_stand_together():
+    model = tiny_dit(num_layers=6)
+    model.set_graft({"self_attention[1::2]": "hyena_x", "self_attention[0]": "hyena_x", "feed_forward[:]": {"operator": "mlp", "expansion": 2}})
+    _, rows = edit_rows(model, model.graft)
+    assert {(row["sites"], row["count"]) for row in rows} == {("self_attention[0,1,3,5]", "4"), ("feed_forward[0:6]", "6")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_and_flops_are_those_of_the_parts(family):
+    model = FAMILIES[family]()
+    inputs = example_inputs(model)
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    with counter:
+        model(**inputs)
+    path = "transformer_blocks.1.ff"
+    expected = sum(counter.get_flop_counts()[f"{type(model).__name__}.{path}"].values())
+    parameters = sum(p.numel() for p in model.get_submodule(path).parameters())
+    model.set_graft({"feed_forward[1]": {"operator": "mlp", "expansion": 8}})
+    where, (row,) = edit_rows(model, model.graft)
+    assert "16 tokens" in where
+    assert row["flops_before"] == f"{expected / 1e9:.4g} G"
+    assert row["flops_after"] == f"{2 * expected / 1e9:.4g} G"
+    assert row["before"] == f"{parameters:,}"
+
+
+def test_a_whole_model_is_a_finetune_of_its_base(tmp_path):
+    model = tiny_dit()
+    model.register_to_config(_name_or_path="user/base")
+    model.set_graft(RULES)
+    model.save_pretrained(tmp_path / "one")
+    dg.load_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    for name in ("one", "two"):
+        text = (tmp_path / name / "README.md").read_text()
+        assert front(text)["base_model_relation"] == "finetune"
+        assert front(text)["base_model"] == "user/base"
+        assert f'dg.load_pretrained("{name}")' in text
+
+
+def test_the_verb():
+    model = tiny_dit()
+    model.set_graft(RULES)
+    text = card(model, source="me/mine", license="mit", scores={"grafted": dg.Scores({"loss": 1.0})})
+    assert 'model.set_graft("me/mine")' in text
+    assert front(text)["license"] == "mit"
+    with pytest.raises(UnknownNameError, match="Did you mean 'license'"):
+        card(model, licence="mit")
+
+
+def test_what_a_person_edits_is_kept(tmp_path):
+    saved(tmp_path)
+    path = tmp_path / "README.md"
+    text = path.read_text()
+    text = text.replace("library_name: diffusers-graft", "library_name: diffusers-graft\nlanguage: en").replace("pipeline_tag: unconditional", "pipeline_tag: conditional")
+    text = text.replace("## Use\n", "## Story\n\nMy story.\n\n## Use\n\nRead this first.\n")
+    text = re.sub(r"## Citation.*?(?=\n<!--)", "", text, flags=re.DOTALL)
+    path.write_text(text)
+    for _ in range(2):
+        saved(tmp_path, rules={"self_attention[0]": "neighborhood"})
+        text = path.read_text()
+        assert "neighborhood" in text
+        assert "hyena_x" not in text.partition("## Edits")[2].partition("<!--")[0]
+        for words in ("My story.", "Read this first.", "language: en", "pipeline_tag: conditional"):
+            assert words in text
+        assert "Citation" not in text.partition("<!--")[0]
+        assert text.count("## Use") == text.count("## Edits") == 1
+
+
+def test_a_card_that_was_left_alone_is_brought_up_to_date(tmp_path):
+    for rules in (RULES, {"self_attention[0]": "neighborhood"}, RULES):
+        saved(tmp_path, rules=rules)
+    assert "neighborhood" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_card_without_our_note_is_somebody_elses(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "README.md").write_text("my words")
+    saved(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my words"
+
+
+def test_break_even_is_the_size_from_which_on_it_is_faster():
+    def rows(*ratios):
+        return [{"tokens": 4**n, "name": "g", "milliseconds": 1.0, "ratio": r, "low": r, "high": r} for n, r in enumerate(ratios)]
+
+    assert speed_table(rows(1.5, 0.9, 1.1, 0.8, 0.7))["break_even"] == "g breaks even by 64 tokens"
+    assert "not the faster one" in speed_table(rows(1.5, 1.2))["break_even"]
+    assert speed_table([]) is None
