@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingDependencyError
+from ..errors import GraftError, MissingDependencyError
 
 if TYPE_CHECKING:
     from ..analysis.locality import Locality
@@ -34,4 +34,34 @@ def draw_locality(path: Path, rows: Sequence[Locality], *, band: int, kernel: in
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("share of attention mass")
     panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def draw_training(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """How training went, from the rows of `training.jsonl`: relative error of every site in stage one, loss in stage two.
+
+    Dots are held-out batches. Raises `GraftError` where there are no rows.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("Drawing training", "matplotlib", extra="eval") from error
+    if not rows:
+        raise GraftError("There is nothing to draw: no step of training was logged.")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    one, two = figure.subplots(1, 2)
+    errors: dict[str, list[tuple[int, dict]]] = {}
+    for row in rows:
+        for site, values in row.get("sites", {}).items():
+            errors.setdefault(site, []).append((row["step"], values))
+    for site, points in errors.items():
+        (line,) = one.plot([step for step, _ in points], [values["error"] for _, values in points], linewidth=1, label=site)
+        held_out = {values["held_out"]["step"]: values["held_out"]["error"] for _, values in points if "held_out" in values}
+        one.plot(list(held_out), list(held_out.values()), ".", color=line.get_color(), markersize=4)
+    losses = [(row["step"], row["loss"]) for row in rows if row["stage"] == "two"]
+    two.plot([step for step, _ in losses], [loss for _, loss in losses], linewidth=1, color="#d1704a")
+    one.set(title="stage one", xlabel="step", ylabel="relative error")
+    two.set(title="stage two", xlabel="step", ylabel="loss")
+    if errors and len(errors) <= 12:
+        one.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=150)

@@ -207,15 +207,22 @@ def _runner(model: ModelMixin, batches: Iterable[Batch], config: ClosedFormConfi
     return run
 
 
-def _regression(graft: Graft, edit: Edit) -> _Regression | None:
-    """Of a layer of its own: that of a mixer is the attention's, which the seat shares until now."""
-    seat = graft.seats[edit.site.path]
+def output_layer(seat: nn.Module) -> nn.Linear | None:
+    """The linear layer that a new part's output comes from, where it has one: a mixer's is the attention's."""
     if isinstance(seat.graft, Mixer):
-        graft.unshare(edit.site.path, {"to_out"})
         layer = (getattr(seat, "to_out", None) or [None])[0]
     else:
         layer = seat.graft.output_layer and seat.graft.get_submodule(seat.graft.output_layer)
-    return _Regression(edit.site, seat, layer) if isinstance(layer, nn.Linear) else None
+    return layer if isinstance(layer, nn.Linear) else None
+
+
+def _regression(graft: Graft, edit: Edit) -> _Regression | None:
+    """Of a layer of its own: that of a mixer is shared with the original until now."""
+    seat = graft.seats[edit.site.path]
+    if isinstance(seat.graft, Mixer):
+        graft.unshare(edit.site.path, {"to_out"})
+    layer = output_layer(seat)
+    return None if layer is None else _Regression(edit.site, seat, layer)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ..graft import Graft, is_enabled
 from ..plan import select
 from ..site import Site, Sites
 from .classroom import Classroom, enroll
-from .closed_form import ClosedFormConfig, closed_form
+from .closed_form import ClosedFormConfig, closed_form, output_layer
 from .config import TrainingConfig, one_of
 from .data import Batch, Noising, Stream
 from .losses import LOSSES
@@ -40,7 +40,7 @@ class DistillConfig(TrainingConfig):
         sites: rule keys of the sites to train; None trains all. The teacher's forward ends after the last one.
         mode: `"parallel"` shows every part what the intact model would; `"sequential"` what reaches it through the new parts
             before it, whose errors it can then make up for.
-        closed_form: solve for output layers first.
+        closed_form: solve for output layers first, where parts have one (see `dg.closed_form`); a start that costs seconds.
         evaluate_every, patience, held_out_batches: with held-out batches, so many of them are looked at every so many steps,
             and the best weights are kept; a site that has not got better for `patience` looks is finished, and costs nothing
             more. None lets every site use all its steps, which a falling learning rate rewards.
@@ -107,9 +107,9 @@ def distill(
     noising = Noising(scheduler=noise_scheduler, timesteps=config.timesteps, null_prompt=null_prompt,
                       prompt_dropout=config.prompt_dropout)  # fmt: skip
     chosen, stream = _chosen(graft, config), Stream(batches)
-    if config.closed_form is not None and not (resume and is_resumable(output_dir, "one")):
-        paths = {site.path for site in chosen}
-        closed_form(model, graft, stream, config.closed_form, noise_scheduler=noise_scheduler, paths=paths)
+    solvable = {site.path for site in chosen if output_layer(graft.seats[site.path]) is not None}
+    if config.closed_form is not None and solvable and not (resume and is_resumable(output_dir, "one")):
+        closed_form(model, graft, stream, config.closed_form, noise_scheduler=noise_scheduler, paths=solvable)
     pupils = enroll(graft, chosen, config, _by_site(graft, config.loss, "auto"), _by_site(graft, config.lr_scale, 1.0))
     room = Classroom(model, graft, pupils, config, noising, held_out)
     room.teach(stream, output_dir=output_dir, resume=resume, callbacks=callbacks)
@@ -119,7 +119,7 @@ def distill(
 
 
 def _chosen(graft: Graft, config: DistillConfig) -> list[Site]:
-    """The sites to train, in forward order. Raises `RuleError` for keys that name none of the graft's."""
+    """The sites to train, in forward order. Raises `TrainingError` for keys that name none of the graft's."""
     edited = Sites(edit.site for edit in graft.plan.edits)
     if config.sites is None:
         return list(edited)

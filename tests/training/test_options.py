@@ -153,6 +153,12 @@ def test_closed_form_comes_before_the_first_step():
     _, graft, solved = teach(rules, steps=1, closed_form=dg.ClosedFormConfig(steps=8, progress=False))
     assert all(solved[address].errors[0] < plain[address].errors[0] for address in plain)
     assert [row["stage"] for row in graft.history] == ["closed form", "one"]
+    parts = {"self_attention[0]": "hyena_x", "feed_forward[0]": "moe_mlp"}  # experts end in no layer of the whole
+    _, graft, reports = teach(parts, steps=1, closed_form=dg.ClosedFormConfig(steps=2, progress=False))
+    assert len(reports) == 2
+    assert [row["site"] for row in graft.history[0]["sites"]] == ["self_attention[0]"]
+    _, graft, _ = teach({"feed_forward[0]": "moe_mlp"}, steps=1, closed_form=dg.ClosedFormConfig(steps=2, progress=False))
+    assert [row["stage"] for row in graft.history] == ["one"]
 
 
 def test_sequential_lessons_show_what_comes_through_the_new_parts():
@@ -219,12 +225,13 @@ def test_reuse_on_the_host_and_with_context():
     assert all(len(report.losses) == 4 for report in reports.values())
 
 
-def test_mixed_precision_keeps_weights_and_stays_close():
-    runs = {precision: teach({"self_attention[1]": HYENA}, steps=20, precision=precision) for precision in ("no", "bf16")}
-    (exact,), (mixed,) = (run[2].values() for run in runs.values())
-    assert mixed.losses[-1] == pytest.approx(exact.losses[-1], rel=0.1)
-    assert mixed.losses != exact.losses
-    graft = runs["bf16"][1]
+@pytest.mark.parametrize("mixed", ["bf16", "fp16"])
+def test_mixed_precision_keeps_weights_and_stays_close(mixed):
+    runs = {precision: teach({"self_attention[1]": HYENA}, steps=20, precision=precision) for precision in ("no", mixed)}
+    (exact,), (rounded,) = (run[2].values() for run in runs.values())
+    assert rounded.losses[-1] == pytest.approx(exact.losses[-1], rel=0.1)
+    assert rounded.losses != exact.losses
+    graft = runs[mixed][1]
     assert {tensor.dtype for path in graft.seats for tensor in graft.own_tensors_of(path).values()} == {torch.float32}
 
 

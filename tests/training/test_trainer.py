@@ -4,6 +4,7 @@ import torch
 from transformers import TrainerCallback
 
 import diffusers_graft as dg
+from diffusers_graft.evaluation.report import draw_training
 from diffusers_graft.training.run import read_journal
 
 from ..models import SCHEDULER, batches, predict, tiny_dit
@@ -53,6 +54,10 @@ def test_a_callback_of_transformers_follows_both_stages(tmp_path):
     rows = read_journal(tmp_path)
     assert [(row["stage"], row["step"]) for row in rows] == steps
     assert "held_out" in rows[3]["sites"]["self_attention[1]"]
+    draw_training(tmp_path / "training.png", rows)
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+    with pytest.raises(dg.GraftError, match="nothing to draw"):
+        draw_training(tmp_path / "empty.png", [])
     one.save_model(tmp_path / "elsewhere")
     fresh = tiny_dit()
     fresh.load_graft(tmp_path / "elsewhere")
