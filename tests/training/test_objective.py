@@ -272,5 +272,10 @@ def test_trackers_are_accelerates(tmp_path, monkeypatch):
     assert Fake.said == ["stage-two", str(tmp_path / "logs"), 3, "finished"]
     assert [step for step, _ in Fake.rows] == [1, 2, 3]
     assert "two/loss" in Fake.rows[0][1]
+    monkeypatch.setattr(run, "get_available_trackers", lambda: ["tensorboard", "wandb"])
+    monkeypatch.setattr(run, "LOGGER_TYPE_TO_CLASS", {"tensorboard": Fake})
+    settle(grafted(), output_dir=tmp_path / "usual", log_every=1)
+    assert len(Fake.rows) == 6  # tensorboard unasked, wandb only by name
+    monkeypatch.setattr(run, "get_available_trackers", list)
     with pytest.raises(UnknownNameError, match="installed tracker"):
         settle(grafted(), output_dir=tmp_path / "other", trackers=("wandb",))

@@ -88,6 +88,24 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_stays(tmp_path, 
     assert torch.equal(saved.load(10)["weights"], torch.ones(3))
 
 
+def test_a_write_that_the_system_refuses_leaves_the_checkpoint_before(tmp_path):
+    """A real refusal, by the limit on file sizes, in the middle of the tensors."""
+    resource = pytest.importorskip("resource")
+    saved = Checkpoints(tmp_path, "two", keep=1)
+    saved.save(1, {"weights": torch.ones(3)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        with pytest.raises(FileError, match=r"could not be written .* step 1 is intact"):
+            saved.save(2, {"weights": torch.ones(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert saved.steps() == [1]
+    assert torch.equal(saved.load(1)["weights"], torch.ones(3))
+    saved.save(2, {"weights": torch.ones(100_000)})
+    assert saved.steps() == [2]
+
+
 def test_the_last_ones_are_kept_and_nothing_is_pickled(tmp_path):
     saved = Checkpoints(tmp_path, "one", keep=2)
     for step in (1, 2, 3):
