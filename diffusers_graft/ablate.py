@@ -190,7 +190,8 @@ def _report(ablation: Ablation, rows: list[dict[str, Any]]) -> str:
     return (
         f"# What starts and stages buy\n\n{_facts(ablation)}\n\n```\n{table(lines)}\n```\n\nMean +- standard deviation over "
         f"{count} seeds. Compute 1 is what {ablation.steps} steps of stage two cost; steps are of stage one + stage two. "
-        f"Prices of a step, measured in turns: {price} (torch {head['torch']}).\n\n{_verdict(ablation, by_arm)}\n"
+        f"Prices of a step, measured in turns: {price} (torch {head['torch']}).\n\n"
+        f"{_bought(ablation, by_arm)}\n\n{_verdict(ablation, by_arm)}\n"
     )
 
 
@@ -200,6 +201,19 @@ def _facts(ablation: Ablation) -> str:
         f"peak learning rates {ablation.lr[0]:g} and {ablation.lr[1]:g}, held-out fonts for the denoising loss, "
         f"{ablation.samples} samples of {ablation.sampling_steps} steps for the rest."
     )
+
+
+def _bought(ablation: Ablation, by_arm: dict[Arm, list[dict]]) -> str:
+    """What stage one changes at equal compute: half of it for stage one, against all of it for stage two."""
+    parts = []
+    for start in STARTS:
+        both, alone = (by_arm.get(Arm(ablation.operator, start, training, 0), []) for training in ("both", "stage two"))
+        gaps = [one["scores"]["denoising_loss"] - other["scores"]["denoising_loss"]
+                for one, other in zip(both, alone, strict=False)]  # fmt: skip
+        if gaps:
+            better = sum(gap < 0 for gap in gaps)
+            parts.append(f"{start} {statistics.mean(gaps):+.4f} (better in {better} of {len(gaps)} seeds)")
+    return f"What stage one buys, both stages less stage two alone, in denoising loss: {', '.join(parts)}."
 
 
 def _verdict(ablation: Ablation, by_arm: dict[Arm, list[dict]]) -> str:

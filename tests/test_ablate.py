@@ -21,6 +21,7 @@ def test_the_ablation_at_tiny_size_and_again(tmp_path, monkeypatch):
     for start in ab.STARTS:
         assert start in report
     assert "At least as good in every seed" in report
+    assert "What stage one buys" in report
     cut = "\n".join((tmp_path / "ablation.jsonl").read_text().splitlines()[:-1]) + "\n"
     (tmp_path / "ablation.jsonl").write_text(cut)
     ran = []
