@@ -17,7 +17,7 @@ from torch import nn
 
 from .anatomy import find_sites, linear_pair, projections
 from .errors import OperatorError
-from .mixing import refuse_hiding
+from .mixing import refuse_hiding, require_tokens
 from .operators import AttentionOperator, Operator
 from .plan import Edit, GraftPlan, build_operator
 from .processor import graft_processor
@@ -35,6 +35,7 @@ class FeedForwardSeat(nn.Module):
         self.graft_site, self.graft = site, operator
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        require_tokens(self.graft.name, hidden_states.shape[:-1].numel())
         if hidden_states.dim() == 3:
             return self.graft(hidden_states, self.graft.slot.current)
         # Tokens without a batch [N, D], on their grid [B, F, H, W, D], or as a convolution takes them [B, D, H, W].
@@ -54,6 +55,7 @@ class AttentionSeat(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
                 attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:  # fmt: skip
+        require_tokens(self.graft.name, hidden_states.shape[1])
         if encoder_hidden_states is not None and encoder_hidden_states is not hidden_states:
             raise OperatorError(f"{self.graft.name} mixes a sequence with itself; {self.graft_site.path} was given another.")
         if attention_mask is not None:

@@ -32,12 +32,19 @@ FIELD = 64
 
 def mix(operator: Mixer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
     """The operator's output, [B, H, N, E]. Raises where the replaced attention hides what the operator would show."""
+    require_tokens(operator.name, query.shape[2])
     if context.causal and not (operator.honours_causal or operator.causal_operator):
         raise OperatorError(f"{operator.name} looks ahead, and this attention is causal. Leave it as it is.")
     if context.mask is not None and not operator.honours_mask:
         refuse_hiding(context.mask, operator.name)
         context = replace(context, mask=None)
     return operator(query, key, value, context)
+
+
+def require_tokens(who: str, tokens: int) -> None:
+    """Raise `GeometryError` for a sequence without tokens."""
+    if tokens == 0:
+        raise GeometryError(f"{who} was given no tokens at all. Give the model latents of at least one patch.")
 
 
 def refuse_hiding(mask: torch.Tensor, name: str) -> None:

@@ -89,7 +89,9 @@ class Neighborhood(WithBackends, Mixer):
 
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
-        self.causal_operator = config.kernel == 1  # a token by itself
+        self.causal_operator = config.kernel == 1
+        if config.kernel == 1:
+            self.unused_inputs = ("input 0", "input 1")  # a softmax of one is one
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         axes = self.axes(context.require_grid(self.name, query.shape[2]))

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError, UnknownNameError
-from diffusers_graft.operators import LinearPair, configure, get
+from diffusers_graft.graft import AttentionSeat, FeedForwardSeat
+from diffusers_graft.mixing import mix
+from diffusers_graft.operators import AttentionOperator, LinearPair, Mixer, available, configure, get
 from diffusers_graft.operators.conformance import example_site
 from diffusers_graft.site import Context, Grid, Site
 
@@ -324,6 +326,19 @@ def test_unknown_names_suggest_the_nearest():
         get("hyena")
     with pytest.raises(UnknownNameError, match="Did you mean 'kernel_size'"):
         configure({"operator": "hyena_x", "kernel_sise": 4})
+
+
+@pytest.mark.parametrize("name", available())
+def test_no_tokens_are_refused(name):
+    """By the seat, so that no operator has to."""
+    operator = configure(name).resolved(example_site(get(name).kinds[0]))
+    operator = operator.build(example_site(get(name).kinds[0]))
+    with pytest.raises(GeometryError, match=f"{name} was given no tokens"):
+        if isinstance(operator, Mixer):
+            mix(operator, *qkv(0), Context(grid=Grid(height=0, width=0)))
+        else:
+            seat = AttentionSeat if isinstance(operator, AttentionOperator) else FeedForwardSeat
+            seat(operator.site, operator)(torch.zeros(1, 0, 12))
 
 
 def test_a_window_larger_than_the_sequence_is_refused():
