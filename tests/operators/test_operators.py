@@ -2,6 +2,7 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -331,14 +332,15 @@ def test_unknown_names_suggest_the_nearest():
 @pytest.mark.parametrize("name", available())
 def test_no_tokens_are_refused(name):
     """By the seat, so that no operator has to."""
-    operator = configure(name).resolved(example_site(get(name).kinds[0]))
-    operator = operator.build(example_site(get(name).kinds[0]))
+    site = example_site(get(name).kinds[0])
+    operator = configure(name).resolved(site).build(site)
+    if isinstance(operator, Mixer):
+        run = partial(mix, operator, *qkv(0), Context(grid=Grid(height=0, width=0)))
+    else:
+        seat = AttentionSeat if isinstance(operator, AttentionOperator) else FeedForwardSeat
+        run = partial(seat(site, operator), torch.zeros(1, 0, 12))
     with pytest.raises(GeometryError, match=f"{name} was given no tokens"):
-        if isinstance(operator, Mixer):
-            mix(operator, *qkv(0), Context(grid=Grid(height=0, width=0)))
-        else:
-            seat = AttentionSeat if isinstance(operator, AttentionOperator) else FeedForwardSeat
-            seat(operator.site, operator)(torch.zeros(1, 0, 12))
+        run()
 
 
 def test_a_window_larger_than_the_sequence_is_refused():
