@@ -1,19 +1,24 @@
 """What `import diffusers_graft` gives every diffusers model: the verbs, as methods."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import ModelMixin
 
+from . import named
 from .anatomy import require_model
+from .errors import StateError
 from .graft import Graft, build_graft, installed
+from .hub import store
 from .hub.diffusers_verbs import attach_saving
-from .hub.store import load_graft, save_graft
 from .plan import GraftPlan, plan_graft
-from .surgery import disable, enable, install, uninstall
+from .surgery import disable, enable, install, require_graft
 
 
-def set_graft(model: ModelMixin, graft, *, revision: str | None = None, seed: int = 0, **loading) -> Graft:
+def set_graft(
+    model: ModelMixin, graft, *, revision: str | None = None, seed: int = 0, graft_name: str | None = None, **loading
+) -> Graft:
     """Graft a model in place.
 
     Args:
@@ -21,17 +26,39 @@ def set_graft(model: ModelMixin, graft, *, revision: str | None = None, seed: in
             Hub repository id.
         revision: branch, tag or commit of a Hub repository.
         seed: of random starts, where the parts are built here.
+        graft_name: for several grafts on one model, on disjoint sites; a graft without a name wants the model for itself.
         loading: of a folder or repository, as for `load_graft`.
 
     Raises:
         GraftError: one of its kinds, for anything that cannot be installed; the model is then as it was.
     """
     require_model(model)
+    there = named.held(model)
+    if not there:
+        graft = _set_alone(model, graft, revision, seed, loading)
+        named.remember(model, {graft_name or named.DEFAULT: graft}, (graft_name or named.DEFAULT,))
+        return graft
+    if graft_name is None and installed(model) is None:
+        raise StateError(f"Grafts named {', '.join(map(repr, there))} wait here: give this one a graft_name, or unset them.")
+    if graft_name is None:
+        return _set_alone(model, graft, revision, seed, loading)
+    if graft_name in there:
+        raise StateError(f"This model has a graft {graft_name!r} already. Choose another name, or unset_graft({graft_name!r}).")
+    if any(one.standalone for one in there.values()):
+        raise StateError("This model was loaded whole, without the base that another graft needs. Load the base model.")
+    with named.without_grafts(model):
+        graft = _set_alone(model, graft, revision, seed, loading)
+    named.add(model, graft_name, graft)
+    return graft
+
+
+def _set_alone(model: ModelMixin, graft, revision: str | None, seed: int, loading: dict) -> Graft:
     if isinstance(graft, str | Path) and not _is_rules(graft):
-        return load_graft(model, graft, revision=revision, **loading)
+        return store.load_graft(model, graft, revision=revision, **loading)
     if not isinstance(graft, Graft):
         plan = graft if isinstance(graft, GraftPlan) else plan_graft(model, graft)
         graft = build_graft(model, plan, seed=seed)
+    named.bind(graft)
     install(model, graft)
     return graft
 
@@ -40,14 +67,58 @@ def _is_rules(text: str | Path) -> bool:
     return isinstance(text, str) and "[" in text
 
 
+def load_graft(model: ModelMixin, source: str | Path, **loading) -> Graft:
+    """Install a saved graft in the model it was made for; its outputs are those that were saved, bit for bit.
+
+    Args:
+        source: a folder that `save_graft` wrote, or a Hub repository id.
+        loading: `graft_name`, as for `set_graft`, and the arguments of `diffusers_graft.hub.store.load_graft`.
+    """
+    require_model(model)
+    return set_graft(model, Path(source) if Path(source).is_dir() else _as_source(source), **loading)
+
+
+def _as_source(source: str | Path) -> str | Path:
+    """A text that looks like rules is a name here all the same."""
+    return Path(source) if _is_rules(source) else source
+
+
+def save_graft(model: ModelMixin, folder: str | Path, *, graft_name: str | None = None, **settings) -> None:
+    """Write a model's graft, its proof and a card to a folder; a graft saved there before is replaced whole.
+
+    Args:
+        graft_name: which one, where the model has several.
+        settings: those of `diffusers_graft.hub.store.save_graft`: `scores`, `about`, `variant` and more.
+    """
+    there = named.held(model)
+    if graft_name is None and len(there) < 2:
+        return store.save_graft(model, folder, **settings)
+    if graft_name is None:
+        raise StateError(f"This model has several grafts: say graft_name=, one of {', '.join(map(repr, there))}.")
+    with named.alone(model, graft_name):
+        return store.save_graft(model, folder, **settings)
+
+
 def _graft(model: ModelMixin) -> Graft | None:
-    """The installed graft, or None."""
+    """The installed graft, or None; of several that run, one graft made of all their parts."""
     return installed(model)
 
 
-def _unset_graft(model: ModelMixin) -> Graft:
-    """Back to the original model, bit for bit; returns the graft, which `set_graft` takes again."""
-    return uninstall(model)
+def _unset_graft(model: ModelMixin, graft_name: str | None = None) -> Graft:
+    """Back to the original model, bit for bit, or to it without one graft; returns the graft, which `set_graft` takes again."""
+    if not named.held(model):
+        require_graft(model)
+    return named.forget(model, graft_name)
+
+
+def _set_active_graft(model: ModelMixin, graft_name: str | Sequence[str]) -> None:
+    """Run the grafts of these names and no others; the others wait."""
+    named.activate(model, graft_name)
+
+
+def _active_grafts(model: ModelMixin) -> list[str]:
+    """Names of the grafts that run."""
+    return list(named.active(model))
 
 
 def _disable_graft(model: ModelMixin) -> None:
@@ -65,5 +136,6 @@ def attach_verbs() -> None:
     ModelMixin.set_graft = set_graft
     ModelMixin.graft = property(_graft)
     ModelMixin.unset_graft, ModelMixin.disable_graft, ModelMixin.enable_graft = _unset_graft, _disable_graft, _enable_graft
+    ModelMixin.set_active_graft, ModelMixin.active_grafts = _set_active_graft, _active_grafts
     ModelMixin.save_graft, ModelMixin.load_graft = save_graft, load_graft
     attach_saving()
