@@ -107,6 +107,7 @@ class Classroom:
             torch.manual_seed(self.config.seed)
             for path, pupil in self.pupils.items():
                 stack.callback(pupil.seat.train, self.graft.originals[path].training)
+                stack.callback(pupil.drop)
                 pupil.seat.train()
             yield
 
@@ -119,7 +120,7 @@ class Classroom:
         inputs = processes.share(noised.inputs, noised.count)
         self.watch.run(inputs, self.pupils, lambda path, call: sizes.update({path: ring.size_of(call)}))
         lessons = {path: size * self.config.accumulate for path, size in sizes.items()}
-        limit = self.config.memory or ring.free_memory(self.where)
+        limit = processes.smallest(self.config.memory or ring.free_memory(self.where))
         self.groups = ring.groups(lessons, limit, self.config.ring)
         self.room = min(ring.capacity((lessons[path] for path in group), limit, self.config.ring) for group in self.groups)
         self.done = [0] * len(self.groups)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, reduce
+from accelerate.utils import gather, parse_flag_from_env, reduce
 from torch import nn
 
 from ..errors import TrainingError
@@ -41,6 +41,13 @@ def share(value: Any, count: int) -> Any:
 def mean(values: torch.Tensor) -> torch.Tensor:
     """The mean over processes."""
     return values if state().num_processes == 1 else reduce(values, "mean")
+
+
+def smallest(value: int) -> int:
+    """The smallest over processes."""
+    if state().num_processes == 1:
+        return value
+    return int(gather(torch.tensor([value], device=state().device)).min())
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

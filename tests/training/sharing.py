@@ -22,6 +22,8 @@ def both_stages(folder=None, resume=False):
     one = dg.DistillConfig(**common, evaluate_every=2, accumulate=2, loss={"self_attention[1]": "relative_l2"})
     reports = dg.distill(model, graft, batches(), one, noise_scheduler=SCHEDULER, held_out=batches(1, seed=9),
                          output_dir=folder, resume=resume)  # fmt: skip
+    again = dg.DistillConfig(**common, reuse=2, ring=2)
+    dg.distill(model, graft, batches(), again, noise_scheduler=SCHEDULER, output_dir=folder and folder / "again", resume=resume)
     model.set_graft(graft)
     after_one = {f"one.{name}": tensor.detach().clone() for name, tensor in graft.own_tensors(model).items()}
     two = dg.FinetuneConfig(**common, ema_decay=0.5, min_snr=5.0, distill_output=0.5)

@@ -36,6 +36,6 @@ def test_two_processes_are_one(tmp_path):
         if name.endswith("to_k.bias"):
             continue  # softmax does not see it: its gradient is rounding, which Adam makes large
         torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"training.jsonl", ".checkpoints"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"training.jsonl", ".checkpoints", "again"}
     resumed = both_stages(tmp_path / "run", resume=True)  # by one process, what two have finished
     assert all(torch.equal(resumed[name], tensor) for name, tensor in first.items())
