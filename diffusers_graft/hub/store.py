@@ -20,6 +20,8 @@ from ..surgery import check_seats, install, require_graft, uninstall
 from .adapters import adapter_tensors, is_adapter, load_adapters
 from .blank import build_blank, check_operators, require_like
 from .cards import checked_about, write_card
+from .compress import compress as compressed
+from .compress import restore
 from .description import KEY, describe, describe_base, names, read_description, read_plan, to_text
 from .files import checksum, digest, require_finite, write_tensors, write_text
 from .folders import local_folder, replacing
@@ -31,12 +33,13 @@ _PATTERNS = ["graft_*", "adapter_*", "README.md"]
 
 
 def save_graft(model: ModelMixin, folder: str | Path, *, scores: dict[str, Any] | None = None, variant: str | None = None,
-               about: dict[str, Any] | None = None) -> None:  # fmt: skip
+               about: dict[str, Any] | None = None, compress: float | None = None) -> None:  # fmt: skip
     """Write a model's graft, its proof and a card to a folder; a graft saved there before is replaced whole.
 
     Args:
         scores: measured results by row, as `dg.evaluate` gives them, for the card.
         about: what a person tells on the card, as for `dg.card`: `license`, `datasets`, `hardware`, `speed`, `limits`.
+        compress: relative error allowed to updates of pretrained weights, which are then stored as small as that allows.
         variant: another set of weights beside the first, as diffusers names them: `graft_model.bf16.safetensors`.
 
     Raises:
@@ -45,17 +48,37 @@ def save_graft(model: ModelMixin, folder: str | Path, *, scores: dict[str, Any] 
     """
     graft, folder = require_graft(model), Path(folder)
     _require_whole(model, graft)
-    tensors = {**graft.own_tensors(model), **adapter_tensors(model, graft)}
-    config = describe(model, graft, checksum(tensors))
-    config["scores"] = {name: row.to_dict() for name, row in (scores or {}).items()}
-    config["about"] = checked_about(about)
-    proof, text = prove(model), to_text(config)
+    own, told = graft.own_tensors(model), {}
+    stored, proof = own, None
+    if compress is not None:
+        base = base_tensors(model)
+        stored, told = compressed(own, base, compress)
+        with _holding(own, restore(stored, told, base, folder)):
+            proof = prove(model)
+    stored = {**stored, **adapter_tensors(model, graft)}
+    config = describe(model, graft, checksum(stored))
+    config |= {"scores": {name: row.to_dict() for name, row in (scores or {}).items()}, "about": checked_about(about)}
+    config["compressed"] = told
+    proof, text = proof or prove(model), to_text(config)
     config_name, weights_name, proof_name = names(variant)
     with replacing(folder, stale=["adapter_config.json", "adapter_model.safetensors"]) as stage:
         write_tensors(stage / proof_name, proof, {})
-        write_tensors(stage / weights_name, tensors, {KEY: text})
+        write_tensors(stage / weights_name, stored, {KEY: text})
         write_text(stage / config_name, text + "\n")
         write_card(stage, folder, model, graft, config)
+
+
+@contextlib.contextmanager
+def _holding(own: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The tensors of a model with other values inside, those that loading will give them."""
+    before = {name: tensor.data for name, tensor in own.items()}
+    try:
+        for name, tensor in own.items():
+            tensor.data = values[name].to(tensor.device, tensor.dtype)
+        yield
+    finally:
+        for name, tensor in own.items():
+            tensor.data = before[name]
 
 
 def _require_whole(model: ModelMixin, graft: Graft) -> None:
@@ -94,7 +117,7 @@ def load_graft(
     plan.check(model)
     if verify:
         _check_base(model, config, allow_base_mismatch)
-    own = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
+    own, adapters = _parted(model, config, tensors, folder)
     check_operators(plan, own, folder)
     if device is not None or dtype is not None:
         model.to(device=device, dtype=dtype)
@@ -102,10 +125,17 @@ def load_graft(
     fill(model, graft, own, folder)
     graft.history = config["history"]
     with _installed(model, graft):
-        load_adapters(model, graft, config.get("lora"), {name: tensors[name] for name in tensors if name not in own})
+        load_adapters(model, graft, config.get("lora"), adapters)
         if verify:
             replay(model, folder / names(variant)[2])
     return graft
+
+
+def _parted(model: ModelMixin, config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path):
+    """The graft's own tensors, whole again where they were compressed, and those of LoRA."""
+    adapters = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
+    own = {name: tensor for name, tensor in tensors.items() if name not in adapters}
+    return restore(own, config["compressed"], base_tensors(model), folder) if config["compressed"] else own, adapters
 
 
 @contextlib.contextmanager
