@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusers import ModelMixin
 from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ..errors import ModelError
@@ -82,11 +83,13 @@ def _attention_kind(attention: nn.Module, parent: nn.Module | None, name: str) -
     joins = text_comes_first(type(attention.processor)) is not None
     if joins and (other or getattr(attention, "added_kv_proj_dim", None) is not None):
         return "joint_attention"
-    crosses = getattr(attention, "is_cross_attention", None)
-    if not crosses and (other or crosses is None):
-        classes = (type(part).__name__ for part in (attention, attention.processor, parent))
-        says_so = any("cross" in word.lower() for word in (name, *classes))
-        crosses = says_so or (crosses is None and other)
+    says = getattr(attention, "is_cross_attention", None)
+    if says:
+        return "cross_attention"
+    # diffusers' own Attention is also called with a second sequence that is None at run time; others are believed.
+    classes = (type(part).__name__ for part in (attention, attention.processor, parent))
+    named = any("cross" in word.lower() for word in (name, *classes))
+    crosses = (other and not isinstance(attention, Attention)) or (named and (other or says is None))
     return "cross_attention" if crosses else "self_attention"
 
 

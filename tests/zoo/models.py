@@ -570,7 +570,10 @@ def inputs_of(name, **sizes):
     draw = Draw(**sizes)
     if name in ONE_AT_A_TIME:
         draw.batch = 1
-    return ZOO[name][1](draw)
+    inputs = ZOO[name][1](draw)
+    if "txt_seq_lens" in inspect.signature(exported()[name].forward).parameters:  # diffusers before 0.37
+        inputs["txt_seq_lens"] = [draw.text] * draw.batch
+    return inputs
 
 
 def first(output):

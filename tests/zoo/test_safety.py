@@ -96,6 +96,10 @@ OFFLOADS = {"leaf": {"offload_type": "leaf_level"}, "block": {"offload_type": "b
 @pytest.mark.parametrize("before", [True, False])
 def test_group_offloading(how, before):
     model, cpu = tiny(FLUX), torch.device("cpu")
+    try:
+        tiny(FLUX).enable_group_offload(onload_device=cpu, offload_device=cpu, **OFFLOADS[how])
+    except AttributeError:
+        pytest.skip("this diffusers offloads only where there is an accelerator")
     plain = predict(model, FLUX)
     if not before:
         model.set_graft(RULES)
@@ -201,6 +205,8 @@ def test_keys_of_a_cache_are_refused():
 
 def test_a_block_mask_is_refused():
     name = "WanAnimate2Transformer3DModel"
+    if name not in exported():
+        pytest.skip(f"this diffusers has no {name}")
     model = tiny(name)
     model.set_graft({"self_attention[:]": "hyena_x"})
     inputs = inputs_of(name)
@@ -216,14 +222,16 @@ def test_a_block_mask_is_refused():
 def test_padded_prompts_are_not_seen(name, mixer):
     """As in a batch for classifier-free guidance, where the empty prompt is the shorter one."""
     model = tiny(name)
-    model.set_graft({"joint_attention[-1]": mixer})
     inputs = inputs_of(name)
     mask = "encoder_hidden_states_mask" if name == "QwenImageTransformer2DModel" else "encoder_attention_mask"
     inputs[mask][0, 3:] = 0
+    moved = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].clone()}
+    moved["encoder_hidden_states"][0, 3:] += 7
     with torch.no_grad():
-        one = first(model(**inputs))
-        inputs["encoder_hidden_states"][0, 3:] += 7
-        other = first(model(**inputs))
+        if not torch.allclose(first(model(**inputs)), first(model(**moved)), atol=1e-5):
+            pytest.skip("the model itself sees what is padded (before diffusers 0.37)")
+        model.set_graft({"joint_attention[-1]": mixer})
+        one, other = first(model(**inputs)), first(model(**moved))
     assert one.isfinite().all()
     torch.testing.assert_close(one, other)
 
