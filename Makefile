@@ -5,7 +5,7 @@ OUTPUT ?= quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help quickstart test test-all ablate bench bench-operators bench-pixart bench-training testbed lint clean
+.PHONY: help quickstart test test-all test-diffusers-versions ablate bench bench-operators bench-pixart bench-training testbed lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -28,6 +28,15 @@ test: $(READY) ## The test suite
 
 test-all: $(READY) ## The test suite with the long tests
 	$(BIN)/python -m pytest -q -m 'long or not long'
+
+test-diffusers-versions: $(READY) ## The zoo under diffusers 0.36, 0.40 and the newest
+	@for version in 0.36.0 0.40.0 newest; do \
+		folder=$(VENV)/diffusers-$$version; \
+		pin=$$([ $$version = newest ] && echo diffusers || echo diffusers==$$version); \
+		[ -d $$folder ] || { $(BIN)/pip install -q --target $$folder --no-deps $$pin && $(BIN)/pip install -q --target $$folder httpx; } || exit 1; \
+		PYTHONPATH=$$folder $(BIN)/python -c 'import diffusers; print("diffusers", diffusers.__version__)' || exit 1; \
+		PYTHONPATH=$$folder $(BIN)/python -m pytest -q tests/zoo tests/test_surgery.py || exit 1; \
+	done
 
 bench: $(READY) ## Forward latency of original and grafted models
 	$(BIN)/diffusers-graft bench

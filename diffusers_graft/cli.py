@@ -76,6 +76,13 @@ def run_bench_training(arguments: argparse.Namespace) -> None:
     bench_training(arguments.output, rounds=arguments.rounds, say=say)
 
 
+def run_families(arguments: argparse.Namespace) -> None:
+    """What works in which transformer class of diffusers, measured on tiny models, as a Markdown table."""
+    from .bench.families import families_markdown
+
+    families_markdown(say)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The verbs and their options."""
     parser = argparse.ArgumentParser(prog="diffusers-graft", description="Edit the architecture of diffusion transformers.")
@@ -104,6 +111,15 @@ def build_parser() -> argparse.ArgumentParser:
     sites.add_argument("model", nargs="?", help="folder or Hub repository of a transformer; the testbed unless given")
     sites.set_defaults(run=run_sites)
 
+    families = verbs.add_parser("families", help=run_families.__doc__)
+    families.add_argument("--markdown", action="store_true", help="the only form there is")
+    families.set_defaults(run=run_families)
+
+    _add_benchmarks(verbs)
+    return parser
+
+
+def _add_benchmarks(verbs) -> None:
     bench = verbs.add_parser("bench", help=run_bench.__doc__)
     bench.add_argument("--operators", default="neighborhood,sliding_window,linear_attention,hyena_x")
     bench.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128], help="sides of the latents (2 x 2 patches)")
@@ -115,7 +131,6 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("--output", type=Path, help="Markdown file to store the tables in")
         verb.add_argument("--rounds", type=int, default=7)
         verb.set_defaults(run=run)
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import diffusers_graft as dg
 from diffusers_graft.anatomy import read_context
 from diffusers_graft.errors import GeometryError
 
-from .models import ZOO, Draw, exported, inputs_of, predict, tiny
+from .models import ROWS, Draw, exported, inputs_of, predict, tiny
 from .test_matrix import MIXERS, NAMES, NO_MAIN_SITE, NO_SOFTMAX, main_sites
 
 NO_GRID = {
@@ -171,4 +171,4 @@ def test_where_tokens_lie_on_no_grid_the_refusal_says_what_to_add(name):
 
 
 def test_the_tables_name_classes_that_exist():
-    assert set(NO_GRID) | WAVEFORMS | set(ACROSS_FRAMES) <= set(ZOO)
+    assert set(NO_GRID) | WAVEFORMS | set(ACROSS_FRAMES) <= set(ROWS)

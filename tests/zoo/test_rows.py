@@ -2,12 +2,12 @@
 import pytest
 import torch
 
-from .models import ZOO, exported, first, inputs_of, tiny
+from .models import ROWS, exported, first, inputs_of, tiny
 
 
 @pytest.mark.parametrize("name", sorted(exported()))
 def test_every_exported_class_has_a_tiny_model_that_runs(name):
-    assert name in ZOO, f"{name} is new: give it a row in tests/zoo/models.py, a tiny configuration and its inputs"
+    assert name in ROWS, f"{name} is new: give it a row in diffusers_graft/bench/zoo, a tiny configuration and its inputs"
     model = tiny(name)
     with torch.no_grad():
         output = first(model(**inputs_of(name)))
