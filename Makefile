@@ -5,7 +5,7 @@ OUTPUT ?= quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help quickstart test test-all test-diffusers-versions ablate bench bench-operators bench-pixart bench-training testbed lint clean
+.PHONY: help quickstart test test-all test-diffusers-versions ablate bench bench-loading bench-operators bench-pixart bench-training testbed lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -40,6 +40,9 @@ test-diffusers-versions: $(READY) ## The zoo under diffusers 0.36, 0.40 and the 
 
 bench: $(READY) ## Forward latency of original and grafted models
 	$(BIN)/diffusers-graft bench
+
+bench-loading: $(READY) ## Loading a graft against reading its bytes and installing it
+	$(BIN)/python -m diffusers_graft.bench.loading
 
 bench-operators: $(READY) ## Every operator by itself, on a CPU
 	$(BIN)/diffusers-graft bench-operators --output examples/benchmarks/operators-cpu.md

@@ -62,13 +62,20 @@ def describe_whole(model: ModelMixin, graft: Graft) -> dict[str, Any]:
     return {"format": FORMAT, "versions": versions(), "base": base, "plan": graft.plan.to_dict(),
             "settings": origin.get("settings") or [], "scores": origin.get("scores") or {}, "about": origin.get("about") or {},
             "imported": origin.get("imported"),
-            "checksum": checksum(model.state_dict()), "history": graft.history}  # fmt: skip
+            "checksum": checksum(model.state_dict()), "buffers": _other_buffers(model), "history": graft.history}  # fmt: skip
 
 
 def as_whole(model: ModelMixin, graft: Graft, **carried: Any) -> None:
     """Note that a model stands without the base it was made on, and what its description carries on."""
     graft.standalone = True
     vars(model)[_ORIGIN] = {name: carried.get(name) for name in CARRIED}
+
+
+def _other_buffers(model: ModelMixin) -> dict[str, str]:
+    """Dtypes of the buffers that are not saved with the weights, by name."""
+    weights = model.state_dict()
+    own = {name: buffer for name, buffer in model.named_buffers() if name not in weights and buffer.is_floating_point()}
+    return {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in own.items()}
 
 
 def describe_base(model: ModelMixin, replaced: Iterable[str]) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def load_pretrained(
     apply_settings(model, description.get("settings", []))
     take(model, tensors, folder, assign=low_cpu_mem_usage)
     as_whole(model, graft, **{name: description.get(name) for name in CARRIED})
-    return _cast(model, tensors, dtype or torch_dtype or torch.float32).to(device).eval()
+    model = _cast(model, tensors, dtype or torch_dtype or torch.float32, description.get("buffers"))
+    return model.to(device).eval() if device is not None else model.eval()
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -134,14 +135,24 @@ def take(model: ModelMixin, tensors: dict[str, torch.Tensor], folder: Path, *, a
     model.load_state_dict(tensors, assign=assign)
 
 
-def _cast(model: ModelMixin, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> ModelMixin:
-    """In the dtype asked for, but for the modules that diffusers keeps in float32."""
+def _cast(model: ModelMixin, tensors: dict[str, torch.Tensor], dtype: torch.dtype, buffers: Any) -> ModelMixin:
+    """In the dtype asked for, but for what diffusers keeps in float32.
+
+    Buffers that are no weights (tables of positions) had a dtype of their own if the model was loaded in that dtype, and
+    another if it was cast to it: where the model comes back as it was saved, so do they.
+    """
     kept = set(type(model)._keep_in_fp32_modules or ())
-    if {parameter.dtype for parameter in model.parameters()} != {dtype}:
-        model.to(dtype)
     for name, parameter in model.named_parameters():
-        if kept & set(name.split(".")):
-            parameter.data = tensors[name].to(torch.float32)
+        wanted = torch.float32 if kept & set(name.split(".")) else dtype
+        if parameter.is_floating_point() and parameter.dtype != wanted:
+            parameter.data = tensors[name].to(wanted)
+    as_saved = any(tensor.dtype == dtype for tensor in tensors.values()) and isinstance(buffers, dict)
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            path, _, own = name.rpartition(".")
+            told = getattr(torch, str(buffers.get(name)), None) if as_saved else None
+            wanted = told if isinstance(told, torch.dtype) and told.is_floating_point else dtype
+            model.get_submodule(path)._buffers[own] = buffer.to(wanted)
     return model
 
 

@@ -210,3 +210,15 @@ def test_pipelines(tmp_path):
     expected = draw(pipe)
     pipe.save_pretrained(tmp_path)
     assert (draw(DiffusionPipeline.from_pretrained(tmp_path)) == expected).all()
+
+
+@pytest.mark.parametrize("how", ["cast", "loaded"])
+def test_a_whole_model_in_half_precision_is_the_same_however_it_came_to_it(how, tmp_path):
+    """diffusers leaves tables of positions in float32 where it loads in bfloat16; casting rounds them."""
+    tiny_dit().save_pretrained(tmp_path / "base")
+    model = tiny_dit().to(torch.bfloat16) if how == "cast" else DiTTransformer2DModel.from_pretrained(tmp_path / "base", torch_dtype=torch.bfloat16)
+    model.set_graft(RULES)
+    model.save_pretrained(tmp_path / "whole")
+    loaded = dg.load_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    assert torch.equal(predict(loaded), predict(model))
+    assert dg.load_pretrained(tmp_path / "whole").pos_embed.pos_embed.dtype == torch.float32
