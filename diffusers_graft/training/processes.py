@@ -17,7 +17,13 @@ from ..errors import TrainingError
 
 
 def state() -> PartialState:
-    """The processes there are, as `accelerate launch` set them up."""
+    """The processes there are, as `accelerate launch` set them up.
+
+    Raises `TrainingError` where it was told to shard weights: here every process holds them whole.
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise TrainingError(f"Weights are whole on every process here, and {name} shards them: launch without it.")
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 

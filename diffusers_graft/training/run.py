@@ -208,5 +208,6 @@ def _trackers(config: TrainingConfig, folder: Path, name: str) -> Iterable[Any]:
         tracker = cls(name, logging_dir=folder / "logs") if cls.requires_logging_directory else cls(name)
         if hasattr(tracker, "start"):
             tracker.start()
-        tracker.store_init_configuration({key: value for key, value in flat(config.to_dict()).items() if value is not None})
+        settings = flat(config.to_dict()).items()
+        tracker.store_init_configuration({key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings})
         yield tracker

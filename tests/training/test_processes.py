@@ -5,12 +5,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from .sharing import both_stages
+import diffusers_graft as dg
+from diffusers_graft.errors import TrainingError
+
+from ..models import SCHEDULER, batches, tiny_dit
+from .sharing import RULES, both_stages
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_what_would_shard_weights_is_refused(name, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    model = tiny_dit()
+    model.set_graft(RULES)
+    with pytest.raises(TrainingError, match="launch without it"):
+        dg.finetune(model, batches(), dg.FinetuneConfig(steps=1, progress=False), noise_scheduler=SCHEDULER)
 
 
 def free_port():
