@@ -32,10 +32,10 @@ class _Blank:
         return operator
 
 
-def build_blank(model: ModelMixin, plan: GraftPlan) -> Graft:
+def build_blank(model: ModelMixin, plan: GraftPlan, history: list[dict[str, Any]] | None = None) -> Graft:
     """The parts of a plan beside the model, at no more than the cost of their memory."""
     graft = build_graft(model, replace(plan, edits=tuple(replace(edit, config=_Blank(edit.config)) for edit in plan.edits)))
-    graft.plan = plan
+    graft.plan, graft.history = plan, history or []
     for operator in graft.operators().values():
         del vars(operator)["init_from"]
     return graft

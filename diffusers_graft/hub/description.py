@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from huggingface_hub.errors import HFValidationError
 from .._version import __version__
 from ..errors import FileError
 from ..graft import Graft, base_tensors
-from ..plan import GraftPlan
+from ..operators import Operator, _configured
+from ..plan import Edit, GraftPlan
+from ..site import Site
 from .adapters import describe_adapters
 from .files import checksum, digest, fingerprint, parse_json, read_header, read_json, read_tensors
 
@@ -168,9 +171,13 @@ def require_format(config: dict[str, Any], where: str) -> int:
     return number
 
 
-def read_plan(data: Any) -> GraftPlan:
-    """A plan from a description. Raises `FileError` also where it holds what no plan of ours does."""
-    plan = GraftPlan.from_dict(data)
+def read_plan(data: Any, classes: dict[str, type[Operator]] | None = None) -> GraftPlan:
+    """A plan from a description. Raises `FileError` also where it holds what no plan of ours does.
+
+    Args:
+        classes: operators by name that came along as code.
+    """
+    plan = GraftPlan.from_dict(data) if not classes else _plan_with(data, classes)
     sound = isinstance(plan.model_class, str)
     for edit in plan.edits:
         sizes = {name: value for name, value in vars(edit.site).items() if name not in ("kind", "path", "activation")}
@@ -181,6 +188,20 @@ def read_plan(data: Any) -> GraftPlan:
     if len({edit.site.path for edit in plan.edits}) < len(plan.edits):
         raise FileError("This is not a graft plan: it edits one site twice.")
     return plan
+
+
+def _plan_with(data: Any, classes: dict[str, type[Operator]]) -> GraftPlan:
+    edits = []
+    for edit in data["edits"]:
+        if isinstance(edit, dict) and edit.get("operator") in classes:
+            settings = {name: value for name, value in edit.items() if name != "site"}
+            try:
+                edits.append(Edit(Site.from_dict(edit["site"]), _configured(classes[edit["operator"]], settings)))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise FileError(f"This is not a graft plan: {error!r}.") from error
+        else:
+            edits += GraftPlan.from_dict({**data, "edits": [edit]}).edits
+    return replace(GraftPlan.from_dict({**data, "edits": []}), edits=tuple(edits))
 
 
 def check_kinds(config: dict[str, Any], kinds: dict[str, type], where: str) -> None:

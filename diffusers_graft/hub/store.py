@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from ..anatomy import require_model
 from ..errors import FileError, MismatchError, StateError
 from ..graft import Graft, base_tensors, is_enabled
 from ..surgery import check_seats, install, require_graft, uninstall
 from .adapters import adapter_tensors, is_adapter, load_adapters
 from .blank import build_blank, check_operators, require_like
 from .cards import checked_about, write_card
+from .code import describe_code, is_pinned, sources, trusted
 from .compress import compress as compressed
 from .compress import restore
 from .description import KEY, describe, describe_base, names, read_description, read_plan, to_text
@@ -32,14 +32,17 @@ logger = logging.getLogger(__name__)
 _PATTERNS = ["graft_*", "adapter_*", "README.md"]
 
 
-def save_graft(model: ModelMixin, folder: str | Path, *, scores: dict[str, Any] | None = None, variant: str | None = None,
-               about: dict[str, Any] | None = None, compress: float | None = None) -> None:  # fmt: skip
+def save_graft(
+    model: ModelMixin, folder: str | Path, *, scores: dict[str, Any] | None = None, variant: str | None = None,
+    about: dict[str, Any] | None = None, compress: float | None = None, self_contained: bool = False,
+) -> None:  # fmt: skip
     """Write a model's graft, its proof and a card to a folder; a graft saved there before is replaced whole.
 
     Args:
         scores: measured results by row, as `dg.evaluate` gives them, for the card.
         about: what a person tells on the card, as for `dg.card`: `license`, `datasets`, `hardware`, `speed`, `limits`.
         compress: relative error allowed to updates of pretrained weights, which are then stored as small as that allows.
+        self_contained: the operators' source goes along, for people who do not have them; it runs only where it is trusted.
         variant: another set of weights beside the first, as diffusers names them: `graft_model.bf16.safetensors`.
 
     Raises:
@@ -58,10 +61,13 @@ def save_graft(model: ModelMixin, folder: str | Path, *, scores: dict[str, Any] 
     stored = {**stored, **adapter_tensors(model, graft)}
     config = describe(model, graft, checksum(stored))
     config |= {"scores": {name: row.to_dict() for name, row in (scores or {}).items()}, "about": checked_about(about)}
-    config["compressed"] = told
+    code = sources(graft.plan) if self_contained else {}
+    config |= {"compressed": told, "code": describe_code(code)}
     proof, text = proof or prove(model), to_text(config)
     config_name, weights_name, proof_name = names(variant)
-    with replacing(folder, stale=["adapter_config.json", "adapter_model.safetensors"]) as stage:
+    with replacing(folder, stale=["adapter_config.json", "adapter_model.safetensors", "graft_operator_*.py"]) as stage:
+        for name, source in code.items():
+            write_text(stage / name, source)
         write_tensors(stage / proof_name, proof, {})
         write_tensors(stage / weights_name, stored, {KEY: text})
         write_text(stage / config_name, text + "\n")
@@ -92,7 +98,7 @@ def _require_whole(model: ModelMixin, graft: Graft) -> None:
 def load_graft(
     model: ModelMixin, source: str | Path, *, revision: str | None = None, allow_base_mismatch: bool = False,
     subfolder: str = "", variant: str | None = None, device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None, verify: bool = True, **hub_arguments: Any,
+    dtype: torch.dtype | None = None, verify: bool = True, trust_remote_code: bool = False, **hub_arguments: Any,
 ) -> Graft:  # fmt: skip
     """Install a saved graft in the model it was made for; its outputs are those that were saved, bit for bit.
 
@@ -102,6 +108,7 @@ def load_graft(
         allow_base_mismatch: install on a base other than the one the graft was made on.
         subfolder, variant: where the graft lies, and which, as `save_graft` named it.
         device, dtype: where the model goes first; the graft follows it. As it is unless given.
+        trust_remote_code: run operators that come as code; from the Hub also `revision` must then be the id of a commit.
         verify: replay the proof, one forward of the model, and compare the base.
         hub_arguments: `token`, `cache_dir`, `local_files_only` and the like, for `huggingface_hub.snapshot_download`.
 
@@ -110,10 +117,10 @@ def load_graft(
         MismatchError: made for another model.
         StateError: the model is grafted already.
     """
-    require_model(model)
     folder = local_folder(source, _PATTERNS, subfolder=subfolder, revision=revision, **hub_arguments)
     config, tensors = read_graft(folder, variant)
-    plan = read_plan(config["plan"])
+    classes = trusted(config, folder, trust=trust_remote_code, pinned=is_pinned(source, revision))
+    plan = read_plan(config["plan"], classes)
     plan.check(model)
     if verify:
         _check_base(model, config, allow_base_mismatch)
@@ -121,9 +128,8 @@ def load_graft(
     check_operators(plan, own, folder)
     if device is not None or dtype is not None:
         model.to(device=device, dtype=dtype)
-    graft = build_blank(model, plan)
+    graft = build_blank(model, plan, config["history"])
     fill(model, graft, own, folder)
-    graft.history = config["history"]
     with _installed(model, graft):
         load_adapters(model, graft, config.get("lora"), adapters)
         if verify:
