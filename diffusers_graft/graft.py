@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,20 +48,29 @@ class FeedForwardSeat(nn.Module):
 
 
 class AttentionSeat(nn.Module):
-    """An operator with projections of its own, behind the call of the self-attention it replaces."""
+    """An operator with projections of its own, behind the call of the self-attention it replaces.
 
-    def __init__(self, site: Site, operator: AttentionOperator):
+    Rotary embeddings and whatever else the original was given besides its tokens go with it.
+    """
+
+    def __init__(self, site: Site, operator: AttentionOperator, names: tuple[str, ...]):
         super().__init__()
-        self.graft_site, self.graft = site, operator
+        self.graft_site, self.graft, self.names = site, operator, names
 
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
-                attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:  # fmt: skip
-        require_tokens(self.graft.name, hidden_states.shape[1])
-        if encoder_hidden_states is not None and encoder_hidden_states is not hidden_states:
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        hidden_states, other = given[self.names[0]], given.get("encoder_hidden_states")
+        if other is not None and other is not hidden_states:
             raise OperatorError(f"{self.graft.name} mixes a sequence with itself; {self.graft_site.path} was given another.")
-        if attention_mask is not None:
-            refuse_hiding(attention_mask, self.graft.name)
-        return self.graft(hidden_states, self.graft.slot.current)
+        if isinstance(given.get("attention_mask"), torch.Tensor):
+            refuse_hiding(given["attention_mask"], self.graft.name)
+        context = self.graft.slot.current.at(self.graft_site, hidden_states.shape[1])
+        if context.text_first is not None and context.grid is not None and hidden_states.shape[1] > context.grid.tokens:
+            raise OperatorError(
+                f"{self.graft_site.path} mixes the image with text, or with registers, which {self.graft.name} would take for "
+                "more of the image. Choose a mixer there, such as hyena_x."
+            )
+        return self.graft(hidden_states, context)
 
 
 @dataclass(eq=False)
@@ -193,7 +203,7 @@ def _build_seat(model: ModelMixin, edit: Edit, original: nn.Module, slot: Contex
         _refuse_more_than_projections(original, edit)
         if edit.config.init == "warm":
             operator.init_from(projections(original))
-        seat = AttentionSeat(edit.site, operator)
+        seat = AttentionSeat(edit.site, operator, tuple(inspect.signature(original.forward).parameters))
     else:
         seat = _attention_seat(edit, original, operator)
     like = next((p for p in original.parameters() if p.dtype in COMPUTE_DTYPES), None)

@@ -2,12 +2,15 @@
 
 A wrong order of text and image, or rows and columns swapped, would let tokens notice that have no right to.
 """
+from dataclasses import replace
+
 import pytest
 import torch
 
 import diffusers_graft as dg
-from diffusers_graft.anatomy import read_context
+from diffusers_graft.anatomy import families, read_context
 from diffusers_graft.errors import GeometryError
+from diffusers_graft.processor import grafted_class
 
 from .models import ROWS, Draw, exported, inputs_of, predict, tiny
 from .test_matrix import MIXERS, NAMES, NO_MAIN_SITE, NO_SOFTMAX, main_sites
@@ -158,6 +161,25 @@ def test_the_prompt_reaches_every_image_token(name, mixer):
     after = record(model, name, inputs, site.path)
     unmoved = set(range(len(before[1]))) - changed(before[1], after[1])
     assert len(unmoved) == 0
+
+
+@pytest.mark.parametrize("name", ["ErnieImageTransformer2DModel", "Lumina2Transformer2DModel", "Krea2Transformer2DModel"])
+def test_a_wrong_order_in_a_stream_would_be_noticed(name, monkeypatch):
+    row = families.family_of(tiny(name))
+    monkeypatch.setitem(families._FAMILIES, exported()[name], replace(row, text_first=not row.text_first))
+    site = dg.find_sites(tiny(name)).where(kind="self_attention")[-1]
+    monkeypatch.setattr("tests.zoo.test_geometry.main_sites", lambda model: [site])
+    with pytest.raises(AssertionError):
+        test_a_touched_patch_reaches_its_neighbours_alone(name)
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "SD3Transformer2DModel", "QwenImageTransformer2DModel"])
+def test_a_wrong_order_of_two_streams_would_be_noticed(name, monkeypatch):
+    processor = tiny(name).transformer_blocks[0].attn.processor
+    cls = grafted_class(type(processor))
+    monkeypatch.setattr(cls, "_text_first", not cls._text_first)
+    with pytest.raises(AssertionError):
+        test_a_touched_patch_reaches_its_neighbours_alone(name)
 
 
 @pytest.mark.parametrize("name", sorted(set(NO_GRID) & set(exported())))

@@ -109,6 +109,30 @@ def test_mixers_go_in_run_learn_and_come_out(name, mixer, tmp_path):
     same(model, keys, before)
 
 
+WHOLE = ("SanaTransformer2DModel", "SanaVideoTransformer3DModel", "WanTransformer3DModel", "PixArtTransformer2DModel",
+         "HunyuanDiT2DModel", "CosmosTransformer3DModel")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_attentions_are_replaced_also_where_there_is_no_softmax(name, tmp_path):
+    model = model_of(name)
+    before, keys = predict(model, name), list(model.state_dict())
+    model.set_graft({"self_attention[:]": "gated_deltanet"})
+    assert not torch.equal(predict(model, name), before)
+    learn_and_share(model, name, tmp_path)
+    model.unset_graft()
+    same(model, keys, before)
+
+
+def test_whole_attentions_are_refused_where_text_shares_the_stream():
+    model = model_of("FluxTransformer2DModel")
+    with pytest.raises(OperatorError):
+        run_grafted(model, {"self_attention[0]": {"operator": "gated_deltanet", "init": "random"}})
+    model.unset_graft()
+    with pytest.raises(OperatorError, match="replaces self_attention"):
+        model.set_graft({"joint_attention[0]": "gated_deltanet"})
+
+
 FEED_FORWARD = {"operator": "mlp", "init": "random", "activation": "gelu", "expansion": 1}
 
 

@@ -25,14 +25,14 @@ def exported() -> dict[str, type[nn.Module]]:
 
 
 def tiny(name: str, **settings: Any) -> nn.Module:
-    """A tiny model of a class; parameters at zero get noise, since zeroed gates would hide what attention does."""
+    """A tiny model of a class. Noise fills parameters at zero, which would hide what attention does, and uninitialised ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = exported()[name](**{**ROWS[name][0], **settings})
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.any():
+            if not parameter.any() or not parameter.abs().amax() < 100:
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
