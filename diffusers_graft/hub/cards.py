@@ -69,9 +69,7 @@ def render_card(
     about, imported = config.get("about") or {}, config.get("imported")
     papers = sorted({edit.config.owner.paper for edit in graft.plan.edits} - {""})
     flops, rows = edit_rows(model, graft)
-    template = jinja2.Environment(
-        keep_trailing_newline=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(_template())
+    template = environment().from_string((template_folder() / "graft_card.md.jinja").read_text(encoding="utf-8"))
     return template.render(
         front_matter=front_matter(_front_matter(model, config, operators, whole, source)),
         title=type(model).__name__ + (f" with {' and '.join(operators)}" if operators else ""),
@@ -88,11 +86,16 @@ def render_card(
 
 
 @functools.cache
-def _template() -> str:
+def template_folder() -> Path:
     """Beside the package in a checkout, inside it in a wheel."""
     here = Path(__file__).parents[1]
-    folders = (here / "hub_cards", here.parent / "hub_cards")
-    return next(folder / "graft_card.md.jinja" for folder in folders if folder.is_dir()).read_text(encoding="utf-8")
+    return next(folder for folder in (here / "hub_cards", here.parent / "hub_cards") if folder.is_dir())
+
+
+def environment() -> jinja2.Environment:
+    """How our templates are read: what they name must be there."""
+    whole_lines = {"keep_trailing_newline": True, "trim_blocks": True, "lstrip_blocks": True}
+    return jinja2.Environment(undefined=jinja2.StrictUndefined, **whole_lines)
 
 
 def _front_matter(model: ModelMixin, config: dict[str, Any], operators: list[str], whole: bool, source: str) -> dict[str, Any]:
