@@ -45,7 +45,9 @@ class DistillConfig(TrainingConfig):
             and the best weights are kept; a site that has not got better for `patience` looks is finished, and costs nothing
             more. None lets every site use all its steps, which a falling learning rate rewards.
         reuse, ring, memory: each batch of the teacher is used `reuse` times, out of a ring of up to `ring` batches that takes
-            at most `memory` bytes (half of what is free, unless given); sites learn in groups whose activations fit.
+            at most `memory` bytes (half of what is free, unless given); sites learn in groups whose activations fit. On the
+            testbed 4 takes half the time of 1 and is as good (examples/benchmarks/training-cpu.md); 1 keeps nothing in memory,
+            shows every part fresh noise at every step, and does not depend on what is free, so it is the default.
         host: keep the ring in the memory of the host instead of the device's.
     """
 
