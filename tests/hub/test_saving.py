@@ -110,14 +110,17 @@ def save(model, folder, kind):
 def test_killed_at_any_moment(kind, moments, tmp_path):
     """SIGKILL at random moments of a process that saves in a loop: one of the two models is there, whole, with its own proof."""
     models, chance, seen, waited = [one_of(1.0), one_of(2.0)], random.Random(0), set(), 0
+    save(models[1], tmp_path, kind)
+    started = time.perf_counter()
     save(models[0], tmp_path, kind)
+    seconds = time.perf_counter() - started
     for _ in range(moments):
         process = os.fork()
         if not process:
             while True:
                 for model in reversed(models):
                     save(model, tmp_path, kind)
-        time.sleep(chance.uniform(0.0, 0.1))
+        time.sleep(chance.uniform(0.0, 3 * seconds))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         waited += any(tmp_path.glob(".s*"))
