@@ -1,0 +1,85 @@
+"""The rule for image and text in one attention, against its definition."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import diffusers_graft as dg
+from diffusers_graft.mixing import fields_of, mix_with_others
+from diffusers_graft.site import Context, Grid, Site
+
+GRID = Grid(height=4, width=6)
+SITE = Site(kind="self_attention", index=0, path="attn", width=8, heads=2, head_width=4)
+IMAGE, TEXT = GRID.tokens, 5
+
+
+def operator_of(name, **settings):
+    torch.manual_seed(0)
+    return dg.operators.get(name).Config(**settings).build(SITE).double()
+
+
+def drawn(tokens, keys=None):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(2, 2, count, 4, generator=generator, dtype=torch.float64) for count in (tokens, keys or tokens, keys or tokens)]
+
+
+def dense(operator, query, key, value, start, hidden=()):
+    """One softmax: image tokens see their window and all others, the others see all."""
+    sees = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+    first = start if query.shape[2] == key.shape[2] else 0
+    for token in range(IMAGE):
+        sees[first + token, start : start + IMAGE] = False
+        for seen in operator.receptive_field(token, GRID):
+            sees[first + token, start + seen] = True
+    sees[:, list(hidden)] = False
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=sees)
+
+
+WINDOWS = {"sliding_window": {"window": (2, 1)}, "neighborhood": {"kernel": 3}}
+
+
+@pytest.mark.parametrize("start", [0, TEXT, 2], ids=["image first", "text first", "image in between"])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_softmax_window_and_the_text_are_one_softmax(name, start):
+    operator, (query, key, value) = operator_of(name, **WINDOWS[name]), drawn(IMAGE + TEXT)
+    mixed = mix_with_others(operator, query, key, value, Context(grid=GRID), start=start, image=IMAGE)
+    torch.testing.assert_close(mixed, dense(operator, query, key, value, start), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_queries_of_the_image_alone(name):
+    operator, (query, key, value) = operator_of(name, **WINDOWS[name]), drawn(IMAGE, IMAGE + TEXT)
+    mixed = mix_with_others(operator, query, key, value, Context(grid=GRID), start=TEXT, image=IMAGE)
+    torch.testing.assert_close(mixed, dense(operator, query, key, value, TEXT), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_padded_text_is_left_out_of_the_softmax(additive):
+    operator, (query, key, value) = operator_of("neighborhood"), drawn(IMAGE + TEXT)
+    mask = torch.ones(1, 1, 1, IMAGE + TEXT, dtype=torch.bool)
+    mask[..., 3:TEXT] = False
+    mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf) if additive else mask
+    mixed = mix_with_others(operator, query, key, value, Context(grid=GRID, mask=mask), start=TEXT, image=IMAGE)
+    torch.testing.assert_close(mixed, dense(operator, query, key, value, TEXT, hidden=(3, 4)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "hyena_x", "hyena_y", "identity"])
+def test_other_mixers_share_with_the_text_as_softmax_over_what_they_read_would(name):
+    operator, (query, key, value) = operator_of(name), drawn(IMAGE + TEXT)
+    mixed = mix_with_others(operator, query, key, value, Context(grid=GRID), start=TEXT, image=IMAGE)
+    image = slice(TEXT, None)
+    own = operator(query[:, :, image], key[:, :, image], value[:, :, image], Context(grid=GRID))
+    scores = query[:, :, image] @ key.transpose(-1, -2) / 2
+    for token in range(IMAGE):
+        row, seen = scores[:, :, token], sorted(operator.receptive_field(token, GRID))
+        text, image_mass = row[..., :TEXT].exp(), row[..., TEXT:][..., seen].exp().sum(-1, keepdim=True)
+        share = text.sum(-1, keepdim=True) / (text.sum(-1, keepdim=True) + image_mass)
+        attended = (text / text.sum(-1, keepdim=True)).unsqueeze(-2) @ value[:, :, :TEXT]
+        expected = (1 - share) * own[:, :, token] + share * attended.squeeze(-2)
+        torch.testing.assert_close(mixed[:, :, TEXT + token], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_of_large_fields_evenly_spaced_tokens_stand_for_all():
+    fields, weights = fields_of(dg.operators.get("linear_attention").Config(), (8, 2, 4), Grid(height=16, width=16), torch.device("cpu"))
+    assert fields.shape == weights.shape == (1, 64)
+    assert torch.equal(fields[0].diff(), torch.full((63,), 4))
+    torch.testing.assert_close(weights.exp().sum(), torch.tensor(256.0))
