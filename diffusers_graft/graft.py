@@ -2,7 +2,8 @@
 
 Every new part is a *seat*: a module for one path of the model. At an attention it is a shallow copy of the original
 attention that shares every child it does not change, with the operator as its child `graft` and a generated processor; at a
-feed-forward it is a module with the original's call. Weights are shared until something trains or loads them.
+feed-forward it is a module with the original's call; blocks have a seat at each of their paths, the operator being the
+first one's. Weights are shared until something trains or loads them.
 """
 from __future__ import annotations
 
@@ -17,12 +18,13 @@ from diffusers import ModelMixin
 from torch import nn
 
 from .anatomy import find_sites, linear_pair, projections
+from .blocks import fill_block, removed, shallow_copy, side_by_side, unshare
 from .errors import OperatorError
 from .mixing import refuse_hiding, require_tokens
 from .operators import AttentionOperator, Operator
 from .plan import Edit, GraftPlan, build_operator
 from .processor import graft_processor
-from .site import ContextSlot, Site, Sites
+from .site import BLOCK_KINDS, ContextSlot, Site, Sites
 
 # Quantised and fp8 weights are stored, not computed with; a new part takes the model's dtype there.
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -101,7 +103,7 @@ class Graft:
     standalone: bool = False
 
     def operators(self) -> dict[str, Operator]:
-        return {path: seat.graft for path, seat in self.seats.items()}
+        return {edit.site.path: self.seats[edit.site.path].graft for edit in self.plan.edits}
 
     def own_tensors(self, model: ModelMixin) -> dict[str, torch.Tensor]:
         """Every tensor the graft adds or changes, by its name in the model: parameters and buffers, not copied."""
@@ -114,17 +116,17 @@ class Graft:
     def own_tensors_of(self, path: str) -> dict[str, torch.Tensor]:
         """The tensors of one seat, by name inside it, that it does not share with the original."""
         shared = {id(tensor) for tensor in _tensors(self.originals[path]).values()}
-        return {name: tensor for name, tensor in _tensors(self.seats[path]).items() if id(tensor) not in shared}
+        inner = tuple(f"{name}." for name in self._inside(path))
+        own = {name: tensor for name, tensor in _tensors(self.seats[path]).items() if id(tensor) not in shared}
+        return {name: tensor for name, tensor in own.items() if not name.startswith(inner)}
+
+    def _inside(self, path: str) -> list[str]:
+        """Seats inside a block's seat, by path in it."""
+        return [other.removeprefix(f"{path}.") for other in self.seats if other.startswith(f"{path}.")]
 
     def unshare(self, path: str, children: set[str] | None = None) -> None:
         """Give a seat its own copy of the children (all, unless named) it still shares with the original."""
-        seat, original = self.seats[path], self.originals[path]
-        for name, child in original._modules.items():
-            if child is not None and seat._modules.get(name) is child and (children is None or name in children):
-                seat._modules[name] = copy.deepcopy(child)
-        for name, parameter in original._parameters.items():
-            if parameter is not None and seat._parameters.get(name) is parameter and (children is None or name in children):
-                seat._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        unshare(self.seats[path], self.originals[path], children, frozenset(self._inside(path)))
 
     def __str__(self) -> str:
         return str(self.plan)
@@ -160,13 +162,19 @@ def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
     """
     plan.check(model)
     slot = ContextSlot()
-    originals = {edit.site.path: _original(model, edit.site.path) for edit in plan.edits}
-    seats = {}
+    originals = {path: _original(model, path) for edit in plan.edits for path in edit.site.paths}
+    seats, sites = {}, find_sites(model, blocks=True)
     for number, edit in enumerate(plan.edits):
         with torch.random.fork_rng(devices=[]), _without_memory(originals[edit.site.path]):
             torch.manual_seed(seed + number)
-            seats[edit.site.path] = _build_seat(model, edit, originals[edit.site.path], slot)
-    return Graft(plan, seats, originals, slot, find_sites(model))
+            if edit.site.kind in BLOCK_KINDS:
+                seats |= _block_seats(model, edit, originals, slot, sites)
+            else:
+                seats[edit.site.path] = _build_seat(model, edit, originals[edit.site.path], slot)
+    for edit in plan.edits:
+        for path in edit.site.paths if edit.site.kind in BLOCK_KINDS else ():
+            fill_block(seats, path)
+    return Graft(plan, seats, originals, slot, sites)
 
 
 def _without_memory(original: nn.Module) -> contextlib.AbstractContextManager:
@@ -178,7 +186,11 @@ def _without_memory(original: nn.Module) -> contextlib.AbstractContextManager:
 def _original(model: ModelMixin, path: str) -> nn.Module:
     """The pretrained part at a path, also while a graft sits there."""
     present = installed(model)
-    return present.originals[path] if present and path in present.originals else model.get_submodule(path)
+    names = path.split(".")
+    for end in range(1, len(names) + 1) if present else ():
+        if (outer := present.originals.get(".".join(names[:end]))) is not None:
+            return outer.get_submodule(".".join(names[end:]))
+    return model.get_submodule(path)
 
 
 def installed(model: ModelMixin) -> Graft | None:
@@ -211,6 +223,24 @@ def _build_seat(model: ModelMixin, edit: Edit, original: nn.Module, slot: Contex
     return seat.train(original.training)
 
 
+def _block_seats(model: ModelMixin, edit: Edit, originals: dict[str, nn.Module], slot: ContextSlot,
+                 sites: Sites) -> dict[str, nn.Module]:  # fmt: skip
+    """A seat for every block of a site, by path."""
+    blocks = [originals[path] for path in edit.site.paths]
+    for block in blocks:
+        _refuse_hooked(block, edit.site)
+    operator = build_operator(edit.config, edit.site)
+    operator.slot = slot
+    like = next((p for p in blocks[0].parameters() if p.dtype in COMPUTE_DTYPES), None)
+    operator.to(device=model.device if like is None else like.device, dtype=model.dtype if like is None else like.dtype)
+    if operator.runs_blocks:
+        seats = side_by_side([shallow_copy(block) for block in blocks], operator)
+        operator.train(blocks[0].training)
+    else:
+        seats = [seat.train(blocks[0].training) for seat in removed(model, edit.site, blocks, sites, operator)]
+    return dict(zip(edit.site.paths, seats, strict=True))
+
+
 def _attention_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn.Module:
     seat = shallow_copy(original)
     seat.processor = graft_processor(original.processor)
@@ -231,14 +261,6 @@ def _restarted(child: nn.Module | None) -> nn.Module | None:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     return fresh
-
-
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """A module of the same class that shares children, parameters and buffers, but none of the dictionaries."""
-    twin = object.__new__(type(module))
-    containers = (dict, set, list)
-    vars(twin).update({k: v.copy() if isinstance(v, containers) else v for k, v in vars(module).items()})
-    return twin
 
 
 def _refuse_more_than_projections(original: nn.Module, edit: Edit) -> None:

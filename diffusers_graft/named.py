@@ -52,8 +52,8 @@ def remember(model: ModelMixin, known: dict[str, Graft], names: Sequence[str]) -
 
 def bind(graft: Graft) -> None:
     """Have the parts of a graft read the context where that graft leaves it, after they ran in another's company."""
-    for seat in graft.seats.values():
-        seat.graft.slot = graft.slot
+    for operator in graft.operators().values():
+        operator.slot = graft.slot
 
 
 def activate(model: ModelMixin, names: str | Sequence[str]) -> None:

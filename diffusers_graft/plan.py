@@ -18,9 +18,10 @@ import torch
 from diffusers import ModelMixin
 
 from .anatomy import find_sites
+from .anatomy.blocks import refusals, require_alike, run_of
 from .errors import FileError, MismatchError, RuleError, UnknownNameError
 from .operators import Mixer, Operator, OperatorConfig, configure, get
-from .site import KINDS, Site, Sites
+from .site import BLOCK_KINDS, KINDS, Site, Sites
 
 FORMAT = 1
 
@@ -86,13 +87,18 @@ class GraftPlan:
         """Raise `MismatchError` unless every site of this plan is there in `model`, with the same sizes."""
         if type(model).__name__ != self.model_class:
             raise MismatchError(f"This plan was made for {self.model_class}; the model is a {type(model).__name__}.")
-        there = {site.path: site for site in find_sites(model)}
+        sites = find_sites(model, blocks=any(edit.site.kind in BLOCK_KINDS for edit in self.edits))
+        there = {(site.kind, site.path): site for site in sites}
         for edit in self.edits:
-            if there.get(edit.site.path) != edit.site:
+            found = there.get((edit.site.kind, edit.site.path))
+            if edit.site.kind == "block_run":
+                found = _run_at(sites.where(kind="block"), edit.site)
+            if found != edit.site:
                 raise MismatchError(
-                    f"The plan edits {edit.site}, but the model has {there.get(edit.site.path, 'nothing')} there. "
+                    f"The plan edits {edit.site}, but the model has {found or 'nothing'} there. "
                     "Make the plan on a model of the same configuration."
                 )
+        _require_apart(self.edits)
 
     def __str__(self) -> str:
         rows = [(edit.site.address, edit.site.path, str(edit.config)) for edit in self.edits]
@@ -113,22 +119,73 @@ def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:
         OperatorError: an operator that cannot replace that kind, or refuses its settings.
         ModelError: not a model this version can read.
     """
-    sites = find_sites(model)
+    sites = find_sites(model, blocks=True)
     rules = parse_rules(rules) if isinstance(rules, str) else rules
     if not isinstance(rules, Mapping) or not rules:
         raise RuleError(f'Rules are a dict such as {{"self_attention[1::2]": "hyena_x"}}, not empty; got {rules!r}.')
     claims: dict[Site, tuple[str, OperatorConfig]] = {}
     for key, spec in rules.items():
         config = configure(spec)
-        for site in select(sites, key):
+        for site in _named(model, sites, key, config):
             if site in claims:
                 raise RuleError(
                     f"Two rules claim {site.address}: {claims[site][0]!r} ({claims[site][1]}) and {key!r} ({config}). "
                     "Narrow one of them."
                 )
             claims[site] = key, _fitted(config, site)
-    edits = tuple(Edit(site, claims[site][1]) for site in sites if site in claims)
+    order = {site.path: place for place, site in enumerate(sites.where(kind="block"))}
+    runs = sorted((site for site in claims if site.kind == "block_run"), key=lambda site: order[site.path])
+    edits = tuple(Edit(site, claims[site][1]) for site in [*sites, *runs] if site in claims)
+    _require_apart(edits)
     return GraftPlan(type(model).__name__, edits)
+
+
+def _named(model: ModelMixin, sites: Sites, key: str, config: OperatorConfig) -> Sites:
+    """The sites of a rule; of a `block_run`, its blocks in groups."""
+    if not (isinstance(key, str) and key.strip().startswith("block")):
+        return select(sites, key)
+    run = key.strip().startswith("block_run")
+    try:
+        chosen = select(sites, key.replace("block_run", "block", 1))
+    except RuleError as error:
+        reasons = refusals(model, Sites(site for site in sites if site.kind not in BLOCK_KINDS))
+        raise RuleError(" ".join([str(error), *reasons])) from error
+    return _runs(model, chosen, key, config) if run else chosen
+
+
+def _runs(model: ModelMixin, blocks: Sites, key: str, config: OperatorConfig) -> Sites:
+    size = getattr(config, "group", None) or len(blocks)
+    if blocks[-1].paths != (run := run_of(blocks)).paths[-1:] or run.paths != tuple(block.path for block in blocks):
+        raise RuleError(f"{key!r} is no run: blocks stand in one list and follow each other, such as block_run[2:6].")
+    if len(blocks) % size:
+        raise RuleError(f"{key!r} names {len(blocks)} blocks, which do not divide into groups of {size}.")
+    runs = Sites(run_of(blocks[start : start + size]) for start in range(0, len(blocks), size))
+    if getattr(config.owner, "runs_blocks", False):
+        for run in runs:
+            require_alike(model, run)
+    return runs
+
+
+def _run_at(blocks: Sites, site: Site) -> Site | None:
+    """The run of blocks that a site names, as the model has it."""
+    here = {block.path: block for block in blocks}
+    found = [here.get(path) for path in site.paths]
+    return None if None in found else run_of(Sites(found))
+
+
+def _require_apart(edits: tuple[Edit, ...]) -> None:
+    """Raise `RuleError` where two edits take one block, or one edits a part inside a block that another takes away."""
+    taken: dict[str, Edit] = {}
+    blocks = [edit for edit in edits if edit.site.kind in BLOCK_KINDS]
+    for edit in blocks:
+        for path in edit.site.paths:
+            if path in taken:
+                raise RuleError(f"Two edits take {path}: {taken[path]} and {edit}. Narrow one of them.")
+            taken[path] = edit
+    gone = {path: edit for path, edit in taken.items() if not edit.config.owner.runs_blocks}
+    for edit in edits if gone else ():
+        if outer := next((one for path, one in gone.items() if edit.site.path.startswith(f"{path}.")), None):
+            raise RuleError(f"{edit} lies inside what {outer} takes away. Leave one of them out.")
 
 
 def _fitted(config: OperatorConfig, site: Site) -> OperatorConfig:

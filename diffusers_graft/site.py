@@ -12,7 +12,8 @@ import torch
 
 from .errors import FileError, GeometryError, UnknownNameError
 
-KINDS = ("self_attention", "cross_attention", "joint_attention", "feed_forward", "block_pair")
+KINDS = ("self_attention", "cross_attention", "joint_attention", "feed_forward", "block_pair", "block", "block_run")
+BLOCK_KINDS = KINDS[4:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class Site:
         heads, head_width: attention only (H, E).
         hidden: feed-forward only, neurons between the two linear layers.
         activation: feed-forward only, diffusers' name of the activation, as in `activation_fn="gelu-approximate"`.
+        blocks: blocks only, how many neighbours the site spans, the first of them at `path`.
+        streams: blocks only, how many streams they carry on: one, or image and prompt.
     """
 
     kind: str
@@ -37,6 +40,8 @@ class Site:
     head_width: int | None = None
     hidden: int | None = None
     activation: str | None = None
+    blocks: int | None = None
+    streams: int | None = None
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -45,7 +50,15 @@ class Site:
     @property
     def address(self) -> str:
         """The rule key that names this site alone: `self_attention[3]`."""
+        if self.kind == "block_run":
+            return f"block_run[{self.index}:{self.index + self.blocks}]"
         return f"{self.kind}[{self.index}]"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the modules it replaces: its own, and those of the blocks behind it that it spans."""
+        holder, _, number = self.path.rpartition(".")
+        return (self.path, *(f"{holder}.{int(number) + step}" for step in range(1, self.blocks or 1)))
 
     @property
     def inner_width(self) -> int:

@@ -106,3 +106,32 @@ def text_comes_first(processor: type) -> bool | None:
 def _speaks_of_text(node: ast.AST) -> bool:
     names = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
     return any(word in _TEXT_WORDS for name in names for word in name.lower().split("_"))
+
+
+@functools.cache
+def parameters_of(cls: type) -> tuple[str, ...]:
+    """Names of what the forward of a class takes, as its source has them."""
+    tree = tree_of(cls.forward) if hasattr(cls, "forward") else None
+    return () if tree is None else tuple(word.arg for word in [*tree.args.args[1:], *tree.args.kwonlyargs])
+
+
+@functools.cache
+def returned_names(cls: type) -> frozenset[str | tuple[str, ...]]:
+    """What the forward of a class returns: a text for one value, a tuple of names for several, each as its source has it."""
+    tree = tree_of(cls.forward) if hasattr(cls, "forward") else None
+    return frozenset(_names(node.value) for node in _own_returns(tree) if node.value is not None) if tree else frozenset()
+
+
+def _names(value: ast.AST) -> str | tuple[str, ...]:
+    return tuple(map(ast.unparse, value.elts)) if isinstance(value, ast.Tuple) else ast.unparse(value)
+
+
+def _own_returns(tree: ast.AST) -> list[ast.Return]:
+    """The return statements of a function, without those of functions inside it."""
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Return):
+            found.append(node)
+        elif not isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            found += _own_returns(node)
+    return found

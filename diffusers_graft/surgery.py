@@ -125,7 +125,7 @@ def _remove_reader(model: ModelMixin) -> None:
 
 def _exchange(model: ModelMixin, graft: Graft, parts: dict[str, nn.Module], adapters: dict[str, nn.Module]) -> None:
     """Put `parts` and `adapters` at their paths and swap the trained tensors of the body with those waiting."""
-    for path, part in {**parts, **adapters}.items():
+    for path, part in sorted({**parts, **adapters}.items(), key=lambda item: item[0].count(".")):  # blocks before their parts
         parent, _, name = path.rpartition(".")
         holder = model.get_submodule(parent)
         _follow(holder._modules[name], part)

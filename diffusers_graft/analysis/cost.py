@@ -7,8 +7,10 @@ import torch
 from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..anatomy import evaluating, example_inputs, read_context
+from ..anatomy import evaluating, example_inputs, find_sites, read_context
 from ..graft import installed, is_enabled
+from ..operators import BlockOperator
+from ..site import BLOCK_KINDS
 
 
 def _softmax_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
@@ -24,6 +26,15 @@ _UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _softm
 def count_parameters(model: ModelMixin) -> int:
     """Parameters that run: those of the original parts are not counted while a graft stands in for them."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_depth(model: ModelMixin) -> int:
+    """Blocks that run one after the other: those side by side are one, and what stands in for removed ones is none."""
+    depth = len(find_sites(model, blocks=True).where(kind="block"))
+    for edit in installed(model).plan.edits if is_enabled(model) else ():
+        if edit.site.kind in BLOCK_KINDS:
+            depth -= edit.site.blocks - edit.config.owner.runs_blocks
+    return depth
 
 
 @torch.no_grad()
@@ -46,6 +57,8 @@ def count_flops(model: ModelMixin, inputs: dict[str, Any] | None = None) -> int:
     counts, root = counter.get_flop_counts(), type(model).__name__
     grid = read_context(model, (), inputs).grid
     for path, operator in installed(model).operators().items():
+        if isinstance(operator, BlockOperator):  # counted right, for each of its streams
+            continue
         total -= sum(counts.get(f"{root}.{path}.graft", {}).values())
         total += operator.flops(grid.tokens) * len(inputs["hidden_states"])
     return total

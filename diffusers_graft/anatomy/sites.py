@@ -13,14 +13,18 @@ from torch import nn
 from ..errors import ModelError
 from ..site import Site, Sites
 from ..source import calls_of, passes_another_sequence, takes_one_tensor, text_comes_first
+from .blocks import block_sites
 from .parts import activation_of
 from .walking import walk
 
 
-def find_sites(model: ModelMixin) -> Sites:
+def find_sites(model: ModelMixin, *, blocks: bool = False) -> Sites:
     """Every replaceable part of a model, in forward order; the same sites before and after grafting.
 
     Nothing is run, so models on the meta device are read too.
+
+    Args:
+        blocks: list whole blocks, and pairs of them, behind the parts inside them.
 
     Raises:
         ModelError: not a diffusers model.
@@ -32,12 +36,17 @@ def find_sites(model: ModelMixin) -> Sites:
     for path, module, parent in walk(model):
         if inside and path.startswith(inside):
             continue
+        if (hidden := getattr(module, "graft_parts", None)) is not None:  # of a removed block
+            sites += hidden
+            seen.update(part.kind for part in hidden)
+            continue
         site = getattr(module, "graft_site", None) or _describe(path, module, parent, seen, attending)
         if site is not None:
             inside = f"{path}."
             seen[site.kind] += 1
             sites.append(site)
-    return Sites(sites)
+    found = Sites(sites)
+    return Sites([*found, *block_sites(model, found)]) if blocks else found
 
 
 def require_model(model: Any) -> None:

@@ -39,6 +39,8 @@ def _in_order(module: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
     """Children in order of use, in groups that are walked together; one never named follows its elder sister."""
     ranks, last, ranked = order_of_use(type(module)), -1, []
     for name, child in module.named_children():
+        if name == "graft":
+            continue
         last = ranks.get(name, last)
         ranked.append((last, name in ranks, name, child))
     for _, group in groupby(sorted(ranked, key=lambda entry: entry[0]), key=lambda entry: entry[0]):

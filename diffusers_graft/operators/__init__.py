@@ -9,11 +9,21 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from ..errors import OperatorError, UnknownNameError
-from .base import AttentionOperator, FeedForwardOperator, LinearPair, Mixer, Operator, OperatorConfig, Projections
+from .base import (
+    AttentionOperator,
+    BlockOperator,
+    BlockPairOperator,
+    FeedForwardOperator,
+    LinearPair,
+    Mixer,
+    Operator,
+    OperatorConfig,
+    Projections,
+)
 
 __all__ = [
-    "AttentionOperator", "FeedForwardOperator", "LinearPair", "Mixer", "Operator", "OperatorConfig", "Projections",
-    "available", "configure", "get",
+    "AttentionOperator", "BlockOperator", "BlockPairOperator", "FeedForwardOperator", "LinearPair", "Mixer", "Operator",
+    "OperatorConfig", "Projections", "available", "configure", "get",
 ]  # fmt: skip
 
 _GROUP = "diffusers_graft.operators"

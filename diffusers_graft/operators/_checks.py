@@ -14,7 +14,7 @@ from ..errors import GeometryError, GraftError
 from ..site import Context, Grid
 from . import _configured, available, configure
 from ._subject import Subject, fail, gradients, run
-from .base import FeedForwardOperator
+from .base import BlockOperator, FeedForwardOperator
 
 
 def check_config_round_trip(subject: Subject) -> None:
@@ -237,7 +237,7 @@ def additive(visible: torch.Tensor, hidden: float) -> torch.Tensor:
 def check_sees_ahead(subject: Subject) -> bool | None:
     """Whether the first half of the tokens changes with the second tells which way an operator that mixes tokens looks."""
     operator, inputs = subject.build(), subject.inputs()
-    if isinstance(operator, FeedForwardOperator):
+    if isinstance(operator, FeedForwardOperator | BlockOperator):
         return False
     changed = [tensor.clone() for tensor in inputs]
     for tensor in changed:

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import GraftError
 from ..site import Context, Grid, Site
-from .base import Mixer, Operator, OperatorConfig
+from .base import BlockOperator, Mixer, Operator, OperatorConfig
 
 # An operator may refuse some of them, with words, for example where its window is larger than the grid.
 GRIDS = (Grid(height=8, width=8), Grid(height=9, width=13), Grid(height=25, width=23))
@@ -41,7 +41,8 @@ class Subject:
     def inputs(self, seed: int = 1, batch: int = 2, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
         if not issubclass(self.config.owner, Mixer):
-            shapes = [(batch, self.grid.tokens, self.site.width)]
+            outputs = self.site.blocks or 0 if issubclass(self.config.owner, BlockOperator) else 0
+            shapes = [(batch, self.grid.tokens, self.site.width)] * (1 + outputs)
         else:
             shapes = [(batch, self.site.heads, self.grid.tokens, self.site.head_width)] * 3
         return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]

@@ -202,3 +202,24 @@ class FeedForwardOperator(Operator):
 
     def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
         raise OperatorError(f"{self.name} has no forward.")
+
+
+class BlockOperator(Operator):
+    """Takes the place of one block or several neighbours: what they would add to a stream becomes something else.
+
+    `forward(hidden_states, *outputs, context, stream)` takes what entered the blocks, [B, N, D], and what each of them made
+    of it, and returns [B, N, D]; `stream` counts the streams of blocks that carry several (image and prompt). An operator
+    that does not run the blocks (`runs_blocks = False`) is given no outputs, and the blocks' weights go with them.
+    """
+
+    kinds = ("block_pair", "block", "block_run")
+    runs_blocks: ClassVar[bool] = True
+
+    def receptive_field(self, token: int, grid: Grid) -> Collection[int]:
+        return (token,)
+
+    def forward(self, hidden_states: torch.Tensor, *outputs_and_context: Any, stream: int = 0) -> torch.Tensor:
+        raise OperatorError(f"{self.name} has no forward.")
+
+
+BlockPairOperator = BlockOperator

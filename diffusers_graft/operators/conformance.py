@@ -35,6 +35,8 @@ def example_site(kind: str) -> Site:
     """A small site of a kind, to build an operator on."""
     if kind == "feed_forward":
         return Site(kind=kind, index=0, path="blocks.0.ff", width=12, hidden=48, activation="gelu-approximate")
+    if kind.startswith("block"):
+        return Site(kind=kind, index=0, path="blocks.0", width=12, blocks=1 if kind == "block" else 2, streams=1)
     return Site(kind=kind, index=0, path="blocks.0.attn", width=12, heads=3, head_width=4)
 
 

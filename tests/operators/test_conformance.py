@@ -74,6 +74,13 @@ CASES = [
     "hyena_mlp",
     {"operator": "hyena_mlp", "expansion": 1.5, "kernel_size": 3, "positions": 1},
     {"operator": "hyena_mlp", "positions": 64},
+    "parallel",
+    {"operator": "parallel", "residual": False},
+    {"operator": "parallel", "init": "random"},
+    {"operator": "parallel", "merge": "sum"},
+    {"operator": "parallel", "merge": "gated"},
+    "remove",
+    "linear_block",
 ]
 
 

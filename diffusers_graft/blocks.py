@@ -1,0 +1,210 @@
+"""Seats of blocks: several side by side at the first one's path, or nothing, or a linear map, in place of them.
+
+Blocks that go on running are shallow copies at their own paths, so that tensors, LoRA targets, edits inside them and what
+the model reads of them keep their names. The first calls the others and merges; the others hand on what they are given.
+"""
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from .anatomy.blocks import block_class, read_from_outside, streams_of
+from .errors import OperatorError
+from .operators import BlockOperator
+from .site import Site, Sites
+from .source import parameters_of
+
+
+@dataclass(eq=False)
+class _Agreement:
+    """Whether blocks that were merged are told the same beside their streams; looked at in the first forward."""
+
+    expected: dict[str, Any] | None = None
+    checked: bool = False
+
+
+class RemovedBlock(nn.Module):
+    """Hands its streams on, through its operator where it has one.
+
+    Attributes:
+        graft_class: of the block that stood here.
+        graft_parts: the sites inside that block, which are not there while this one is.
+    """
+
+    def __init__(self, cls: type, parts: Sites, operator: BlockOperator | None):
+        super().__init__()
+        self.graft_class, self.graft_parts = cls, parts
+        if operator is not None:
+            self.graft = operator
+
+    def forward(self, *args, **kwargs) -> Any:
+        before = _streams_in(self.graft_class, args, kwargs)
+        if (operator := getattr(self, "graft", None)) is not None:
+            _require_width(operator.site, before)
+            there = [stream for stream in before if stream is not None]
+            before = [operator(stream, operator.slot.current, stream=number) for number, stream in enumerate(there)]
+        return _answer(self.graft_class, before)
+
+
+def side_by_side(copies: list[nn.Module], operator: BlockOperator) -> list[nn.Module]:
+    """Copies of blocks as seats that run together; the first holds the operator."""
+    first, *others = copies
+    first.graft = operator
+    agreement = _Agreement()
+    vars(first)["graft_others"] = others
+    for number, seat in enumerate(copies):
+        vars(seat)["graft_agreement"] = agreement
+        vars(seat)["forward"] = MethodType(_hand_on if number else _run_together, seat)
+    return copies
+
+
+def removed(model: ModelMixin, site: Site, originals: list[nn.Module], parts: Sites,
+            operator: BlockOperator) -> list[nn.Module]:  # fmt: skip
+    """Seats that run no block; only what the model itself reads of one, such as DiT's embeddings, stays."""
+    seats = []
+    for number, (path, original) in enumerate(zip(site.paths, originals, strict=True)):
+        inside = Sites(part for part in parts if part.path.startswith(f"{path}."))
+        seat = RemovedBlock(block_class(original), inside, None if number else operator)
+        for chain in read_from_outside(model, path):
+            _keep(seat, original, chain)
+        seats.append(seat)
+    return seats
+
+
+def _keep(seat: nn.Module, original: nn.Module, chain: tuple[str, ...]) -> None:
+    """Leave the modules of a chain of names in place, and nothing beside them."""
+    for number, name in enumerate(chain):
+        child = original._modules.get(name)
+        if child is None:
+            return
+        deeper = number + 1 < len(chain) and chain[number + 1] in child._modules
+        if not deeper:
+            seat._modules[name] = child
+            return
+        if name not in seat._modules:
+            seat._modules[name] = nn.Module()
+        seat, original = seat._modules[name], child
+
+
+def _run_together(self: nn.Module, *args, **kwargs) -> Any:
+    cls, operator = type(self), self.graft
+    before = _streams_in(cls, args, kwargs)
+    if not torch.compiler.is_compiling() and not self.graft_agreement.checked:
+        self.graft_agreement.expected = _told(cls, args, kwargs)
+    outputs = [_as_streams(cls, type(block).forward(block, *args, **kwargs)) for block in (self, *self.graft_others)]
+    merged, number = [], 0
+    for stream, made in zip(before, zip(*outputs, strict=True), strict=True):
+        if stream is None or any(output is None for output in made):
+            merged.append(None)
+            continue
+        if number == operator.site.streams:  # one that the last block only hands on
+            merged.append(made[-1])
+            continue
+        _require_width(operator.site, [stream, *made])
+        merged.append(operator(stream, *made, operator.slot.current, stream=number))
+        number += 1
+    return _answer(cls, merged)
+
+
+def _hand_on(self: nn.Module, *args, **kwargs) -> Any:
+    cls, agreement = type(self), self.graft_agreement
+    if not torch.compiler.is_compiling() and agreement.expected is not None:
+        _require_same(cls, agreement.expected, _told(cls, args, kwargs))
+        agreement.expected, agreement.checked = None, True
+    return _answer(cls, _streams_in(cls, args, kwargs))
+
+
+def _given(cls: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(parameters_of(cls), args, strict=False)), **kwargs}
+
+
+def _streams_in(cls: type, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor | None]:
+    given = _given(cls, args, kwargs)
+    return [given.get(name) for name in streams_of(cls).names]
+
+
+def _told(cls: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a block is told beside its streams."""
+    return {name: value for name, value in _given(cls, args, kwargs).items() if name not in streams_of(cls).names}
+
+
+def _as_streams(cls: type, output: Any) -> list[torch.Tensor | None]:
+    spec = streams_of(cls)
+    streams = list(output) if isinstance(output, tuple) else [output]
+    if isinstance(output, tuple) != spec.several or len(streams) != len(spec.names):
+        raise OperatorError(f"{cls.__name__} gave {len(streams)} streams, and its source says {', '.join(spec.names)}: "
+                            "it cannot run beside another block.")  # fmt: skip
+    return streams
+
+
+def _answer(cls: type, streams: list[torch.Tensor | None]) -> Any:
+    return tuple(streams) if streams_of(cls).several else streams[0]
+
+
+def _require_width(site: Site, tensors: list[torch.Tensor | None]) -> None:
+    shapes = {tuple(tensor.shape) for tensor in tensors if tensor is not None}
+    if any(shape[-1] != site.width for shape in shapes):
+        raise OperatorError(
+            f"{site.address} at {site.path} carries streams {sorted(shapes)}; tokens of all of them must have width {site.width}."
+        )
+
+
+def _require_same(cls: type, one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name in one.keys() | other.keys():
+        if not _alike(one.get(name), other.get(name)):
+            raise OperatorError(
+                f"Each {cls.__name__} of this model is told a {name} of its own, so neighbours cannot get the same input. "
+                "Blocks that are told different things do not run side by side."
+            )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    ones, others = tree_leaves(one), tree_leaves(other)
+    return len(ones) == len(others) and all(map(_same, ones, others))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one is other or (one.shape == other.shape and (one.is_meta or torch.equal(one, other)))
+    return not isinstance(one, bool | int | float | str) or one == other
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module of the same class that shares children, parameters and buffers, but none of the dictionaries."""
+    twin = object.__new__(type(module))
+    containers = (dict, set, list)
+    vars(twin).update({k: v.copy() if isinstance(v, containers) else v for k, v in vars(module).items()})
+    return twin
+
+
+def fill_block(seats: dict[str, nn.Module], path: str) -> None:
+    """Put the seats of parts into the seat of the block they lie in; the original block keeps its own."""
+    for other in [other for other in seats if other.startswith(f"{path}.")]:
+        holder, (*between, last) = seats[path], other.removeprefix(f"{path}.").split(".")
+        for name in between:
+            if "graft_copy" not in vars(holder._modules[name]):
+                holder._modules[name] = shallow_copy(holder._modules[name])
+                vars(holder._modules[name])["graft_copy"] = True
+            holder = holder._modules[name]
+        holder._modules[last] = seats[other]
+
+
+def unshare(seat: nn.Module, original: nn.Module, children: set[str] | None, inner: frozenset[str], here: str = "") -> None:
+    """Copies of what is shared; on the way to seats inside, which are parts of their own, module by module."""
+    for name, child in original._modules.items():
+        if child is None or not (children is None or name in children) or here + name in inner:
+            continue
+        if seat._modules.get(name) is child:
+            seat._modules[name] = copy.deepcopy(child)
+        elif any(other.startswith(f"{here}{name}.") for other in inner) and name in seat._modules:
+            unshare(seat._modules[name], child, None, inner, f"{here}{name}.")
+    for name, parameter in original._parameters.items():
+        if parameter is not None and seat._parameters.get(name) is parameter and (children is None or name in children):
+            seat._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
