@@ -5,7 +5,7 @@ OUTPUT ?= quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help quickstart test test-all test-diffusers-versions ablate bench bench-loading bench-operators bench-pixart bench-training testbed lint clean
+.PHONY: help quickstart test test-all test-diffusers-versions ablate bench bench-loading bench-operators bench-depth bench-pixart bench-training testbed lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -52,6 +52,9 @@ bench-pixart: $(READY) ## PixArt-Sigma at 2,048 x 2,048 (needs one CUDA device)
 
 bench-training: $(READY) ## Stage one against the least it could cost, and reuse of the teacher's passes
 	$(BIN)/diffusers-graft bench-training --output examples/benchmarks/training-cpu.md
+
+bench-depth: $(READY) ## Half the depth on the testbed: side by side, removed, from scratch (minutes on one core)
+	$(BIN)/diffusers-graft bench-depth --output examples/benchmarks/depth
 
 ablate: $(READY) ## What starts and stages buy, at equal compute (half an hour on one core; goes on where it stopped)
 	$(BIN)/diffusers-graft ablate --output examples/ablation

@@ -152,7 +152,7 @@ def _require_width(site: Site, tensors: list[torch.Tensor | None]) -> None:
     shapes = {tuple(tensor.shape) for tensor in tensors if tensor is not None}
     if any(shape[-1] != site.width for shape in shapes):
         raise OperatorError(
-            f"{site.address} at {site.path} carries streams {sorted(shapes)}; tokens of all of them must have width {site.width}."
+            f"{site.address} at {site.path} carries streams {sorted(shapes)}; all of them must have width {site.width}."
         )
 
 
@@ -203,7 +203,7 @@ def unshare(seat: nn.Module, original: nn.Module, children: set[str] | None, inn
             continue
         if seat._modules.get(name) is child:
             seat._modules[name] = copy.deepcopy(child)
-        elif any(other.startswith(f"{here}{name}.") for other in inner) and name in seat._modules:
+        elif type(seat._modules.get(name)) is nn.Module or any(other.startswith(f"{here}{name}.") for other in inner):
             unshare(seat._modules[name], child, None, inner, f"{here}{name}.")
     for name, parameter in original._parameters.items():
         if parameter is not None and seat._parameters.get(name) is parameter and (children is None or name in children):

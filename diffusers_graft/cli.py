@@ -76,6 +76,13 @@ def run_bench_training(arguments: argparse.Namespace) -> None:
     bench_training(arguments.output, rounds=arguments.rounds, say=say)
 
 
+def run_bench_depth(arguments: argparse.Namespace) -> None:
+    """Half the depth on the testbed: pairs side by side, blocks removed, and a model trained from scratch."""
+    from .bench.depth import bench_depth
+
+    bench_depth(arguments.output, say=say)
+
+
 def run_families(arguments: argparse.Namespace) -> None:
     """What works in which transformer class of diffusers, measured on tiny models, as a Markdown table."""
     from .bench.families import families_markdown
@@ -125,6 +132,10 @@ def _add_benchmarks(verbs) -> None:
     bench.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128], help="sides of the latents (2 x 2 patches)")
     bench.add_argument("--rounds", type=int, default=7)
     bench.set_defaults(run=run_bench)
+
+    depth = verbs.add_parser("bench-depth", help=run_bench_depth.__doc__)
+    depth.add_argument("--output", type=Path, default=Path("depth"), help="folder; rows that are there are not run again")
+    depth.set_defaults(run=run_bench_depth)
 
     for name, run in {"operators": run_bench_operators, "pixart": run_bench_pixart, "training": run_bench_training}.items():
         verb = verbs.add_parser(f"bench-{name}", help=run.__doc__)

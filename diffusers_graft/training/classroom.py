@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
 from ..anatomy import evaluating
@@ -33,8 +34,10 @@ def enroll(graft: Graft, sites: Iterable[Site], config: DistillConfig, losses: d
     """A pupil for every site, by path."""
     pupils = {}
     for site in sites:
-        graft.unshare(site.path)
-        tensors = list({id(tensor): tensor for tensor in graft.own_tensors_of(site.path).values()}.values())
+        for path in site.paths:
+            graft.unshare(path)
+        own = [tensor for path in site.paths for tensor in graft.own_tensors_of(path).values()]
+        tensors = list({id(tensor): tensor for tensor in own}.values())
         parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -109,6 +112,9 @@ class Classroom:
                 stack.callback(pupil.seat.train, self.graft.originals[path].training)
                 stack.callback(pupil.drop)
                 pupil.seat.train()
+                for module in pupil.seat.modules():
+                    if isinstance(module, LabelEmbedding):
+                        module.eval()  # the teacher was given the label, too
             yield
 
     def _divide(self) -> None:
@@ -140,9 +146,11 @@ class Classroom:
 
         def visit(path: str, call: Call) -> torch.Tensor | None:
             answer = take(self.pupils[path], call) if path in active else self.graft.seats[path](*call.args, **call.kwargs)
-            return answer.to(call.output.dtype) if sequential else None
+            if isinstance(answer, torch.Tensor):
+                answer = answer.to(call.output.dtype)
+            return answer if sequential else None
 
-        return (list(self.graft.seats) if sequential else active), visit
+        return (list(self.graft.operators()) if sequential else active), visit
 
     def _reuse(self, number: int, active: list[str]) -> None:
         """Fill the ring, then use every batch in it `reuse` times, in random order."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ..anatomy import evaluating
 from ..errors import TrainingError
@@ -89,9 +90,9 @@ class Pupil:
         with torch.enable_grad():
             answer = self.seat(*call.args, **call.kwargs)
             loss = self._hear(answer, call)
-            if self.learner.parameters:
+            if self.learner.parameters and loss.requires_grad:
                 self.learner.backward(loss)
-        return answer.detach()
+        return tree_map_only(torch.Tensor, torch.Tensor.detach, answer)
 
     @torch.no_grad()
     def examine(self, call: Call) -> torch.Tensor:
@@ -102,7 +103,7 @@ class Pupil:
         return answer
 
     def _hear(self, answer: torch.Tensor, call: Call) -> torch.Tensor:
-        one, other = answer.float(), call.output.float()
+        one, other = as_one(answer), as_one(call.output)
         if call.gate is not None:
             one, other = one * call.gate.float(), other * call.gate.float()
         loss = self.loss(one, other)
@@ -169,6 +170,13 @@ class Pupil:
         looks = [HeldOut(**look) for look in state["held_out"]]
         self.report = SiteReport(self.site, **lists, held_out=looks, best_step=state["best_step"], finished=state["finished"])
         self.seat.train(self.report.finished is None)
+
+
+def as_one(answer: torch.Tensor | tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+    """What a part gave, in float32; several streams of a block in one, [B, N, D] and [B, M, D] as [B, (N + M) * D]."""
+    if isinstance(answer, torch.Tensor):
+        return answer.float()
+    return torch.cat([stream.flatten(1) for stream in answer if stream is not None], dim=1).float()
 
 
 def _tail(values: list[float]) -> float:

@@ -68,15 +68,28 @@ class Watch:
         """Watch inside; no trace of it afterwards, whatever happens."""
         with ExitStack() as stack:
             stack.callback(self.model.register_forward_pre_hook(ContextReader(self.graft, self.model), with_kwargs=True).remove)
-            for path in self.graft.seats:
-                module = self.model.get_submodule(path)
-                stack.callback(module.register_forward_hook(self._hook(path), with_kwargs=True).remove)
+            for path, last in {edit.site.path: edit.site.paths[-1] for edit in self.graft.plan.edits}.items():
+                told = self._told(path, stack) if last != path else None
+                module = self.model.get_submodule(last)
+                stack.callback(module.register_forward_hook(self._hook(path, told), with_kwargs=True).remove)
                 if gated:
                     self.gates[path] = _gate(self.model, path, stack)
             yield
 
-    def _hook(self, path: str) -> Callable:
+    def _told(self, path: str, stack: ExitStack) -> list[tuple[tuple, dict]]:
+        """What the first of several blocks is given, for the last of them to show beside its answer."""
+        told: list[tuple[tuple, dict]] = []
+
+        def hear(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            told[:] = [(args, kwargs)]
+
+        stack.callback(self.model.get_submodule(path).register_forward_pre_hook(hear, with_kwargs=True).remove)
+        return told
+
+    def _hook(self, path: str, told: list[tuple[tuple, dict]] | None) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+            if told is not None:
+                (args, kwargs), = told
             if not self._known:
                 self._whole |= path in self._order
                 self._order.append(path)

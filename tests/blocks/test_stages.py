@@ -1,0 +1,90 @@
+"""Both stages of blocks side by side, and the table of half the depth."""
+import pytest
+import torch
+
+import diffusers_graft as dg
+from diffusers_graft.bench.depth import ROWS, Budget, bench_depth
+
+from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
+from ..zoo.models import inputs_of, tiny
+
+
+def test_stage_one_brings_pairs_and_what_lies_inside_them_closer(tmp_path):
+    model = tiny_dit()
+    before = tensors_of(model)
+    graft = dg.build_graft(model, dg.plan_graft(model, "self_attention[0]=hyena_x; block_pair[:]=parallel"))
+    config = dg.DistillConfig(steps=40, lr=1e-3, progress=False)
+    reports = dg.distill(model, graft, batches(40), config, noise_scheduler=SCHEDULER)
+    assert same_tensors(model, before)
+    assert set(reports) == {"self_attention[0]", "block_pair[0]", "block_pair[1]"}
+    assert all(report.errors[-1] < 0.7 * report.errors[0] for report in reports.values())
+    model.set_graft(graft)
+    dg.finetune(model, batches(2), dg.FinetuneConfig(steps=2, progress=False), noise_scheduler=SCHEDULER)
+    output = predict(model)
+    model.save_graft(tmp_path)
+    model.unset_graft()
+    assert same_tensors(model, before)
+    model.load_graft(tmp_path)
+    assert torch.equal(predict(model), output)
+
+
+def test_a_pair_learns_what_the_second_block_gave_for_the_firsts_input():
+    model = tiny_dit(num_layers=2)
+    graft = dg.build_graft(model, dg.plan_graft(model, "block_pair[0]=parallel"))
+    calls = {}
+    first, second = model.transformer_blocks
+    hooks = [first.register_forward_pre_hook(lambda module, args: calls.update(given=args[0])),
+             second.register_forward_hook(lambda module, args, output: calls.update(wanted=output))]  # fmt: skip
+    from diffusers_graft.anatomy import example_inputs
+    from diffusers_graft.training.watching import Watch
+
+    watch, seen = Watch(model, graft), {}
+    with watch.hooks():
+        watch.run(example_inputs(model), graft.operators(), lambda path, call: seen.update({path: call}))
+    for hook in hooks:
+        hook.remove()
+    call, = seen.values()
+    assert call.args[0] is calls["given"]
+    assert call.output is calls["wanted"]
+
+
+def test_stage_one_of_blocks_with_two_streams():
+    model = tiny("SD3Transformer2DModel")
+    graft = dg.build_graft(model, dg.plan_graft(model, "block_pair[0]=parallel"))
+    inputs = inputs_of("SD3Transformer2DModel")
+    report, = dg.distill(model, graft, [inputs] * 20, dg.DistillConfig(steps=20, lr=1e-3, progress=False)).values()
+    assert report.errors[-1] < report.errors[0]
+
+
+def test_removed_blocks_have_nothing_to_learn_and_what_stays_of_them_is_put_back():
+    model = tiny_dit()
+    before = tensors_of(model)
+    model.set_graft("block[0]=remove")
+    dg.finetune(model, batches(2), dg.FinetuneConfig(steps=2, progress=False), noise_scheduler=SCHEDULER)
+    model.unset_graft()
+    assert same_tensors(model, before)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointed in (False, True):
+        model = tiny_dit()
+        model.set_graft("block_pair[:]=parallel")
+        model.train() if checkpointed else None
+        if checkpointed:
+            model.enable_gradient_checkpointing()
+            for module in model.modules():
+                module.training = module is model
+        from diffusers_graft.anatomy import example_inputs
+
+        model(**example_inputs(model)).sample.square().mean().backward()
+        gradients.append(model.transformer_blocks[1].attn1.to_q.weight.grad)
+    assert torch.allclose(*gradients)
+
+
+@pytest.mark.long
+def test_the_table_of_half_the_depth_goes_on_where_it_stopped(tmp_path):
+    budget, said = Budget(stage_one=1, stage_two=1, batch_size=2, samples=30, sampling_steps=1), []
+    report = bench_depth(tmp_path, budget, say=said.append)
+    assert all(row.name in report for row in ROWS)
+    assert bench_depth(tmp_path, budget, say=said.append) == report
