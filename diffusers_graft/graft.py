@@ -62,6 +62,7 @@ class AttentionSeat(nn.Module):
     def forward(self, *args, **kwargs) -> torch.Tensor:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         hidden_states, other = given[self.names[0]], given.get("encoder_hidden_states")
+        require_tokens(self.graft.name, hidden_states.shape[1])
         if other is not None and other is not hidden_states:
             raise OperatorError(f"{self.graft.name} mixes a sequence with itself; {self.graft_site.path} was given another.")
         if isinstance(given.get("attention_mask"), torch.Tensor):

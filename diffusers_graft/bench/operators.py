@@ -12,6 +12,7 @@ from ..errors import GeometryError, GraftError, OperatorError
 from ..evaluation.benchmark import benchmark_latency, table
 from ..evaluation.operator_costs import operator_costs, peak_memory
 from ..operators import OperatorConfig, available, get
+from ..operators.base import BlockOperator
 from ..plan import parse_operator
 from ..site import Grid
 
@@ -68,19 +69,21 @@ def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], 
         raise GeometryError(f"Costs are measured on a square of tokens; {tokens} is none. Try {max(1, side) ** 2}.")
     if heads < 1 or width < heads or width % heads:
         raise OperatorError(f"{heads} heads do not divide a width of {width}. Try --width {64 * max(1, heads)}.")
-    configs = [get(name).Config() for name in available()]
+    owners = [get(name) for name in available()]
+    configs = [owner.Config() for owner in owners if not issubclass(owner, BlockOperator)]
     rows = [["operator", "replaces", "time", "of", "parameters", "MFLOPs"]]
     costs = operator_costs(configs, grid=Grid(height=side, width=side), width=width, heads=heads)
     for cost in costs:
         owner, ran = cost.config.owner, not cost.refusal
         rows.append([owner.name, ", ".join(owner.kinds), f"{cost.ratio:.2f} x" if ran else "refused", cost.baseline,
                      f"{cost.parameters:,}", f"{cost.flops / 1e6:,.1f}"])  # fmt: skip
-    say(table(rows))
+    blocks = [owner for owner in owners if issubclass(owner, BlockOperator)]
+    say(table([*rows, *([owner.name, ", ".join(owner.kinds), "", "", "", ""] for owner in blocks)]))
     threads = torch.get_num_threads()
     say(f"\nForward at {tokens} tokens, width {width}, {heads} heads, fp32, {threads} threads; default settings.")
-    say("Time is against the part it replaces: softmax, an attention with its projections, or an mlp of r = 4.\n")
-    for cost in costs:
-        owner = cost.config.owner
+    say("Time is against the part it replaces: softmax, an attention with its projections, or an mlp of r = 4.")
+    say("What stands for blocks costs what it holds of them.\n")
+    for owner in owners:
         say(f"{owner.name}: {owner.start or 'starts from random weights'}. {owner.paper}")
 
 

@@ -11,6 +11,7 @@ from diffusers import DiTTransformer2DModel
 import diffusers_graft as dg
 from diffusers_graft.bench.loading import measure
 from diffusers_graft.operators import Mixer
+from diffusers_graft.operators.base import BlockOperator
 
 from ..models import tiny_dit
 from .matrix import DTYPES, cases, save
@@ -31,7 +32,10 @@ def test_every_operator_reloads_bit_equal_in_a_new_process(dtype, tmp_path):
     assert seen.keys() == expected.keys()
     wrong = [f"{case} {form}" for case, forms in expected.items() for form, output in forms.items() if not torch.equal(seen[case][form], output)]
     assert not wrong
-    assert {case.split()[0] for case in expected} == set(dg.operators.available())
+    # What stands for blocks makes its rounds in tests/blocks.
+    assert {case.split()[0] for case in expected} == {
+        name for name in dg.operators.available() if not issubclass(dg.operators.get(name), BlockOperator)
+    }
 
 
 def mixers():
