@@ -126,7 +126,8 @@ def _report(rows: dict[str, dict], budget: Budget) -> str:
         f"# Half the depth\n\n`make bench-depth`: the testbed, `{PAIRS}` against `{REMOVED}`; {budget.stage_one} steps of "
         f"stage one, {budget.stage_two} of stage two, batches of {budget.batch_size}, one seed. Denoising loss on held-out "
         f"fonts, {budget.samples} samples of {budget.sampling_steps} steps for the rest.\n\n```\n{table(lines)}\n```\n\n"
-        f"{_verdict(rows)} Pairs side by side save no FLOPs, and on a CPU they run one after the other.\n"
+        f"{_verdict(rows)} It had stage one besides the stage two that all three had. Pairs side by side save no FLOPs, and on "
+        "a CPU they run one after the other. Milliseconds are of each row's own run, not taken in turns.\n"
     )
 
 
