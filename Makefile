@@ -24,7 +24,7 @@ quickstart: $(READY) ## From a pretrained model to a shared graft, in a few minu
 	$(BIN)/diffusers-graft quickstart --output $(OUTPUT)
 
 test: $(READY) ## The test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 test-all: $(READY) ## The test suite with the long tests
 	$(BIN)/python -m pytest -q -m 'long or not long'

@@ -5,6 +5,8 @@ import socket
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import, and inherited by the processes that tests start
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # the workers have the cores already
 
 import pytest
 import torch

@@ -117,6 +117,7 @@ def test_killed_at_any_moment(kind, moments, tmp_path):
     for _ in range(moments):
         process = os.fork()
         if not process:
+            torch.set_num_threads(1)  # the other threads of a process do not follow it through a fork, and would be waited for
             while True:
                 for model in reversed(models):
                     save(model, tmp_path, kind)

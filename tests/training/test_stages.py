@@ -175,7 +175,7 @@ def test_bad_settings():
 @pytest.mark.parametrize("settings", [
     {"train": "operators"}, {"train": "all"}, {"train": "all", "ema_decay": 0.9},
     {"train": "operators", "lora": LoraConfig(r=2, target_modules=["to_q", "proj"])},
-], ids=str)  # fmt: skip
+], ids=["operators", "all", "ema", "lora"])  # fmt: skip
 def test_stage_two_learns_and_comes_out_without_a_trace(settings):
     model, graft = grafted({"self_attention[1::2]": RANDOM})
     before, tensors = predict(model), tensors_of(model)
