@@ -7,6 +7,7 @@ from . import operators
 from ._version import __version__
 from .anatomy import find_sites
 from .errors import GraftError
+from .evaluation.benchmark import benchmark
 from .evaluation.scores import Scores, evaluate
 from .graft import Graft, build_graft
 from .hub.cards import card
@@ -24,8 +25,8 @@ from .training.trainer import GraftTrainer, GraftTrainingArguments
 
 __all__ = [
     "ClosedFormConfig", "Context", "DistillConfig", "FinetuneConfig", "Graft", "GraftError", "GraftPlan", "GraftTrainer",
-    "GraftTrainingArguments", "Grid", "Scores", "Site", "Sites", "__version__", "build_graft", "card", "check_operator",
-    "closed_form", "data", "distill", "evaluate", "find_sites", "finetune", "import_upstream", "interleaved",
+    "GraftTrainingArguments", "Grid", "Scores", "Site", "Sites", "__version__", "benchmark", "build_graft", "card",
+    "check_operator", "closed_form", "data", "distill", "evaluate", "find_sites", "finetune", "import_upstream", "interleaved",
     "load_pretrained", "operators", "plan_graft", "set_graft",
 ]  # fmt: skip
 

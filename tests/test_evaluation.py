@@ -8,7 +8,7 @@ import diffusers_graft as dg
 from diffusers_graft.analysis.cost import count_flops, count_parameters
 from diffusers_graft.analysis.locality import locality, near_tokens
 from diffusers_graft.errors import GraftError, StateError
-from diffusers_graft.evaluation.benchmark import PeakMemory, benchmark_latency, compare, table
+from diffusers_graft.evaluation.benchmark import PeakMemory, benchmark, compare, table
 from diffusers_graft.evaluation.metrics import FeatureStatistics, frechet_distance
 from diffusers_graft.evaluation.report import draw_locality
 from diffusers_graft.site import Grid
@@ -53,10 +53,21 @@ def test_compare_takes_turns_and_gives_ratios():
 def test_latency_of_grafts_leaves_the_model_alone():
     model = tiny_dit()
     before = predict(model)
-    rows = benchmark_latency(model, {"hyena_x": {"self_attention[:]": "hyena_x"}}, [8, 16], rounds=3, progress=False)
+    rows = benchmark(model, {"hyena_x": {"self_attention[:]": "hyena_x"}}, [8, 16], rounds=3, progress=False)
     assert [(row["tokens"], row["name"]) for row in rows] == [(16, "original"), (16, "hyena_x"), (64, "original"), (64, "hyena_x")]
     assert model.graft is None
     assert torch.equal(predict(model), before)
+
+
+def test_depth_operations_and_time_are_told_apart():
+    model = tiny_dit()
+    rows = benchmark(model, {"pairs": "block_pair[:]=parallel(merge='sum')", "removed": "block[1::2]=remove"}, [8], rounds=2,
+                     progress=False)  # fmt: skip
+    original, pairs, removed = rows
+    assert [row["depth"] for row in rows] == [4, 2, 2]
+    assert pairs["flops"] == original["flops"] > removed["flops"]
+    assert pairs["parameters"] == original["parameters"] > removed["parameters"]
+    assert all(row["milliseconds"] > 0 for row in rows)
 
 
 def test_peak_memory_counts_what_is_alive():

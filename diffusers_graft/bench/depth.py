@@ -1,106 +1,154 @@
 """Half the depth on the testbed: pairs side by side through both stages, blocks removed, and a model from scratch.
 
-Rows are written as they come; a run that is started again goes on behind the last.
+The removed and the untrained model are finetuned twice: with the stage two that pairs get, and with all that pairs get, for
+which the cost of a step is measured once, in turns. Rows are written as they come; a run that is started again goes on behind
+the last.
 """
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
 
 from .. import testbed
-from ..analysis.cost import count_depth, count_flops, count_parameters
-from ..anatomy import example_inputs
 from ..errors import GraftError
-from ..evaluation.benchmark import compare, table
+from ..evaluation.benchmark import benchmark, compare
 from ..evaluation.scores import evaluate
-from ..graft import build_graft
+from ..graft import Graft, build_graft
 from ..plan import plan_graft
-from ..surgery import install
+from ..surgery import install, uninstall
 from ..testbed.sampling import SampleQuality, scheduler
 from ..training.distill import DistillConfig, distill
 from ..training.finetune import FinetuneConfig, finetune
+from .depth_report import report_of
 
-PAIRS, REMOVED = "block_pair[:]=parallel", "block[1::2]=remove"
+RULES = {"pairs": "block_pair[:]=parallel", "removed": "block[1::2]=remove"}
+ONE, TWO, WHOLE = "stage one", "stage two", "both at once"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Steps of both stages, in batches of `batch_size`; every row that is finetuned gets the same of stage two."""
+    """Steps of both stages, in batches of `batch_size`; every run that is finetuned gets the same of stage two."""
 
     stage_one: int = 100
     stage_two: int = 200
     batch_size: int = 32
     lr: tuple[float, float] = (5e-4, 5e-4)
+    seeds: int = 3
     samples: int = 200
     sampling_steps: int = 8
-    seed: int = 0
+    rounds: int = 7
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row: rules, whether the weights are pretrained, and which stages it gets."""
+class Run:
+    """One model on its way: its row in the table after each stage, or of none; `WHOLE` is the compute of both in stage two."""
 
-    name: str
-    rules: str | None
+    model: str
+    rows: dict[str | None, str]
     pretrained: bool = True
-    stages: tuple[int, ...] = ()
+
+    @property
+    def seeded(self) -> bool:
+        return any(self.rows)
 
 
-ROWS = (
-    Row("(a) pretrained", None),
-    Row("(b) pairs, untrained", PAIRS),
-    Row("(c) pairs, stage one", PAIRS, stages=(1,)),
-    Row("(d) pairs, both stages", PAIRS, stages=(1, 2)),
-    Row("(e) removed, stage two", REMOVED, stages=(2,)),
-    Row("(f) pairs from scratch", PAIRS, pretrained=False, stages=(2,)),
+RUNS = (
+    Run("original", {None: "(a) pretrained"}),
+    Run("pairs", {None: "(b) pairs, untrained"}),
+    Run("pairs", {ONE: "(c) pairs, stage one", TWO: "(d) pairs, both stages"}),
+    Run("removed", {TWO: "(e) removed, stage two"}),
+    Run("pairs", {TWO: "(f) pairs from scratch, stage two"}, pretrained=False),
+    Run("removed", {WHOLE: "(e+) removed, compute of (d)"}),
+    Run("pairs", {WHOLE: "(f+) pairs from scratch, compute of (d)"}, pretrained=False),
 )
 
 
 def bench_depth(output: Path, budget: Budget | None = None, *, say: Callable[[str], None]) -> str:
-    """Run what has not been run yet; `output` gets `depth.jsonl` and `depth.md`, which is returned.
+    """Run what has not been run yet; `output` gets `depth.jsonl`, `depth.png`, and `depth.md`, which is returned.
 
     Raises `GraftError` where the rows there are of another budget.
     """
     budget = budget or Budget()
     output.mkdir(parents=True, exist_ok=True)
     path = output / "depth.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    if any(line["budget"] != json.loads(json.dumps(asdict(budget))) for line in lines):
-        raise GraftError(f"{path} holds rows of another budget. Give another --output.")
-    done = {line["name"]: line for line in lines}
-    for row in ROWS:
-        if row.name not in done:
-            done[row.name] = {"name": row.name, "budget": asdict(budget), **_run(row, budget)}
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(done[row.name]) + "\n")
-    report = _report(done, budget)
-    (output / "depth.md").write_text(report, encoding="utf-8")
+    head, *rows = _read(path, budget) or [_write(path, _head(budget))]
+    done = {(row["name"], row["seed"]) for row in rows}
+    for seed in range(budget.seeds):  # seed by seed, so that an interrupted table is a whole one of fewer seeds
+        for run in RUNS:
+            names = {(name, seed) for name in run.rows.values()} if run.seeded or not seed else set()
+            for row in _run(run, budget, seed, head["seconds"]) if names - done else ():
+                if (row["name"], seed) not in done:
+                    rows.append(_write(path, row))
+    report = report_of(head, rows, RULES, output)
     say(report)
     return report
 
 
-def _run(row: Row, budget: Budget) -> dict[str, float]:
+def _head(budget: Budget) -> dict[str, Any]:
+    """What does not hang on a seed: depth, parameters, FLOPs and latency of each model, and the price of a step."""
     model = testbed.load()
-    if not row.pretrained:
-        torch.manual_seed(budget.seed)
+    models = benchmark(model, RULES, [model.config.sample_size], rounds=budget.rounds, progress=False)
+    return {"budget": asdict(budget), "torch": torch.__version__, "device": model.device.type, "seconds": prices(budget),
+            "models": {row.pop("name"): row for row in models}}  # fmt: skip
+
+
+def prices(budget: Budget) -> dict[str, float]:
+    """Seconds of one step of each stage, measured in turns: by model and stage."""
+    steps, contenders = 4, {}
+    for name, rules in RULES.items():
+        model, graft = _start(rules, 0)
+        batches = list(testbed.letter_batches(budget.batch_size, 0, steps=steps))
+
+        def one(model=model, graft=graft, batches=batches):
+            distill(model, graft, batches, DistillConfig(steps=steps, lr=1e-9, progress=False), noise_scheduler=scheduler())
+
+        def two(model=model, graft=graft, batches=batches):
+            install(model, graft)
+            finetune(model, batches, FinetuneConfig(steps=steps, lr=1e-9, progress=False), noise_scheduler=scheduler())
+            uninstall(model)
+
+        contenders |= {f"{name}: {ONE}": one, f"{name}: {TWO}": two} if name == "pairs" else {f"{name}: {TWO}": two}
+    return {timing.name: timing.seconds / steps for timing in compare(contenders, rounds=budget.rounds)}
+
+
+def steps_of(stage: str | None, model: str, budget: Budget, seconds: dict[str, float]) -> int:
+    """Steps of a stage; of `WHOLE`, what both stages of the pairs cost buys."""
+    if stage != WHOLE:
+        return {None: 0, ONE: budget.stage_one, TWO: budget.stage_two}[stage]
+    spent = budget.stage_one * seconds[f"pairs: {ONE}"] + budget.stage_two * seconds[f"pairs: {TWO}"]
+    return round(spent / seconds[f"{model}: {TWO}"])
+
+
+def _start(rules: str | None, seed: int, pretrained: bool = True) -> tuple[DiTTransformer2DModel, Graft | None]:
+    model = testbed.load()
+    if not pretrained:
+        torch.manual_seed(seed)
         model = DiTTransformer2DModel.from_config(model.config).eval()
-    batches = testbed.letter_batches(budget.batch_size, 100 + budget.seed)
-    quiet = {"progress": False, "seed": budget.seed}
-    if row.rules is not None:
-        graft = build_graft(model, plan_graft(model, row.rules), seed=budget.seed)
-        if 1 in row.stages:
-            config = DistillConfig(steps=budget.stage_one, lr=budget.lr[0], **quiet)
-            distill(model, graft, batches, config, noise_scheduler=scheduler())
-        install(model, graft)
-    if 2 in row.stages:
-        config = FinetuneConfig(steps=budget.stage_two, lr=budget.lr[1], ema_decay=0.98, **quiet)
-        finetune(model, batches, config, noise_scheduler=scheduler())
-    return _measure(model, budget)
+    return model, None if rules is None else build_graft(model, plan_graft(model, rules), seed=seed)
+
+
+def _run(run: Run, budget: Budget, seed: int, seconds: dict[str, float]) -> Iterator[dict[str, Any]]:
+    model, graft = _start(RULES.get(run.model), seed, run.pretrained)
+    batches = testbed.letter_batches(budget.batch_size, 100 + seed)
+    quiet = {"progress": False, "seed": seed}
+    spent = []
+    for stage, name in run.rows.items():
+        steps = steps_of(stage, run.model, budget, seconds)
+        if stage == ONE:
+            distill(model, graft, batches, DistillConfig(steps=steps, lr=budget.lr[0], **quiet), noise_scheduler=scheduler())
+        if graft is not None and model.graft is None:
+            install(model, graft)
+        if stage in (TWO, WHOLE):
+            config = FinetuneConfig(steps=steps, lr=budget.lr[1], ema_decay=0.98, **quiet)
+            finetune(model, batches, config, noise_scheduler=scheduler())
+        spent += [steps] if steps else []
+        yield {"name": name, "seed": seed, "steps": list(spent), "scores": _measure(model, budget)}
 
 
 def _measure(model: DiTTransformer2DModel, budget: Budget) -> dict[str, float]:
@@ -108,34 +156,17 @@ def _measure(model: DiTTransformer2DModel, budget: Budget) -> dict[str, float]:
     images = testbed.draw_letters(labels, torch.Generator().manual_seed(1), testbed.HELD_OUT_FONTS)
     held_out = [{"sample": s, "class_labels": c} for s, c in zip(images.split(250), labels.split(250), strict=True)]
     quality = SampleQuality(count=budget.samples, steps=budget.sampling_steps)
-    scores = evaluate(model, held_out, noise_scheduler=scheduler(), metrics=[quality]).values
-    inputs = example_inputs(model, batch_size=8)
-    with torch.no_grad():
-        latency = compare({"forward": lambda: model(**inputs)})[0].seconds
-    return {"depth": count_depth(model), "parameters": count_parameters(model), "flops": count_flops(model),
-            "latency": latency, **scores}  # fmt: skip
+    return evaluate(model, held_out, noise_scheduler=scheduler(), metrics=[quality]).values
 
 
-def _report(rows: dict[str, dict], budget: Budget) -> str:
-    lines = [["model", "depth", "parameters", "MFLOPs", "ms for 8", "denoising loss", "Frechet distance", "accuracy"]]
-    for row in rows.values():
-        lines.append([row["name"], str(row["depth"]), f"{row['parameters']:,}", f"{row['flops'] / 1e6:.1f}",
-                      f"{1000 * row['latency']:.1f}", f"{row['denoising_loss']:.4f}", f"{row['frechet_distance']:.1f}",
-                      f"{row['accuracy']:.3f}"])  # fmt: skip
-    return (
-        f"# Half the depth\n\n`make bench-depth`: the testbed, `{PAIRS}` against `{REMOVED}`; {budget.stage_one} steps of "
-        f"stage one, {budget.stage_two} of stage two, batches of {budget.batch_size}, one seed. Denoising loss on held-out "
-        f"fonts, {budget.samples} samples of {budget.sampling_steps} steps for the rest.\n\n```\n{table(lines)}\n```\n\n"
-        f"{_verdict(rows)} It had stage one besides the stage two that all three had. Pairs side by side save no FLOPs, and on "
-        "a CPU they run one after the other. Milliseconds are of each row's own run, not taken in turns.\n"
-    )
+def _read(path: Path, budget: Budget) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if rows and rows[0].get("budget") != json.loads(json.dumps(asdict(budget))) or rows and "models" not in rows[0]:
+        raise GraftError(f"{path} holds rows of another budget. Give another --output.")
+    return rows
 
 
-def _verdict(rows: dict[str, dict]) -> str:
-    """Whether (d) is better than (e) and (f), as in the paper."""
-    ours, *others = (rows[row.name] for row in ROWS[3:])
-    said = []
-    for measure in ("denoising_loss", "frechet_distance"):
-        better = [name for name, other in zip("ef", others, strict=True) if ours[measure] < other[measure]]
-        said.append(f"in {measure.replace('_', ' ')} {' and '.join(f'({name})' for name in better) or 'neither'}")
-    return f"(d) is better than: {'; '.join(said)}."
+def _write(path: Path, row: dict[str, Any]) -> dict[str, Any]:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    return row

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from diffusers import DiTTransformer2DModel
 
-from ..evaluation.benchmark import benchmark_latency, table
+from ..evaluation.benchmark import benchmark, table
 
 # Wide enough for attention to weigh as it does in real models, small enough for two cores.
 SHAPE = dict(num_attention_heads=6, attention_head_dim=64, num_layers=4, sample_size=32, patch_size=2, in_channels=4,
@@ -18,9 +18,10 @@ def bench_models(operators: Iterable[str], *, sizes: Iterable[int], rounds: int 
     torch.manual_seed(0)
     model = DiTTransformer2DModel(**SHAPE).eval()
     rules = {name: {"self_attention[:]": name} for name in operators}
-    rows = [["tokens", "model", "ms", "ratio", "quartiles"]]
-    for row in benchmark_latency(model, rules, sizes, rounds=rounds):
+    rows = [["tokens", "model", "depth", "GFLOPs", "ms", "ratio", "quartiles"]]
+    for row in benchmark(model, rules, sizes, rounds=rounds):
         spread = "" if row["name"] == "original" else f"{row['low']:.2f} to {row['high']:.2f}"
-        rows.append([str(row["tokens"]), row["name"], f"{row['milliseconds']:.1f}", f"{row['ratio']:.2f}", spread])
+        rows.append([str(row["tokens"]), row["name"], str(row["depth"]), f"{row['flops'] / 1e9:.2f}",
+                     f"{row['milliseconds']:.1f}", f"{row['ratio']:.2f}", spread])  # fmt: skip
     say(table(rows))
     say(f"\nOne sample, {torch.get_num_threads()} threads, torch {torch.__version__}; width 384, 4 layers, all replaced.")

@@ -9,7 +9,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 from ..errors import GeometryError, GraftError, OperatorError
-from ..evaluation.benchmark import benchmark_latency, table
+from ..evaluation.benchmark import benchmark, table
 from ..evaluation.operator_costs import operator_costs, peak_memory
 from ..operators import OperatorConfig, available, get
 from ..operators.base import BlockOperator
@@ -127,7 +127,7 @@ def _in_a_block(size: int, heads: int, rounds: int) -> list[list[str]]:
     model = PixArtTransformer2DModel(**{**BLOCK, "sample_size": size, "num_attention_heads": heads,
                                         "cross_attention_dim": heads * WIDTH}).eval()  # fmt: skip
     rules = {name: {"self_attention[:]": config} for name, config in zip(IN_A_BLOCK, _configs(IN_A_BLOCK), strict=True)}
-    measured = {row["name"]: row for row in benchmark_latency(model, rules, [size], rounds=rounds)}
+    measured = {row["name"]: row for row in benchmark(model, rules, [size], rounds=rounds)}
     free = measured["identity"]["ratio"]
     rows = [["model", "ms", "speed-up", "share of identity's"]]
     for name, row in measured.items():

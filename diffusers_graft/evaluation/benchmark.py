@@ -4,8 +4,10 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from tqdm.auto import tqdm
 
+from ..analysis.cost import count_depth, count_flops, count_parameters
 from ..anatomy import evaluating, example_inputs, read_context
 from ..errors import GraftError
-from ..graft import build_graft
-from ..plan import plan_graft
+from ..graft import Graft, build_graft
+from ..plan import Rules, plan_graft
 from ..surgery import install, uninstall
 
 
@@ -60,38 +63,52 @@ def _now() -> float:
 
 
 @torch.no_grad()
-def benchmark_latency(
-    model: ModelMixin, rules: dict[str, dict], sizes: Iterable[int], *, rounds: int = 7, progress: bool = True
+def benchmark(
+    model: ModelMixin, rules: Mapping[str, Rules], sizes: Iterable[int], *, rounds: int = 7, progress: bool = True
 ) -> list[dict[str, Any]]:
-    """Forward latency of a model and of its grafts, at several sizes of the latents, one sample.
+    """What a forward of a model and of its grafts costs, at several sizes of the latents, one sample.
+
+    Depth, operations and time are told apart, since they need not go together: blocks side by side halve the depth, save no
+    operations, and on a CPU no time.
 
     Args:
         rules: rules by name of the contender.
         sizes: height and width of the latents.
 
     Returns:
-        Rows with `tokens`, `name`, `milliseconds`, and `ratio`, `low`, `high` to the original of the same round.
+        Rows with `tokens`, `name`, `depth` (blocks one after the other), `parameters`, `flops` (see `count_flops`),
+        `milliseconds`, and `ratio`, `low`, `high` of the time to the original's of the same round.
     """
-    grafts = {name: build_graft(model, plan_graft(model, rule)) for name, rule in rules.items()}
+    grafts = {"original": None} | {name: build_graft(model, plan_graft(model, rule)) for name, rule in rules.items()}
     rows = []
     with evaluating(model):
         for size in tqdm(list(sizes), desc="benchmark", unit="size", disable=not progress):
             inputs = example_inputs(model, size=size)
             tokens = read_context(model, (), inputs).grid.tokens
-            contenders = {"original": lambda inputs=inputs: model(**inputs)}
-            for name, graft in grafts.items():
-                contenders[name] = lambda graft=graft, inputs=inputs: _grafted_forward(model, graft, inputs)
+            contenders = {name: partial(_forward, model, graft, inputs) for name, graft in grafts.items()}
             for timing in compare(contenders, rounds=rounds):
-                rows.append({"tokens": tokens, "name": timing.name, "milliseconds": 1000 * timing.seconds,
+                with _worn(model, grafts[timing.name]):
+                    shape = {"depth": count_depth(model), "parameters": count_parameters(model),
+                             "flops": count_flops(model, inputs)}  # fmt: skip
+                rows.append({"tokens": tokens, "name": timing.name, **shape, "milliseconds": 1000 * timing.seconds,
                              "ratio": timing.ratio, "low": timing.low, "high": timing.high})  # fmt: skip
     return rows
 
 
-def _grafted_forward(model: ModelMixin, graft, inputs: dict[str, Any]) -> None:
+def _forward(model: ModelMixin, graft: Graft | None, inputs: dict[str, Any]) -> None:
+    with _worn(model, graft):
+        model(**inputs)
+
+
+@contextmanager
+def _worn(model: ModelMixin, graft: Graft | None) -> Iterator[None]:
     """Installing costs microseconds, a forward milliseconds; so the models can take turns without a second copy."""
+    if graft is None:
+        yield
+        return
     install(model, graft)
     try:
-        model(**inputs)
+        yield
     finally:
         uninstall(model)
 

@@ -65,3 +65,22 @@ def draw_training(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     if errors and len(errors) <= 12:
         one.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=150)
+
+
+def draw_rows(path: Path, measures: dict[str, dict[str, Sequence[float]]]) -> None:
+    """A panel for each measure, lower being better: a bar for each row's mean, dots for its seeds, on a logarithmic axis."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("Drawing rows", "matplotlib", extra="eval") from error
+    rows = list(next(iter(measures.values())))
+    figure = Figure(figsize=(10, 0.6 + 0.4 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axis, (title, values) in zip(panels, measures.items(), strict=True):
+        axis.barh(rows, [sum(values[row]) / len(values[row]) for row in rows], color="#4878a8", alpha=0.75)
+        for row in rows:
+            axis.plot(values[row], [row] * len(values[row]), ".", color="#333333", markersize=4)
+        axis.set(title=title, xscale="log")
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=150)

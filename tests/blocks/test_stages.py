@@ -3,7 +3,8 @@ import pytest
 import torch
 
 import diffusers_graft as dg
-from diffusers_graft.bench.depth import ROWS, Budget, bench_depth
+from diffusers_graft.bench.depth import RUNS, Budget, bench_depth, steps_of
+from diffusers_graft.errors import GraftError
 
 from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
 from ..zoo.models import inputs_of, tiny
@@ -82,9 +83,21 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert torch.allclose(*gradients)
 
 
+def test_all_that_pairs_got_is_given_to_others_in_steps_of_their_own_price():
+    prices = {"pairs: stage one": 0.5, "pairs: stage two": 0.25, "removed: stage two": 0.1}
+    budget = Budget(stage_one=100, stage_two=200)
+    assert steps_of("both at once", "pairs", budget, prices) == 400
+    assert steps_of("both at once", "removed", budget, prices) == 1000
+    assert steps_of("stage two", "removed", budget, prices) == 200
+
+
 @pytest.mark.long
 def test_the_table_of_half_the_depth_goes_on_where_it_stopped(tmp_path):
-    budget, said = Budget(stage_one=1, stage_two=1, batch_size=2, samples=30, sampling_steps=1), []
-    report = bench_depth(tmp_path, budget, say=said.append)
-    assert all(row.name in report for row in ROWS)
-    assert bench_depth(tmp_path, budget, say=said.append) == report
+    budget = Budget(stage_one=1, stage_two=1, batch_size=2, samples=30, sampling_steps=1, rounds=2, seeds=1)
+    report = bench_depth(tmp_path, budget, say=[].append)
+    assert all(name in report for run in RUNS for name in run.rows.values())
+    rows = (tmp_path / "depth.jsonl").read_text().splitlines()
+    (tmp_path / "depth.jsonl").write_text("\n".join(rows[:4]) + "\n")  # killed between the two stages of the pairs
+    assert bench_depth(tmp_path, budget, say=[].append) == report
+    with pytest.raises(GraftError, match="another budget"):
+        bench_depth(tmp_path, Budget(seeds=1), say=[].append)
