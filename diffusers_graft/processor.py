@@ -6,11 +6,8 @@ processor's `__call__`, once per class, and nothing else changes: same signature
 """
 from __future__ import annotations
 
-import ast
-import copy
 import functools
 import inspect
-import types
 from typing import Any
 
 import torch
@@ -21,15 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import OperatorError
 from .mixing import mix, mix_with_others
+from .rewriting import image_stream, rewritten_call
 from .site import Context, Site
-from .source import text_comes_first, tree_of
-
-# Layouts of the two softmax calls: heads before tokens [B, H, N, E], or after [B, N, H, E].
-_SOFTMAX_CALLS = {
-    "scaled_dot_product_attention": "_mix", "dispatch_attention_fn": "_mix_tokens_first", "mix_scores": "_mix_scores",
-}  # fmt: skip
-
-_STREAM = "graft_stream"  # local name of the length of the image's stream, read before a processor joins it with the prompt's
+from .source import text_comes_first
 
 
 def graft_processor(processor: Any) -> Any:
@@ -125,86 +116,37 @@ class _Grafted:
         mask = mask if mask is None else mask.unflatten(0, (-1, attn.heads))
         return self._mix(attn, stream, query, key, value, mask, scale=attn.scale).flatten(0, 1)
 
+    def _mix_projected(self, attn, stream, query, key, value, rotary=None):
+        """What stands between the projections and the output projection, by the operator: [B, N, H * E] each."""
+        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+        if rotary is not None:
+            query, key = (_rotated(tensor, *rotary) for tensor in (query, key))
+        return self._mix_tokens_first(attn, stream, query, key, value).flatten(2)
+
     def __reduce__(self):
         return _dress, (self._original, vars(self).copy())
+
+
+def _rotated(tensor: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """[B, N, H, E], neighbouring features turned as pairs; cosines and sines [1, N, 1, E], each given twice."""
+    first, second = tensor.unflatten(-1, (-1, 2)).unbind(-1)
+    quarter_turn = torch.stack([-second, first], dim=-1).flatten(-2)
+    return (tensor * cosines + quarter_turn * sines).to(tensor.dtype)
 
 
 @functools.cache
 def grafted_class(original: type) -> type:
     """The generated subclass of a processor class: one per class, so that compiled blocks share one graph."""
-    call, count = _rewritten_call(original) or (_intercepted_call(original), 1)
+    call, count = rewritten_call(original) or (_intercepted_call(original), 1)
     body = {"__call__": call, "_original": original, "_text_first": text_comes_first(original), "_calls": count,
             "__module__": __name__}  # fmt: skip
     return type(f"Grafted{original.__name__}", (_Grafted, original), body)
 
 
-def _rewritten_call(original: type) -> tuple[types.FunctionType, int] | None:
-    """`original.__call__` with its softmax calls rewritten, and their number; None where there is no source to rewrite."""
-    function = inspect.unwrap(original.__call__)
-    tree = copy.deepcopy(tree_of(function))
-    if tree is None or function.__closure__:
-        return None
-    names = list(inspect.signature(function).parameters)
-    rewriter = _SoftmaxCalls(*names[:2])
-    rewriter.visit(tree)
-    if not rewriter.found:
-        raise OperatorError(
-            f"{original.__name__} never calls scaled_dot_product_attention, so there is no softmax to replace. "
-            "Operators that replace the whole attention, such as mamba2, may go there."
-        )
-    tree.decorator_list = []
-    tree.body.insert(0, ast.parse(f"{_STREAM} = {_image_stream(names)}.shape[-2]").body[0])
-    module = ast.Module([ast.increment_lineno(ast.fix_missing_locations(tree), function.__code__.co_firstlineno - 1)], [])
-    module = compile(module, inspect.getsourcefile(function), "exec", dont_inherit=True)
-    code = next(item for item in module.co_consts if isinstance(item, types.CodeType) and item.co_name == function.__name__)
-    call = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
-    call.__kwdefaults__ = function.__kwdefaults__
-    call.__signature__ = inspect.signature(function)  # diffusers drops arguments that the signature does not name
-    return call, rewriter.found
-
-
-def _image_stream(names: list[str]) -> str:
-    """The argument that holds the image's tokens, of a processor with these arguments."""
-    return "gen_seq" if "gen_seq" in names else names[2]
-
-
-class _SoftmaxCalls(ast.NodeTransformer):
-    """Turns `F.scaled_dot_product_attention(...)` into `self._mix(attn, graft_stream, ...)`."""
-
-    def __init__(self, processor: str, attention: str):
-        self.processor, self.attention, self.found, self.scores = processor, attention, 0, set()
-
-    def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        if isinstance(node.value, ast.Call) and self._called(node.value) == "get_attention_scores":
-            self.scores |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-        return self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
-        called, first = self._called(node), node.args[0] if node.args else None
-        if called == "get_attention_scores" and self.scores:
-            return self._ours("_scores", [], node)
-        if called == "bmm" and isinstance(first, ast.Name) and first.id in self.scores:
-            called = "mix_scores"
-        if called not in _SOFTMAX_CALLS:
-            return node
-        self.found += 1
-        return self._ours(_SOFTMAX_CALLS[called], [self.attention, _STREAM], node)
-
-    @staticmethod
-    def _called(node: ast.Call) -> str | None:
-        return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
-
-    def _ours(self, method: str, names: list[str], node: ast.Call) -> ast.AST:
-        function = ast.Attribute(ast.Name(self.processor, ast.Load()), method, ast.Load())
-        arguments = [ast.Name(name, ast.Load()) for name in names]
-        return ast.copy_location(ast.Call(function, [*arguments, *node.args], node.keywords), node)
-
-
 def _intercepted_call(original: type):
     """Eager fallback where source is missing: the original call, its softmax caught on the way to torch."""
     signature = inspect.signature(original.__call__)
-    stream = _image_stream(list(signature.parameters))
+    stream = image_stream(list(signature.parameters))
 
     def call(self, attn, *args, **kwargs):
         given = signature.bind(self, attn, *args, **kwargs).arguments

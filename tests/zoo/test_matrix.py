@@ -8,6 +8,7 @@ import torch
 import diffusers_graft as dg
 from diffusers_graft.anatomy import family_of
 from diffusers_graft.errors import GraftError, OperatorError
+from diffusers_graft.processor import _rotated
 
 from .models import exported, first, inputs_of, predict, tiny
 
@@ -15,10 +16,12 @@ MIXERS = {"sliding_window": {"operator": "sliding_window", "window": (1, 1)}, "l
           "hyena_x": "hyena_x"}  # fmt: skip
 NO_MODEL = {"DualTransformer2DModel": "it is no ModelMixin: graft the two Transformer2DModel in its `transformers`"}
 NO_SOFTMAX = {
-    "SanaTransformer2DModel": "its self-attention is a linear one already",
-    "SanaVideoTransformer3DModel": "its self-attention is a linear one already",
     "AnyFlowFARTransformer3DModel": "its self-attention runs under a flex BlockMask",
     "Kandinsky6SRTransformer3DModel": "its self-attention runs under a flex BlockMask",
+}
+LINEAR = {
+    "SanaTransformer2DModel": "its self-attention is a linear one: the control is its own kernel",
+    "SanaVideoTransformer3DModel": "the same, under rotary embeddings that follow the kernel",
 }
 NO_MAIN_SITE = {"SanaWMTransformer3DModel": "its self-attention is its own module without a processor"}
 REFUSED = {
@@ -85,12 +88,37 @@ def test_reference_softmax_changes_not_a_bit(name):
             run_grafted(model, rules)
         return
     model.set_graft(rules_for(model, "self_attention"))
-    if name in CLOSE:
+    if name in LINEAR:
+        assert not torch.equal(predict(model, name), before)
+    elif name in CLOSE:
         torch.testing.assert_close(predict(model, name), before)
     else:
         same(model, keys, before)
     model.unset_graft()
     same(model, keys, before)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_where_attention_is_linear_its_own_kernel_is_the_control(name):
+    """Queries, keys and values are those that the original multiplies: its kernel, by our operator, is the original."""
+    model = model_of(name)
+    if name == "SanaVideoTransformer3DModel":  # turned after the kernel there, before it here: the same where nothing is turned
+        model.rope.freqs_cos.fill_(1)
+        model.rope.freqs_sin.fill_(0)
+    before = predict(model, name)
+    model.set_graft(rules_for(model, {"operator": "linear_attention", "feature_map": "relu"}))
+    assert (predict(model, name) - before).norm() < 5e-3 * before.norm()  # our sums begin at 0.001, so none is empty
+    model.unset_graft()
+    assert torch.equal(predict(model, name), before)
+
+
+def test_rotary_embeddings_are_turned_as_the_linear_attention_turns_them():
+    from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
+
+    tokens = torch.randn(2, 7, 3, 8)
+    cosines, sines = get_1d_rotary_pos_embed(8, 7, use_real=True, repeat_interleave_real=True)
+    expected = apply_rotary_emb(tokens.transpose(1, 2), (cosines, sines)).transpose(1, 2)
+    torch.testing.assert_close(_rotated(tokens, cosines[None, :, None], sines[None, :, None]), expected)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

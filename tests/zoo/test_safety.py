@@ -9,6 +9,7 @@ import torch
 
 import diffusers_graft as dg
 from diffusers_graft.errors import GeometryError, ModelError, OperatorError, StateError
+from diffusers_graft.processor import grafted_class
 
 from .models import exported, first, inputs_of, predict, tiny
 
@@ -201,6 +202,40 @@ def test_keys_of_a_cache_are_refused():
     query, key = torch.randn(1, 4, 2, 12), torch.randn(1, 6, 2, 12)
     with pytest.raises(OperatorError, match="Run the model without its cache"):
         attention.processor._mix_tokens_first(attention, 4, query, key, key)
+
+
+class Linear:
+    """A linear attention that nobody has read yet."""
+
+    def __call__(self, attn, hidden_states):
+        query = attn.to_q(hidden_states)
+        key = attn.to_k(hidden_states)
+        value = attn.to_v(hidden_states)
+        mixed = query.relu() @ (key.relu().transpose(1, 2) @ value)
+        return attn.to_out[0](mixed)
+
+
+class WithItsOwnConvolution(Linear):
+    def __call__(self, attn, hidden_states):
+        query = attn.to_q(hidden_states)
+        key = attn.to_k(hidden_states)
+        value = attn.to_v(hidden_states)
+        mixed = query.relu() @ (key.relu().transpose(1, 2) @ attn.convolve(value))
+        return attn.to_out[0](mixed)
+
+
+class OfThreeAtOnce(Linear):
+    def __call__(self, attn, hidden_states):
+        query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        mixed = query.relu() @ (key.relu().transpose(1, 2) @ value)
+        return attn.to_out[0](mixed)
+
+
+def test_a_core_that_cannot_be_told_from_the_layers_around_it_is_left_alone():
+    assert grafted_class(Linear)._original is Linear
+    for processor in (WithItsOwnConvolution, OfThreeAtOnce):
+        with pytest.raises(OperatorError, match="no core to replace"):
+            grafted_class(processor)
 
 
 def test_a_block_mask_is_refused():
