@@ -19,11 +19,6 @@ _SHARED = {"lora_dropout": float, "use_rslora": bool, "use_dora": bool, "fan_in_
 _FIXED = {"bias": "none", "modules_to_save": None, "target_parameters": None, "layer_replication": None}
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a saved tensor belongs to LoRA, by its name."""
-    return ".lora_" in name
-
-
 def describe_adapters(model: ModelMixin, graft: Graft) -> dict[str, Any] | None:
     """The LoRA of a graft as data, resolved layer by layer; None without one.
 

@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from ..errors import UnknownNameError
 from ..graft import Graft
 from ..surgery import require_graft
-from .description import describe, describe_whole
+from .describing import describe, describe_whole
 from .edits import edit_rows, own_parameters, strip
 from .files import write_text
 from .sections import finished, front_matter, merged
@@ -31,11 +31,11 @@ def card(model: ModelMixin, *, source: str = "user/name", scores: dict[str, Any]
         source: the repository or folder that the lines on loading name.
         scores: measured results by row, as `dg.evaluate` gives them; several rows are compared in one table.
         about: `license` of the base, `datasets` and `hardware` of the training, `pipeline_tag`, `limits` in words, and
-            `speed`, the rows of `evaluation.benchmark.benchmark_latency`.
+            `speed`, the rows of `evaluation.benchmark.benchmark`.
     """
     graft = require_graft(model)
     whole = graft.standalone
-    config = describe_whole(model, graft) if whole else describe(model, graft, "")
+    config = (describe_whole if whole else describe)(model, graft, "")
     config["scores"] = {name: row.to_dict() for name, row in (scores or {}).items()} or config["scores"]
     config["about"] = checked_about(about)
     return finished(render_card(model, graft, config, source=source, whole=whole))
@@ -74,6 +74,7 @@ def render_card(
         front_matter=front_matter(_front_matter(model, config, operators, whole, source)),
         title=type(model).__name__ + (f" with {' and '.join(operators)}" if operators else ""),
         base=f"`{base}`" if base else f"a `{type(model).__name__}`", summary=_summary(graft), source=source, edits=rows,
+        contained=whole and bool(config.get("code")),
         flops_at=flops, strip=strip(graft), whole=whole, model_class=type(model).__name__, own=own_parameters(graft),
         body=len(graft.body), lora=graft.adapter_config.r if graft.adapter_config else None,
         compressed=compressed_summary(config.get("compressed") or {}), settings=_settings(model, config), imported=imported,

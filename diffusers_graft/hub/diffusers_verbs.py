@@ -6,18 +6,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 
 from ..errors import StateError
 from ..graft import installed, is_enabled
 from .description import CONFIG
 from .folders import settle
-from .full import MARK, load_pretrained, save_whole
+from .full import FETCHING, MARK, load_as_diffusers
 from .push import push_folder
+from .self_contained import name_code
+from .whole import save_whole
 
 _PUSHING = ("private", "token", "commit_message", "create_pr")
-_FETCHING = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
-_LOADING = ("dtype", "torch_dtype", "variant", "low_cpu_mem_usage")
 
 
 def attach_saving() -> None:
@@ -25,6 +25,7 @@ def attach_saving() -> None:
     ModelMixin.save_pretrained = _saving(ModelMixin.save_pretrained)
     ModelMixin.push_to_hub = _pushing(ModelMixin.push_to_hub)
     ModelMixin.from_pretrained = classmethod(_loading(ModelMixin.from_pretrained.__func__))
+    DiffusionPipeline.save_pretrained = _saving_all(DiffusionPipeline.save_pretrained)
 
 
 def _saving(original):
@@ -37,6 +38,28 @@ def _saving(original):
         repo_id = kwargs.pop("repo_id", folder.name)
         save_whole(original, self, graft, folder, *args, **kwargs)
         return push_folder(folder, repo_id, **pushing) if push_to_hub else None
+
+    return save_pretrained
+
+
+def _saving_all(original):
+    @functools.wraps(original)
+    def save_pretrained(self, save_directory, *args, self_contained: bool = False, **kwargs):
+        if not self_contained:
+            return original(self, save_directory, *args, **kwargs)
+        grafted = [part for part in self.components.values() if isinstance(part, ModelMixin) and is_enabled(part)]
+        if not grafted or kwargs.get("push_to_hub"):
+            raise StateError(
+                "A self-contained pipeline has a grafted model, and is saved to a folder first; upload that folder as it is."
+            )
+        for part in grafted:
+            vars(part)["save_pretrained"] = functools.partial(part.save_pretrained, self_contained=True)
+        try:
+            original(self, save_directory, *args, **kwargs)
+        finally:
+            for part in grafted:
+                del vars(part)["save_pretrained"]
+        return name_code(Path(save_directory))
 
     return save_pretrained
 
@@ -60,12 +83,7 @@ def _loading(original):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         if not _is_grafted(cls, pretrained_model_name_or_path, kwargs):
             return original(cls, pretrained_model_name_or_path, **kwargs)
-        if kwargs.get("quantization_config") is not None or isinstance(kwargs.get("device_map"), dict):
-            raise StateError(
-                "A grafted model is loaded without quantization, onto one device. Load the base as you like, then load_graft."
-            )
-        known = {name: kwargs[name] for name in (*_FETCHING, *_LOADING) if kwargs.get(name) is not None}
-        return load_pretrained(pretrained_model_name_or_path, device=kwargs.get("device_map"), **known)
+        return load_as_diffusers(pretrained_model_name_or_path, kwargs)
 
     return from_pretrained
 
@@ -78,6 +96,6 @@ def _is_grafted(cls: type[ModelMixin], source: Any, kwargs: dict[str, Any]) -> b
         if (folder / CONFIG).is_file():
             return (folder / "config.json").is_file()
     try:
-        return MARK in cls.load_config(source, **{name: kwargs[name] for name in _FETCHING if name in kwargs})
+        return MARK in cls.load_config(source, **{name: kwargs[name] for name in FETCHING if name in kwargs})
     except (OSError, ValueError):
         return False  # diffusers says it better

@@ -1,4 +1,4 @@
-"""A grafted model as a whole: `save_pretrained`, and back without the base it was made on."""
+"""A grafted model read as a whole, without the base it was made on."""
 from __future__ import annotations
 
 import hashlib
@@ -13,23 +13,26 @@ from diffusers.models.modeling_utils import ContextManagers, no_init_weights
 
 from ..errors import FileError, StateError
 from ..graft import Graft
-from ..surgery import check_seats, install
+from ..surgery import install
 from .blank import build_blank, check_operators, require_like
-from .cards import write_card
-from .description import CARRIED, CONFIG, as_whole, check_kinds, describe_whole, read_plan, require_format, to_text
-from .files import checksum, read_json, read_tensors, require_finite, write_text
-from .folders import inside, local_folder, replacing
+from .code import is_pinned, trusted
+from .description import CARRIED, CONFIG, as_whole, check_kinds, is_adapter, read_plan, require_format
+from .files import checksum, read_json, read_tensors, require_finite
+from .folders import inside, local_folder
 from .settings import apply_settings
 
-_PATTERNS = ["*.json", "*.safetensors", "README.md"]
-_WEIGHTS = "diffusion_pytorch_model"
+_PATTERNS = ["*.json", "*.safetensors", "README.md", "graft_operator_*.py"]
+STEM = "diffusion_pytorch_model"
 MARK = "_graft"  # where config.json holds the description once more, for pipelines download no other JSON
+AUTO = "auto_map"  # where config.json names code that loads the model
+FETCHING = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+_LOADING = ("dtype", "torch_dtype", "variant", "low_cpu_mem_usage", "trust_remote_code")
 
 
 def load_pretrained(
     source: str | Path, *, revision: str | None = None, dtype: torch.dtype | None = None,
     torch_dtype: torch.dtype | None = None, device: torch.device | str | None = None, subfolder: str = "",
-    variant: str | None = None, low_cpu_mem_usage: bool = True, **hub_arguments: Any,
+    variant: str | None = None, low_cpu_mem_usage: bool = True, trust_remote_code: bool = False, **hub_arguments: Any,
 ) -> ModelMixin:  # fmt: skip
     """A grafted model, of the right class, from what its `save_pretrained` wrote.
 
@@ -38,17 +41,21 @@ def load_pretrained(
         dtype: as in diffusers' `from_pretrained`, which also calls it `torch_dtype`; float32 unless given.
         device: where the model goes.
         low_cpu_mem_usage: take the tensors of the file for the model's own instead of copying them into initialised ones.
+        trust_remote_code: run operators that come as code; from the Hub also `revision` must then be the id of a commit.
         hub_arguments: `token`, `cache_dir`, `local_files_only` and the like, for `huggingface_hub.snapshot_download`.
 
     Raises:
         FileError: missing, damaged, or not a whole grafted model.
+        UnknownNameError: an argument that nothing takes.
     """
     folder = local_folder(source, _PATTERNS, subfolder=subfolder, revision=revision, **hub_arguments)
     description = _description(folder)
-    plan, tensors = read_plan(description["plan"]), read_weights(folder, variant)
+    classes = trusted(description, folder, trust=trust_remote_code, pinned=is_pinned(source, revision))
+    plan, tensors = read_plan(description["plan"], classes), read_weights(folder, variant)
     if description.get("checksum") not in (None, checksum(tensors)):
         raise FileError(f"The weights in {folder} were edited or damaged: they are not those that were saved.")
     require_finite(tensors, folder)
+    adapters = {name: tensors.pop(name) for name in filter(is_adapter, list(tensors))}
     with ContextManagers([no_init_weights()] if low_cpu_mem_usage else []):
         model = _bare_model(folder, len(tensors))
         plan.check(model)
@@ -60,7 +67,28 @@ def load_pretrained(
     take(model, tensors, folder, assign=low_cpu_mem_usage)
     as_whole(model, graft, **{name: description.get(name) for name in CARRIED})
     model = _cast(model, tensors, dtype or torch_dtype or torch.float32, description.get("buffers"))
+    _adapt(model, graft, description.get("lora"), adapters)
     return model.to(device).eval() if device is not None else model.eval()
+
+
+def _adapt(model: ModelMixin, graft: Graft, described: Any, adapters: dict[str, torch.Tensor]) -> None:
+    if described is not None or adapters:
+        from .adapters import load_adapters  # a model without LoRA is read without peft, too
+
+        load_adapters(model, graft, described, adapters)
+
+
+def load_as_diffusers(source: str | Path, kwargs: dict[str, Any]) -> ModelMixin:
+    """`load_pretrained`, asked in the words of diffusers' `from_pretrained`; what only tunes its loading is passed over.
+
+    Raises `StateError` for what a grafted model cannot be given while it is loaded, and whatever `load_pretrained` raises.
+    """
+    if kwargs.get("quantization_config") is not None or isinstance(kwargs.get("device_map"), dict):
+        raise StateError(
+            "A grafted model is loaded without quantization, onto one device. Load the base as you like, then load_graft."
+        )
+    known = {name: kwargs[name] for name in (*FETCHING, *_LOADING) if kwargs.get(name) is not None}
+    return load_pretrained(source, device=kwargs.get("device_map"), **known)
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -71,14 +99,14 @@ def _description(folder: Path) -> dict[str, Any]:
     check_kinds({"description": description}, {"description": dict}, str(folder / where))
     require_format(description, str(folder / where))
     check_kinds(description, {"plan": dict, "history": list}, str(folder / where))
-    if description.get("model") not in (None, _digest(config)):
+    if description.get("model") not in (None, config_digest(config)):
         raise FileError(f"{folder / 'config.json'} was edited, or belongs to another model than {CONFIG}. Save it again.")
     return description
 
 
-def _digest(config: dict[str, Any]) -> str:
-    """Of everything but the copy of the description."""
-    own = {name: value for name, value in config.items() if name != MARK}
+def config_digest(config: dict[str, Any]) -> str:
+    """Of everything in `config.json` that is the model's own."""
+    own = {name: value for name, value in config.items() if name not in (MARK, AUTO)}
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
@@ -92,7 +120,7 @@ def _model_class(folder: Path) -> type[ModelMixin]:
 
 def _bare_model(folder: Path, tensors: int) -> ModelMixin:
     """The ungrafted model that `config.json` describes. Raises `FileError` where it describes none."""
-    config = {name: value for name, value in read_json(folder / "config.json").items() if name != MARK}
+    config = {name: value for name, value in read_json(folder / "config.json").items() if name not in (MARK, AUTO)}
     layers = [value for name, value in config.items() if name.endswith("layers") and isinstance(value, int)]
     if max(layers, default=0) > tensors:
         raise FileError(f"{folder / 'config.json'} asks for {max(layers)} layers; the weights hold {tensors} tensors in all.")
@@ -107,7 +135,7 @@ def _bare_model(folder: Path, tensors: int) -> ModelMixin:
 def read_weights(folder: Path, variant: str | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a model that diffusers saved, in one file or in shards. Raises `FileError`; pickles are not read."""
     suffix = f".{variant}" if variant else ""
-    index = folder / f"{_WEIGHTS}.safetensors.index{suffix}.json"
+    index = folder / f"{STEM}.safetensors.index{suffix}.json"
     if index.exists():
         mapped = read_json(index).get("weight_map")
         if not isinstance(mapped, dict) or not mapped:
@@ -117,7 +145,7 @@ def read_weights(folder: Path, variant: str | None = None) -> dict[str, torch.Te
         if odd := sorted(mapped.keys() ^ tensors.keys()):
             raise FileError(f"{index} does not fit the files it names: {', '.join(odd[:4])} differ.")
         return tensors
-    path = folder / f"{_WEIGHTS}{suffix}.safetensors"
+    path = folder / f"{STEM}{suffix}.safetensors"
     if not path.exists() and (pickles := sorted(p.name for p in folder.glob("*.bin"))):
         raise FileError(f"{folder} has its weights in {', '.join(pickles)}: pickles can run code and are not read.")
     return read_tensors(path)
@@ -154,22 +182,3 @@ def _cast(model: ModelMixin, tensors: dict[str, torch.Tensor], dtype: torch.dtyp
             wanted = told if isinstance(told, torch.dtype) and told.is_floating_point else dtype
             model.get_submodule(path)._buffers[own] = buffer.to(wanted)
     return model
-
-
-def save_whole(original, model: ModelMixin, graft: Graft, folder: Path, *args, **kwargs) -> None:
-    """What diffusers' `save_pretrained` writes, the graft's description and its card, all at once."""
-    check_seats(graft)
-    if graft.adapter_config is not None:
-        raise StateError("A whole model is saved without LoRA layers; save_graft keeps them.")
-    description = describe_whole(model, graft)
-    suffix = f".{kwargs['variant']}" if kwargs.get("variant") else ""
-    stale = [f"{_WEIGHTS}{suffix}.safetensors", f"{_WEIGHTS}{suffix}-?????-of-?????.safetensors",
-             f"{_WEIGHTS}-?????-of-?????{suffix}.safetensors", f"{_WEIGHTS}.safetensors.index{suffix}.json"]  # fmt: skip
-    with replacing(folder, stale=stale) as stage:
-        original(model, stage, *args, **kwargs)
-        config = read_json(stage / "config.json")
-        config.pop("_name_or_path", None)  # it may be a path of this machine; the description names the base
-        description["model"] = _digest(config)
-        write_text(stage / "config.json", to_text({**config, MARK: description}) + "\n")
-        write_text(stage / CONFIG, to_text(description) + "\n")
-        write_card(stage, folder, model, graft, description, whole=True)

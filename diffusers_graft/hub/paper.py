@@ -15,7 +15,7 @@ from ..graft import Graft, build_graft
 from ..plan import GraftPlan, plan_graft
 from ..surgery import install
 from .cards import citation, environment, render_card, template_folder
-from .description import versions
+from .describing import versions
 from .edits import edit_rows, strip
 from .files import read_json
 from .sections import front_matter

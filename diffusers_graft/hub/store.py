@@ -16,13 +16,14 @@ from diffusers import ModelMixin
 from ..errors import FileError, MismatchError, StateError
 from ..graft import Graft, base_tensors, is_enabled
 from ..surgery import check_seats, install, require_graft, uninstall
-from .adapters import adapter_tensors, is_adapter, load_adapters
+from .adapters import adapter_tensors, load_adapters
 from .blank import build_blank, check_operators, require_like
 from .cards import checked_about, write_card
 from .code import describe_code, is_pinned, sources, trusted
 from .compress import compress as compressed
 from .compress import restore
-from .description import KEY, describe, describe_base, names, read_description, read_plan, to_text
+from .describing import describe, describe_base
+from .description import KEY, is_adapter, names, read_description, read_plan, to_text
 from .files import checksum, digest, require_finite, write_tensors, write_text
 from .folders import local_folder, replacing
 from .proof import prove, replay
