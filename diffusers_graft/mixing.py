@@ -52,7 +52,7 @@ def refuse_hiding(mask: torch.Tensor, name: str) -> None:
     hidden = ~mask if mask.dtype == torch.bool else mask != 0
     words = (
         f"{name} cannot honour an attention mask that hides tokens. Pass inputs without padding, "
-        "or choose an operator that can, such as linear_attention."
+        'or choose an operator that can: linear_attention, or a window with backend="torch".'
     )
     if torch.compiler.is_compiling():
         torch._assert_async(~hidden.any(), words)

@@ -106,45 +106,73 @@ def tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, device: torch.device) 
 
 def tiled_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule, axes: tuple[Axis, ...], *, tile: int,
-    scale: float | None,
+    scale: float | None, mask: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Softmax attention of each query over the keys it sees: [B, H, N, E] in and out."""
+    """Softmax attention of each query over the keys it sees: [B, H, N, E] in and out.
+
+    Args:
+        mask: as `scaled_dot_product_attention` takes it, broadcastable to [B, H, N, N]; each tile gathers its part. A query
+            all of whose keys are hidden gives zeros.
+    """
     # Plain numbers again where compiled code holds symbols: a tiling belongs to one grid.
     axes = tuple(tuple(len([None] * setting) for setting in axis) for axis in axes)
     # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind; it must not be kept for real ones.
     cut = (tiling if type(query) is torch.Tensor else _made)(rule, axes, tile, query.device)
-    tiles = cut.queries.shape[0]
+    tiles, mask = cut.queries.shape[0], mask if mask is None else mask[(None,) * (4 - mask.dim())]
     if tiles == 1:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=cut.mask, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=_both(cut.mask, mask), scale=scale)
     # Whole tokens [B, N, H * E] are gathered fastest, and without gradients a few tiles at a time, which stay in cache.
     parts = tuple(part.transpose(1, 2).flatten(2) for part in (query, key, value))
     whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
     step = tiles if whole else max(1, GATHERED_TOKENS // cut.keys.shape[1])
-    mixed = [_mixed(parts, cut, slice(start, start + step), query.shape[1], scale) for start in range(0, tiles, step)]
+    some = [slice(start, start + step) for start in range(0, tiles, step)]
+    mixed = [_mixed(parts, cut, few, query.shape[1], scale, mask) for few in some]
     mixed = (torch.cat(mixed, dim=1) if len(mixed) > 1 else mixed[0]).index_select(1, cut.inverse)
     return mixed.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
 
 
-def _mixed(parts: tuple[torch.Tensor, ...], cut: Tiling, some: slice, heads: int, scale: float | None) -> torch.Tensor:
+def _mixed(
+    parts: tuple[torch.Tensor, ...], cut: Tiling, some: slice, heads: int, scale: float | None, mask: torch.Tensor | None
+) -> torch.Tensor:
     """Some tiles, mixed: [B, tiles * Q, H * E]."""
-    queries, keys, mask = cut.queries[some], cut.keys[some], cut.mask[some]
+    queries, keys, window = cut.queries[some], cut.keys[some], cut.mask[some]
     batch, tiles = len(parts[0]), len(queries)
     gathered = (
         part.index_select(1, index.flatten()).view(batch * tiles, -1, heads, part.shape[2] // heads).transpose(1, 2)
         for part, index in zip(parts, (queries, keys, keys), strict=True)
     )
-    mixed = F.scaled_dot_product_attention(*gathered, attn_mask=mask.repeat(batch, 1, 1, 1), scale=scale)
+    visible = _both(window.repeat(batch, 1, 1, 1), None if mask is None else _gathered(mask, queries, keys, batch))
+    mixed = F.scaled_dot_product_attention(*gathered, attn_mask=visible, scale=scale)
     return mixed.transpose(1, 2).reshape(batch, -1, parts[2].shape[2])
+
+
+def _gathered(mask: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, batch: int) -> torch.Tensor:
+    """What tiles see of a mask: [B or 1, H or 1, N or 1, N] -> [B * tiles, H or 1, Q or 1, K]."""
+    rows = queries if mask.shape[2] > 1 else torch.zeros_like(queries[:, :1])
+    part = mask[:, :, rows[:, :, None], keys[:, None]].transpose(1, 2)
+    return part.expand(batch, *part.shape[1:]).flatten(0, 1)
+
+
+def _both(window: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """What a window and a mask leave to be seen; additive where the mask is."""
+    if window is None or mask is None:
+        return mask if window is None else window
+    return mask & window if mask.dtype == torch.bool else mask.masked_fill(~window, float("-inf"))
 
 
 def dense_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule, axes: tuple[Axis, ...], *,
-    scale: float | None,
+    scale: float | None, mask: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The same by definition: one softmax over all tokens under a mask. The reference; quadratic."""
-    mask = torch.ones(1, 1, dtype=torch.bool)
+    window = torch.ones(1, 1, dtype=torch.bool)
     for axis in axes:
         sees = torch.tensor([[j in seen for j in range(axis[0])] for seen in rule(*axis)])
-        mask = (mask[:, None, :, None] & sees[None, :, None, :]).flatten(0, 1).flatten(1)
+        window = (window[:, None, :, None] & sees[None, :, None, :]).flatten(0, 1).flatten(1)
     scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return scores.masked_fill(~mask.to(query.device), float("-inf")).softmax(-1) @ value
+    hidden = ~window.to(query.device)
+    if mask is not None:
+        hidden = hidden | (~mask if mask.dtype == torch.bool else mask == float("-inf"))
+        scores = scores if mask.dtype == torch.bool else scores + mask
+    weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights.masked_fill(hidden, 0) @ value  # zeros, and not undefined, where all is hidden

@@ -89,6 +89,7 @@ class Neighborhood(WithBackends, Mixer):
 
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
+        self.honours_mask = config.backend == "torch"  # no kernel takes a mask besides its window
         self.causal_operator = config.kernel == 1
         if config.kernel == 1:
             self.unused_inputs = ("input 0", "input 1")  # a softmax of one is one
@@ -98,12 +99,12 @@ class Neighborhood(WithBackends, Mixer):
         if backend := self.backend_for(query):
             return backend.run(self, query, key, value, context)
         tile = 4 if self.config.kernel < 9 else 8
-        return tiled_attention(query, key, value, around, axes, tile=tile, scale=context.scale)
+        return tiled_attention(query, key, value, around, axes, tile=tile, scale=context.scale, mask=context.mask)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: softmax over all tokens under a mask."""
         axes = self.axes(context.require_grid(self.name, query.shape[2]))
-        return dense_attention(query, key, value, around, axes, scale=context.scale)
+        return dense_attention(query, key, value, around, axes, scale=context.scale, mask=context.mask)
 
     def receptive_field(self, token: int, grid: Grid) -> set[int]:
         seen = {0}

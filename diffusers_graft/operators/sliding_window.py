@@ -80,6 +80,7 @@ class SlidingWindow(WithBackends, Mixer):
 
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
+        self.honours_mask = config.backend == "torch"  # no kernel takes a mask besides its window
         self.causal_operator = config.window[1] == 0
         if config.window == (0, 0):
             self.unused_inputs = ("input 0", "input 1")  # a softmax of one is one
@@ -89,11 +90,11 @@ class SlidingWindow(WithBackends, Mixer):
         if backend := self.backend_for(query):
             return backend.run(self, query, key, value, context)
         tile = max(32, *self.config.window)
-        return tiled_attention(query, key, value, band, axes, tile=tile, scale=context.scale)
+        return tiled_attention(query, key, value, band, axes, tile=tile, scale=context.scale, mask=context.mask)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: softmax over all tokens under a band mask."""
-        return dense_attention(query, key, value, band, self._axes(query), scale=context.scale)
+        return dense_attention(query, key, value, band, self._axes(query), scale=context.scale, mask=context.mask)
 
     def _axes(self, query: torch.Tensor) -> tuple[tuple[int, int, int], ...]:
         tokens, width = query.shape[2], sum(self.config.window) + 1

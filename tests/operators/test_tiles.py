@@ -76,6 +76,71 @@ def test_band_and_its_gradients_by_hand(tokens, before, after):
     assert_is_masked_softmax(build({"operator": "sliding_window", "window": (before, after)}), seen, Context())
 
 
+def padding(tokens, dtype, *, queries=1, heads=1):
+    """Of two samples, keys hidden in the second alone: a run of them, so that whole windows are hidden, and some here and there."""
+    visible = torch.ones(2, heads, queries, tokens, dtype=torch.bool)
+    visible[1, :, :, tokens // 2 :] = False
+    visible[1, ..., 3::5] = False
+    if queries > 1:
+        visible[0, -1] = torch.rand(queries, tokens, generator=torch.Generator().manual_seed(5)) < 0.7
+    return visible if dtype == torch.bool else torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, float("-inf"))
+
+
+MASKS = {
+    "keys": lambda tokens: padding(tokens, torch.bool), "additive": lambda tokens: padding(tokens, torch.float64),
+    "pairs": lambda tokens: padding(tokens, torch.bool, queries=tokens),
+    "bias of each head": lambda tokens: padding(tokens, torch.float64, queries=tokens, heads=3) + torch.linspace(-1, 1, tokens).double(),
+    "one for all": lambda tokens: padding(tokens, torch.bool, queries=tokens)[0, 0],
+}  # fmt: skip
+
+
+BAND, WIDE, NEAR, DILATED = (
+    {"operator": "sliding_window", "window": (2, 1)}, {"operator": "sliding_window", "window": (3, 40)},
+    {"operator": "neighborhood", "kernel": 3}, {"operator": "neighborhood", "kernel": 5, "dilation": 2},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("spec", "height", "width"), [
+    (BAND, 5, 7), (NEAR, 5, 7), (BAND, 18, 17), (WIDE, 18, 17), (NEAR, 18, 17), (DILATED, 18, 17), (WIDE, 19, 31), (DILATED, 19, 31),
+], ids=str)  # fmt: skip
+def test_a_mask_hides_from_a_window_what_it_hides_from_softmax(spec, height, width, mask):
+    operator, tokens = build(spec), height * width
+    context = Context(grid=Grid(height=height, width=width), mask=MASKS[mask](tokens), scale=0.3)
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for token in range(tokens):
+        seen[token, list(operator.receptive_field(token, context.grid))] = True
+    together = seen & context.mask if context.mask.dtype == torch.bool else context.mask.masked_fill(~seen, float("-inf"))
+
+    def dense(query, key, value):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=together, scale=0.3)
+
+    inputs = [tensor.expand(2, -1, -1, -1).contiguous() if len(tensor) == 1 else tensor for tensor in qkv(tokens)]
+    expected = with_gradients(dense, inputs)
+    for call in (operator, operator.reference):
+        for got, wanted in zip(with_gradients(lambda *parts, call=call: call(*parts, context), inputs), expected, strict=True):
+            assert got.isfinite().all()
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(operator(*inputs, context), expected[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("spec", WINDOWS, ids=str)
+def test_a_mask_makes_no_tensor_of_all_pairs(spec):
+    operator, grid, largest = build(spec), Grid(height=40, width=40), []
+    mask = torch.ones(1, 1, 1, grid.tokens, dtype=torch.bool)
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            largest.extend(part.numel() for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part))
+            return output
+
+    with Sizes():
+        operator(*qkv(grid.tokens), Context(grid=grid, mask=mask))
+    assert max(largest) < grid.tokens**2 / 2
+
+
 def test_a_window_over_everything_is_plain_softmax():
     operator, inputs = build({"operator": "neighborhood", "kernel": 21}), qkv(441)
     mixed = operator(*inputs, Context(grid=Grid(height=21, width=21)))
