@@ -25,7 +25,6 @@ LINEAR = {
 }
 NO_MAIN_SITE = {"SanaWMTransformer3DModel": "its self-attention is its own module without a processor"}
 REFUSED = {
-    ("RFD4ProteinaTransformer", "sliding_window"): "it adds a bias of pairs to the scores, and the window takes no mask",
     ("RFD4ProteinaTransformer", "linear_attention"): "it adds a bias of pairs to the scores",
     ("RFD4ProteinaTransformer", "hyena_x"): "it adds a bias of pairs to the scores",
     ("MiniMaxMusic3RVQDepthDecoder", "sliding_window"): "it is causal, and this window looks ahead",

@@ -271,6 +271,40 @@ def test_padded_prompts_are_not_seen(name, mixer):
     torch.testing.assert_close(one, other)
 
 
+PADDED, SHOWN = "AllegroTransformer3DModel", 8  # its latents come with a mask; the columns that it shows
+
+
+@torch.no_grad()
+def by_padding(model, *, hide):
+    """What the model makes of the columns that a mask shows, for two contents of those that it hides."""
+    outputs = []
+    for content in (0, 7):
+        inputs = inputs_of(PADDED)
+        inputs["hidden_states"][..., SHOWN:] += content
+        if hide:
+            inputs["attention_mask"][..., SHOWN:] = 0
+        outputs.append(first(model(**inputs))[..., :SHOWN])
+    return outputs
+
+
+@pytest.mark.parametrize("mixer", ["sliding_window", "neighborhood", "linear_attention"])
+def test_padded_parts_of_an_image_are_not_seen(mixer):
+    model = tiny(PADDED)
+    model.set_graft({"self_attention[:]": mixer})
+    one, other = by_padding(model, hide=True)
+    assert one.isfinite().all()
+    torch.testing.assert_close(one, other)
+    one, other = by_padding(model, hide=False)
+    assert not torch.allclose(one, other)
+
+
+def test_mixers_without_a_softmax_refuse_padded_images_with_words():
+    model = tiny(PADDED)
+    model.set_graft({"self_attention[:]": "hyena_x"})
+    with pytest.raises(GeometryError, match="choose an operator that can: linear_attention, or a window"):
+        by_padding(model, hide=True)
+
+
 def test_prompts_of_several_lengths_that_move_the_image_are_refused():
     name = "Lumina2Transformer2DModel"
     model = tiny(name)
