@@ -179,22 +179,28 @@ def test_feed_forwards_go_in_run_learn_and_come_out(name, tmp_path):
 
 
 def learn_and_share(model, name, folder, *, trains=True):
-    """One step, and a round through a folder to another copy of the base."""
+    one_step(model, inputs_of(name), trains=trains)
+    same_after_a_round(model, model_of(name), folder, lambda model: predict(model, name))
+
+
+def one_step(model, inputs, *, trains=True):
     own = list(model.graft.own_tensors(model).values())
     trained = [parameter for parameter in own if parameter.requires_grad] or [
         parameter for seat in model.graft.seats.values() for parameter in seat.parameters() if parameter.requires_grad]  # fmt: skip
     if trains:
-        loss = first(model(**inputs_of(name))).square().mean()
-        loss.backward()
+        first(model(**inputs)).square().mean().backward()
         assert any(parameter.grad is not None and parameter.grad.any() for parameter in trained)
         with torch.no_grad():
             for parameter in own:
                 if parameter.requires_grad and parameter.grad is not None:
                     parameter -= 0.1 * parameter.grad
         model.zero_grad()
-    grafted = predict(model, name)
+
+
+def same_after_a_round(model, other, folder, predict):
+    """Through a folder to another copy of the base."""
+    grafted = predict(model)
     assert grafted.isfinite().all()
     model.save_graft(folder)
-    other = model_of(name)
     other.load_graft(folder)
-    assert torch.equal(predict(other, name), grafted)
+    assert torch.equal(predict(other), grafted)

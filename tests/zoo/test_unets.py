@@ -6,6 +6,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel, UNetMotionModel, UVit2D
 import diffusers_graft as dg
 
 from .models import first
+from .test_matrix import FEED_FORWARD, one_step, same_after_a_round
 
 CROSS = {"down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D")}
 SHAPE = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
@@ -71,19 +72,24 @@ def test_kinds_are_those_of_the_calls(name):
     assert [site.path for site in sites] == list(seen), "sites are in forward order"
 
 
-@pytest.mark.parametrize("spec", ["self_attention", "neighborhood", "hyena_x", "linear_attention"])
+SPECS = ["self_attention", "neighborhood", "sliding_window", "hyena_x", "linear_attention", "mlp"]
+
+
+@pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("name", UNETS)
-def test_grafts_go_in_and_out(name, spec):
+def test_grafts_go_in_run_learn_reload_and_come_out(name, spec, tmp_path):
     model = built(name)
     before, keys = predict(model, name), list(model.state_dict())
-    sites = [site for site in dg.find_sites(model).where(kind="self_attention") if "motion_modules" not in site.path]
+    kind, operator = ("feed_forward", FEED_FORWARD) if spec == "mlp" else ("self_attention", spec)
+    sites = [site for site in dg.find_sites(model).where(kind=kind) if "motion_modules" not in site.path]
+    assert bool(sites) == (name != "UNet2DModel" or kind == "self_attention")
     if not sites:
-        assert name == "UVit2DModel"
         return
-    model.set_graft({site.address: spec for site in sites})
-    grafted = predict(model, name)
-    assert grafted.isfinite().all()
-    assert torch.equal(grafted, before) == (spec == "self_attention")
+    model.set_graft({site.address: operator for site in sites})
+    assert torch.equal(predict(model, name), before) == (spec == "self_attention")
+    if spec != "self_attention":
+        one_step(model, UNETS[name][1]())
+    same_after_a_round(model, built(name), tmp_path, lambda model: predict(model, name))
     model.unset_graft()
     assert torch.equal(predict(model, name), before)
     assert list(model.state_dict()) == keys
