@@ -6,6 +6,7 @@ the model reads of them keep their names. The first calls the others and merges;
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -15,7 +16,8 @@ from diffusers import ModelMixin
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .anatomy.blocks import block_class, read_from_outside, streams_of
+from .anatomy.blocks import block_class, streams_of
+from .anatomy.loops import read_from_outside
 from .errors import OperatorError
 from .operators import BlockOperator
 from .site import Site, Sites
@@ -47,9 +49,9 @@ class RemovedBlock(nn.Module):
     def forward(self, *args, **kwargs) -> Any:
         before = _streams_in(self.graft_class, args, kwargs)
         if (operator := getattr(self, "graft", None)) is not None:
-            _require_width(operator.site, before)
-            there = [stream for stream in before if stream is not None]
-            before = [operator(stream, operator.slot.current, stream=number) for number, stream in enumerate(there)]
+            numbers = itertools.count()
+            before = [None if stream is None else operator(stream, operator.slot.current, stream=next(numbers))
+                      for stream in before]  # fmt: skip
         return _answer(self.graft_class, before)
 
 
@@ -79,18 +81,15 @@ def removed(model: ModelMixin, site: Site, originals: list[nn.Module], parts: Si
 
 
 def _keep(seat: nn.Module, original: nn.Module, chain: tuple[str, ...]) -> None:
-    """Leave the modules of a chain of names in place, and nothing beside them."""
-    for number, name in enumerate(chain):
-        child = original._modules.get(name)
-        if child is None:
-            return
-        deeper = number + 1 < len(chain) and chain[number + 1] in child._modules
-        if not deeper:
-            seat._modules[name] = child
-            return
-        if name not in seat._modules:
-            seat._modules[name] = nn.Module()
-        seat, original = seat._modules[name], child
+    """Leave what a chain of names leads to in place, and nothing beside it."""
+    name, *rest = chain
+    child = original._modules.get(name)
+    if child is None:
+        vars(seat).update({name: vars(original)[name]} if name in vars(original) else {})
+    elif rest and (rest[0] in child._modules or rest[0] in vars(child)):
+        _keep(seat._modules.setdefault(name, nn.Module()), child, tuple(rest))
+    else:
+        seat._modules[name] = child
 
 
 def _run_together(self: nn.Module, *args, **kwargs) -> Any:
@@ -107,7 +106,6 @@ def _run_together(self: nn.Module, *args, **kwargs) -> Any:
         if number == operator.site.streams:  # one that the last block only hands on
             merged.append(made[-1])
             continue
-        _require_width(operator.site, [stream, *made])
         merged.append(operator(stream, *made, operator.slot.current, stream=number))
         number += 1
     return _answer(cls, merged)
@@ -148,19 +146,11 @@ def _answer(cls: type, streams: list[torch.Tensor | None]) -> Any:
     return tuple(streams) if streams_of(cls).several else streams[0]
 
 
-def _require_width(site: Site, tensors: list[torch.Tensor | None]) -> None:
-    shapes = {tuple(tensor.shape) for tensor in tensors if tensor is not None}
-    if any(shape[-1] != site.width for shape in shapes):
-        raise OperatorError(
-            f"{site.address} at {site.path} carries streams {sorted(shapes)}; all of them must have width {site.width}."
-        )
-
-
 def _require_same(cls: type, one: dict[str, Any], other: dict[str, Any]) -> None:
     for name in one.keys() | other.keys():
         if not _alike(one.get(name), other.get(name)):
             raise OperatorError(
-                f"Each {cls.__name__} of this model is told a {name} of its own, so neighbours cannot get the same input. "
+                f"Each {cls.__name__} of this model is told its own {name}, so neighbours cannot get the same input. "
                 "Blocks that are told different things do not run side by side."
             )
 

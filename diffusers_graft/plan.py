@@ -18,7 +18,7 @@ import torch
 from diffusers import ModelMixin
 
 from .anatomy import find_sites
-from .anatomy.blocks import refusals, require_alike, run_of
+from .anatomy.blocks import refusals, require_alike, require_one_width, run_of
 from .errors import FileError, MismatchError, RuleError, UnknownNameError
 from .operators import Mixer, Operator, OperatorConfig, configure, get
 from .site import BLOCK_KINDS, KINDS, Site, Sites
@@ -133,6 +133,8 @@ def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:
                     "Narrow one of them."
                 )
             claims[site] = key, _fitted(config, site)
+            if site.kind in BLOCK_KINDS and _has_weights(claims[site][1], site):
+                require_one_width(model, site, sites)
     order = {site.path: place for place, site in enumerate(sites.where(kind="block"))}
     runs = sorted((site for site in claims if site.kind == "block_run"), key=lambda site: order[site.path])
     edits = tuple(Edit(site, claims[site][1]) for site in [*sites, *runs] if site in claims)
@@ -194,6 +196,11 @@ def _fitted(config: OperatorConfig, site: Site) -> OperatorConfig:
     with torch.device("meta"):
         build_operator(config, site)
     return config
+
+
+def _has_weights(config: OperatorConfig, site: Site) -> bool:
+    with torch.device("meta"):
+        return any(True for _ in build_operator(config, site).parameters())
 
 
 def build_operator(config: OperatorConfig, site: Site) -> Operator:

@@ -1,8 +1,6 @@
-"""Blocks as sites: the lists they stand in, the streams they carry on, and what the model reads of them from outside."""
+"""Blocks as sites: the lists they stand in, the streams they carry on, and why some cannot run side by side."""
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from diffusers import ModelMixin
@@ -10,7 +8,8 @@ from torch import nn
 
 from ..errors import OperatorError
 from ..site import Site, Sites
-from ..source import parameters_of, returned_names, tree_of
+from ..source import parameters_of, returned_names
+from .loops import apart
 
 # What a block's forward takes from a block far above it.
 _SKIPS = ("skip", "skip_connection", "res_hidden_states", "res_hidden_states_tuple")
@@ -36,6 +35,8 @@ def streams_of(cls: type) -> Streams | None:
         return None
     names, = answers
     if isinstance(names, str):
+        if names.startswith("self."):  # what a block inside it returns
+            return None
         return Streams((names if names in taken else taken[0],), several=False)
     return Streams(names, several=True) if names and set(names) <= set(taken) else None
 
@@ -51,7 +52,7 @@ def block_sites(model: ModelMixin, parts: Sites) -> Sites:
     pairs: list[Site] = []
     for path, entries in _lists(model, parts):
         found = [_block(f"{path}.{number}", block, len(blocks) + number, parts) for number, block in enumerate(entries)]
-        if refusal(entries) is None:
+        if refusal(model, path) is None:
             for first in range(0, len(entries) - 1, 2):
                 if unlike(entries[first], entries[first + 1]) is None:
                     pairs.append(_span("block_pair", len(pairs), found[first : first + 2]))
@@ -91,30 +92,45 @@ def refusals(model: ModelMixin, parts: Sites) -> list[str]:
     """Why blocks of a model cannot run side by side, a sentence for each list of them."""
     reasons = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and any(site.path.startswith(f"{path}.") for site in parts):
-            pairs = zip(module, module[1:], strict=False)
-            if why := refusal(module) or next((why for pair in pairs if (why := unlike(*pair))), None):
-                reasons.append(f"{path} of {type(model).__name__}: {why}.")
+        holds_parts = isinstance(module, nn.ModuleList) and any(site.path.startswith(f"{path}.") for site in parts)
+        if holds_parts and (why := refusal(model, path) or _unlike_neighbours(list(module))):
+            reasons.append(f"{path} of {type(model).__name__}: {why}.")
     return reasons
 
 
 def require_alike(model: ModelMixin, run: Site) -> None:
     """Raise `OperatorError` unless the blocks of a run can run side by side."""
     blocks = [model.get_submodule(path) for path in run.paths]
-    pairs = zip(blocks, blocks[1:], strict=False)
-    if why := refusal(blocks) or next((why for pair in pairs if (why := unlike(*pair))), None):
+    if why := refusal(model, run.path.rpartition(".")[0]) or _unlike_neighbours(blocks):
         raise OperatorError(f"{run.address} of {type(model).__name__} cannot run side by side: {why}.")
 
 
-def refusal(blocks: Iterable[nn.Module]) -> str | None:
-    """Why no two neighbours of a list can run side by side."""
-    classes = {block_class(block) for block in blocks}
-    for cls in sorted(classes, key=lambda cls: cls.__name__):
+def require_one_width(model: ModelMixin, site: Site, parts: Sites) -> None:
+    """Raise `OperatorError` where the blocks of a site carry streams of different widths, as their parts show."""
+    widths = sorted({part.width for part in parts if part.path.startswith(f"{site.path}.")})
+    if site.streams > 1 and len(widths) > 1:
+        cls = block_class(model.get_submodule(site.path)).__name__
+        raise OperatorError(
+            f"{site.address} of {type(model).__name__}: {cls} carries streams of widths {widths}, and these weights are made "
+            "for one. Choose what has none: remove, or parallel(merge='sum')."
+        )
+
+
+def refusal(model: ModelMixin, path: str) -> str | None:
+    """Why no two neighbours of the list at a path can run side by side."""
+    holder, _, name = path.rpartition(".")
+    for cls in sorted({block_class(block) for block in model.get_submodule(path)}, key=lambda cls: cls.__name__):
         if skips := [name for name in parameters_of(cls) if name in _SKIPS]:
             return f"{cls.__name__} takes a skip connection ({skips[0]}) from another block, which would cross the pair"
-        if streams_of(cls) is None:
+        if (streams := streams_of(cls)) is None:
             return f"what {cls.__name__} returns cannot be matched with its arguments"
+        if why := apart(type(model.get_submodule(holder)), name, cls, streams.names):
+            return why
     return None
+
+
+def _unlike_neighbours(blocks: list[nn.Module]) -> str | None:
+    return next((why for pair in zip(blocks, blocks[1:], strict=False) if (why := unlike(*pair))), None)
 
 
 def unlike(one: nn.Module, other: nn.Module) -> str | None:
@@ -122,19 +138,3 @@ def unlike(one: nn.Module, other: nn.Module) -> str | None:
     if block_class(one) is not block_class(other):
         return f"neighbours are of different classes, {block_class(one).__name__} and {block_class(other).__name__}"
     return None
-
-
-def read_from_outside(model: ModelMixin, path: str) -> set[tuple[str, ...]]:
-    """What a model's forward reads of a block itself, as chains of names: `("norm1", "emb")` of DiT's first block."""
-    name, _, number = path.rpartition(".")
-    tree = tree_of(type(model).forward)
-    chains: set[tuple[str, ...]] = set()
-    for node in ast.walk(tree) if tree is not None else ():
-        chain: list[str] = []
-        while isinstance(node, ast.Attribute):
-            chain.insert(0, node.attr)
-            node = node.value
-        if chain and isinstance(node, ast.Subscript) and ast.unparse(node.value) == f"self.{name}" \
-                and ast.unparse(node.slice) == number:
-            chains.add(tuple(chain))
-    return {chain for chain in chains if not any(other != chain and other[: len(chain)] == chain for other in chains)}

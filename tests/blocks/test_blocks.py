@@ -64,6 +64,17 @@ def test_a_pair_adds_up_what_both_blocks_add_to_one_input():
     assert torch.allclose(other(one(hidden, **arguments), **arguments), wanted, atol=1e-6)
 
 
+@torch.no_grad()
+def test_blocks_that_are_told_different_things_are_noticed_in_the_first_forward():
+    model = tiny_dit(num_layers=2)
+    model.set_graft("block_pair[:]=parallel")
+    one, other = model.transformer_blocks
+    told = {"timestep": torch.tensor([3, 4]), "class_labels": torch.tensor([1, 2])}
+    hidden = one(torch.randn(2, 16, 16), **told)
+    with pytest.raises(OperatorError, match="told its own timestep"):
+        other(hidden, **{**told, "timestep": torch.tensor([3, 5])})
+
+
 def test_removed_blocks_leave_no_weights_but_what_the_model_reads(tmp_path):
     model = tiny_dit()
     model.set_graft("block[0,2]=remove")

@@ -1,26 +1,42 @@
-"""Blocks side by side in families whose neighbours get the same input; the others say why not."""
+"""Blocks side by side, removed and linear in every family of the zoo; those that cannot say why, before anything is touched."""
 import pytest
 import torch
 
 import diffusers_graft as dg
 from diffusers_graft.errors import OperatorError, RuleError
 
-from ..zoo.models import predict, tiny
+from ..zoo.models import ROWS, exported, predict, tiny
 
-FAMILIES = [
-    "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel",
-    "SanaTransformer2DModel", "WanTransformer3DModel", "QwenImageTransformer2DModel", "CogVideoXTransformer3DModel",
-    "LTXVideoTransformer3DModel", "HunyuanVideoTransformer3DModel", "MochiTransformer3DModel", "AuraFlowTransformer2DModel",
+# Why neighbours do not run side by side.
+REFUSED = {
+    "HunyuanDiT2DModel": "HunyuanDiTBlock takes a skip connection",
+    "CosmosTransformer3DModel": "what CosmosTransformerBlock returns cannot be matched",
+    "Cosmos3OmniTransformer": "what Cosmos3VLTextMoTDecoderLayer returns cannot be matched",
+    "HiDreamImageTransformer2DModel": "what HiDreamBlock returns cannot be matched",
+    "ChromaTransformer2DModel": "each ChromaTransformerBlock is told its own temb",
+    "BriaFibo2Transformer2DModel": "each BriaFibo2TransformerBlock is told its own encoder_hidden_states",
+    "RFD4ProteinaTransformer": "each RFD4ProteinaTrunkLayer is told its own pairs",
+    "LTX2VideoTransformer3DModel": "each LTX2VideoTransformerBlock is told its own perturbation_mask",
+    "AceStepTransformer1DModel": "each AceStepTransformerBlock is told its own attention_mask",
+    "AnyFlowFARTransformer3DModel": "each AnyFlowTransformerBlock is told its own kv_cache",
+    "WanAnimate2Transformer3DModel": "each WanAnimate2TransformerBlock is told its own kv_cache",
+    "LatteTransformer3DModel": "temporal_transformer_blocks run between them",
+}
+NO_BLOCKS = ("CosmosTransformer3DModel", "Cosmos3OmniTransformer", "HiDreamImageTransformer2DModel")
+NO_MODELS = ("DualTransformer2DModel",)
+FAMILIES = sorted(set(ROWS) & set(exported()) - set(NO_MODELS))
+PAIRS = "block_pair[:]=parallel"
+OTHERS = "block[0]=linear_block(init='random'); block[1:]=remove"
+CASES = [(name, PAIRS) for name in FAMILIES if name not in REFUSED] + [
+    (name, OTHERS) for name in FAMILIES if name not in (*NO_BLOCKS, "LTX2VideoTransformer3DModel")
 ]  # fmt: skip
-PAIRS = {"FluxTransformer2DModel": 2, "HunyuanVideoTransformer3DModel": 2, "AuraFlowTransformer2DModel": 2}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_saved_loaded_and_undone_bit_for_bit(name, tmp_path):
+@pytest.mark.parametrize(("name", "rules"), CASES, ids=[f"{name}-{rules.split('[')[0]}" for name, rules in CASES])
+def test_saved_loaded_and_undone_bit_for_bit(name, rules, tmp_path):
     model = tiny(name)
     original, before = predict(model, name), {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    model.set_graft("block_pair[:]=parallel")
-    assert len(model.graft.plan.edits) == PAIRS.get(name, 1)
+    model.set_graft(rules)
     output = predict(model, name)
     assert output.isfinite().all()
     assert not torch.equal(output, original)
@@ -38,27 +54,25 @@ def test_saved_loaded_and_undone_bit_for_bit(name, tmp_path):
     assert torch.equal(predict(whole, name), output)
 
 
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "SD3Transformer2DModel", "WanTransformer3DModel"])
-def test_removed_blocks_hand_all_streams_on(name):
+@pytest.mark.parametrize("name", sorted(set(REFUSED) & set(FAMILIES)))
+def test_refused_by_name_before_anything_is_touched(name):
     model = tiny(name)
-    original = predict(model, name)
-    model.set_graft("block[0]=remove")
-    assert not torch.equal(predict(model, name), original)
-    model.unset_graft()
-    assert torch.equal(predict(model, name), original)
+    modules = dict(model.named_modules())
+    run = "block_run[-2:]=parallel" if name == "BriaFibo2Transformer2DModel" else "block_run[0:2]=parallel"
+    for rules, error in ((PAIRS, RuleError), (run, RuleError if name in NO_BLOCKS else OperatorError)):
+        with pytest.raises(error, match=REFUSED[name]):
+            model.set_graft(rules)
+    assert dict(model.named_modules()) == modules
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("HunyuanDiT2DModel", "HunyuanDiTBlock takes a skip connection"),
-    ("CosmosTransformer3DModel", "cannot be matched with its arguments"),
-])  # fmt: skip
-def test_refused_by_name(name, words):
-    with pytest.raises(RuleError, match=words):
-        tiny(name).set_graft("block_pair[:]=parallel")
-
-
-def test_blocks_that_are_told_different_things_are_refused_at_the_first_forward():
-    model = tiny("ChromaTransformer2DModel")
-    model.set_graft("block_pair[0]=parallel")
-    with pytest.raises(OperatorError, match="ChromaTransformerBlock of this model is told a temb of its own"):
-        predict(model, "ChromaTransformer2DModel")
+@pytest.mark.parametrize(("name", "settings", "rules", "words"), [
+    ("LTX2VideoTransformer3DModel", {}, "block[0]=linear_block", r"carries streams of widths \[8, 16\]"),
+    ("MochiTransformer3DModel", {"num_layers": 3, "pooled_projection_dim": 8}, "block_pair[0]=parallel", "parallel\\(merge='sum'"),
+], ids=["ltx2", "mochi"])  # fmt: skip
+def test_streams_of_different_widths_take_what_has_no_weights(name, settings, rules, words):
+    model = tiny(name, **settings)
+    with pytest.raises(OperatorError, match=words):
+        model.set_graft(rules)
+    assert model.graft is None
+    model.set_graft("block[0]=remove" if "linear" in rules else "block_pair[0]=parallel(merge='sum')")
+    assert predict(model, name).isfinite().all()
