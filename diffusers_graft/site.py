@@ -76,10 +76,10 @@ class Site:
 
 
 class Sites(Sequence[Site]):
-    """An immutable sequence of sites; `str(sites)` is a table."""
+    """An immutable sequence of sites; `str(sites)` is a table, and below it what was seen and is no site (`notes`)."""
 
-    def __init__(self, sites: Iterable[Site] = ()):
-        self._sites = tuple(sites)
+    def __init__(self, sites: Iterable[Site] = (), notes: Iterable[str] = ()):
+        self._sites, self.notes = tuple(sites), tuple(notes)
 
     def __getitem__(self, index):
         return Sites(self._sites[index]) if isinstance(index, slice) else self._sites[index]
@@ -105,7 +105,8 @@ class Sites(Sequence[Site]):
             heads = f"{site.heads} x {site.head_width}" if site.heads else ""
             rows.append((site.address, site.path, str(site.width), heads, str(site.hidden or "")))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, *self.notes])
 
     def __repr__(self) -> str:
         return f"Sites({len(self)})\n{self}"

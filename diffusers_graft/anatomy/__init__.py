@@ -1,11 +1,13 @@
 """Reading a diffusers model: which parts it has, how its tokens lie, what its forward takes."""
 from .examples import example_inputs
 from .families import Family, argument_names, bind_arguments, context_of, family_of, read_context
+from .inline import inline_feed_forwards
 from .parts import linear_pair, projections
 from .running import evaluating, pack_inputs, predict, unpack_inputs
 from .sites import find_sites, require_model
 
 __all__ = [
     "Family", "argument_names", "bind_arguments", "context_of", "evaluating", "example_inputs", "family_of", "find_sites",
-    "linear_pair", "pack_inputs", "predict", "projections", "read_context", "require_model", "unpack_inputs",
+    "inline_feed_forwards", "linear_pair", "pack_inputs", "predict", "projections", "read_context", "require_model",
+    "unpack_inputs",
 ]  # fmt: skip

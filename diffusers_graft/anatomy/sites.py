@@ -14,6 +14,7 @@ from ..errors import ModelError
 from ..site import Site, Sites
 from ..source import calls_of, passes_another_sequence, takes_one_tensor, text_comes_first
 from .blocks import block_sites
+from .inline import inline_feed_forwards
 from .parts import activation_of
 from .walking import walk
 
@@ -46,7 +47,8 @@ def find_sites(model: ModelMixin, *, blocks: bool = False) -> Sites:
             seen[site.kind] += 1
             sites.append(site)
     found = Sites(sites)
-    return Sites([*found, *block_sites(model, found)]) if blocks else found
+    notes = map(str, inline_feed_forwards(model, found))
+    return Sites([*found, *(block_sites(model, found) if blocks else ())], notes)
 
 
 def require_model(model: Any) -> None:

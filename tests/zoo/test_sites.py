@@ -96,6 +96,37 @@ def test_a_class_that_nobody_listed_is_read_at_its_full_size(name):
     assert all(parameter.is_meta for operator in model.graft.operators().values() for parameter in operator.parameters())
 
 
+INLINE = {
+    ("proj_mlp", "proj_out"): "Bria BriaFibo Chroma Flux HunyuanImage HunyuanVideo HunyuanVideoFramepack LongCatImage MotifVideo OvisImage",
+    ("to_qkv_mlp_proj", "to_out"): "Flux2", ("gate_proj", "up_proj", "down_proj"): "PRX MiniMaxMusic3RVQDepthDecoder",
+    ("ff_in", "ff_out"): "MiniMaxMusic3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inline_feed_forwards_are_named_and_no_site(name):
+    model = tiny(name)
+    sites = dg.find_sites(model)
+    families = {family: layers for layers, names in INLINE.items() for family in names.split()}
+    layers = families.get(name.partition("Transformer")[0])
+    if layers is None:
+        assert sites.notes == ()
+        return
+    note, = sites.notes
+    assert f"inline ({', '.join(layers)}), which is no site" in note
+    assert str(sites).endswith(note)
+    assert not any(site.path.endswith(layers) for site in sites)
+    owner, count = note.partition(":")[0].split(" x ")
+    assert sum(type(module).__name__ == owner for module in model.modules()) == int(count)
+
+
+def test_notes_are_the_same_before_and_after_grafting():
+    model = tiny("Flux2Transformer2DModel")
+    before = dg.find_sites(model)
+    model.set_graft({"self_attention[:]": "hyena_x", "joint_attention[0]": "neighborhood"})
+    assert dg.find_sites(model).notes == before.notes
+
+
 class Stranger(ModelMixin):
     """A model of nobody's table: another author's attention and feed-forward, in blocks of their own."""
 
