@@ -55,6 +55,10 @@ def set_graft(
 def _set_alone(model: ModelMixin, graft, revision: str | None, seed: int, loading: dict) -> Graft:
     if isinstance(graft, str | Path) and not _is_rules(graft):
         return store.load_graft(model, graft, revision=revision, **loading)
+    if given := sorted({**loading, **({"revision": revision} if revision else {})}):
+        raise StateError(
+            f"{', '.join(given)} tell how a folder or a Hub repository is loaded; this graft is built here. Leave them out."
+        )
     if not isinstance(graft, Graft):
         plan = graft if isinstance(graft, GraftPlan) else plan_graft(model, graft)
         graft = build_graft(model, plan, seed=seed)

@@ -12,12 +12,14 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from ..errors import FileError
+from ..errors import FileError, UnknownNameError
 from .asking import HUB_ERRORS, explained
 from .files import DISK_ERRORS, write_text
 
 _STAGE, _DONE, _STALE = ".saving-", ".saved", ".stale"
 _A_DAY = 86_400
+_DOWNLOADING = ("cache_dir", "endpoint", "etag_timeout", "force_download", "local_files_only", "max_workers", "revision",
+                "token")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -120,12 +122,17 @@ def _home(folder: Path) -> Path:
 
 
 def local_folder(source: str | Path, patterns: list[str], *, subfolder: str = "", **hub_arguments: Any) -> Path:
-    """A folder as it is, or the wanted files of a Hub repository. Raises `FileError` where there is neither.
+    """A folder as it is, or the wanted files of a Hub repository.
 
     Args:
         patterns: names of the files that are wanted.
         subfolder: of the folder or repository.
+
+    Raises `FileError` where there is neither, `UnknownNameError` for an argument that downloading does not take.
     """
+    for name in hub_arguments:
+        if name not in _DOWNLOADING:
+            raise UnknownNameError("argument of loading", name, _DOWNLOADING)
     if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
         raise FileError(f"The subfolder {subfolder!r} leads out of {source}.")
     if Path(source).is_dir():

@@ -25,7 +25,7 @@ _PATTERNS = ["*.json", "*.safetensors", "README.md", "graft_operator_*.py"]
 STEM = "diffusion_pytorch_model"
 MARK = "_graft"  # where config.json holds the description once more, for pipelines download no other JSON
 AUTO = "auto_map"  # where config.json names code that loads the model
-FETCHING = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+FETCHING = ("cache_dir", "force_download", "token", "local_files_only", "revision", "subfolder")
 _LOADING = ("dtype", "torch_dtype", "variant", "low_cpu_mem_usage", "trust_remote_code")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ContextManagers, no_init_weights
 
 from ..errors import FileError, MismatchError, StateError
 from ..graft import Graft, base_tensors, is_enabled
@@ -99,7 +100,8 @@ def _require_whole(model: ModelMixin, graft: Graft) -> None:
 def load_graft(
     model: ModelMixin, source: str | Path, *, revision: str | None = None, allow_base_mismatch: bool = False,
     subfolder: str = "", variant: str | None = None, device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None, verify: bool = True, trust_remote_code: bool = False, **hub_arguments: Any,
+    dtype: torch.dtype | None = None, torch_dtype: torch.dtype | None = None, low_cpu_mem_usage: bool = True,
+    verify: bool = True, trust_remote_code: bool = False, **hub_arguments: Any,
 ) -> Graft:  # fmt: skip
     """Install a saved graft in the model it was made for; its outputs are those that were saved, bit for bit.
 
@@ -108,7 +110,8 @@ def load_graft(
         revision: branch, tag or commit of the repository.
         allow_base_mismatch: install on a base other than the one the graft was made on.
         subfolder, variant: where the graft lies, and which, as `save_graft` named it.
-        device, dtype: where the model goes first; the graft follows it. As it is unless given.
+        device, dtype: where the model goes first; the graft follows it. As it is unless given. (`torch_dtype` is `dtype`.)
+        low_cpu_mem_usage: build the parts without values of their own, which the file's would replace.
         trust_remote_code: run operators that come as code; from the Hub also `revision` must then be the id of a commit.
         verify: replay the proof, one forward of the model, and compare the base.
         hub_arguments: `token`, `cache_dir`, `local_files_only` and the like, for `huggingface_hub.snapshot_download`.
@@ -117,6 +120,7 @@ def load_graft(
         FileError: missing, damaged, edited, or of a newer format.
         MismatchError: made for another model.
         StateError: the model is grafted already.
+        UnknownNameError: an argument that nothing takes.
     """
     folder = local_folder(source, _PATTERNS, subfolder=subfolder, revision=revision, **hub_arguments)
     config, tensors = read_graft(folder, variant)
@@ -127,9 +131,11 @@ def load_graft(
         _check_base(model, config, allow_base_mismatch)
     own, adapters = _parted(model, config, tensors, folder)
     check_operators(plan, own, folder)
+    dtype = dtype or torch_dtype
     if device is not None or dtype is not None:
         model.to(device=device, dtype=dtype)
-    graft = build_blank(model, plan, config["history"])
+    with ContextManagers([no_init_weights()] if low_cpu_mem_usage else []):
+        graft = build_blank(model, plan, config["history"])
     fill(model, graft, own, folder)
     with _installed(model, graft):
         load_adapters(model, graft, config.get("lora"), adapters)
