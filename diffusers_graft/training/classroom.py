@@ -76,7 +76,7 @@ class Classroom:
             try:
                 self._every_lesson(run)
             except TrainingError:
-                run.save(self._state())
+                run.save(self._state)
                 raise
             finally:
                 run.end()
@@ -89,14 +89,14 @@ class Classroom:
                 self._look(number, active, before)
                 go_on = run.advance(sum(self.done), lambda active=active: self._values(active), samples=self.samples)
                 if run.due():
-                    run.save(self._state())
+                    run.save(self._state)
                 if not go_on:
                     break
             if run.state.should_training_stop:
                 break
         for pupil in self.pupils.values():
             pupil.keep_best()
-        run.save(self._state())
+        run.save(self._state)
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:

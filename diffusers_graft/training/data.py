@@ -17,6 +17,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import TrainingError, UnknownNameError
+from .config import TrainingConfig
 
 Batch = Mapping[str, Any]
 
@@ -63,6 +64,12 @@ class Noising:
         choices = ("auto", "uniform", "logit_normal")
         if self.timesteps not in choices:
             raise UnknownNameError("way to draw timesteps", self.timesteps, choices)
+
+    @classmethod
+    def told(cls, config: TrainingConfig, scheduler: SchedulerMixin | None, null_prompt: Mapping[str, Any] | None) -> Noising:
+        """As the settings of a stage say."""
+        how = {"timesteps": config.timesteps, "prompt_dropout": config.prompt_dropout}
+        return cls(scheduler=scheduler, null_prompt=null_prompt, **how)
 
     def __call__(self, model: ModelMixin, batch: Batch, generator: torch.Generator) -> Noised:
         """Noise one batch; all randomness comes from `generator` (on CPU)."""

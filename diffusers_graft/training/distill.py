@@ -13,6 +13,7 @@ from typing import Any
 
 from diffusers import ModelMixin, SchedulerMixin
 
+from ..anatomy import evaluating
 from ..errors import StateError, TrainingError
 from ..graft import Graft, is_enabled
 from ..plan import select
@@ -24,6 +25,7 @@ from .data import Batch, Noising, Stream
 from .losses import LOSSES
 from .pupil import SiteReport
 from .run import is_resumable
+from .sharding import beside, spread
 
 MODES = ("parallel", "sequential")
 
@@ -97,27 +99,34 @@ def distill(
         resume: continue from the last checkpoint there, exactly; start where there is none.
         callbacks: see `Run`.
 
-    Returns a report for every site that was trained, by address.
+    Returns a report for every site that was trained, by address. Launched with `--use_fsdp --fsdp_version 2`, the weights of
+    the model are spread over processes (see `training.sharding`), and every process holds the new parts whole.
 
     Raises:
         StateError: the graft is installed and running: its parts would then be taught by themselves.
-        TrainingError: a loss that is not finite, or batches that ran out.
+        TrainingError: a loss that is not finite, batches that ran out, or a launch that cannot be followed.
     """
     config = config or DistillConfig()
     if is_enabled(model):
         raise StateError("Stage one watches the original parts: call model.unset_graft() or model.disable_graft() first.")
-    noising = Noising(scheduler=noise_scheduler, timesteps=config.timesteps, null_prompt=null_prompt,
-                      prompt_dropout=config.prompt_dropout)  # fmt: skip
+    noising = Noising.told(config, noise_scheduler, null_prompt)
     chosen, stream = _chosen(graft, config), Stream(batches)
-    solvable = {site.path for site in chosen if output_layer(graft.seats[site.path]) is not None}
-    if config.closed_form is not None and solvable and not (resume and is_resumable(output_dir, "one")):
-        closed_form(model, graft, stream, config.closed_form, noise_scheduler=noise_scheduler, paths=solvable)
-    pupils = enroll(graft, chosen, config, _by_site(graft, config.loss, "auto"), _by_site(graft, config.lr_scale, 1.0))
-    room = Classroom(model, graft, pupils, config, noising, held_out)
-    room.teach(stream, output_dir=output_dir, resume=resume, callbacks=callbacks)
+    with evaluating(model), spread(model, graft.sites) as teacher, beside(graft, teacher.device):
+        if config.closed_form is not None and not (resume and is_resumable(output_dir, "one")):
+            _solve(teacher, graft, stream, chosen, config.closed_form, noise_scheduler)
+        pupils = enroll(graft, chosen, config, _by_site(graft, config.loss, "auto"), _by_site(graft, config.lr_scale, 1.0))
+        room = Classroom(teacher, graft, pupils, config, noising, held_out)
+        room.teach(stream, output_dir=output_dir, resume=resume, callbacks=callbacks)
     reports = {pupil.site.address: pupil.report for pupil in pupils.values()}
     graft.history.append({"stage": "one", **config.to_dict(), "sites": [report.to_dict() for report in reports.values()]})
     return reports
+
+
+def _solve(teacher: ModelMixin, graft: Graft, stream: Stream, chosen: list[Site], config: ClosedFormConfig,
+           noise_scheduler: SchedulerMixin | None) -> None:  # fmt: skip
+    """The closed form, of the parts that have an output layer."""
+    if paths := {site.path for site in chosen if output_layer(graft.seats[site.path]) is not None}:
+        closed_form(teacher, graft, stream, config, noise_scheduler=noise_scheduler, paths=paths)
 
 
 def _chosen(graft: Graft, config: DistillConfig) -> list[Site]:

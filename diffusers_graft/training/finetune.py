@@ -14,7 +14,6 @@ from typing import Any
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.models.embeddings import LabelEmbedding
 from peft import LoraConfig
-from torch import nn
 
 from ..errors import StateError, TrainingError
 from ..graft import Graft, is_enabled
@@ -24,6 +23,9 @@ from .data import Batch, Noising, Stream
 from .lora import add_lora
 from .objective import VARIANCES
 from .settling import Settling
+from .sharding import settings as fsdp_settings
+from .sharding import spread, ungrafted
+from .teacher import Teacher
 
 TRAINABLE = ("operators", "operators+lora", "all")
 
@@ -89,30 +91,32 @@ def finetune(
             none.
         callbacks: see `Run`.
 
-    Returns:
-        The loss of every step.
+    Launched with `--use_fsdp --fsdp_version 2`, weights are spread over processes (see `training.sharding`): leave the model in
+    the host's memory then, where it stays whole. Returns the loss of every step.
 
     Raises:
         StateError: no graft is installed and running, or LoRA is there already.
-        TrainingError: a loss that is not finite, or batches that ran out.
+        TrainingError: a loss that is not finite, batches that ran out, or a launch that cannot be followed.
     """
     config = config or FinetuneConfig()
+    fsdp_settings(config.optimizer)  # what cannot be done is refused before anything is touched
     graft = require_graft(model)
     if not is_enabled(model):
         raise StateError("Stage two trains the grafted model: call model.enable_graft() first.")
     check_seats(graft)
-    noising = Noising(scheduler=noise_scheduler, timesteps=config.timesteps, null_prompt=null_prompt,
-                      prompt_dropout=config.prompt_dropout)  # fmt: skip
-    with _trainable(model, graft, config) as parameters:
-        settling = Settling(model, parameters, config, noising)
+    noising = Noising.told(config, noise_scheduler, null_prompt)
+    with _trainable(model, graft, config), spread(model, graft.sites) as trained:
+        weights = {"output": config.distill_output, "features": config.distill_features}
+        teacher = Teacher(trained, **weights, apart=ungrafted(model, graft.sites) if any(weights.values()) else None)
+        settling = Settling(trained, teacher, config, noising)
         losses = settling.run(Stream(batches), output_dir=output_dir, resume=resume, callbacks=callbacks)
     graft.history.append({"stage": "two", **config.to_dict(), "first_loss": losses[0], "last_loss": losses[-1]})
     return losses
 
 
 @contextmanager
-def _trainable(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> Iterator[list[nn.Parameter]]:
-    """The parameters to train; flags and modes are put back afterwards.
+def _trainable(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> Iterator[None]:
+    """Gradients for the parameters to train, and for no others; flags and modes are put back afterwards.
 
     LoRA comes first, since peft freezes whatever it did not add.
     """
@@ -135,7 +139,7 @@ def _trainable(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> Itera
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     try:
-        yield [parameter for parameter in model.parameters() if id(parameter) in chosen]
+        yield
     finally:
         if config.gradient_checkpointing and not checkpointed:
             model.disable_gradient_checkpointing()

@@ -9,6 +9,7 @@ from torch import nn
 
 from .config import TrainingConfig
 from .processes import average_gradients
+from .sharding import gathered, like, optimizer_like, whole
 
 
 def mixed(device: torch.device, precision: str) -> torch.autocast:
@@ -47,7 +48,7 @@ class Learner:
         """Gradients averaged over processes and clipped; their norm before that, 0 where the scaler looks after it."""
         average_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         return torch.zeros_like(norm) if self.scaler.is_enabled() else norm.detach()
 
     def step(self) -> None:
@@ -70,16 +71,17 @@ class Learner:
     def take(self, values: Sequence[torch.Tensor]) -> None:
         """Set the parameters."""
         for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
+            parameter.copy_(like(value, parameter))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parameters": self.parameters, "average": self.average, "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "done": self.done}  # fmt: skip
+        """With whole tensors, also where weights are spread over processes; every process has to ask."""
+        state = {"parameters": self.parameters, "average": self.average, "optimizer": self.optimizer.state_dict()}
+        return {**gathered(state), "scaler": self.scaler.state_dict(), "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.take(state["parameters"])
         for average, saved in zip(self.average, state["average"], strict=True):
-            average.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+            average.copy_(like(saved, average))
+        self.optimizer.load_state_dict(optimizer_like(state["optimizer"], self.parameters))
         self.scaler.load_state_dict(state["scaler"])
         self.done = state["done"]

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather, parse_flag_from_env, reduce
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import TrainingError
 
@@ -19,11 +20,10 @@ from ..errors import TrainingError
 def state() -> PartialState:
     """The processes there are, as `accelerate launch` set them up.
 
-    Raises `TrainingError` where it was told to shard weights: here every process holds them whole.
+    Raises `TrainingError` for DeepSpeed, which brings a training loop of its own.
     """
-    for name in ("FSDP", "DEEPSPEED"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise TrainingError(f"Weights are whole on every process here, and {name} shards them: launch without it.")
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise TrainingError("DeepSpeed trains in its own loop. To spread weights, launch with --use_fsdp --fsdp_version 2.")
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
@@ -57,8 +57,11 @@ def smallest(value: int) -> int:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace gradients by their mean over processes; what got none on any process keeps none."""
-    if state().num_processes == 1:
+    """Replace gradients by their mean over processes; what got none on any process keeps none.
+
+    Those of spread weights are that already.
+    """
+    if state().num_processes == 1 or any(isinstance(parameter, DTensor) for parameter in parameters):
         return
     flat = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
     there = torch.tensor([float(p.grad is not None) for p in parameters], device=flat[0].device, dtype=flat[0].dtype)

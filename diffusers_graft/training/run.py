@@ -127,10 +127,11 @@ class Run:
         """Whether it is time for a checkpoint."""
         return self.checkpoints is not None and self.state.global_step - self._saved >= self.config.save_every
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint of `state["step"]`, where there is a folder for it."""
+    def save(self, make: Callable[[], dict[str, Any]]) -> None:
+        """Write a checkpoint of the state that `make` tells, and its step, where there is a folder for it."""
         if self.checkpoints is None:
             return
+        state = make()
         step = self._saved = state["step"]
         if is_main():
             seconds = time.perf_counter() - self._began

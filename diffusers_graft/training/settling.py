@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
 
 from ..errors import TrainingError
 from ..graft import installed
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
 class Settling:
     """Stage two of one model: all its state, and a step."""
 
-    def __init__(self, model: ModelMixin, parameters: Sequence[nn.Parameter], config: FinetuneConfig, noising: Noising):
-        self.model, self.config, self.noising = model, config, noising
+    def __init__(self, model: ModelMixin, teacher: Teacher, config: FinetuneConfig, noising: Noising):
+        self.model, self.teacher, self.config, self.noising = model, teacher, config, noising
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.learner = Learner(parameters, config, ema_decay=config.ema_decay)
-        self.teacher = Teacher(model, output=config.distill_output, features=config.distill_features)
         self.generator = torch.Generator().manual_seed(config.seed)
         backend = {} if config.compile is True else {"backend": config.compile}
         self.call = torch.compile(model, **backend) if config.compile else model
@@ -52,7 +51,7 @@ class Settling:
             try:
                 self._every_step(run)
             except TrainingError:
-                run.save(self._state())
+                run.save(self._state)
                 raise
             finally:
                 run.end()
@@ -66,10 +65,10 @@ class Settling:
             self.mark = self._stand()
             go_on = run.advance(self.learner.done, self._values, samples=self.samples)
             if run.due():
-                run.save(self._state())
+                run.save(self._state)
             if not go_on:
                 break
-        run.save(self._state())
+        run.save(self._state)
 
     def _step(self) -> None:
         heard = torch.stack([self._backward() for _ in range(self.config.accumulate)]).mean(0)
@@ -90,7 +89,7 @@ class Settling:
         """Gradients of one batch; its loss, and the terms it is made of."""
         noised = self._draw()
         device, precision = self.model.device, self.config.precision
-        listening = self.teacher.listening() if self.teacher.features else nullcontext()
+        listening = self.teacher.listening(self.model) if self.teacher.features else nullcontext()
         with mixed(device, precision):
             self.teacher.ask(noised.inputs)
             with listening:

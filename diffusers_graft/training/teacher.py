@@ -1,7 +1,8 @@
 """Teachers for stage two: the same model with its graft disabled, so that no second one is held.
 
 Where stage two trains weights that the original shares, their untrained values wait beside the graft, and are in the
-model while the original runs. One more forward a step, without gradients.
+model while the original runs. Only where weights are spread over processes, which keeps them from being exchanged, a second
+model stands beside the first. One more forward a step, without gradients.
 """
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from torch import nn
 from ..anatomy import evaluating, predict
 from ..errors import TrainingError
 from ..surgery import disable, enable, require_graft
+from .sharding import blocks_of
 
 
 class Teacher:
@@ -26,11 +28,16 @@ class Teacher:
         output: weight of the error of the prediction.
         features: weight of the error of every block's output, where it is not massive (arXiv 2412.01199, section 4.3):
             activations further than two standard deviations from their mean, in the teacher or in the student, are left out.
+        apart: the ungrafted model, where it is another one.
+
+    Raises `TrainingError` for features of a model whose sites lie in no list of blocks.
     """
 
-    def __init__(self, model: ModelMixin, *, output: float = 0.0, features: float = 0.0):
-        self.model, self.output, self.features = model, output, features
-        self.blocks = blocks_of(model) if features else []
+    def __init__(self, model: ModelMixin, *, output: float = 0.0, features: float = 0.0, apart: ModelMixin | None = None):
+        self.model, self.output, self.features, self.apart = model, output, features, apart
+        self.blocks = blocks_of(model, require_graft(model).sites) if features else []
+        if features and not self.blocks:
+            raise TrainingError("Features are those of blocks, and this model's sites lie in no list of blocks.")
         self.prediction: torch.Tensor | None = None
         self.wanted: list[torch.Tensor] = []
         self.seen: list[torch.Tensor] = []
@@ -40,19 +47,26 @@ class Teacher:
         """Run the ungrafted model and remember what it said."""
         if not (self.output or self.features):
             return
-        disable(self.model)
-        try:
-            with evaluating(self.model), self.listening():
-                self.prediction = predict(self.model, inputs)
-        finally:
-            enable(self.model)
+        with self._ungrafted() as model, evaluating(model), self.listening(model):
+            self.prediction = predict(model, inputs)
         self.wanted = self.seen
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def _ungrafted(self) -> Iterator[ModelMixin]:
+        if self.apart is not None:
+            yield self.apart
+            return
+        disable(self.model)
+        try:
+            yield self.model
+        finally:
+            enable(self.model)
+
+    @contextmanager
+    def listening(self, model: ModelMixin) -> Iterator[None]:
         """Collect the blocks' outputs in `seen`; only inside, so that gradient checkpointing adds none in the backward."""
         self.seen = []
-        handles = [self.model.get_submodule(path).register_forward_hook(self._hear) for path in self.blocks]
+        handles = [model.get_submodule(path).register_forward_hook(self._hear) for path in self.blocks]
         try:
             yield
         finally:
@@ -75,20 +89,9 @@ class Teacher:
 
 
 def masked_error(student: torch.Tensor, teacher: torch.Tensor, *, deviations: float = 2.0) -> torch.Tensor:
-    """Mean squared error of features [B, N, D] where neither is massive."""
-    student, teacher = student.float(), teacher.float()
+    """Mean squared error of features [B, N, D] where neither is massive, of each sample for itself, then averaged."""
+    student, teacher = student.float().flatten(1), teacher.float().flatten(1)
     usual = torch.ones_like(teacher, dtype=torch.bool)
     for values in (student.detach(), teacher):
-        usual &= (values - values.mean()).abs() < deviations * values.std()
-    return ((student - teacher).square() * usual).sum() / usual.sum().clamp(min=1)
-
-
-def blocks_of(model: ModelMixin) -> list[str]:
-    """Paths of the blocks that a graft's sites lie in. Raises `TrainingError` where they lie in no list of blocks."""
-    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    sites = [site.path for site in require_graft(model).sites]
-    found = [f"{path}.{number}" for path in lists for number in range(len(model.get_submodule(path)))
-             if any(site.startswith(f"{path}.{number}.") for site in sites)]  # fmt: skip
-    if not (outer := [path for path in found if not any(path.startswith(f"{other}.") for other in found)]):
-        raise TrainingError("Features are those of blocks, and this model's sites lie in no list of blocks.")
-    return outer
+        usual &= (values - values.mean(1, keepdim=True)).abs() < deviations * values.std(1, keepdim=True)
+    return (((student - teacher).square() * usual).sum(1) / usual.sum(1).clamp(min=1)).mean()

@@ -21,6 +21,8 @@ from .data import Batch, batches_of
 from .distill import DistillConfig, SiteReport, distill
 from .finetune import FinetuneConfig, finetune
 from .run import RunState, is_resumable
+from .sharding import settings as fsdp_settings
+from .sharding import spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class GraftTrainer:
     """Graft a model and teach it, in the shape of `transformers.Trainer`.
 
     Args:
-        model: a diffusers model, not grafted; moved to the device of its process.
+        model: a diffusers model, not grafted; moved to the device of its process, unless its weights are to be spread.
         plan: a `GraftPlan`, or rules.
         train_dataset, eval_dataset: map-style datasets of single samples (`{"sample": latents, **conditioning}`), or lists
             and other iterables of batches of them. By the error on the evaluation data, stage one chooses weights.
@@ -68,7 +70,8 @@ class GraftTrainer:
         self.model, self.args, self.callbacks = model, args, list(callbacks)
         self.common = {"noise_scheduler": noise_scheduler, "null_prompt": null_prompt}
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        if processes.state().num_processes > 1 or processes.state().device.type == "cuda":
+        several = processes.state().num_processes > 1 or processes.state().device.type == "cuda"
+        if several and fsdp_settings() is None:
             model.to(processes.state().device)
         self.plan = plan if isinstance(plan, GraftPlan) else plan_graft(model, plan)
         self.graft: Graft = build_graft(model, self.plan, seed=args.seed)
@@ -111,7 +114,8 @@ class GraftTrainer:
         """Denoising loss on the evaluation data, kept under `name` for the card. Raises `StateError` without such data."""
         if self.eval_dataset is None:
             raise StateError("There is nothing to evaluate on: give the trainer an eval_dataset.")
-        self.scores[name] = evaluate(self.model, self._held_out(), noise_scheduler=self.common["noise_scheduler"])
+        with spread(self.model, self.graft.sites) as model:
+            self.scores[name] = evaluate(model, self._held_out(), noise_scheduler=self.common["noise_scheduler"])
         state = RunState("evaluation", 0)
         for callback in self.callbacks:
             if (method := getattr(callback, "on_evaluate", None)) is not None:

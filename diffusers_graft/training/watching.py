@@ -10,6 +10,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..errors import TrainingError
 from ..graft import Graft
@@ -52,7 +53,8 @@ class Watch:
         self.gates: dict[str, Callable[[], torch.Tensor]] = {}
         self._order: list[str] = []
         self._known = False
-        self._whole = any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules())
+        hooked = (hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") or isinstance(m, FSDPModule) for m in model.modules())
+        self._whole = any(hooked)
 
     def run(self, inputs: dict[str, Any], chosen: Collection[str], visit: Visit) -> None:
         """One forward without gradients, shown at the chosen paths."""

@@ -12,7 +12,8 @@ from diffusers_graft.errors import TrainingError, UnknownNameError
 from diffusers_graft.training.data import Noised, Noising
 from diffusers_graft.training.objective import objective, snr_weight
 from diffusers_graft.training.run import read_journal
-from diffusers_graft.training.teacher import blocks_of, masked_error
+from diffusers_graft.training.sharding import blocks_of
+from diffusers_graft.training.teacher import masked_error
 
 from ..models import SCHEDULER, batches, predict, tensors_of, tiny_dit, tiny_pixart
 
@@ -216,7 +217,10 @@ def test_massive_activations_are_left_out():
     teacher[0, 0, 0], student[0, 0, 0] = 1000.0, -1000.0
     assert masked_error(student, teacher).item() == pytest.approx(expected, rel=1e-4)
     assert torch.nn.functional.mse_loss(student, teacher) > 1000
-    assert blocks_of(grafted()) == [f"transformer_blocks.{i}" for i in range(4)]
+    halves = [masked_error(one, other).item() for one, other in zip(student.split(1), teacher.split(1), strict=True)]
+    assert masked_error(student, teacher).item() == pytest.approx(sum(halves) / 2)  # however a batch is shared out
+    model = grafted()
+    assert blocks_of(model, model.graft.sites) == [f"transformer_blocks.{i}" for i in range(4)]
 
 
 def test_checkpointed_gradients_are_the_same():

@@ -1,0 +1,63 @@
+"""One of two processes over which weights are spread: `accelerate`'s variables in the environment, results to a folder."""
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+import diffusers_graft as dg
+from diffusers_graft.training.sharding import spread
+
+from ..models import SCHEDULER, batches, tiny_dit
+from .sharing import RULES
+
+LORA = LoraConfig(r=2, target_modules=["to_q"])
+WAYS = {
+    "features": {"distill_features": 0.5, "gradient_checkpointing": True, "accumulate": 2},
+    "lora": {"train": "operators+lora", "lora": LORA, "distill_output": 1.0},
+    "compiled": {"train": "operators", "compile": "eager", "weight_decay": 0.1},
+    "half": {"precision": "fp16", "lr": 1e-4},
+    "momentum": {"optimizer": "SGD", "optimizer_args": {"momentum": 0.9}, "ema_decay": 0.9},
+}
+
+
+class Stop:
+    """Ends a stage before its last step."""
+
+    def on_step_end(self, args, state, control):
+        control.should_training_stop = state.global_step == 2
+
+
+def settle(way, folder=None, callbacks=(), **more):
+    """Weights after stage two."""
+    torch.manual_seed(0)  # LoRA starts at random
+    model = tiny_dit()
+    model.set_graft(RULES)
+    config = dg.FinetuneConfig(**{"steps": 4, "lr": 1e-3, "warmup": 2, "progress": False, **WAYS[way]})
+    dg.finetune(model, batches(), config, noise_scheduler=SCHEDULER, output_dir=folder, callbacks=callbacks, **more)
+    return {f"{way}.{name}": tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def every_way():
+    """Weights after stage two in every way."""
+    return {name: tensor for way in WAYS for name, tensor in settle(way).items()}
+
+
+def share_of_the_weights():
+    """How many numbers of the model this process holds while it trains, and how many there are."""
+    model = tiny_dit()
+    with spread(model, dg.find_sites(model)) as twin:
+        held = sum(parameter.to_local().numel() for parameter in twin.parameters())
+    return torch.tensor([held, sum(parameter.numel() for parameter in model.parameters())])
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    result = {**every_way(), "share": share_of_the_weights()}
+    for way in ("lora", "momentum"):
+        settle(way, folder / way, callbacks=[Stop()])
+        result |= {f"resumed.{name}": tensor for name, tensor in settle(way, folder / way, resume=True).items()}
+    save_file(result, folder / f"{PartialState().process_index}.safetensors")
+    PartialState().destroy_process_group()
