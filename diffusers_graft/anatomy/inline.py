@@ -35,8 +35,9 @@ def inline_feed_forwards(model: ModelMixin, sites: Sites) -> tuple[Inline, ...]:
     """The inline feed-forwards of a model, one entry a class, in forward order."""
     found: dict[tuple[str, tuple[str, ...]], dict[str, None]] = {}
     fed = {_holder(site) for site in sites if site.kind == "feed_forward"}
+    there = {path for path, _ in model.named_modules()}
     for site in sites:
-        if site.kind.endswith("attention"):
+        if site.kind.endswith("attention") and site.path in there:  # not inside a removed block
             inside = [(site.path, 3 * site.inner_width, site.inner_width)]
             beside = [] if _holder(site) in fed else [(_holder(site), 0, 0)]
             for path, made, read in inside + beside:
