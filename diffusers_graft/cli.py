@@ -84,10 +84,14 @@ def run_bench_depth(arguments: argparse.Namespace) -> None:
 
 
 def run_families(arguments: argparse.Namespace) -> None:
-    """What works in which transformer class of diffusers, measured on tiny models, as a Markdown table."""
-    from .bench.families import families_markdown
+    """What works in which transformer class of diffusers, measured on tiny models, as Markdown."""
+    import diffusers
 
-    families_markdown(say)
+    from .bench.families import measure_families
+    from .bench.family_tables import full_table, short_table
+
+    rows = measure_families()
+    say((full_table if arguments.full else short_table)(rows, diffusers.__version__))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -119,7 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     sites.set_defaults(run=run_sites)
 
     families = verbs.add_parser("families", help=run_families.__doc__)
-    families.add_argument("--markdown", action="store_true", help="the only form there is")
+    families.add_argument("--markdown", action="store_true", help="the only format there is")
+    families.add_argument("--full", action="store_true", help="a line a class, as in examples/benchmarks/families.md")
     families.set_defaults(run=run_families)
 
     _add_benchmarks(verbs)

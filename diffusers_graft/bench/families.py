@@ -1,13 +1,12 @@
-"""What works in which family: a table measured on a tiny model of every transformer class of the installed diffusers."""
+"""What works in which family, measured on a tiny model of every transformer class of the installed diffusers."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-import diffusers
 import torch
 from diffusers import ModelMixin
 
-from ..anatomy import family_of, find_sites, predict, read_context
+from ..anatomy import family_of, find_sites, inline_feed_forwards, predict, read_context
 from ..errors import GraftError
 from ..graft import build_graft
 from ..plan import plan_graft
@@ -15,12 +14,38 @@ from ..site import Sites
 from ..surgery import install, uninstall
 from .zoo import ROWS, exported, inputs_of, tiny
 
-_MIXERS = {
+MIXERS = {
     "self_attention": "self_attention", "sliding_window": {"operator": "sliding_window", "window": (1, 1)},
     "neighborhood": "neighborhood", "linear_attention": "linear_attention", "hyena_x": "hyena_x",
 }  # fmt: skip
 _MLP = {"operator": "mlp", "init": "random", "activation": "gelu", "expansion": 1}
-COLUMNS = ("class", "joint", "self", "cross", "feed-forward", "grid", *_MIXERS, "mlp")
+_KINDS = {"joint": "joint_attention", "self": "self_attention", "cross": "cross_attention", "feed-forward": "feed_forward"}
+COLUMNS = ("class", *_KINDS, "grid", *MIXERS, "mlp")
+FULLY = ("sliding_window", "linear_attention", "hyena_x")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one class.
+
+    Attributes:
+        cells: by column; `yes`, `same` for an output that is the original's bit for bit, `no`, and `-` without sites.
+        reasons: why not, in the library's own words.
+        inline: feed-forwards that are no module, by `; `.
+    """
+
+    cells: dict[str, str]
+    reasons: str = ""
+    inline: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.cells["class"]
+
+    @property
+    def fully(self) -> bool:
+        """Whether windows, linear attention and Hyena-X run wherever the image is mixed."""
+        return all(self.cells[mixer] == "yes" for mixer in FULLY)
 
 
 def main_sites(model: ModelMixin) -> Sites:
@@ -41,8 +66,37 @@ def main_sites(model: ModelMixin) -> Sites:
     )  # fmt: skip
 
 
+def measure_family(name: str) -> Row:
+    """The row of a class."""
+    if name not in ROWS:
+        return _unmeasured(name, "this version of diffusers-graft has no tiny configuration of it.")
+    model = tiny(name)
+    if not isinstance(model, ModelMixin):
+        return _unmeasured(name, "it is no ModelMixin; its parts are.")
+    sites, main, inputs = find_sites(model), main_sites(model), inputs_of(name)
+    with torch.no_grad():
+        before = predict(model, inputs)
+    cells = {column: str(len(sites.where(kind=kind)) or "-") for column, kind in _KINDS.items()}
+    inline = inline_feed_forwards(model, sites)
+    if count := sum(len(entry.paths) for entry in inline):
+        cells["feed-forward"] += f", {count} inline"
+    cells["grid"] = str(read_context(model, (), inputs_of(name)).grid or "-")
+    said = {mixer: _outcome(model, main, spec, before) for mixer, spec in MIXERS.items()}
+    said["mlp"] = _outcome(model, sites.where(kind="feed_forward"), _MLP, before)
+    refusals = {mixer: words for mixer, words in said.items() if words not in ("yes", "same", "-")}
+    reasons = [words.partition(". ")[0].rstrip(".") + "." for words in refusals.values()]
+    if not main:
+        reasons.append("it has no self- or joint-attention with a processor.")
+    cells |= said | dict.fromkeys(refusals, "no")
+    return Row({"class": name, **cells}, " ".join(dict.fromkeys(reasons)), "; ".join(map(str, inline)))
+
+
+def _unmeasured(name: str, reason: str) -> Row:
+    return Row(dict.fromkeys(COLUMNS, "") | {"class": name}, reason)
+
+
 def _outcome(model: ModelMixin, sites: Sites, spec: object, before: torch.Tensor) -> str:
-    """`yes`, `same` for an output that is the original's bit for bit, `-` without sites, else why not."""
+    """`yes`, `same` or `-`, else why not."""
     if not sites:
         return "-"
     inputs = inputs_of(type(model).__name__)
@@ -60,45 +114,6 @@ def _outcome(model: ModelMixin, sites: Sites, spec: object, before: torch.Tensor
     return "same" if torch.equal(output, before) else "yes" if output.isfinite().all() else "the output is not finite"
 
 
-def measure_family(name: str) -> dict[str, str]:
-    """One row of the table, by column."""
-    if name not in ROWS:
-        return {"class": name, "joint": "this version of diffusers-graft has no tiny configuration of it"}
-    model = tiny(name)
-    if not isinstance(model, ModelMixin):
-        return {"class": name, "joint": "it is no ModelMixin; its parts are"}
-    sites, main, inputs = find_sites(model), main_sites(model), inputs_of(name)
-    with torch.no_grad():
-        before = predict(model, inputs)
-    kinds = ("joint_attention", "self_attention", "cross_attention", "feed_forward")
-    counts = [str(len(sites.where(kind=kind)) or "-") for kind in kinds]
-    grid = str(read_context(model, (), inputs_of(name)).grid or "-")
-    mixed = [_outcome(model, main, spec, before) for spec in _MIXERS.values()]
-    mlp = _outcome(model, sites.where(kind="feed_forward"), _MLP, before)
-    return dict(zip(COLUMNS, (name, *counts, grid, *mixed, mlp), strict=True))
-
-
-def families_markdown(say: Callable[[str], None]) -> None:
-    """The table, and below it every refusal in its own words."""
-    say(
-        f"Measured with diffusers {diffusers.__version__} on a tiny model of each class: sites found, grid read, operators "
-        "run in every self- and joint-attention that mixes the image; `same` is the original's output bit for bit.\n"
-    )
-    say("| " + " | ".join(COLUMNS) + " |")
-    say("|" + "---|" * len(COLUMNS))
-    refusals: dict[str, dict[str, None]] = {}
-    for name in sorted(exported()):
-        say("| " + " | ".join(_cells(measure_family(name), refusals)) + " |")
-    say("")
-    for name, words in refusals.items():
-        say(f"- `{name}`: {' '.join(words)}")
-
-
-def _cells(row: dict[str, str], refusals: dict[str, dict[str, None]]) -> Iterator[str]:
-    for column in COLUMNS:
-        value = row.get(column, "")
-        if column == "class" or len(value) < 16:
-            yield value
-        else:
-            refusals.setdefault(row["class"], {})[value.partition(". ")[0].rstrip(".") + "."] = None
-            yield "no"
+def measure_families() -> list[Row]:
+    """A row for every class of the installed diffusers."""
+    return [measure_family(name) for name in sorted(exported())]
