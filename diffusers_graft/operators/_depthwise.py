@@ -46,18 +46,24 @@ class ShortConvolution(nn.Conv2d):
         self.bias.fill_(value)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """As an odd filter in the middle of its padding, the rest of its taps zero, with channels last in memory.
+        """With channels last in memory, and the same padding on both sides: `reach`, the longer of the two needed."""
+        reach = [max(before, size - 1 - before) for size, before in zip(self.kernel_size, self.before, strict=True)]
+        image, starts = image.permute(0, 3, 1, 2), (0, 0)
+        if torch.is_grad_enabled():
+            # On CPU the gradient of a filter takes ten times as long unless it is odd and in the middle of its padding.
+            weight = self._centred(reach)
+        else:
+            weight, starts = self.weight, [most - before for most, before in zip(reach, self.before, strict=True)]
+        convolved = F.conv2d(image, weight, self.bias, padding=reach, groups=self.groups)
+        top, left = starts
+        return convolved[:, :, top : top + image.shape[2], left : left + image.shape[3]].permute(0, 2, 3, 1)
 
-        On CPU the gradient of the weights of any other depthwise filter takes ten times as long.
-        """
-        reach, zeros = [], []
-        for size, before in zip(self.kernel_size, self.before, strict=True):
-            after = size - 1 - before
-            reach.append(max(before, after))
-            zeros = [reach[-1] - before, reach[-1] - after, *zeros]  # `pad` takes the last axis first
-        weight = F.pad(self.weight, zeros)
-        convolved = F.conv2d(image.permute(0, 3, 1, 2), weight, self.bias, padding=reach, groups=self.groups)
-        return convolved.permute(0, 2, 3, 1)
+    def _centred(self, reach: list[int]) -> torch.Tensor:
+        """The filter with as many taps on both sides, the new ones zero."""
+        zeros = []
+        for size, before, most in zip(self.kernel_size, self.before, reach, strict=True):
+            zeros = [most - before, most - (size - 1 - before), *zeros]  # `pad` takes the last axis first
+        return F.pad(self.weight, zeros)
 
     def padded(self, image: torch.Tensor) -> torch.Tensor:
         """The same with the taps there are, on a padded copy: what torch's FLOP counter should see."""

@@ -33,17 +33,20 @@ class Tiling:
         keys: [tiles, K].
         mask: [tiles, 1, Q, K], true where a query sees a key; None where every query sees all.
         inverse: place of every token in the flattened tiles, [N].
+        starts: first query and first key of each tile where both are runs of a sequence, else none.
     """
 
     queries: torch.Tensor
     keys: torch.Tensor
     mask: torch.Tensor | None
     inverse: torch.Tensor
+    starts: list[tuple[int, int]]
 
 
-def _cut(rule: Rule, axis: Axis, tile: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _cut(rule: Rule, axis: Axis, tile: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
     """One axis: queries [tiles, T], halo [tiles, K], mask [tiles, T, K]; the last tile overlaps if T does not divide.
 
+    And the first query and key of each tile, where both are runs.
     Where a rule sees every n-th place, so do tiles and halos: dilation costs nothing.
     """
     visible, length = rule(*axis), axis[0]
@@ -56,15 +59,17 @@ def _cut(rule: Rule, axis: Axis, tile: int) -> tuple[torch.Tensor, torch.Tensor,
     lows = [min(visible[place][0] for place in places) for places in tiles]
     highs = [max(visible[place][-1] for place in places) for places in tiles]
     halo = max((high - low) // step + 1 for low, high in zip(lows, highs, strict=True))
+    lows = [min(low, length - halo) for low in lows] if step == 1 else lows
     mask = torch.zeros(len(tiles), tile, halo, dtype=torch.bool)
     for number, (low, places) in enumerate(zip(lows, tiles, strict=True)):
         for row, place in enumerate(places):
             seen = visible[place]
             first = (seen[0] - low) // step
             mask[number, row, first : (seen[-1] - low) // step + 1 : seen.step // step] = True
-    # Past the end a halo repeats the last place, which the mask hides.
+    # Past the end a dilated halo repeats the last place, which the mask hides.
     keys = (torch.tensor(lows)[:, None] + step * torch.arange(halo)).clamp(max=length - 1)
-    return torch.tensor([list(places) for places in tiles]), keys, mask
+    starts = [(places[0], low) for places, low in zip(tiles, lows, strict=True)] if step == 1 else []
+    return torch.tensor([list(places) for places in tiles]), keys, mask, starts
 
 
 def _made(rule: Rule, axes: tuple[Axis, ...], tile: int, device: torch.device) -> Tiling:
@@ -76,12 +81,13 @@ def _made(rule: Rule, axes: tuple[Axis, ...], tile: int, device: torch.device) -
         queries, keys = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
         mask = torch.ones(1, 1, 1, dtype=torch.bool)
         for axis, side in zip(axes, sides, strict=True):
-            q, k, m = _cut(rule, axis, side)
+            q, k, m, starts = _cut(rule, axis, side)
             queries, keys, mask = _outer(queries, q, axis[0]), _outer(keys, k, axis[0]), _outer_mask(mask, m)
         inverse = torch.empty(tokens, dtype=torch.long)
         inverse[queries.flatten()] = torch.arange(queries.numel())
         mask = None if see_all else mask[:, None].to(device)
-        return Tiling(queries.to(device), keys.to(device), mask, inverse.to(device))
+        starts = starts if len(axes) == 1 else []
+        return Tiling(queries.to(device), keys.to(device), mask, inverse.to(device), starts)
 
 
 _kept = functools.lru_cache(maxsize=64)(_made)
@@ -121,14 +127,29 @@ def tiled_attention(
     tiles, mask = cut.queries.shape[0], mask if mask is None else mask[(None,) * (4 - mask.dim())]
     if tiles == 1:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=_both(cut.mask, mask), scale=scale)
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if cut.starts and not whole and query.device.type == "cpu":
+        return _in_turns(query, key, value, cut, scale, mask)
     # Whole tokens [B, N, H * E] are gathered fastest, and without gradients a few tiles at a time, which stay in cache.
     parts = tuple(part.transpose(1, 2).flatten(2) for part in (query, key, value))
-    whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
     step = tiles if whole else max(1, GATHERED_TOKENS // cut.keys.shape[1])
     some = [slice(start, start + step) for start in range(0, tiles, step)]
     mixed = [_mixed(parts, cut, few, query.shape[1], scale, mask) for few in some]
     mixed = (torch.cat(mixed, dim=1) if len(mixed) > 1 else mixed[0]).index_select(1, cut.inverse)
     return mixed.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
+
+
+def _in_turns(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cut: Tiling, scale: float | None, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Tile by tile on the tensors as they lie. (A backward pass would fill a whole tensor for each slice.)"""
+    (queries, keys), mixed = (cut.queries.shape[1], cut.keys.shape[1]), torch.empty_like(query.transpose(1, 2))
+    for (first, low), window in zip(cut.starts, cut.mask[:, 0], strict=True):
+        near, own = slice(low, low + keys), slice(first, first + queries)
+        parts = query[:, :, own], key[:, :, near], value[:, :, near]
+        visible = _both(window, None if mask is None else mask[:, :, own if mask.shape[2] > 1 else slice(None), near])
+        mixed[:, own] = F.scaled_dot_product_attention(*parts, attn_mask=visible, scale=scale).transpose(1, 2)
+    return mixed.transpose(1, 2)
 
 
 def _mixed(

@@ -6,6 +6,7 @@ Papers: Transformers are RNNs, arXiv 2006.16236, Eq. 6 (elu + 1); The Hedgehog a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from ._depthwise import ShortConvolution, heads_first, tokens_last
 from .base import Mixer
 
 FEATURE_MAPS = ("elu", "relu", "softmax")
+
+# Tokens at a time where nothing is kept for a backward pass: as many as stay in cache.
+TOGETHER = 256
 
 
 class LinearAttention(Mixer):
@@ -70,15 +74,32 @@ class LinearAttention(Mixer):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         precise = torch.promote_types(query.dtype, torch.float32)
-        query, key = self._features(query, 0).to(precise), self._features(key, 1).to(precise)
         visible = None if context.mask is None else key_weights(context.mask, precise)
-        key = key if visible is None else key * visible
-        mixed = query @ (key.transpose(-1, -2) @ value.to(precise))
-        weight = query @ key.sum(-2, keepdim=True).transpose(-1, -2)
-        mixed = (mixed / weight.clamp(min=1e-6)).to(value.dtype)
+        mixed = self._read(query, *self._written(key, value.to(precise), visible), precise).to(value.dtype)
         if self.value_convolution is None:
             return mixed
         return mixed + heads_first(self.value_convolution(self._value_image(value, visible, context)), value)
+
+    def _written(
+        self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """phi(k)^T v, [B, H, features, E], and the sum of phi(k), [B, H, features, 1]."""
+        state = weight = 0
+        shown = repeat(None) if visible is None else _pieces(visible)
+        for keys, values, factor in zip(_pieces(key), _pieces(value), shown, strict=False):
+            features = self._features(keys, 1).to(value.dtype)
+            features = features if factor is None else features * factor
+            state = state + features.transpose(-1, -2) @ values
+            weight = weight + features.sum(-2)
+        return state, weight[..., None]
+
+    def _read(self, query: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[B, H, N, E]: what each query finds in the state."""
+        mixed = []
+        for queries in _pieces(query):
+            features = self._features(queries, 0).to(dtype)
+            mixed.append((features @ state) / (features @ weight).clamp(min=1e-6))
+        return torch.cat(mixed, dim=-2) if len(mixed) > 1 else mixed[0]
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: all N x M weights, normalised row by row; the convolution tap by tap."""
@@ -98,7 +119,7 @@ class LinearAttention(Mixer):
 
     def _features(self, tensor: torch.Tensor, which: int) -> torch.Tensor:
         if self.config.feature_map == "elu":
-            return F.elu(tensor) + 1
+            return tensor.clamp(max=0).exp() + F.relu(tensor)  # the same, without the slow part of elu: exp(x) - 1
         if self.config.feature_map == "relu":
             return F.relu(tensor) + 1e-3
         mapped = tensor @ self.feature_weight[which]
@@ -112,6 +133,12 @@ class LinearAttention(Mixer):
         maps = 4 * tokens * inner * width if learnable else 0
         convolution = 0 if self.value_convolution is None else self.value_convolution.flops(tokens)
         return maps + convolution + tokens * self.site.heads * (4 * features * width + 2 * features)
+
+
+def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of the tokens, the last axis but one."""
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or tensor.device.type != "cpu"
+    return (tensor,) if whole else tensor.split(TOGETHER, dim=-2)
 
 
 def key_weights(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -89,7 +89,8 @@ class SlidingWindow(WithBackends, Mixer):
         axes = self._axes(query)
         if backend := self.backend_for(query):
             return backend.run(self, query, key, value, context)
-        tile = max(32, *self.config.window)
+        # Short tiles compare fewer pairs in vain; a backward pass pays for every halo, and prefers fewer.
+        tile = max(32, max(self.config.window) // (1 if torch.is_grad_enabled() else 2))
         return tiled_attention(query, key, value, band, axes, tile=tile, scale=context.scale, mask=context.mask)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
