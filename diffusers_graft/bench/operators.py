@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 
 from ..errors import GeometryError, GraftError, OperatorError
-from ..evaluation.benchmark import benchmark, table
-from ..evaluation.operator_costs import operator_costs, peak_memory
+from ..evaluation.benchmark import benchmark, compare, table
+from ..evaluation.operator_costs import example_part, operator_costs, peak_memory, run_of
 from ..operators import OperatorConfig, available, get
 from ..operators.base import BlockOperator
 from ..plan import parse_operator
@@ -18,8 +19,9 @@ from ..site import Grid
 
 # (operator, most of softmax's time it should take: forward at 4,096 tokens, forward and backward at 16,384)
 MIXERS = [
-    ("sliding_window(window=(128, 128))", 0.08, None), ("sliding_window(window=(256, 256))", 0.13, 0.035),
-    ("neighborhood(kernel=3)", None, None), ("neighborhood(kernel=7)", 0.20, None), ("linear_attention", 0.05, 0.015),
+    ("sliding_window(window=(64, 64))", None, None), ("sliding_window(window=(128, 128))", 0.08, None),
+    ("sliding_window(window=(256, 256))", 0.13, 0.035), ("neighborhood(kernel=3)", None, None),
+    ("neighborhood(kernel=7)", 0.20, None), ("linear_attention", 0.05, 0.015),
     ("linear_attention(feature_map='relu')", None, None), ("hyena_x", 0.012, 0.004), ("hyena_se", 0.025, 0.010),
     ("hyena_y", None, None), ("hyena_x(layout='2d', kernel_size=3)", None, None), ("ttt", None, None),
     ("pooled_keys", None, None), ("hybrid", None, None), ("identity", None, None),
@@ -52,7 +54,8 @@ def bench_operators(
     finally:
         torch.set_num_threads(threads)
     text = "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in parts)
-    text += f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios are medians of {rounds} rounds in turns."
+    text += (f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios are medians of {rounds} rounds in turns;"
+             "\nFLOPs is the ratio of operations: what the time would be at the baseline's density.")  # fmt: skip
     say(text)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +100,9 @@ def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, list[list[
     less = max(3, rounds // 2)
     yield f"Mixers / softmax, forward + backward, {far.tokens} tokens, 2 heads", _ratios(training, far, 2, less, backward=True)
     yield f"Whole attentions / softmax with its projections, forward, {near.tokens} tokens", _ratios(whole, near, heads, rounds)
+    yield f"Scans of mamba2 / softmax, forward, {near.tokens} tokens, {heads} heads", _scans(0.17, near, heads, rounds)
+    title = f"Scans of mamba2 / softmax, forward + backward, {far.tokens} tokens, 2 heads"
+    yield title, _scans(0.03, far, 2, less, backward=True)
     yield f"Feed-forwards / mlp of r = 4, forward, {half.tokens} tokens", _ratios(plain, half, heads, rounds)
     yield f"A PixArt block, all self-attention replaced, {near.tokens} tokens", _in_a_block(2 * side, heads, rounds)
     yield "Peak memory above the inputs, MiB, 2 heads, forward + backward", _memory((half, near, far))
@@ -111,13 +117,32 @@ def _ratios(
 ) -> list[list[str]]:
     configs = _configs(name for name, _ in wanted)
     costs = operator_costs(configs, grid=grid, width=heads * WIDTH, heads=heads, backward=backward, rounds=rounds)
-    rows = [["operator", "ms", "ratio", "quartiles", "target"]]
+    rows = [["operator", "ms", "ratio", "quartiles", "FLOPs", "target"]]
     for cost, (name, target) in zip(costs, wanted, strict=True):
         if cost.refusal:
-            rows.append([name, "refused", "", "", ""])
+            rows.append([name, "refused", "", "", "", ""])
             continue
         met = "" if target is None else f"{target:g} {'met' if cost.ratio <= target else 'missed'}"
-        rows.append([name, f"{cost.milliseconds:.1f}", f"{cost.ratio:.4f}", f"{cost.low:.4f} to {cost.high:.4f}", met])
+        rows.append([name, f"{cost.milliseconds:.1f}", f"{cost.ratio:.4f}", f"{cost.low:.4f} to {cost.high:.4f}",
+                     f"{cost.flops_ratio:.4f}", met])  # fmt: skip
+    return rows
+
+
+def _scans(target: float, grid: Grid, heads: int, rounds: int, *, backward: bool = False) -> list[list[str]]:
+    """The recurrence alone, both directions, without the projections it brings along."""
+    rows = [["heads of the scan", "ms", "ratio", "quartiles", "target"]]
+    part = torch.randn(3, 1, grid.tokens, heads, WIDTH, generator=torch.Generator().manual_seed(0)).transpose(2, 3)
+    for width in (16, 64):
+        operator = example_part(parse_operator(f"mamba2(head_width={width})"), width=heads * WIDTH, heads=heads)
+        state, scanned = operator.config.state, (operator.heads, width)
+        shapes = scanned, (state,), (state,), (operator.heads,)
+        inputs = [torch.rand(1, grid.tokens, *shape, generator=torch.Generator().manual_seed(1)) for shape in shapes]
+        runs = {"softmax": run_of(F.scaled_dot_product_attention, list(part), backward),
+                "scan": run_of(operator.scanned, inputs, backward)}  # fmt: skip
+        timing = compare(runs, rounds=rounds)[1]
+        met = f"{target:g} {'met' if timing.ratio <= target else 'missed'}"
+        rows.append([f"{operator.heads} of {width}", f"{1000 * timing.seconds:.1f}", f"{timing.ratio:.4f}",
+                     f"{timing.low:.4f} to {timing.high:.4f}", met])  # fmt: skip
     return rows
 
 

@@ -26,6 +26,7 @@ class OperatorCost:
         config: its settings.
         baseline: what it is timed against: `softmax`, `attention` (softmax with its four projections) or `mlp` (r = 4).
         parameters, flops: of the operator itself, for one sample.
+        flops_ratio: of its FLOPs to the baseline's: what its time would be if it ran as densely.
         milliseconds: median.
         ratio, low, high: of its time to the baseline's, median and quartiles over rounds.
         refusal: why it could not run at that shape; then the measurements are zero.
@@ -35,6 +36,7 @@ class OperatorCost:
     baseline: str
     parameters: int = 0
     flops: int = 0
+    flops_ratio: float = 0.0
     milliseconds: float = 0.0
     ratio: float = 0.0
     low: float = 0.0
@@ -79,15 +81,17 @@ def operator_costs(
         operator = example_part(config, width=width, heads=heads)
         name, baseline = _baseline(operator)
         inputs, context = example_tensors(operator, grid.tokens), Context(grid=grid)
-        runs = {name: _run(baseline, inputs, backward), "operator": _run(partial(_called, operator, context), inputs, backward)}
+        called = partial(_called, operator, context)
+        runs = {name: run_of(baseline, inputs, backward), "operator": run_of(called, inputs, backward)}
         try:
             timing = compare(runs, rounds=rounds)[1]
         except GraftError as error:
             rows.append(OperatorCost(config, name, refusal=str(error)))
             continue
         parameters = sum(parameter.numel() for parameter in operator.parameters())
-        rows.append(OperatorCost(config, name, parameters, operator.flops(grid.tokens), 1000 * timing.seconds,
-                                 timing.ratio, timing.low, timing.high))  # fmt: skip
+        flops = operator.flops(grid.tokens)
+        rows.append(OperatorCost(config, name, parameters, flops, flops / baseline_flops(operator, grid.tokens),
+                                 1000 * timing.seconds, timing.ratio, timing.low, timing.high))  # fmt: skip
     return rows
 
 
@@ -95,7 +99,7 @@ def peak_memory(config: OperatorConfig, grid: Grid, *, width: int, heads: int, b
     """Bytes of tensors alive at once above the inputs, in one run on one sample."""
     operator = example_part(config, width=width, heads=heads)
     inputs = example_tensors(operator, grid.tokens)
-    run = _run(partial(_called, operator, Context(grid=grid)), inputs, backward)
+    run = run_of(partial(_called, operator, Context(grid=grid)), inputs, backward)
     run()  # what is kept from run to run is made here
     with PeakMemory() as memory:
         run()
@@ -106,7 +110,8 @@ def _called(operator: Operator, context: Context, *inputs: torch.Tensor) -> torc
     return operator(*inputs, context)
 
 
-def _run(call: Run, inputs: list[torch.Tensor], backward: bool) -> Callable[[], None]:
+def run_of(call: Run, inputs: list[torch.Tensor], backward: bool) -> Callable[[], None]:
+    """What is timed: one forward, or one forward and backward to every input."""
     def forward() -> None:
         with torch.no_grad():
             call(*inputs)
@@ -125,6 +130,15 @@ def _baseline(operator: Operator) -> tuple[str, Run]:
     if isinstance(operator, AttentionOperator):
         return "attention", _Attention(site)
     return "mlp", nn.Sequential(nn.Linear(site.width, site.hidden), nn.GELU("tanh"), nn.Linear(site.hidden, site.width))
+
+
+def baseline_flops(operator: Operator, tokens: int) -> int:
+    """Of the part an operator is timed against, for one sample: matrix products alone."""
+    site = operator.site
+    if not isinstance(operator, Mixer | AttentionOperator):
+        return 4 * tokens * site.width * site.hidden
+    projections = 8 * tokens * site.width * site.inner_width if isinstance(operator, AttentionOperator) else 0
+    return projections + 4 * tokens**2 * site.inner_width
 
 
 class _Attention(nn.Module):

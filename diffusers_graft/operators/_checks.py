@@ -105,11 +105,24 @@ def check_deterministic(subject: Subject) -> None:
         fail("deterministic", "two runs in evaluation mode differ")
 
 
+def check_same_without_gradients(subject: Subject) -> None:
+    """Under `no_grad`, where an operator may take a faster way, it gives the same outputs."""
+    for there in subject.accepted():
+        operator, inputs = there.build(), there.inputs()
+        expected = run(operator, inputs, there.context)
+        with torch.no_grad():
+            given = run(operator, inputs, there.context)
+        if not torch.allclose(given, expected, rtol=1e-9, atol=1e-9):
+            fail("same_without_gradients", f"outputs under no_grad differ on the grid {there.grid}")
+
+
 def check_leaves_inputs_alone(subject: Subject) -> None:
     """Inputs are not changed in place."""
-    inputs = subject.inputs()
+    operator, inputs = subject.build(), subject.inputs()
     before = [tensor.clone() for tensor in inputs]
-    run(subject.build(), inputs, subject.context)
+    run(operator, inputs, subject.context)
+    with torch.no_grad():
+        run(operator, inputs, subject.context)
     if not all(map(torch.equal, inputs, before)):
         fail("leaves_inputs_alone", "an input was changed in place")
 

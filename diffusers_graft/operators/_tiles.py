@@ -143,7 +143,8 @@ def _in_turns(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cut: Tiling, scale: float | None, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Tile by tile on the tensors as they lie. (A backward pass would fill a whole tensor for each slice.)"""
-    (queries, keys), mixed = (cut.queries.shape[1], cut.keys.shape[1]), torch.empty_like(query.transpose(1, 2))
+    queries, keys = cut.queries.shape[1], cut.keys.shape[1]
+    mixed = value.new_empty(query.shape[0], query.shape[2], value.shape[1], value.shape[3])
     for (first, low), window in zip(cut.starts, cut.mask[:, 0], strict=True):
         near, own = slice(low, low + keys), slice(first, first + queries)
         parts = query[:, :, own], key[:, :, near], value[:, :, near]

@@ -101,7 +101,7 @@ class Mamba2(WithBackends, AttentionOperator):
     def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
         if backend := self.backend_for(hidden_states):
             return backend.run(self, hidden_states, context)
-        return self.run(hidden_states, context, self._scanned)
+        return self.run(hidden_states, context, self.scanned)
 
     def reference(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: token by token."""
@@ -140,7 +140,8 @@ class Mamba2(WithBackends, AttentionOperator):
         """Log of the decay of each step, [B, N, heads]."""
         return -self.A_log.to(step.dtype).exp() * step
 
-    def _scanned(self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    def scanned(self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Chunk by chunk: value [B, N, heads, P], key and query [B, N, S], step [B, N, heads]; as value."""
         settings = {"chunk": self.config.chunk, "bidirectional": self.config.bidirectional}
         return state_space(value * step[..., None], key, query, self._decayed(step), **settings)
 

@@ -99,6 +99,12 @@ class Counts(Good):
         return super().forward(query, key, value, context) * (1 + 0.01 * self.calls)
 
 
+class OtherwiseWithoutGradients(Good):
+    def forward(self, query, key, value, context):
+        mixed = super().forward(query, key, value, context)
+        return mixed if torch.is_grad_enabled() else mixed.to(torch.float32).to(mixed.dtype)
+
+
 class ChangesInputs(Good):
     def forward(self, query, key, value, context):
         mixed = super().forward(query, key, value, context)
@@ -241,6 +247,7 @@ BAD = {
     "config_round_trip": [ForgetsSetting, WritesAnotherName], "shape_and_dtype": [WrongShape, WrongDtype], "bfloat16_close": [Imprecise],
     "finite_on_large_inputs": [Overflows], "every_grid": [EightByEight], "needs_grid": [HidesItsGrid, ClaimsAGrid],
     "gradients_reach_everything": [DeadParameter, PreciseOnly], "batch_rows_independent": [MixesRows], "deterministic": [Counts],
+    "same_without_gradients": [OtherwiseWithoutGradients],
     "leaves_inputs_alone": [ChangesInputs], "leaves_generators_alone": [DrawsNumbers], "same_seed_same_start": [OwnDice],
     "state_dict_round_trip": [UnsavedState], "builds_on_meta": [PinnedDevice], "compiles": [BreaksTheGraph],
     "checkpointing": [Uncheckpointable], "agrees_with_reference": [WrongFastPath],
