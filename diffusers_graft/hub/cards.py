@@ -30,8 +30,8 @@ def card(model: ModelMixin, *, source: str = "user/name", scores: dict[str, Any]
     Args:
         source: the repository or folder that the lines on loading name.
         scores: measured results by row, as `dg.evaluate` gives them; several rows are compared in one table.
-        about: `license` of the base, `datasets` and `hardware` of the training, `pipeline_tag`, `limits` in words, and
-            `speed`, the rows of `evaluation.benchmark.benchmark`.
+        about: `license`, which is that of the base's own card unless given, `datasets` and `hardware` of the training,
+            `pipeline_tag`, `limits` in words, and `speed`, the rows of `evaluation.benchmark.benchmark`.
     """
     graft = require_graft(model)
     whole = graft.standalone
@@ -105,7 +105,8 @@ def _front_matter(model: ModelMixin, config: dict[str, Any], operators: list[str
     if base:
         data |= {"base_model": base, "base_model_relation": "finetune" if whole else "adapter"}
     license = about.get("license") or (config.get("imported") or {}).get("license")
-    data |= {"license": license} if license else {}
+    of_base = (config["base"] or {}).get("license")
+    data |= {"license": license} if license else of_base if isinstance(of_base, dict) else {}
     tag = about.get("pipeline_tag") or _TAGS.get(type(model).__name__)
     data |= {"pipeline_tag": tag} if tag else {}
     data |= {"datasets": list(about["datasets"])} if about.get("datasets") else {}

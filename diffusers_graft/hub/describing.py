@@ -19,6 +19,7 @@ from ..graft import Graft, base_tensors
 from .adapters import describe_adapters
 from .description import FORMAT, ORIGIN
 from .files import fingerprint
+from .license import license_of
 
 
 def describe(model: ModelMixin, graft: Graft, total: str) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def describe(model: ModelMixin, graft: Graft, total: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "versions": versions(),
-        "base": describe_base(model, graft.originals),
+        "base": _with_license(describe_base(model, graft.originals), model),
         "plan": graft.plan.to_dict(),
         "lora": describe_adapters(model, graft),
         "compressed": {},
@@ -40,7 +41,7 @@ def describe(model: ModelMixin, graft: Graft, total: str) -> dict[str, Any]:
 def describe_whole(model: ModelMixin, graft: Graft, total: str) -> dict[str, Any]:
     """What `graft_config.json` holds beside a whole model."""
     origin = vars(model).get(ORIGIN, {})
-    base = origin.get("base") if graft.standalone else describe_base(model, graft.originals)
+    base = origin.get("base") if graft.standalone else _with_license(describe_base(model, graft.originals), model)
     return {"format": FORMAT, "versions": versions(), "base": base, "plan": graft.plan.to_dict(),
             "settings": origin.get("settings") or [], "scores": origin.get("scores") or {}, "about": origin.get("about") or {},
             "imported": origin.get("imported"), "lora": describe_adapters(model, graft),
@@ -60,6 +61,10 @@ def describe_base(model: ModelMixin, replaced: Iterable[str]) -> dict[str, Any]:
     parts = {path: fingerprint({k: t for k, t in tensors.items() if k.startswith(f"{path}.")}) for path in replaced}
     return {"model_class": type(model).__name__, "name_or_path": name, "revision": _commit(name, model),
             "fingerprint": fingerprint(tensors), "parts": parts}  # fmt: skip
+
+
+def _with_license(base: dict[str, Any], model: ModelMixin) -> dict[str, Any]:
+    return {**base, "license": license_of(_loaded_from(model), base["name_or_path"], base["revision"])}
 
 
 def hub_name(model: ModelMixin) -> str | None:

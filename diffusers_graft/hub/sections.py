@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+_HEAD = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 OURS = "written by diffusers-graft"
 _NOTE = f"<!-- {OURS}: sections you edit are kept when it is saved again. State: {{state}} -->"
 
@@ -47,17 +48,20 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.strip().encode()).hexdigest()[:12]
 
 
+def head_of(card: str) -> dict[str, Any]:
+    """The front matter of a card; empty where it has none, or none that can be read."""
+    match = _HEAD.match(card)
+    try:
+        data = yaml.safe_load(match[1]) if match else {}
+    except yaml.YAMLError:
+        data = {}
+    return data if isinstance(data, dict) else {}
+
+
 def _parts(card: str) -> dict[str, str]:
     """Keys of the front matter (as `:key`) and sections (by heading, the first as an empty name), in order."""
-    match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
-    parts = {}
-    if match:
-        try:
-            data = yaml.safe_load(match[1])
-        except yaml.YAMLError:
-            data = None
-        data = data if isinstance(data, dict) else {}
-        parts = {f":{key}": yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True) for key, value in data.items()}
+    data, match = head_of(card), _HEAD.match(card)
+    parts = {f":{key}": yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True) for key, value in data.items()}
     body, name, fenced = card[match.end() if match else 0 :], "", False
     for line in body.splitlines(keepends=True):
         fenced ^= line.startswith("```")

@@ -3,6 +3,7 @@ import re
 
 import pytest
 import yaml
+from diffusers import DiTTransformer2DModel
 from huggingface_hub import ModelCard
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -94,6 +95,16 @@ def test_a_whole_model_is_a_finetune_of_its_base(tmp_path):
         assert front(text)["base_model_relation"] == "finetune"
         assert front(text)["base_model"] == "user/base"
         assert f'dg.load_pretrained("{name}")' in text
+
+
+@pytest.mark.parametrize("place", ["own", "pipeline"])
+@pytest.mark.parametrize(("card", "license"), [("---\nlicense: apache-2.0\n---\n", "apache-2.0"), ("---\nlicense: [1\n---\n", None), ("# none\n", None)],
+                         ids=["told", "damaged", "none"])  # fmt: skip
+def test_the_license_of_a_base_in_a_folder(place, card, license, tmp_path):
+    tiny_dit().save_pretrained(tmp_path / "pipe" / "transformer")
+    (tmp_path / "pipe" / ("transformer" if place == "own" else "") / "README.md").write_text(card)
+    saved(tmp_path / "graft", DiTTransformer2DModel.from_pretrained(tmp_path / "pipe" / "transformer"))
+    assert front((tmp_path / "graft" / "README.md").read_text()).get("license") == license
 
 
 def test_the_verb():

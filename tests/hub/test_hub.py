@@ -255,6 +255,34 @@ def test_the_base_is_named_with_its_commit(hub, tmp_path):
     assert "base_model: owner/base" in card
 
 
+@only_regular
+@pytest.mark.parametrize("entries", [{"license": "cc-by-nc-4.0"}, {"license": "other", "license_name": "ours", "license_link": "LICENSE.md"}], ids=["known", "other"])
+def test_the_license_is_that_of_the_base(entries, hub, tmp_path):
+    """From the card of its repository: asked for when the graft is saved, or found in the cache."""
+    tiny_dit().push_to_hub("owner/base", **TOKEN)
+    card = huggingface_hub.ModelCard("---\n" + "".join(f"{name}: {value}\n" for name, value in entries.items()) + "---\n# Base\n")
+    card.push_to_hub("owner/base", **TOKEN)
+    base = DiTTransformer2DModel.from_pretrained("owner/base", cache_dir=constants.HF_HUB_CACHE, **TOKEN)
+    saved(tmp_path / "graft", base)
+    base.save_pretrained(tmp_path / "whole")
+    hub.repos.clear()
+    base.save_graft(tmp_path / "cached")
+    dg.load_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "again")
+    for name in ("graft", "cached", "whole", "again"):
+        head = huggingface_hub.ModelCard.load(tmp_path / name / "README.md").data.to_dict()
+        assert {key: head.get(key) for key in entries} == entries, name
+    base.save_graft(tmp_path / "mine", about={"license": "mit"})
+    head = huggingface_hub.ModelCard.load(tmp_path / "mine" / "README.md").data.to_dict()
+    assert (head["license"], "license_name" in head) == ("mit", False)
+
+
+@only_regular
+def test_a_base_without_a_license_gives_none(hub, tmp_path):
+    tiny_dit().push_to_hub("owner/base", **TOKEN)
+    saved(tmp_path / "graft", DiTTransformer2DModel.from_pretrained("owner/base", cache_dir=constants.HF_HUB_CACHE, **TOKEN))
+    assert "license" not in huggingface_hub.ModelCard.load(tmp_path / "graft" / "README.md").data.to_dict()
+
+
 NEW_PROCESS = """
 import sys, torch
 from diffusers import DiffusionPipeline

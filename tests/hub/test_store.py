@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, GraftError, MismatchError, StateError
+from diffusers_graft.hub.files import fingerprint
 
 from ..models import FAMILIES, SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
 from .pipelines import draw, pipeline
@@ -125,6 +126,51 @@ def test_other_weights_are_refused_unless_allowed(tmp_path):
         model.load_graft(tmp_path)
     model.load_graft(tmp_path, allow_base_mismatch=True)
     assert model.graft is not None
+
+
+def edit(**changes):
+    """A change of a large tensor `big` or a small one `few`."""
+    def apply(tensors):
+        return {name: changes[name](tensor.clone()) if name in changes else tensor for name, tensor in tensors.items()}
+
+    return apply
+
+
+SEEN = {
+    "another value of a small tensor": edit(few=lambda t: t.index_fill_(0, torch.tensor([3]), 9)),
+    "all values by one percent": edit(big=lambda t: t * 1.01),
+    "an update of rank one": edit(big=lambda t: t + 0.1 * torch.randn(300, 1) @ torch.randn(1, 300)),
+    "one row in fifty": edit(big=lambda t: t.index_fill_(0, torch.arange(0, 300, 50), 0)),
+    "eight bits": edit(big=lambda t: (t * 16).round() / 16),
+    "transposed": edit(big=lambda t: t.T.contiguous()),
+    "another shape": edit(big=lambda t: t.view(150, 600)),
+    "another name": lambda tensors: {"large": tensors["big"], "few": tensors["few"]},
+}
+UNSEEN = {
+    "rounded to bfloat16": edit(big=lambda t: t.bfloat16(), few=lambda t: t.bfloat16()),
+    "a single value between the samples": edit(big=lambda t: t.index_put_((torch.tensor(0), torch.tensor(7)), torch.tensor(9.0))),
+}
+
+
+@pytest.mark.parametrize("change", [*SEEN, *UNSEEN])
+def test_which_changes_of_a_base_its_fingerprint_sees(change):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"big": torch.randn(300, 300, generator=generator), "few": torch.randn(40, generator=generator)}
+    same = fingerprint({**SEEN, **UNSEEN}[change](tensors)) == fingerprint(tensors)
+    assert same == (change in UNSEEN)
+
+
+def test_what_the_fingerprint_does_not_see_the_proof_does(tmp_path, caplog):
+    saved(tmp_path)
+    model = tiny_dit()
+    table = model.transformer_blocks[0].norm1.emb.timestep_embedder.linear_1.weight
+    assert table.numel() > 2048
+    with torch.no_grad():
+        table.view(-1)[1] += 100
+    with caplog.at_level("INFO"):
+        model.load_graft(tmp_path)
+    (told,) = [record for record in caplog.records if "proof replayed" in record.message]
+    assert told.levelname == "WARNING"
 
 
 def test_a_bfloat16_base_is_still_the_same_base(tmp_path):
