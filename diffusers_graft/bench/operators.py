@@ -132,7 +132,7 @@ def _scans(target: float, grid: Grid, heads: int, rounds: int, *, backward: bool
     """The recurrence alone, both directions, without the projections it brings along."""
     rows = [["heads of the scan", "ms", "ratio", "quartiles", "target"]]
     part = torch.randn(3, 1, grid.tokens, heads, WIDTH, generator=torch.Generator().manual_seed(0)).transpose(2, 3)
-    for width in (16, 64):
+    for width in (16, WIDTH):
         operator = example_part(parse_operator(f"mamba2(head_width={width})"), width=heads * WIDTH, heads=heads)
         state, scanned = operator.config.state, (operator.heads, width)
         shapes = scanned, (state,), (state,), (operator.heads,)
