@@ -1,8 +1,9 @@
 """Generated attention processors: the model's own processor, with its softmax call handed to the graft.
 
-diffusers has some seventy processors that differ in norms, rotary embeddings, text streams and output projections; each
-ends in one call of `scaled_dot_product_attention` or `dispatch_attention_fn`. That call is rewritten in the source of the
-processor's `__call__`, once per class, and nothing else changes: same signature, same attributes, same instance checks.
+diffusers has some seventy processors that differ in norms, rotary embeddings, text streams and output projections; nearly
+each ends in one call of `scaled_dot_product_attention` or `dispatch_attention_fn`. That call, or the core of an attention that
+is linear already, is rewritten in the source of the processor's `__call__` (`rewriting`), once per class, and nothing else
+changes: same signature, same attributes, same instance checks.
 """
 from __future__ import annotations
 

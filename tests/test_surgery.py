@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor, SanaLinearAttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor
 
 import diffusers_graft as dg
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError, StateError
@@ -76,7 +76,7 @@ def test_a_mask_that_hides_is_refused_by_operators_that_cannot_honour_it():
     from diffusers_graft.anatomy import example_inputs
 
     model = tiny_pixart()
-    model.set_graft({"self_attention[:]": "neighborhood"})
+    model.set_graft({"self_attention[:]": "hyena_x"})
     mask = torch.ones(1, 16)
     model(**example_inputs(model), attention_mask=mask)
     with pytest.raises(GeometryError, match="cannot honour an attention mask"):
@@ -143,9 +143,16 @@ def test_lost_processors_are_noticed_at_the_next_forward_and_save(tmp_path):
         model.save_graft(tmp_path)
 
 
-def test_processors_without_a_softmax_call_are_refused():
+class WithoutACore:
+    """What it makes of its input is no mixing of queries, keys and values."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        return attn.to_out[0](attn.to_v(hidden_states).cumsum(1))
+
+
+def test_processors_without_a_core_are_refused():
     model = tiny_dit()
-    model.transformer_blocks[0].attn1.set_processor(SanaLinearAttnProcessor2_0())
+    model.transformer_blocks[0].attn1.set_processor(WithoutACore())
     with pytest.raises(OperatorError, match="never calls scaled_dot_product_attention"):
         model.set_graft({"self_attention[0]": "hyena_x"})
 
