@@ -6,7 +6,7 @@ the model reads of them keep their names. The first calls the others and merges;
 from __future__ import annotations
 
 import copy
-import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -32,37 +32,76 @@ class _Agreement:
     checked: bool = False
 
 
+@dataclass(frozen=True)
+class _Call:
+    """How blocks of one class are called and answer, read once: compiled code could not look it up."""
+
+    run: Callable[..., Any]
+    name: str
+    parameters: tuple[str, ...]
+    streams: tuple[str, ...]
+    several: bool
+
+    @classmethod
+    def of(cls, block: type) -> _Call:
+        streams = streams_of(block)
+        return cls(block.forward, block.__name__, parameters_of(block), streams.names, streams.several)
+
+    def given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+
+    def streams_in(self, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor | None]:
+        given = self.given(args, kwargs)
+        return [given.get(name) for name in self.streams]
+
+    def told(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a block is told beside its streams."""
+        return {name: value for name, value in self.given(args, kwargs).items() if name not in self.streams}
+
+    def streams_out(self, output: Any) -> list[torch.Tensor | None]:
+        streams = list(output) if isinstance(output, tuple) else [output]
+        if isinstance(output, tuple) != self.several or len(streams) != len(self.streams):
+            raise OperatorError(f"{self.name} gave {len(streams)} streams, and its source says {', '.join(self.streams)}: "
+                                "it cannot run beside another block.")  # fmt: skip
+        return streams
+
+    def answer(self, streams: list[torch.Tensor | None]) -> Any:
+        return tuple(streams) if self.several else streams[0]
+
+
 class RemovedBlock(nn.Module):
     """Hands its streams on, through its operator where it has one.
 
     Attributes:
         graft_class: of the block that stood here.
         graft_parts: the sites inside that block, which are not there while this one is.
+        graft_call: how that block was called.
     """
 
     def __init__(self, cls: type, parts: Sites, operator: BlockOperator | None):
         super().__init__()
-        self.graft_class, self.graft_parts = cls, parts
+        self.graft_class, self.graft_parts, self.graft_call = cls, parts, _Call.of(cls)
         if operator is not None:
             self.graft = operator
 
     def forward(self, *args, **kwargs) -> Any:
-        before = _streams_in(self.graft_class, args, kwargs)
+        streams = self.graft_call.streams_in(args, kwargs)
         if (operator := getattr(self, "graft", None)) is not None:
-            numbers = itertools.count()
-            before = [None if stream is None else operator(stream, operator.slot.current, stream=next(numbers))
-                      for stream in before]  # fmt: skip
-        return _answer(self.graft_class, before)
+            context, number = operator.slot.current, 0
+            for place, stream in enumerate(streams):
+                if stream is not None:
+                    streams[place], number = operator(stream, context, stream=number), number + 1
+        return self.graft_call.answer(streams)
 
 
 def side_by_side(copies: list[nn.Module], operator: BlockOperator) -> list[nn.Module]:
     """Copies of blocks as seats that run together; the first holds the operator."""
     first, *others = copies
     first.graft = operator
-    agreement = _Agreement()
+    agreement, call = _Agreement(), _Call.of(type(first))
     vars(first)["graft_others"] = others
     for number, seat in enumerate(copies):
-        vars(seat)["graft_agreement"] = agreement
+        vars(seat).update(graft_agreement=agreement, graft_call=call)
         vars(seat)["forward"] = MethodType(_hand_on if number else _run_together, seat)
     return copies
 
@@ -93,11 +132,11 @@ def _keep(seat: nn.Module, original: nn.Module, chain: tuple[str, ...]) -> None:
 
 
 def _run_together(self: nn.Module, *args, **kwargs) -> Any:
-    cls, operator = type(self), self.graft
-    before = _streams_in(cls, args, kwargs)
+    call, operator = self.graft_call, self.graft
+    before = call.streams_in(args, kwargs)
     if not torch.compiler.is_compiling() and not self.graft_agreement.checked:
-        self.graft_agreement.expected = _told(cls, args, kwargs)
-    outputs = [_as_streams(cls, type(block).forward(block, *args, **kwargs)) for block in (self, *self.graft_others)]
+        self.graft_agreement.expected = call.told(args, kwargs)
+    outputs = [call.streams_out(call.run(block, *args, **kwargs)) for block in (self, *self.graft_others)]
     merged, number = [], 0
     for stream, made in zip(before, zip(*outputs, strict=True), strict=True):
         if stream is None or any(output is None for output in made):
@@ -108,49 +147,22 @@ def _run_together(self: nn.Module, *args, **kwargs) -> Any:
             continue
         merged.append(operator(stream, *made, operator.slot.current, stream=number))
         number += 1
-    return _answer(cls, merged)
+    return call.answer(merged)
 
 
 def _hand_on(self: nn.Module, *args, **kwargs) -> Any:
-    cls, agreement = type(self), self.graft_agreement
+    call, agreement = self.graft_call, self.graft_agreement
     if not torch.compiler.is_compiling() and agreement.expected is not None:
-        _require_same(cls, agreement.expected, _told(cls, args, kwargs))
+        _require_same(call.name, agreement.expected, call.told(args, kwargs))
         agreement.expected, agreement.checked = None, True
-    return _answer(cls, _streams_in(cls, args, kwargs))
+    return call.answer(call.streams_in(args, kwargs))
 
 
-def _given(cls: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(parameters_of(cls), args, strict=False)), **kwargs}
-
-
-def _streams_in(cls: type, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor | None]:
-    given = _given(cls, args, kwargs)
-    return [given.get(name) for name in streams_of(cls).names]
-
-
-def _told(cls: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a block is told beside its streams."""
-    return {name: value for name, value in _given(cls, args, kwargs).items() if name not in streams_of(cls).names}
-
-
-def _as_streams(cls: type, output: Any) -> list[torch.Tensor | None]:
-    spec = streams_of(cls)
-    streams = list(output) if isinstance(output, tuple) else [output]
-    if isinstance(output, tuple) != spec.several or len(streams) != len(spec.names):
-        raise OperatorError(f"{cls.__name__} gave {len(streams)} streams, and its source says {', '.join(spec.names)}: "
-                            "it cannot run beside another block.")  # fmt: skip
-    return streams
-
-
-def _answer(cls: type, streams: list[torch.Tensor | None]) -> Any:
-    return tuple(streams) if streams_of(cls).several else streams[0]
-
-
-def _require_same(cls: type, one: dict[str, Any], other: dict[str, Any]) -> None:
+def _require_same(who: str, one: dict[str, Any], other: dict[str, Any]) -> None:
     for name in one.keys() | other.keys():
         if not _alike(one.get(name), other.get(name)):
             raise OperatorError(
-                f"Each {cls.__name__} of this model is told its own {name}, so neighbours cannot get the same input. "
+                f"Each {who} of this model is told its own {name}, so neighbours cannot get the same input. "
                 "Blocks that are told different things do not run side by side."
             )
 

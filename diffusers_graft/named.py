@@ -162,6 +162,13 @@ def _require_disjoint(grafts: dict[str, Graft]) -> None:
                     "into one plan."
                 )
             claims[path] = name
+    for path, name in claims.items():
+        inside = next((other for other in claims if other.startswith(f"{path}.") and claims[other] != name), None)
+        if inside is not None:
+            raise StateError(
+                f"The graft {name!r} takes {path}, and {claims[inside]!r} replaces {inside} in it. Put all rules into one "
+                "plan, or activate one of them."
+            )
     for name, graft in grafts.items():
         for trained in (*graft.body, *graft.adapters):
             path = next((path for path in claims if f"{trained}.".startswith(f"{path}.") and claims[path] != name), None)

@@ -13,6 +13,9 @@ from ..analysis.cost import _UNCOUNTED as UNCOUNTED
 from ..anatomy import evaluating, example_inputs, predict, read_context
 from ..errors import GraftError
 from ..graft import Graft
+from ..operators import BlockOperator, Operator
+from ..plan import Edit
+from ..site import BLOCK_KINDS
 
 _LARGEST = 32  # latents: counting should not cost minutes where a model was made for 16,000 tokens
 
@@ -25,11 +28,25 @@ def own_parameters(graft: Graft) -> str:
 def strip(graft: Graft) -> str:
     """The layers drawn in a row for each kind: a block for a replaced part, a dot for one that is left alone."""
     lines = []
-    for kind in dict.fromkeys(edit.site.kind for edit in graft.plan.edits):
+    for kind in dict.fromkeys(edit.site.kind for edit in graft.plan.edits if edit.site.kind not in BLOCK_KINDS):
         replaced = {edit.site.index for edit in graft.plan.edits if edit.site.kind == kind}
         layers = range(len(graft.sites.where(kind=kind)))
         lines.append(f"{kind:16} {''.join('█' if index in replaced else '·' for index in layers)}")
+    if blocks := [edit for edit in graft.plan.edits if edit.site.kind in BLOCK_KINDS]:
+        lines.append(f"{'block':16} {_blocks_drawn(graft, blocks)}")
     return "\n".join(lines)
+
+
+def _blocks_drawn(graft: Graft, edits: list[Edit]) -> str:
+    """Blocks in brackets run side by side, a cross stands for one that is gone."""
+    drawn = {site.path: "·" for site in graft.sites.where(kind="block")}
+    for edit in edits:
+        first, *_, last = [edit.site.path, *edit.site.paths]
+        runs = edit.config.owner.runs_blocks
+        drawn |= dict.fromkeys(edit.site.paths, "█" if runs else "×")
+        if runs:
+            drawn[first], drawn[last] = f"({drawn[first]}", f"{drawn[last]})"
+    return "".join(drawn.values())
 
 
 def edit_rows(model: ModelMixin, graft: Graft) -> tuple[str | None, list[dict[str, str]]]:
@@ -40,16 +57,23 @@ def edit_rows(model: ModelMixin, graft: Graft) -> tuple[str | None, list[dict[st
     where, before, after = _flops(model, graft)
     rows = []
     for (kind, operator), edits in groups.items():
-        paths = [edit.site.path for edit in edits]
+        paths = [path for edit in edits for path in edit.site.paths]
         start = graft.seats[paths[0]].graft.start if edits[0].config.init == "warm" else "random weights"
         rows.append({
-            "sites": f"{kind}[{','.join(_ranges([edit.site.index for edit in edits]))}]", "count": str(len(edits)),
-            "operator": operator, "start": start, "path": paths[0] + (" ..." if len(paths) > 1 else ""),
+            "sites": _address(kind, edits), "count": str(len(edits)),
+            "operator": operator, "start": start, "path": paths[0] + (" ..." if len(edits) > 1 else ""),
             "before": f"{sum(map(_parameters, (graft.originals[path] for path in paths))):,}",
             "after": f"{sum(map(_parameters, (graft.seats[path] for path in paths))):,}",
-            "flops_before": _billions(before, paths), "flops_after": _billions(after, paths),
+            "flops_before": _billions(before, paths), "flops_after": _billions(after, [edit.site.path for edit in edits]),
         })  # fmt: skip
     return where, rows
+
+
+def _address(kind: str, edits: list[Edit]) -> str:
+    """The rule key of edits of one kind; of runs of blocks, which have a key each, all of them."""
+    if kind == "block_run":
+        return ", ".join(edit.site.address for edit in edits)
+    return f"{kind}[{','.join(_ranges([edit.site.index for edit in edits]))}]"
 
 
 def _parameters(part: nn.Module) -> int:
@@ -80,7 +104,7 @@ def _flops(model: ModelMixin, graft: Graft) -> tuple[str | None, dict[str, int],
         inputs = example_inputs(model, size=size)
         grid = read_context(model, (), inputs).grid
         counted = _counted(model, inputs)
-        after = {path: counted(path) - counted(f"{path}.graft") + operator.flops(grid.tokens)
+        after = {path: counted(path) + _uncounted(counted(f"{path}.graft"), operator, grid.tokens)
                  for path, operator in graft.operators().items()}  # fmt: skip
         with torch.device("meta"):
             bare = type(model).from_config(model.config)
@@ -90,6 +114,11 @@ def _flops(model: ModelMixin, graft: Graft) -> tuple[str | None, dict[str, int],
     except (GraftError, RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError, ValueError):
         return None, {}, {}
     return f"one forward of one sample of {grid.tokens:,} tokens", before, after
+
+
+def _uncounted(counted: int, operator: Operator, tokens: int) -> int:
+    """What an operator's own price adds to what the counter saw of it; block operators are counted right, stream by stream."""
+    return 0 if isinstance(operator, BlockOperator) else operator.flops(tokens) - counted
 
 
 def _counted(model: ModelMixin, inputs: dict[str, Any]) -> Callable[[str], int]:
