@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import GraftError, MissingDependencyError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from ..analysis.locality import Locality
 
 
@@ -40,7 +42,7 @@ def draw_locality(path: Path, rows: Sequence[Locality], *, band: int, kernel: in
 def draw_training(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """How training went, from the rows of `training.jsonl`: relative error of every site in stage one, loss in stage two.
 
-    Dots are held-out batches. Raises `GraftError` where there are no rows.
+    Raises `GraftError` where there are no rows.
     """
     try:
         from matplotlib.figure import Figure
@@ -48,23 +50,36 @@ def draw_training(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         raise MissingDependencyError("Drawing training", "matplotlib", extra="eval") from error
     if not rows:
         raise GraftError("There is nothing to draw: no step of training was logged.")
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    one, two = figure.subplots(1, 2)
+    stages = dict.fromkeys(row["stage"] for row in rows)
+    figure = Figure(figsize=(4.5 * len(stages), 3.4), layout="constrained")
+    panels = dict(zip(stages, figure.subplots(1, len(stages), squeeze=False)[0], strict=True))
+    for stage, axis in panels.items():
+        own = [row for row in rows if row["stage"] == stage]
+        _draw_sites(axis, own) if "sites" in own[0] else _draw_loss(axis, own)
+        axis.set(title=f"stage {stage}", xlabel="step")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_sites(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Relative error of every site, dots on held-out batches."""
     errors: dict[str, list[tuple[int, dict]]] = {}
     for row in rows:
-        for site, values in row.get("sites", {}).items():
+        for site, values in row["sites"].items():
             errors.setdefault(site, []).append((row["step"], values))
     for site, points in errors.items():
-        (line,) = one.plot([step for step, _ in points], [values["error"] for _, values in points], linewidth=1, label=site)
-        held_out = {values["held_out"]["step"]: values["held_out"]["error"] for _, values in points if "held_out" in values}
-        one.plot(list(held_out), list(held_out.values()), ".", color=line.get_color(), markersize=4)
-    losses = [(row["step"], row["loss"]) for row in rows if row["stage"] == "two"]
-    two.plot([step for step, _ in losses], [loss for _, loss in losses], linewidth=1, color="#d1704a")
-    one.set(title="stage one", xlabel="step", ylabel="relative error")
-    two.set(title="stage two", xlabel="step", ylabel="loss")
-    if errors and len(errors) <= 12:
-        one.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=150)
+        (line,) = axis.plot([step for step, _ in points], [values["error"] for _, values in points], linewidth=1, label=site)
+        looks = {values["held_out"]["step"]: values["held_out"]["error"] for _, values in points if "held_out" in values}
+        axis.plot(list(looks), list(looks.values()), ".", color=line.get_color(), markersize=4)
+    if len(errors) <= 12:
+        axis.legend(frameon=False, fontsize=7)
+    judged = any("held_out" in values for points in errors.values() for _, values in points)
+    axis.set(ylabel="relative error" + (" (dots: held-out batches)" if judged else ""), ylim=(0, None))
+
+
+def _draw_loss(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1, color="#d1704a")
+    axis.set(ylabel="loss")
 
 
 def draw_rows(path: Path, measures: dict[str, dict[str, Sequence[float]]]) -> None:

@@ -12,10 +12,12 @@ from diffusers import ModelMixin
 from ..errors import UnknownNameError
 from ..graft import Graft
 from ..surgery import require_graft
+from ..training.journal import read_journal
 from .describing import describe, describe_whole
 from .edits import edit_rows, own_parameters, strip
 from .files import write_text
 from .sections import finished, front_matter, merged
+from .trained import draw_curves, training
 
 CARD = "README.md"
 _PICTURE = "samples.png"
@@ -24,12 +26,16 @@ _TAGS = {"DiTTransformer2DModel": "unconditional-image-generation", "PixArtTrans
          "FluxTransformer2DModel": "text-to-image", "SD3Transformer2DModel": "text-to-image"}  # fmt: skip
 
 
-def card(model: ModelMixin, *, source: str = "user/name", scores: dict[str, Any] | None = None, **about: Any) -> str:
+def card(
+    model: ModelMixin, *, source: str = "user/name", scores: dict[str, Any] | None = None,
+    journal: str | Path | None = None, **about: Any,
+) -> str:  # fmt: skip
     """The card of a grafted model as text. What is not given, and was not measured, is absent.
 
     Args:
         source: the repository or folder that the lines on loading name.
         scores: measured results by row, as `dg.evaluate` gives them; several rows are compared in one table.
+        journal: the folder of a run, whose `training.jsonl` tells what the graft's own history does not.
         about: `license`, which is that of the base's own card unless given, `datasets` and `hardware` of the training,
             `pipeline_tag`, `limits` in words, and `speed`, the rows of `evaluation.benchmark.benchmark`.
     """
@@ -38,7 +44,7 @@ def card(model: ModelMixin, *, source: str = "user/name", scores: dict[str, Any]
     config = (describe_whole if whole else describe)(model, graft, "")
     config["scores"] = {name: row.to_dict() for name, row in (scores or {}).items()} or config["scores"]
     config["about"] = checked_about(about)
-    return finished(render_card(model, graft, config, source=source, whole=whole))
+    return finished(render_card(model, graft, config, source=source, whole=whole, journal=journal))
 
 
 def checked_about(about: dict[str, Any] | None) -> dict[str, Any]:
@@ -54,18 +60,19 @@ def write_card(
 ) -> None:
     """Write the card of a graft that is saved to `folder`; what a person changed in the one that is there is kept."""
     present, picture = folder / CARD, _PICTURE if (folder / _PICTURE).exists() else None
-    fresh = render_card(model, graft, config, source=folder.name, whole=whole, picture=picture)
+    curves = draw_curves(stage, folder, graft.history)
+    fresh = render_card(model, graft, config, source=folder.name, whole=whole, picture=picture, curves=curves, journal=folder)
     text = merged(fresh, present.read_text(encoding="utf-8")) if present.exists() else finished(fresh)
     write_text(stage / CARD, text)
 
 
 def render_card(
-    model: ModelMixin, graft: Graft, config: dict[str, Any], *, source: str, whole: bool, picture: str | None = None
-) -> str:
+    model: ModelMixin, graft: Graft, config: dict[str, Any], *, source: str, whole: bool, picture: str | None = None,
+    curves: str | None = None, journal: str | Path | None = None,
+) -> str:  # fmt: skip
     """The card as text, without the note by which edits are told apart."""
     base = (config["base"] or {}).get("name_or_path")
     operators = sorted({edit.config.owner.name for edit in graft.plan.edits})
-    stages = [row for row in graft.history if "stage" in row]
     about, imported = config.get("about") or {}, config.get("imported")
     papers = sorted({edit.config.owner.paper for edit in graft.plan.edits} - {""})
     flops, rows = edit_rows(model, graft)
@@ -78,10 +85,10 @@ def render_card(
         flops_at=flops, strip=strip(graft), whole=whole, model_class=type(model).__name__, own=own_parameters(graft),
         body=len(graft.body), lora=graft.adapter_config.r if graft.adapter_config else None,
         compressed=compressed_summary(config.get("compressed") or {}), settings=_settings(model, config), imported=imported,
-        stages=[_stage_row(row) for row in stages], hardware=about.get("hardware"), datasets=about.get("datasets") or [],
-        sites=[_site_row(stage, row) for stage in stages for row in stage.get("sites", ())],
+        curves=curves, datasets=about.get("datasets") or [],
         papers=papers, citations=[citation(paper) for paper in papers if "2506.05340" not in paper], picture=picture,
         versions=config["versions"], limits=about.get("limits"), speed=speed_table(about.get("speed") or []),
+        **training(graft.history, read_journal(journal) if journal else [], about.get("hardware")),
         **_score_table(config.get("scores") or {}),
     )  # fmt: skip
 
@@ -150,29 +157,6 @@ def compressed_summary(compressed: dict[str, Any]) -> str | None:
     before, after = (sum(row[key] for row in compressed.values()) for key in ("bytes_before", "bytes_after"))
     error = max(row["error"] for row in compressed.values())
     return f"{counts}: {before:,} bytes became {after:,}; the largest relative error of an update is {error:.2%}"
-
-
-def _stage_row(row: dict[str, Any]) -> dict[str, str]:
-    sites = row.get("sites")
-    first, last = (
-        (sum(site[key] for site in sites) / len(sites) for key in ("first_loss", "last_loss")) if sites
-        else (row.get("first_loss"), row.get("last_loss"))
-    )  # fmt: skip
-    parts = "output layers, solved" if row["stage"] == "closed form" else "new parts"
-    lora = f" and LoRA of rank {row['lora']['r']}" if isinstance(row.get("lora"), dict) and "r" in row["lora"] else ""
-    lr, seconds = row.get("lr"), row.get("seconds")
-    return {
-        "stage": row["stage"], "steps": f"{row['steps']:,}" if "steps" in row else "",
-        "lr": f"{lr:g}" if isinstance(lr, int | float) else "none" if lr is None else str(lr),
-        "trained": parts if sites else f"{row.get('train', 'all')}{lora}",
-        "samples": f"{row['samples']:,}" if row.get("samples") else "", "hours": f"{seconds / 3600:.2f}" if seconds else "",
-        "first": "" if first is None else f"{first:.4g}", "last": "" if last is None else f"{last:.4g}",
-    }  # fmt: skip
-
-
-def _site_row(stage: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
-    return {"stage": stage["stage"], "site": row["site"], "first": f"{row['first_loss']:.4g}",
-            "last": f"{row['last_loss']:.4g}", "error": f"{row['relative_error']:.1%}"}  # fmt: skip
 
 
 def _score_table(scores: dict[str, Any]) -> dict[str, Any]:

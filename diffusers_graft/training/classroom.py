@@ -63,11 +63,12 @@ class Classroom:
         self.where = torch.device("cpu") if config.host else model.device
         self.groups, self.done, self.room, self.samples = [list(pupils)], [0], 0, 0
 
-    def teach(self, stream: Stream, *, output_dir: str | Path | None, resume: bool, callbacks: Iterable[Any]) -> None:
-        """Every lesson, for every pupil; the best weights are theirs afterwards."""
+    def teach(self, stream: Stream, *, output_dir: str | Path | None, resume: bool,
+              callbacks: Iterable[Any]) -> dict[str, Any]:  # fmt: skip
+        """Every lesson, for every pupil; the best weights are theirs afterwards. Returns what it took."""
         self.stream = stream
         identity = {"stage": "one", "config": self.config.deciding(), "plan": self.graft.plan.to_dict()}
-        run = Run("one", self.config, identity, folder=output_dir, callbacks=callbacks)
+        run = Run("one", self.config, identity, self.model.device, folder=output_dir, callbacks=callbacks)
         with self._prepared():
             if not (resume and run.resume(self._load)):
                 self._divide()
@@ -80,6 +81,7 @@ class Classroom:
                 raise
             finally:
                 run.end()
+        return {"steps": max(pupil.learner.done for pupil in self.pupils.values()), **run.facts()}
 
     def _every_lesson(self, run: Run) -> None:
         for number, group in enumerate(self.groups):

@@ -22,6 +22,7 @@ from .config import TrainingConfig, one_of
 from .data import Batch, Noising, Stream
 from .lora import add_lora
 from .objective import VARIANCES
+from .pupil import tail
 from .settling import Settling
 from .sharding import settings as fsdp_settings
 from .sharding import spread, ungrafted
@@ -109,8 +110,9 @@ def finetune(
         weights = {"output": config.distill_output, "features": config.distill_features}
         teacher = Teacher(trained, **weights, apart=ungrafted(model, graft.sites) if any(weights.values()) else None)
         settling = Settling(trained, teacher, config, noising)
-        losses = settling.run(Stream(batches), output_dir=output_dir, resume=resume, callbacks=callbacks)
-    graft.history.append({"stage": "two", **config.to_dict(), "first_loss": losses[0], "last_loss": losses[-1]})
+        facts = settling.run(Stream(batches), output_dir=output_dir, resume=resume, callbacks=callbacks)
+    losses = settling.losses
+    graft.history.append({"stage": "two", **config.to_dict(), **facts, "first_loss": losses[0], "last_loss": tail(losses)})
     return losses
 
 

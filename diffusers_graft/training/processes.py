@@ -5,6 +5,7 @@ one that was begun on four may be resumed on one.
 """
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,17 @@ def state() -> PartialState:
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise TrainingError("DeepSpeed trains in its own loop. To spread weights, launch with --use_fsdp --fsdp_version 2.")
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def hardware(device: torch.device) -> str:
+    """What computes, in words."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        threads = torch.get_num_threads()
+        name = f"{device.type.upper()} ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
+    count = state().num_processes
+    return f"{count} x {name}" if count > 1 else name
 
 
 def share(value: Any, count: int) -> Any:

@@ -52,7 +52,7 @@ class SiteReport:
     @property
     def relative_error(self) -> float:
         """Mean over the last tenth of the steps."""
-        return _tail(self.errors)
+        return tail(self.errors)
 
     def recent(self, steps: int) -> dict[str, Any]:
         """Means over the last steps, and the last look at held-out batches."""
@@ -61,8 +61,8 @@ class SiteReport:
         return {**row, "held_out": asdict(self.held_out[-1])} if self.held_out else row
 
     def to_dict(self) -> dict[str, float | str]:
-        row = {"site": self.site.address, "first_loss": self.losses[0], "last_loss": self.losses[-1],
-               "relative_error": self.relative_error, "cosine": _tail(self.cosines)}  # fmt: skip
+        row = {"site": self.site.address, "first_loss": self.losses[0], "last_loss": tail(self.losses),
+               "relative_error": self.relative_error, "cosine": tail(self.cosines)}  # fmt: skip
         if self.held_out:
             kept = min(self.held_out, key=lambda look: look.error)
             row |= {f"held_out_{name}": value for name, value in asdict(kept).items() if name != "step"}
@@ -179,6 +179,7 @@ def as_one(answer: torch.Tensor | tuple[torch.Tensor | None, ...]) -> torch.Tens
     return torch.cat([stream.flatten(1) for stream in answer if stream is not None], dim=1).float()
 
 
-def _tail(values: list[float]) -> float:
-    tail = values[-max(1, len(values) // 10) :]
-    return sum(tail) / len(tail)
+def tail(values: list[float]) -> float:
+    """Mean over the last tenth."""
+    last = values[-max(1, len(values) // 10) :]
+    return sum(last) / len(last)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,9 +15,9 @@ from tqdm.auto import tqdm
 from ..errors import StateError
 from .checkpoint import Checkpoints
 from .config import TrainingConfig, one_of
-from .processes import is_main, wait
+from .journal import FACTS, forget_after, write_row
+from .processes import hardware, is_main, wait
 
-JOURNAL = "training.jsonl"
 CHECKPOINTS = ".checkpoints"  # of the machine that trains: a push to the Hub leaves out what begins with a dot
 
 
@@ -29,7 +28,8 @@ class RunState:
     Attributes:
         stage: `"one"` or `"two"`.
         global_step, max_steps: of the stage.
-        seconds: spent, also before a resume.
+        seconds, samples: spent, and learned from by all processes together, also before a resume; a sample that is used again
+            counts again.
         log_history: the rows of `training.jsonl` written by this process.
         should_training_stop: set it to end the stage after this step.
     """
@@ -38,6 +38,7 @@ class RunState:
     max_steps: int
     global_step: int = 0
     seconds: float = 0.0
+    samples: int = 0
     log_history: list[dict[str, Any]] = field(default_factory=list)
     should_training_stop: bool = False
 
@@ -47,15 +48,16 @@ class Run:
 
     Args:
         identity: whatever decides the weights; a checkpoint of another one is refused.
+        device: that it runs on.
         folder: for `training.jsonl` and `.checkpoints`; None keeps nothing on disk.
         callbacks: objects with any of the methods `on_train_begin`, `on_step_end`, `on_log`, `on_save`, `on_train_end`, each
             called as those of a `transformers.TrainerCallback`: `(args, state, control, **kwargs)`.
     """
 
-    def __init__(self, stage: str, config: TrainingConfig, identity: Any, *, folder: str | Path | None = None,
-                 callbacks: Iterable[Any] = ()):  # fmt: skip
+    def __init__(self, stage: str, config: TrainingConfig, identity: Any, device: torch.device, *,
+                 folder: str | Path | None = None, callbacks: Iterable[Any] = ()):  # fmt: skip
         self.config, self.state, self.callbacks = config, RunState(stage, config.steps), list(callbacks)
-        self.identity = json.loads(json.dumps(identity))
+        self.identity, self.hardware = json.loads(json.dumps(identity)), hardware(device)
         self.folder = None if folder is None else Path(folder)
         self.checkpoints = None if folder is None else Checkpoints(self.folder / CHECKPOINTS, stage, config.keep)
         self.trackers: list[Any] = []
@@ -79,6 +81,7 @@ class Run:
             )
         load(saved["state"])
         self.state.global_step = self._saved = saved["step"]
+        self.state.seconds, self.state.samples = saved["seconds"], saved["samples"]
         self._logged = saved["step"] // self.config.log_every
         self._began -= saved["seconds"]
         return True
@@ -90,7 +93,7 @@ class Run:
                         disable=not (self.config.progress and is_main()))  # fmt: skip
         if self.folder is not None and is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _forget_after(self.folder / JOURNAL, one.stage, one.global_step)
+            forget_after(self.folder, one.stage, one.global_step)
             self.trackers = list(_trackers(self.config, self.folder, f"stage-{one.stage}"))
         self._tell("on_train_begin")
 
@@ -103,25 +106,29 @@ class Run:
         """
         one, before = self.state, self.state.global_step
         one.global_step, one.seconds = step, time.perf_counter() - self._began
+        one.samples += samples * (step - before)
         self.bar.update(step - before)
         if step // self.config.log_every > self._logged or step >= one.max_steps:
             self._logged = step // self.config.log_every
-            self.log({**values(), "samples_per_second": round(samples * step / max(one.seconds, 1e-9), 2)})
+            self.log({**values(), "samples_per_second": round(one.samples / max(one.seconds, 1e-9), 2)})
         self._tell("on_step_end")
         return not one.should_training_stop
 
     def log(self, values: dict[str, Any]) -> None:
         """A row for the journal, the bar, trackers and callbacks."""
-        row = {"stage": self.state.stage, "step": self.state.global_step, "seconds": round(self.state.seconds, 2), **values}
+        row = {"stage": self.state.stage, "step": self.state.global_step, **self.facts(), **values}
         self.state.log_history.append(row)
         plain = {name: value for name, value in flat(values).items() if isinstance(value, int | float)}
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in plain.items() if "." not in name})
         if self.folder is not None and is_main():
-            with (self.folder / JOURNAL).open("a", encoding="utf-8") as journal:
-                journal.write(json.dumps(row) + "\n")
+            write_row(self.folder, row)
         for tracker in self.trackers:
             tracker.log({f"{self.state.stage}/{name}": value for name, value in plain.items()}, step=self.state.global_step)
         self._tell("on_log", logs=row)
+
+    def facts(self) -> dict[str, Any]:
+        """What was spent so far, and on what."""
+        return dict(zip(FACTS, (self.state.samples, round(self.state.seconds, 2), self.hardware), strict=True))
 
     def due(self) -> bool:
         """Whether it is time for a checkpoint."""
@@ -134,8 +141,8 @@ class Run:
         state = make()
         step = self._saved = state["step"]
         if is_main():
-            seconds = time.perf_counter() - self._began
-            self.checkpoints.save(step, {"step": step, "seconds": seconds, "identity": self.identity, "state": state})
+            spent = {"seconds": time.perf_counter() - self._began, "samples": self.state.samples}
+            self.checkpoints.save(step, {"step": step, **spent, "identity": self.identity, "state": state})
         wait()
         self._tell("on_save")
 
@@ -155,13 +162,6 @@ class Run:
 def is_resumable(folder: str | Path | None, stage: str) -> bool:
     """Whether a folder holds a checkpoint of a stage."""
     return folder is not None and bool(Checkpoints(Path(folder) / CHECKPOINTS, stage, 1).steps())
-
-
-def read_journal(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a folder's `training.jsonl`, none where there is no such file; a last line that is not whole is left out."""
-    path = Path(folder) / JOURNAL
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def draws(generator: torch.Generator, device: torch.device) -> dict[str, torch.Tensor]:
@@ -190,14 +190,6 @@ def _differences(saved: Any, now: Any) -> str:
     one, other = flat({"run": saved}), flat({"run": now})
     names = [name for name in one | other if one.get(name) != other.get(name)]
     return ", ".join(f"{name.removeprefix('run.')} was {one.get(name)!r} and is {other.get(name)!r}" for name in names[:3])
-
-
-def _forget_after(path: Path, stage: str, step: int) -> None:
-    """Drop the rows of steps that will be done again."""
-    rows = [row for row in read_journal(path.parent) if row["stage"] != stage or row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _trackers(config: TrainingConfig, folder: Path, name: str) -> Iterable[Any]:

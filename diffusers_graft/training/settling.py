@@ -37,11 +37,11 @@ class Settling:
         self.terms: dict[str, float] = {}
         self.samples = 0
 
-    def run(self, stream: Stream, *, output_dir: str | Path | None, resume: bool, callbacks: Iterable[Any]) -> list[float]:
-        """Every step; the averaged weights are the model's afterwards. Returns the losses."""
+    def run(self, stream: Stream, *, output_dir: str | Path | None, resume: bool, callbacks: Iterable[Any]) -> dict[str, Any]:
+        """Every step; the averaged weights are the model's afterwards. Returns what it took."""
         self.stream, device = stream, self.model.device
         identity = {"stage": "two", "config": self.config.deciding(), "plan": installed(self.model).plan.to_dict()}
-        run = Run("two", self.config, identity, folder=output_dir, callbacks=callbacks)
+        run = Run("two", self.config, identity, device, folder=output_dir, callbacks=callbacks)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.config.seed)
             if resume:
@@ -57,7 +57,7 @@ class Settling:
                 run.end()
                 if self.learner.average:
                     self.learner.take(self.learner.average)
-        return self.losses
+        return {"steps": self.learner.done, **run.facts()}
 
     def _every_step(self, run: Run) -> None:
         while self.learner.done < self.config.steps:

@@ -20,6 +20,7 @@ from . import processes
 from .data import Batch, batches_of
 from .distill import DistillConfig, SiteReport, distill
 from .finetune import FinetuneConfig, finetune
+from .journal import copy_journal
 from .run import RunState, is_resumable
 from .sharding import settings as fsdp_settings
 from .sharding import spread
@@ -123,8 +124,10 @@ class GraftTrainer:
         return self.scores[name]
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Save the graft, by default to the `output_dir` of the arguments; by one process of several."""
+        """Save the graft, by default to the `output_dir` of the arguments, else with the journal of the run; by one process."""
         if processes.is_main():
+            if output_dir is not None:
+                copy_journal(self.args.output_dir, output_dir)
             save_graft(self.model, output_dir or self.args.output_dir, scores=self.scores)
         processes.wait()
 

@@ -10,8 +10,8 @@ from peft import LoraConfig
 import diffusers_graft as dg
 from diffusers_graft.errors import TrainingError, UnknownNameError
 from diffusers_graft.training.data import Noised, Noising
+from diffusers_graft.training.journal import read_journal
 from diffusers_graft.training.objective import objective, snr_weight
-from diffusers_graft.training.run import read_journal
 from diffusers_graft.training.sharding import blocks_of
 from diffusers_graft.training.teacher import masked_error
 

@@ -5,8 +5,8 @@ import torch
 import diffusers_graft as dg
 from diffusers_graft.errors import TrainingError, UnknownNameError
 from diffusers_graft.evaluation.benchmark import PeakMemory
+from diffusers_graft.training.journal import read_journal
 from diffusers_graft.training.losses import LOSSES, relative_l2
-from diffusers_graft.training.run import read_journal
 
 from ..models import SCHEDULER, batches, predict, tiny_dit, tiny_pixart
 

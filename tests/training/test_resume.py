@@ -14,7 +14,7 @@ import diffusers_graft as dg
 from diffusers_graft.errors import FileError, StateError, TrainingError
 from diffusers_graft.training import checkpoint
 from diffusers_graft.training.checkpoint import Checkpoints
-from diffusers_graft.training.run import read_journal
+from diffusers_graft.training.journal import read_journal
 
 from ..models import SCHEDULER, batches, tiny_dit
 from .killed import STEPS, run

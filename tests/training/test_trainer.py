@@ -5,7 +5,7 @@ from transformers import TrainerCallback
 
 import diffusers_graft as dg
 from diffusers_graft.evaluation.report import draw_training
-from diffusers_graft.training.run import read_journal
+from diffusers_graft.training.journal import read_journal
 
 from ..models import SCHEDULER, batches, predict, tiny_dit
 
@@ -73,6 +73,7 @@ def test_train_goes_on_in_whichever_stage_it_was_stopped(stop, tmp_path):
         cut.train()
     again = trainer(tmp_path / "cut")
     again.train(resume_from_checkpoint=True)
+    assert [row["samples"] for row in again.graft.history] == [row["samples"] for row in whole.graft.history] == [16, 16]
     assert torch.equal(predict(again.model), predict(whole.model))
     fresh = tiny_dit()
     fresh.load_graft(tmp_path / "cut")
