@@ -161,10 +161,10 @@ def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
         MismatchError: a plan for another model.
         OperatorError: a part that no seat can be built for.
     """
-    plan.check(model)
-    slot = ContextSlot()
+    sites, slot = find_sites(model, blocks=True), ContextSlot()
+    plan.check(model, sites)
     originals = {path: _original(model, path) for edit in plan.edits for path in edit.site.paths}
-    seats, sites = {}, find_sites(model, blocks=True)
+    seats: dict[str, nn.Module] = {}
     for number, edit in enumerate(plan.edits):
         with torch.random.fork_rng(devices=[]), _without_memory(originals[edit.site.path]):
             torch.manual_seed(seed + number)

@@ -83,11 +83,15 @@ class GraftPlan:
             raise FileError(f"{path} is not JSON: {error}") from error
         return cls.from_dict(data)
 
-    def check(self, model: ModelMixin) -> None:
-        """Raise `MismatchError` unless every site of this plan is there in `model`, with the same sizes."""
+    def check(self, model: ModelMixin, sites: Sites | None = None) -> None:
+        """Raise `MismatchError` unless every site of this plan is there in `model`, with the same sizes.
+
+        Args:
+            sites: those of the model, blocks among them, where they are known already.
+        """
         if type(model).__name__ != self.model_class:
             raise MismatchError(f"This plan was made for {self.model_class}; the model is a {type(model).__name__}.")
-        sites = find_sites(model, blocks=any(edit.site.kind in BLOCK_KINDS for edit in self.edits))
+        sites = sites or find_sites(model, blocks=any(edit.site.kind in BLOCK_KINDS for edit in self.edits))
         there = {(site.kind, site.path): site for site in sites}
         for edit in self.edits:
             found = there.get((edit.site.kind, edit.site.path))

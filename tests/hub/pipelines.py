@@ -5,11 +5,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from ..models import tiny_dit
 
 
-def pipeline():
+def autoencoder():
     torch.manual_seed(0)
-    vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8,), norm_num_groups=2,
-                        sample_size=8, layers_per_block=1)  # fmt: skip
-    return DiTPipeline(tiny_dit(in_channels=4, out_channels=4, num_embeds_ada_norm=1000), vae, DDIMScheduler())
+    return AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8,), norm_num_groups=2,
+                         sample_size=8, layers_per_block=1)  # fmt: skip
+
+
+def pipeline(transformer=None):
+    transformer = transformer or tiny_dit(in_channels=4, out_channels=4, num_embeds_ada_norm=1000)
+    return DiTPipeline(transformer, autoencoder(), DDIMScheduler())
 
 
 def draw(pipe):

@@ -11,31 +11,44 @@ from diffusers import DiTTransformer2DModel
 import diffusers_graft as dg
 from diffusers_graft.bench.loading import measure
 from diffusers_graft.operators import Mixer
-from diffusers_graft.operators.base import BlockOperator
 
 from ..models import tiny_dit
-from .matrix import DTYPES, cases, save
+from .matrix import DTYPES, FAMILIES, base, rules, save, serving
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_operator_reloads_bit_equal_in_a_new_process(dtype, tmp_path):
-    """Operator x kind x (graft alone, whole model, pipeline)."""
-    expected = {}
-    for name, kind in cases():
-        expected[f"{name} {kind}"] = save(tmp_path / f"{name} {kind}", name, kind, dtype)
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory):
+    """What every save must give, and what a new process saw."""
+    root = tmp_path_factory.mktemp("matrix")
+    expected = {f"{family} {dtype}": save(root / f"{family} {dtype}", family, dtype) for family in FAMILIES for dtype in DTYPES}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-m", "tests.hub.matrix", str(tmp_path), dtype], env=environment, cwd=ROOT, capture_output=True, check=False)
+    result = subprocess.run([sys.executable, "-m", "tests.hub.matrix", str(root)], env=environment, cwd=ROOT, capture_output=True, check=False)
     assert not result.returncode, result.stderr.decode()[-2000:]
-    seen = torch.load(tmp_path / "seen.pt", weights_only=True)
-    assert seen.keys() == expected.keys()
-    wrong = [f"{case} {form}" for case, forms in expected.items() for form, output in forms.items() if not torch.equal(seen[case][form], output)]
+    return expected, torch.load(root / "seen.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_operator_reloads_bit_equal_in_a_new_process(family, dtype, reloaded):
+    """Operator x kind x (graft alone, whole model, pipeline); what is named first is where a difference begins."""
+    expected, seen = (side[f"{family} {dtype}"] for side in reloaded)
+    assert expected.keys() == seen.keys()
+    wrong = [f"{form}: {place}" for form, places in expected.items() for place, output in places.items() if not torch.equal(seen[form][place], output)]
     assert not wrong
-    # What stands for blocks makes its rounds in tests/blocks.
-    assert {case.split()[0] for case in expected} == {
-        name for name in dg.operators.available() if not issubclass(dg.operators.get(name), BlockOperator)
-    }
+    final = [output for places in expected.values() for output in (places.get("output"), places.get("image")) if output is not None]
+    assert all(output.isfinite().all() for output in final)
+
+
+def test_every_operator_on_every_kind_is_among_them():
+    """A new operator joins by itself, and every kind that operators name has a model here."""
+    edited = {(value if isinstance(value, str) else value["operator"], key.partition("[")[0]) for family in FAMILIES for key, value in rules(family)[0].items()}
+    declared = {(name, kind) for name in dg.operators.available() for kind in dg.operators.get(name).kinds}
+    alone = {(name, "block") for name in serving("block") if dg.operators.get(name).runs_blocks}  # it takes two
+    assert declared - alone <= edited
+    for family in FAMILIES:
+        assert len(dg.plan_graft(base(family), rules(family)[0]).edits) == len(rules(family)[0])
 
 
 def mixers():
