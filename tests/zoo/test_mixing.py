@@ -62,6 +62,20 @@ def test_padded_text_is_left_out_of_the_softmax(additive):
     torch.testing.assert_close(mixed, dense(operator, query, key, value, TEXT, hidden=(3, 4)), rtol=1e-5, atol=1e-5)
 
 
+HIDDEN = {"some of the image": (TEXT, TEXT + 7, TEXT + 8), "more than a window of the image": tuple(range(TEXT + 6, TEXT + IMAGE)),
+          "text and image": (1, 2, TEXT + 20)}  # fmt: skip
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("name", WINDOWS)
+def test_padding_of_the_image_is_left_out_of_the_softmax(name, hidden):
+    operator, (query, key, value) = operator_of(name, **WINDOWS[name]), drawn(IMAGE + TEXT)
+    mask = torch.ones(1, 1, 1, IMAGE + TEXT, dtype=torch.bool)
+    mask[..., HIDDEN[hidden]] = False
+    mixed = mix_with_others(operator, query, key, value, Context(grid=GRID, mask=mask), start=TEXT, image=IMAGE)
+    torch.testing.assert_close(mixed, dense(operator, query, key, value, TEXT, hidden=HIDDEN[hidden]), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["linear_attention", "hyena_x", "hyena_y", "identity"])
 def test_other_mixers_share_with_the_text_as_softmax_over_what_they_read_would(name):
     operator, (query, key, value) = operator_of(name), drawn(IMAGE + TEXT)
