@@ -29,49 +29,59 @@ def saved(folder, model=None, rules=RULES):
 
 NEW_PROCESS = """
 import sys, torch
+from pathlib import Path
 from tests.models import FAMILIES, predict
 import diffusers_graft
-family, folder, layers = sys.argv[1:]
-model = FAMILIES[family](num_layers=int(layers))
-model.load_graft(folder)
-torch.save(predict(model), folder + "/seen.pt")
+seen = {}
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    model = FAMILIES[folder.name.split()[0]](num_layers=6)
+    model.load_graft(folder)
+    seen[folder.name] = predict(model)
+torch.save(seen, sys.argv[2])
 """
+STAGE_TWO = {"all": {"train": "all"}, "lora": {"train": "operators", "lora": LoraConfig(r=2, target_modules=["to_q", "proj"])}}
 
 
-def in_new_process(family, folder, layers=4):
+@pytest.fixture(scope="module")
+def loaded_elsewhere(tmp_path_factory):
+    """Grafts by name: their folder, their outputs, and those that a new process got from it."""
+    root, expected = tmp_path_factory.mktemp("elsewhere"), {}
+    (root / "grafts").mkdir()
+    for family, make in FAMILIES.items():
+        names = ("sliding_window", "neighborhood", "hyena_x", "linear_attention")
+        rules = {f"self_attention[{n}]": name for n, name in enumerate(names)}
+        rules |= {"self_attention[4]": {"operator": "self_attention", "init": "random"}, "feed_forward[1::2]": {"operator": "mlp", "expansion": 3}}
+        expected[f"{family} operators"] = saved(root / "grafts" / f"{family} operators", make(num_layers=6), rules)
+    for name, settings in STAGE_TWO.items():
+        model = tiny_dit(num_layers=6)
+        model.set_graft({"self_attention[1::2]": "neighborhood"})
+        dg.finetune(model, batches(), dg.FinetuneConfig(steps=3, lr=1e-2, progress=False, **settings), noise_scheduler=SCHEDULER)
+        model.save_graft(root / "grafts" / f"dit {name}")
+        expected[f"dit {name}"] = predict(model)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", NEW_PROCESS, family, str(folder), str(layers)]
+    command = [sys.executable, "-c", NEW_PROCESS, str(root / "grafts"), str(root / "seen.pt")]
     subprocess.run(command, check=True, env=environment, capture_output=True)
-    return torch.load(folder / "seen.pt", weights_only=True)
+    seen = torch.load(root / "seen.pt", weights_only=True)
+    return {name: (root / "grafts" / name, output, seen[name]) for name, output in expected.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_new_process_loads_every_operator_bit_for_bit(family, tmp_path):
-    """All operators in one graft, one after the other over the sites."""
-    model = FAMILIES[family](num_layers=6)
-    rules = {f"self_attention[{n}]": name for n, name in enumerate(("sliding_window", "neighborhood", "hyena_x", "linear_attention"))}
-    rules["self_attention[4]"] = {"operator": "self_attention", "init": "random"}
-    rules["feed_forward[1::2]"] = {"operator": "mlp", "expansion": 3}
-    expected = saved(tmp_path, model, rules)
-    assert torch.equal(in_new_process(family, tmp_path, layers=6), expected)
+@pytest.mark.parametrize("name", [*(f"{family} operators" for family in FAMILIES), *(f"dit {name}" for name in STAGE_TWO)])
+def test_a_new_process_loads_it_bit_for_bit(name, loaded_elsewhere):
+    """Operators one after the other over the sites of one model; weights that stage two trained."""
+    _, expected, seen = loaded_elsewhere[name]
+    assert torch.equal(seen, expected)
 
 
-@pytest.mark.parametrize("settings", [{"train": "all"}, {"train": "operators", "lora": LoraConfig(r=2, target_modules=["to_q", "proj"])}],
-                         ids=["all", "lora"])  # fmt: skip
-def test_what_stage_two_trained_comes_back_too(settings, tmp_path):
-    model = tiny_dit()
-    model.set_graft({"self_attention[1::2]": "neighborhood"})
-    dg.finetune(model, batches(), dg.FinetuneConfig(steps=3, lr=1e-2, progress=False, **settings), noise_scheduler=SCHEDULER)
-    model.save_graft(tmp_path)
-    expected = predict(model)
-    assert torch.equal(in_new_process("dit", tmp_path), expected)
-    fresh = tiny_dit()
+@pytest.mark.parametrize("name", STAGE_TWO)
+def test_what_stage_two_trained_comes_back_too(name, loaded_elsewhere, tmp_path):
+    folder, expected, _ = loaded_elsewhere[f"dit {name}"]
+    fresh = tiny_dit(num_layers=6)
     before = tensors_of(fresh)
-    fresh.load_graft(tmp_path)
+    fresh.load_graft(folder)
     fresh.save_graft(tmp_path / "again")
     fresh.unset_graft()
     assert same_tensors(fresh, before)
-    again = tiny_dit()
+    again = tiny_dit(num_layers=6)
     again.load_graft(tmp_path / "again")
     assert torch.equal(predict(again), expected)
 
