@@ -86,13 +86,29 @@ def state_space(
     value, key, query = (chunked(part, chunk) for part in (value, key, query))
     log_decay = chunked(log_decay, chunk).transpose(2, 3)
     ways = [decay_sums(log_decay, backwards) for backwards in ((False, True) if bidirectional else (False,))]
-    decays = pair_decays(ways[0], ways[-1] if bidirectional else None)
-    weights = decays * (query @ key.transpose(-1, -2))[:, :, None]
-    mixed = (weights @ value.transpose(2, 3)).transpose(2, 3)
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or value.device.type != "cpu"
+    within, beyond = (_within_chunks, _with_other_chunks) if whole else (_within_each_chunk, _from_chunk_to_chunk)
+    mixed = within(value, key, query, ways)
     for backwards, since in enumerate(ways):
-        far = _from_other_chunks(value, key, query, since, log_decay.sum(-1), bool(backwards))
-        mixed = torch.addcmul(mixed, far, since.exp().transpose(2, 3)[..., None])
+        mixed = beyond(mixed, value, key, query, since, log_decay.sum(-1), bool(backwards))
     return mixed.flatten(1, 2)[:, :tokens]
+
+
+def _within_chunks(
+    value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, ways: list[torch.Tensor]
+) -> torch.Tensor:
+    """What tokens read from those of their own chunk, [B, T, Q, H, P]."""
+    decays = pair_decays(ways[0], ways[1] if len(ways) > 1 else None)
+    weights = decays * (query @ key.transpose(-1, -2))[:, :, None]
+    return (weights @ value.transpose(2, 3)).transpose(2, 3)
+
+
+def _within_each_chunk(
+    value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, ways: list[torch.Tensor]
+) -> torch.Tensor:
+    """The same one chunk at a time, whose pairs of tokens stay in cache."""
+    chunks = zip(*(part.split(1, dim=1) for part in (value, key, query, *ways)), strict=True)
+    return torch.cat([_within_chunks(*parts, list(ways)) for *parts, ways in ((v, k, q, w) for v, k, q, *w in chunks)], dim=1)
 
 
 def pair_decays(forwards: torch.Tensor | None, backwards: torch.Tensor | None) -> torch.Tensor:
@@ -106,14 +122,32 @@ def pair_decays(forwards: torch.Tensor | None, backwards: torch.Tensor | None) -
     return torch.where(earlier, *pairs).exp()
 
 
-def _from_other_chunks(
-    value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, since: torch.Tensor, total: torch.Tensor, backwards: bool
-) -> torch.Tensor:
-    """What tokens read in the state on entering their chunk, [B, T, Q, H, P]; one product serves all heads."""
+def _with_other_chunks(
+    mixed: torch.Tensor, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, since: torch.Tensor, total: torch.Tensor,
+    backwards: bool,
+) -> torch.Tensor:  # fmt: skip
+    """What tokens read in the state on entering their chunk, added to `mixed`; one product serves all heads."""
     until_end = (total[..., None] - since).exp().transpose(2, 3)[..., None]
     added = (key.transpose(-1, -2) @ (value * until_end).flatten(3)).unflatten(-1, value.shape[3:])
     state = carried(added, total.exp()[:, :, None, :, None], backwards=backwards)
-    return (query @ state.flatten(3)).unflatten(-1, value.shape[3:])
+    far = (query @ state.flatten(3)).unflatten(-1, value.shape[3:])
+    return torch.addcmul(mixed, far, since.exp().transpose(2, 3)[..., None])
+
+
+def _from_chunk_to_chunk(
+    mixed: torch.Tensor, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, since: torch.Tensor, total: torch.Tensor,
+    backwards: bool,
+) -> torch.Tensor:  # fmt: skip
+    """The same in place, with one state that stays in cache."""
+    until_end = (total[..., None] - since).exp().transpose(2, 3)[..., None]
+    until_here, kept = since.exp().transpose(2, 3)[..., None], total.exp()[:, None, :, :, None].unbind(2)
+    state = value.new_zeros(len(value), key.shape[-1], *value.shape[3:])
+    for chunk in reversed(range(value.shape[1])) if backwards else range(value.shape[1]):
+        far = query[:, chunk] @ state.flatten(2)
+        mixed[:, chunk].addcmul_(far.unflatten(-1, value.shape[3:]), until_here[:, chunk])
+        added = key[:, chunk].transpose(-1, -2) @ (value[:, chunk] * until_end[:, chunk]).flatten(2)
+        state = state.mul_(kept[chunk]).add_(added.view_as(state))
+    return mixed
 
 
 def gated_delta_rule(
