@@ -1,4 +1,7 @@
 """Metrics against scipy, timing, memory, cost, locality and pictures."""
+import time
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -48,6 +51,21 @@ def test_compare_takes_turns_and_gives_ratios():
     assert [row.name for row in rows] == ["a", "b"]
     assert rows[0].ratio == rows[0].low == rows[0].high == 1
     assert rows[1].low <= rows[1].ratio <= rows[1].high
+
+
+def test_what_surrounds_a_run_is_not_timed():
+    entered = []
+
+    @contextmanager
+    def slowly(name):
+        entered.append(name)
+        time.sleep(0.1)
+        yield
+        time.sleep(0.1)
+
+    row, = compare({"a": lambda: None}, rounds=2, around=slowly)
+    assert entered == ["a"] * 3
+    assert row.seconds < 0.1
 
 
 def test_latency_of_grafts_leaves_the_model_alone():

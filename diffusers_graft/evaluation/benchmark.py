@@ -5,7 +5,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,18 +35,25 @@ class Timing:
     high: float
 
 
-def compare(contenders: dict[str, Callable[[], Any]], *, rounds: int = 7) -> list[Timing]:
+def compare(
+    contenders: dict[str, Callable[[], Any]], *, rounds: int = 7, around: Callable[[str], AbstractContextManager] = nullcontext
+) -> list[Timing]:
     """Time callables in turns; ratios are to the first contender's run of the same round, with quartiles as spread.
 
     On CUDA each run is synchronised. One unmeasured round warms everything up.
+
+    Args:
+        around: entered with a contender's name before its clock starts, and left after it stops.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, run in contenders.items():
-            started = _now()
-            run()
+            with around(name):
+                started = _now()
+                run()
+                taken = _now() - started
             if turn:
-                seconds[name].append(_now() - started)
+                seconds[name].append(taken)
     base = next(iter(seconds.values()))
     rows = []
     for name, own in seconds.items():
@@ -85,8 +92,8 @@ def benchmark(
         for size in tqdm(list(sizes), desc="benchmark", unit="size", disable=not progress):
             inputs = example_inputs(model, size=size)
             tokens = read_context(model, (), inputs).grid.tokens
-            contenders = {name: partial(_forward, model, graft, inputs) for name, graft in grafts.items()}
-            for timing in compare(contenders, rounds=rounds):
+            contenders = dict.fromkeys(grafts, partial(model, **inputs))
+            for timing in compare(contenders, rounds=rounds, around=lambda name: _worn(model, grafts[name])):
                 with _worn(model, grafts[timing.name]):
                     shape = {"depth": count_depth(model), "parameters": count_parameters(model),
                              "flops": count_flops(model, inputs)}  # fmt: skip
@@ -95,14 +102,9 @@ def benchmark(
     return rows
 
 
-def _forward(model: ModelMixin, graft: Graft | None, inputs: dict[str, Any]) -> None:
-    with _worn(model, graft):
-        model(**inputs)
-
-
 @contextmanager
 def _worn(model: ModelMixin, graft: Graft | None) -> Iterator[None]:
-    """Installing costs microseconds, a forward milliseconds; so the models can take turns without a second copy."""
+    """The model with a graft, or without one, so that they can take turns without a second copy."""
     if graft is None:
         yield
         return

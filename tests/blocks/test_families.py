@@ -1,6 +1,7 @@
 """Blocks side by side, removed and linear in every family of the zoo; those that cannot say why, before anything is touched."""
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import diffusers_graft as dg
 from diffusers_graft.errors import OperatorError, RuleError
@@ -51,6 +52,29 @@ def test_saved_loaded_and_undone_bit_for_bit(name, rules, tmp_path):
     assert torch.equal(predict(model, name), output)
     whole = dg.load_pretrained(tmp_path / "whole")
     assert list(whole.state_dict()) == list(model.state_dict())
+    assert torch.equal(predict(whole, name), output)
+
+
+@pytest.mark.parametrize("name", [
+    "FluxTransformer2DModel", "SD3Transformer2DModel", "WanTransformer3DModel", "QwenImage21Transformer2DModel",
+    "Kandinsky6Transformer3DModel",
+])  # fmt: skip
+def test_removed_blocks_leave_no_weights_in_files_and_a_config_that_is_true(name, tmp_path):
+    model = tiny(name)
+    paths = tuple(f"{site.path}." for site in dg.find_sites(model, blocks=True).where(kind="block"))
+    base = model.state_dict().keys()
+    model.set_graft("block[:]=remove")
+    output = predict(model, name)
+    model.save_graft(tmp_path / "graft")
+    model.save_pretrained(tmp_path / "whole")
+    saved = load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors")
+    assert not [key for key in saved if key.startswith(paths)]
+    assert saved.keys() == model.state_dict().keys()
+    assert not load_file(tmp_path / "graft" / "graft_model.safetensors")
+    whole = type(model).from_pretrained(tmp_path / "whole")
+    assert whole.state_dict().keys() == saved.keys()
+    assert type(model).from_config(whole.config).state_dict().keys() == base  # the config is the base's, the edits are beside it
+    assert [edit.config.owner.name for edit in whole.graft.plan.edits] == ["remove"] * len(paths)
     assert torch.equal(predict(whole, name), output)
 
 

@@ -117,7 +117,7 @@ def test_closed_form_solves_what_lies_inside_and_says_that_pairs_have_nothing_to
 
 
 def test_both_stages_by_the_trainer(tmp_path):
-    model = tiny_dit()
+    model = tiny_dit(num_layers=2)
     base, original = tensors_of(model), predict(model)
     common = {"steps": 2, "lr": 1e-3, "progress": False}
     arguments = dg.GraftTrainingArguments(output_dir=tmp_path / "run", distill=dg.DistillConfig(**common),
