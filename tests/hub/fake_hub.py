@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-USERS = {"hf_owner": "owner", "hf_guest": "guest"}
+USERS = {"hf_owner": "owner", "hf_guest": "guest", "hf_paper": "grafting"}
 
 
 @dataclass

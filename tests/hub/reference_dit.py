@@ -203,11 +203,12 @@ MLPS = {"mlp_r4": lambda: Mlp(WIDTH), "mlp_r3": lambda: Mlp(WIDTH, 3), "mlp_r6":
         "mlp_hyena_x": lambda: MlpHyena(WIDTH, TOKENS)}  # fmt: skip
 
 
-def reference(attn="mha", mlp="mlp_r4", layers=LAYERS):
-    """Every second block has the operators named; all parameters are random, so that nothing hides behind a zero gate."""
+def reference(attn="mha", mlp="mlp_r4", layers=LAYERS, replaced=None):
+    """The blocks `replaced`, every second one unless given, have the operators named; all parameters are random, so that nothing hides behind a zero gate."""
     torch.manual_seed(0)
-    attns = [ATTENTIONS[attn if layer % 2 else "mha"]() for layer in range(layers)]
-    mlps = [MLPS[mlp if layer % 2 else "mlp_r4"]() for layer in range(layers)]
+    replaced = range(1, layers, 2) if replaced is None else replaced
+    attns = [ATTENTIONS[attn if layer in replaced else "mha"]() for layer in range(layers)]
+    mlps = [MLPS[mlp if layer in replaced else "mlp_r4"]() for layer in range(layers)]
     model = ReferenceDiT(attns, mlps)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,24 +1,29 @@
 """The paper's checkpoints: read safely, recognised by their tensors, and computing what the original computes."""
 import argparse
 import json
+import re
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
+from huggingface_hub import HfApi
 from safetensors import safe_open
 
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, StateError
+from diffusers_graft.hub.paper import released
 from diffusers_graft.hub.upstream import import_upstream
 
 from .forging import CONFIG
-from .reference_dit import ATTENTIONS, HEADS, MLPS, reference
+from .reference_dit import ATTENTIONS, HEADS, MLPS, WIDTH, reference
+from .test_hub import cached, hub  # noqa: F401
 
 SIZES = {"num_attention_heads": HEADS, "sample_size": 8}
 CASES = [(attn, "mlp_r4") for attn in ATTENTIONS] + [("mha", mlp) for mlp in MLPS if mlp != "mlp_r4"] + [("hyena_x", "mlp_r3")]
 NAMES = {"mha": set(), "swa": {"sliding_window"}, "mlp_r3": {"mlp"}, "mlp_r6": {"mlp"}, "mlp_r4": set(), "mlp_hyena_x": {"hyena_mlp"}}
 
 
-def released(path, model):
+def released_file(path, model):
     """A pickle as the paper's training code writes it."""
     state = model.state_dict()
     other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
@@ -40,7 +45,7 @@ def run(model):
 @pytest.mark.parametrize(("attn", "mlp"), CASES)
 def test_it_computes_what_the_original_computes(attn, mlp, tmp_path):
     original = reference(attn, mlp)
-    model = import_upstream(released(tmp_path / "model.pt", original), **SIZES)
+    model = import_upstream(released_file(tmp_path / "model.pt", original), **SIZES)
     with torch.no_grad():
         expected = original(*inputs())
     assert expected.abs().max() > 0.1
@@ -54,7 +59,7 @@ def test_it_computes_what_the_original_computes(attn, mlp, tmp_path):
 
 
 def test_the_settings_are_read_off_the_tensors(tmp_path):
-    plans = {attn: import_upstream(released(tmp_path / "model.pt", reference(attn)), **SIZES).graft.plan for attn in ("hyena_y", "mamba2", "swa")}
+    plans = {attn: import_upstream(released_file(tmp_path / "model.pt", reference(attn)), **SIZES).graft.plan for attn in ("hyena_y", "mamba2", "swa")}
     settings = {name: plan.edits[0].config.to_dict() for name, plan in plans.items()}
     assert settings["hyena_y"]["kernel_size"] == 3
     assert {name: settings["mamba2"][name] for name in ("state", "expand", "conv", "head_width", "bidirectional")} == {
@@ -64,7 +69,7 @@ def test_the_settings_are_read_off_the_tensors(tmp_path):
 
 def test_without_the_edit_of_the_frequencies_the_output_is_another(tmp_path):
     """The edit comes back with the model, and the card says so."""
-    model = import_upstream(released(tmp_path / "model.pt", reference("hyena_x")), **SIZES)
+    model = import_upstream(released_file(tmp_path / "model.pt", reference("hyena_x")), **SIZES)
     expected = run(model)
     model.save_pretrained(tmp_path / "ours")
     card = (tmp_path / "ours" / "README.md").read_text()
@@ -81,7 +86,7 @@ def test_without_the_edit_of_the_frequencies_the_output_is_another(tmp_path):
 
 
 def test_it_stands_on_its_own(tmp_path):
-    model = import_upstream(released(tmp_path / "model.pt", reference("hyena_x")), **SIZES)
+    model = import_upstream(released_file(tmp_path / "model.pt", reference("hyena_x")), **SIZES)
     with pytest.raises(StateError, match="loaded whole"):
         model.unset_graft()
     model.save_pretrained(tmp_path / "ours")
@@ -130,12 +135,42 @@ def test_anything_else_is_refused(name, tmp_path, capsys):
 
 def test_heads_must_divide(tmp_path):
     with pytest.raises(FileError, match="Give num_attention_heads"):
-        import_upstream(released(tmp_path / "model.pt", reference()), num_attention_heads=5, sample_size=8)
+        import_upstream(released_file(tmp_path / "model.pt", reference()), num_attention_heads=5, sample_size=8)
 
 
 def test_a_folder_or_repository_holds_one_checkpoint(tmp_path):
-    released(tmp_path / "model.pt", reference())
+    released_file(tmp_path / "model.pt", reference())
     import_upstream(tmp_path, **SIZES)
-    released(tmp_path / "other.pt", reference())
+    released_file(tmp_path / "other.pt", reference())
     with pytest.raises(FileError, match="holds 2 checkpoints"):
         import_upstream(tmp_path, **SIZES)
+
+
+THEIRS = {"mha": "mha", "mlp_r_4": "mlp_r4", "mlp_r_3": "mlp_r3", "mlp_r_6": "mlp_r6", "mamba_2": "mamba2"}  # where our reference differs
+
+
+@pytest.mark.parametrize("hub", [False], indirect=True)
+def test_the_22_released_names(hub, tmp_path):  # noqa: F811
+    """Each from its repository: operators, layers and settings are those that the paper tells of it."""
+    api = HfApi(token="hf_paper")
+    assert len(released()) == 22
+    for name, told in released().items():
+        kind, operator, share = re.match(r"dit-xl2-(mha|mlp)-(\w+)-(\d+)p-", name).groups()
+        operator = "mlp_hyena_x" if (kind, operator) == ("mlp", "hyena_x") else THEIRS.get(operator, operator)
+        bare = DiTTransformer2DModel(**{"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS, "num_layers": 4, "sample_size": 8,
+                                        "in_channels": 2, "out_channels": 4, "num_embeds_ada_norm": 5})  # fmt: skip
+        edits = dg.plan_graft(bare, rules).edits if (rules := told["rules"]) else ()
+        assert len(edits) == (4 * int(share) // 100 if rules else 0)
+        replaced = {int(edit.site.path.split(".")[1]) for edit in edits} or range(4)
+        original = reference(**{"attn" if kind == "mha" else "mlp": operator}, replaced=replaced)
+        api.create_repo(f"grafting/{name}")
+        api.upload_file(repo_id=f"grafting/{name}", path_or_fileobj=released_bytes(tmp_path, original), path_in_repo="model.pt")
+        model = import_upstream(f"grafting/{name}", **SIZES, **cached(tmp_path))
+        assert [(edit.site.path, edit.config.owner.name) for edit in model.graft.plan.edits] == [(edit.site.path, edit.config.owner.name) for edit in edits], name
+        if rules and "expansion" in next(iter(rules.values())):
+            assert {edit.config.expansion for edit in model.graft.plan.edits} == {edit.config.expansion for edit in edits}
+    assert f"`grafting/{name}`" in dg.card(model)
+
+
+def released_bytes(folder, model):
+    return released_file(folder / "model.pt", model).read_bytes()
