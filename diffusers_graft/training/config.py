@@ -1,6 +1,7 @@
 """What both stages can be told: one set of settings, the same names in each."""
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -80,8 +81,10 @@ class TrainingConfig:
     def make_optimizer(self, parameters: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """Raises `TrainingError` for settings that the optimiser does not take."""
         cls = getattr(torch.optim, self.optimizer)
+        decays = self.weight_decay or "weight_decay" in inspect.signature(cls).parameters  # Rprop knows none
+        settings = {"weight_decay": self.weight_decay} if decays else {}
         try:
-            return cls(list(parameters), lr=lr, **{"weight_decay": self.weight_decay, **self.optimizer_args})
+            return cls(list(parameters), lr=lr, **settings | self.optimizer_args)
         except (TypeError, ValueError) as error:
             raise TrainingError(f"torch.optim.{self.optimizer} does not take these settings: {error}.") from error
 
