@@ -12,11 +12,11 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm.auto import tqdm
 
-from ..errors import StateError
+from ..errors import FileError, StateError
 from .checkpoint import Checkpoints
 from .config import TrainingConfig, one_of
 from .journal import FACTS, forget_after, write_row
-from .processes import hardware, is_main, wait
+from .processes import hardware, is_main, smallest
 
 CHECKPOINTS = ".checkpoints"  # of the machine that trains: a push to the Hub leaves out what begins with a dot
 
@@ -135,15 +135,22 @@ class Run:
         return self.checkpoints is not None and self.state.global_step - self._saved >= self.config.save_every
 
     def save(self, make: Callable[[], dict[str, Any]]) -> None:
-        """Write a checkpoint of the state that `make` tells, and its step, where there is a folder for it."""
+        """Write a checkpoint of the state that `make` tells, and its step, where there is a folder for it.
+
+        Raises `FileError` where it cannot be written: on every process, since none may wait for another that has given up.
+        """
         if self.checkpoints is None:
             return
-        state = make()
+        state, failure = make(), None
         step = self._saved = state["step"]
         if is_main():
             spent = {"seconds": time.perf_counter() - self._began, "samples": self.state.samples}
-            self.checkpoints.save(step, {"step": step, **spent, "identity": self.identity, "state": state})
-        wait()
+            try:
+                self.checkpoints.save(step, {"step": step, **spent, "identity": self.identity, "state": state})
+            except FileError as error:
+                failure = error
+        if not smallest(int(failure is None)):
+            raise failure or FileError(f"The checkpoint of step {step} could not be written; the first process says why.")
         self._tell("on_save")
 
     def end(self) -> None:

@@ -96,6 +96,25 @@ def test_gated_lessons_compare_what_the_block_adds(make):
     assert raw["feed_forward[1]"].losses[0] != pytest.approx(expected, rel=0.2)
 
 
+def test_relative_error_and_cosine_are_those_of_the_answers():
+    """By hand, for the part as it starts: |new - old| / |old| and the angle, on the batch that it was shown."""
+    from diffusers_graft.anatomy import example_inputs
+
+    model, seen = tiny_dit(), []
+    inputs = example_inputs(model, batch_size=4)
+    handle = model.transformer_blocks[1].attn1.register_forward_hook(lambda m, a, k, out: seen.append((a, k, out)), with_kwargs=True)
+    _, graft, reports = teach({"self_attention[1]": RANDOM}, model, [inputs], steps=1, lr=1e-12)
+    handle.remove()
+    args, kwargs, wanted = seen[0]
+    with torch.no_grad():
+        answer = graft.seats["transformer_blocks.1.attn1"](*args, **kwargs)
+    (report,) = reports.values()
+    assert report.errors[0] == pytest.approx(((answer - wanted).norm() / wanted.norm()).item(), rel=1e-4)
+    cosine = torch.nn.functional.cosine_similarity(answer.flatten(), wanted.flatten(), dim=0).item()
+    assert report.cosines[0] == pytest.approx(cosine, rel=1e-3)
+    assert report.to_dict()["cosine"] == report.cosines[0]
+
+
 def test_held_out_batches_choose_the_weights():
     model, graft, reports = teach({"self_attention[1::2]": HYENA}, steps=60, lr=0.05, schedule="constant", evaluate_every=1,
                                   held_out=batches(1, seed=9))  # fmt: skip
@@ -276,6 +295,15 @@ def test_the_journal_says_how_it_went(tmp_path):
     assert rows[-1]["stage"] == "one"
     assert set(rows[-1]["sites"]["self_attention[1]"]) == {"loss", "error", "cosine", "held_out"}
     assert rows[-1]["samples_per_second"] > 0
+
+
+def test_the_bar_tells_loss_throughput_and_time_left(capfd):
+    teach({"self_attention[1]": HYENA}, steps=3, log_every=1, progress=True)
+    said = capfd.readouterr().err
+    assert "stage one: 100%" in said
+    assert "loss=" in said
+    assert "samples_per_second=" in said
+    assert "<00:0" in said
 
 
 def test_callbacks_are_called_and_may_stop_the_run(tmp_path):

@@ -88,6 +88,37 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_stays(tmp_path, 
     assert torch.equal(saved.load(10)["weights"], torch.ones(3))
 
 
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_a_run_ends_at_a_full_disk_and_goes_on_when_there_is_room(stage, tmp_path, monkeypatch):
+    save_file = checkpoint.save_file
+
+    def full(tensors, path):
+        if saved.steps():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    saved = Checkpoints(tmp_path / ".checkpoints", stage, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(FileError, match=r"disk is full .* step 2 is intact; make room and run again with resume=True"):
+            run(stage, tmp_path)
+    assert saved.steps() == [2]
+    tensors, result = run(stage, tmp_path, resume=True)
+    expected, expected_result = uninterrupted(stage)
+    assert same(tensors, expected)
+    assert result == expected_result
+
+
+def test_no_process_waits_for_one_that_could_not_write(tmp_path, monkeypatch):
+    """As the second of two processes sees it: the first has failed."""
+    from diffusers_graft.training import run as runs
+
+    monkeypatch.setattr(runs, "is_main", lambda: False)
+    monkeypatch.setattr(runs, "smallest", lambda written: 0)
+    with pytest.raises(FileError, match="step 2 could not be written; the first process says why"):
+        run("two", tmp_path)
+
+
 def test_a_write_that_the_system_refuses_leaves_the_checkpoint_before(tmp_path):
     """A real refusal, by the limit on file sizes, in the middle of the tensors."""
     resource = pytest.importorskip("resource")
