@@ -100,7 +100,8 @@ class _SoftmaxCalls(ast.NodeTransformer):
 def _cut_core(tree: ast.FunctionDef, names: list[str]) -> bool:
     """Put `out = self._mix_projected(attn, graft_stream, query, key, value, rotary)` between projections and `attn.to_out`.
 
-    Nothing is touched unless projections and norms, each called once, stand together, and no other layer before `to_out`.
+    Nothing is touched unless projections and norms, each called once, stand together, no other layer is called before
+    `to_out`, and the core reads no argument, such as a mask, that ours would not be given.
     """
     processor, attention = names[:2]
     called = [dict(_layers(statement, attention)) for statement in tree.body]
@@ -111,9 +112,13 @@ def _cut_core(tree: ast.FunctionDef, names: list[str]) -> bool:
     rotary, strange = [name for name in names if "rotary" in name], set().union(*called[:leaving]) - _ENTERING
     if not together or strange or None in parts or len(rotary) > 1:
         return False
+    core = ast.Module(tree.body[entering[-1] + 1 : leaving], [])
+    read = {node.id for node in ast.walk(core) if isinstance(node, ast.Name)}
+    if read.intersection(names[3:]) - {*rotary}:
+        return False
     out = ast.unparse(called[leaving]["to_out"].args[0])
-    core = ast.parse(f"{out} = {processor}._mix_projected({', '.join([attention, STREAM, *parts, *rotary])})")
-    tree.body[entering[-1] + 1 : leaving] = [ast.copy_location(core.body[0], tree.body[leaving])]
+    ours = ast.parse(f"{out} = {processor}._mix_projected({', '.join([attention, STREAM, *parts, *rotary])})").body
+    tree.body[entering[-1] + 1 : leaving] = [ast.copy_location(ours[0], tree.body[leaving])]
     return True
 
 

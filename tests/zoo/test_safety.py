@@ -50,10 +50,12 @@ COMPILED = {
     FLUX: RULES, "SD3Transformer2DModel": {"joint_attention[:]": "neighborhood"}, "WanTransformer3DModel": {"self_attention[:]": "neighborhood"},
     "QwenImageTransformer2DModel": {"joint_attention[:]": "linear_attention"}, "LTXVideoTransformer3DModel": {"self_attention[:]": "hyena_x"},
     "HunyuanVideoTransformer3DModel": {"joint_attention[:]": "neighborhood"}, "ZImageTransformer2DModel": {"self_attention[2:]": "neighborhood"},
+    "SanaTransformer2DModel": {"self_attention[:]": "neighborhood"}, "SanaVideoTransformer3DModel": {"self_attention[:]": "linear_attention"},
+    "AllegroTransformer3DModel": {"self_attention[:]": "sliding_window"},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", sorted(set(COMPILED) & set(exported())))
 def test_compiles_as_one_graph(name):
     model = tiny(name)
     model.set_graft(COMPILED[name])
@@ -231,9 +233,18 @@ class OfThreeAtOnce(Linear):
         return attn.to_out[0](mixed)
 
 
+class Masked(Linear):
+    def __call__(self, attn, hidden_states, attention_mask=None):
+        query = attn.to_q(hidden_states)
+        key = attn.to_k(hidden_states)
+        value = attn.to_v(hidden_states)
+        mixed = query.relu() @ ((key.relu() * attention_mask).transpose(1, 2) @ value)
+        return attn.to_out[0](mixed)
+
+
 def test_a_core_that_cannot_be_told_from_the_layers_around_it_is_left_alone():
     assert grafted_class(Linear)._original is Linear
-    for processor in (WithItsOwnConvolution, OfThreeAtOnce):
+    for processor in (WithItsOwnConvolution, OfThreeAtOnce, Masked):
         with pytest.raises(OperatorError, match="no core to replace"):
             grafted_class(processor)
 
