@@ -53,7 +53,7 @@ bench-pixart: $(READY) ## PixArt-Sigma at 2,048 x 2,048 (needs one CUDA device)
 bench-training: $(READY) ## Stage one against the least it could cost, and reuse of the teacher's passes
 	$(BIN)/diffusers-graft bench-training --output examples/benchmarks/training-cpu.md
 
-bench-depth: $(READY) ## Half the depth on the testbed: side by side, removed, from scratch (minutes on one core)
+bench-depth: $(READY) ## Half the depth on the testbed: side by side, removed, from scratch (half an hour on one core; goes on where it stopped)
 	$(BIN)/diffusers-graft bench-depth --output examples/benchmarks/depth
 
 ablate: $(READY) ## What starts and stages buy, at equal compute (half an hour on one core; goes on where it stopped)

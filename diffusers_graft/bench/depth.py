@@ -92,7 +92,7 @@ def bench_depth(output: Path, budget: Budget | None = None, *, say: Callable[[st
 
 def _head(budget: Budget) -> dict[str, Any]:
     """What does not hang on a seed: depth, parameters, FLOPs and latency of each model, and the price of a step."""
-    model = testbed.load()
+    model = testbed.load().to("cuda" if torch.cuda.is_available() else "cpu")
     models = benchmark(model, RULES, [model.config.sample_size], rounds=budget.rounds, progress=False)
     return {"budget": asdict(budget), "torch": torch.__version__, "device": model.device.type, "seconds": prices(budget),
             "models": {row.pop("name"): row for row in models}}  # fmt: skip

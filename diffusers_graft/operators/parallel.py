@@ -18,7 +18,8 @@ MERGES = ("linear", "sum", "gated")
 
 
 class Parallel(BlockOperator):
-    """`h + merge(f_a(h), f_b(h), ...)`, f being what a block adds to its input.
+    """`h + merge(f_a(h), f_b(h), ...)`, f being what a block adds to its input. The blocks run one after the other, on every
+    device: what is halved is the depth, not the work.
 
     Warm starts are `h + f_a(h) + f_b(h)`, to the last bit, for every merge that can say so. The paper's `W [B_a; B_b] + b`
     (`residual=False`) has the same parameters, but sees h only inside the outputs: it starts as their mean.

@@ -55,6 +55,20 @@ def test_saved_loaded_and_undone_bit_for_bit(name, rules, tmp_path):
     assert torch.equal(predict(whole, name), output)
 
 
+@torch.no_grad()
+def test_both_streams_of_a_pair_add_up_what_both_blocks_add():
+    model = tiny("SD3Transformer2DModel")
+    first, second = model.transformer_blocks[:2]
+    image, text, temb = torch.randn(2, 6, 16), torch.randn(2, 5, 16), torch.randn(2, 16)
+    answers = [block(image, text, temb) for block in (first, second)]
+    wanted = [sum(answer[number] - stream for answer in answers) + stream for number, stream in enumerate((text, image))]
+    model.set_graft("block_pair[0]=parallel")
+    one, other = model.transformer_blocks[:2]
+    text_out, image_out = one(image, text, temb)
+    for made, sum_of_both in zip(other(image_out, text_out, temb), wanted, strict=True):
+        torch.testing.assert_close(made, sum_of_both)
+
+
 @pytest.mark.parametrize("name", [
     "FluxTransformer2DModel", "SD3Transformer2DModel", "WanTransformer3DModel", "QwenImage21Transformer2DModel",
     "Kandinsky6Transformer3DModel",
