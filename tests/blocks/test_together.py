@@ -1,4 +1,6 @@
 """Blocks side by side together with everything else: operators inside them, LoRA, compilation, names, closed forms, the trainer."""
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -102,6 +104,19 @@ def test_by_name_inside_a_block_of_another_is_refused(order):
         model.set_graft(other, graft_name=second)
     assert model.active_grafts() == [first]
     assert torch.equal(predict(model), output)
+
+
+def test_a_deep_copy_stands_by_itself():
+    model = tiny_dit()
+    original = predict(model)
+    model.set_graft(MIXED)
+    output, twin = predict(model), copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.transformer_blocks.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(predict(twin), output)
+    twin.unset_graft()
+    assert torch.equal(predict(twin), original)
 
 
 def test_closed_form_solves_what_lies_inside_and_says_that_pairs_have_nothing_to_solve():
