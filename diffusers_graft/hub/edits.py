@@ -1,7 +1,8 @@
 """The edits of a graft as a card shows them: alike ones together, with what they cost before and after."""
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import json
 from typing import Any
 
 import torch
@@ -103,14 +104,11 @@ def _flops(model: ModelMixin, graft: Graft) -> tuple[str | None, dict[str, int],
         size = min(size, _LARGEST) if isinstance(size, int) else None
         inputs = example_inputs(model, size=size)
         grid = read_context(model, (), inputs).grid
-        counted = _counted(model, inputs)
-        after = {path: counted(path) + _uncounted(counted(f"{path}.graft"), operator, grid.tokens)
+        counts = _counts(model, inputs)
+        after = {path: counts.get(path, 0) + _uncounted(counts.get(f"{path}.graft", 0), operator, grid.tokens)
                  for path, operator in graft.operators().items()}  # fmt: skip
-        with torch.device("meta"):
-            bare = type(model).from_config(model.config)
-        bare = bare.to("meta").eval()
-        counted = _counted(bare, example_inputs(bare, size=size))
-        before = {path: counted(path) for path in graft.originals}
+        counts = _counts_of_original(type(model), json.dumps(dict(model.config), sort_keys=True, default=str), size)
+        before = {path: counts.get(path, 0) for path in graft.originals}
     except (GraftError, RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError, ValueError):
         return None, {}, {}
     return f"one forward of one sample of {grid.tokens:,} tokens", before, after
@@ -121,10 +119,19 @@ def _uncounted(counted: int, operator: Operator, tokens: int) -> int:
     return 0 if isinstance(operator, BlockOperator) else operator.flops(tokens) - counted
 
 
-def _counted(model: ModelMixin, inputs: dict[str, Any]) -> Callable[[str], int]:
+@functools.lru_cache(maxsize=8)  # a model in training is saved often
+def _counts_of_original(cls: type[ModelMixin], config: str, size: int | None) -> dict[str, int]:
+    """Of the model that a configuration describes, without its weights."""
+    with torch.device("meta"):
+        bare = cls.from_config(json.loads(config))
+    bare = bare.to("meta").eval()
+    return _counts(bare, example_inputs(bare, size=size))
+
+
+def _counts(model: ModelMixin, inputs: dict[str, Any]) -> dict[str, int]:
     """What torch's counter saw in each module of a model, by path."""
     counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     with evaluating(model), counter:
         predict(model, inputs)
-    counts, root = counter.get_flop_counts(), type(model).__name__
-    return lambda path: sum(counts.get(f"{root}.{path}", {}).values())
+    root = f"{type(model).__name__}."
+    return {name.removeprefix(root): sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
