@@ -114,11 +114,15 @@ def test_group_offloading(how, before):
     assert torch.equal(predict(model, FLUX), plain)
 
 
-def test_weights_offloaded_by_accelerate_are_refused_with_words():
-    from accelerate import cpu_offload
+@pytest.mark.parametrize("onto", ["memory", "disk"])
+def test_weights_offloaded_by_accelerate_are_refused_with_words(onto, tmp_path):
+    from accelerate import cpu_offload, disk_offload
 
-    model = tiny(FLUX)
-    cpu_offload(model, execution_device=torch.device("cpu"))
+    model, cpu = tiny(FLUX), torch.device("cpu")
+    if onto == "disk":
+        disk_offload(model, tmp_path, execution_device=cpu)
+    else:
+        cpu_offload(model, execution_device=cpu)
     with pytest.raises(OperatorError, match="Graft first, then enable offloading"):
         model.set_graft(RULES)
     assert model.graft is None

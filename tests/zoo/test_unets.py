@@ -1,4 +1,6 @@
 """UNets: attention on a grid that is halved on the way down."""
+import math
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel, UNetMotionModel, UVit2DModel
@@ -6,6 +8,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel, UNetMotionModel, UVit2D
 import diffusers_graft as dg
 
 from .models import first
+from .test_geometry import changed, near
 from .test_matrix import FEED_FORWARD, one_step, same_after_a_round
 
 CROSS = {"down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D")}
@@ -93,6 +96,37 @@ def test_grafts_go_in_run_learn_reload_and_come_out(name, spec, tmp_path):
     model.unset_graft()
     assert torch.equal(predict(model, name), before)
     assert list(model.state_dict()) == keys
+
+
+@torch.no_grad()
+def attended(model, name, path, touched=None):
+    """What one attention makes of its tokens, [N, D] of the first sample; one of them touched on the way in."""
+    seat, seen = model.get_submodule(path), []
+
+    def touch(module, args):
+        return (args[0].index_add(1, torch.tensor([touched]), torch.ones(len(args[0]), 1, args[0].shape[2])), *args[1:])
+
+    handles = [seat.register_forward_hook(lambda module, args, output: seen.append(output[0]))]
+    handles += [seat.register_forward_pre_hook(touch)] if touched is not None else []
+    predict(model, name)
+    for handle in handles:
+        handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "UNetMotionModel", "UVit2DModel"])
+def test_a_touched_token_reaches_its_neighbours_on_the_grid_of_its_level(name):
+    model, levels = built(name), set()
+    for site in [site for site in dg.find_sites(model).where(kind="self_attention") if "motion_modules" not in site.path]:
+        model.set_graft({site.address: "neighborhood"})
+        before = attended(model, name, site.path)
+        height = math.isqrt(len(before) * 2 // 3)  # the latents are two by three
+        grid = dg.site.Grid(height=height, width=height * 3 // 2)
+        levels.add(grid)
+        token = grid.width + 4
+        assert changed(before, attended(model, name, site.path, touched=token)) == near(token, grid)
+        model.unset_graft()
+    assert len(levels) == (1 if name == "UVit2DModel" else 2)
 
 
 def test_the_frames_of_one_place_take_sequence_operators():
