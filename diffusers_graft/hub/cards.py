@@ -76,8 +76,7 @@ def render_card(
     about, imported = config.get("about") or {}, config.get("imported")
     papers = sorted({edit.config.owner.paper for edit in graft.plan.edits} - {""})
     flops, rows = edit_rows(model, graft)
-    template = environment().from_string((template_folder() / "graft_card.md.jinja").read_text(encoding="utf-8"))
-    return template.render(
+    return template("graft_card").render(
         front_matter=front_matter(_front_matter(model, config, operators, whole, source)),
         title=type(model).__name__ + (f" with {' and '.join(operators)}" if operators else ""),
         base=f"`{base}`" if base else f"a `{type(model).__name__}`", summary=_summary(graft), source=source, edits=rows,
@@ -100,10 +99,12 @@ def template_folder() -> Path:
     return next(folder for folder in (here / "hub_cards", here.parent / "hub_cards") if folder.is_dir())
 
 
-def environment() -> jinja2.Environment:
-    """How our templates are read: what they name must be there."""
+@functools.cache
+def template(name: str) -> jinja2.Template:
+    """One of our templates; what it names must be there."""
     whole_lines = {"keep_trailing_newline": True, "trim_blocks": True, "lstrip_blocks": True}
-    return jinja2.Environment(undefined=jinja2.StrictUndefined, **whole_lines)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **whole_lines)
+    return environment.from_string((template_folder() / f"{name}.md.jinja").read_text(encoding="utf-8"))
 
 
 def _front_matter(model: ModelMixin, config: dict[str, Any], operators: list[str], whole: bool, source: str) -> dict[str, Any]:

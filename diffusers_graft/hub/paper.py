@@ -14,7 +14,7 @@ from diffusers import DiTTransformer2DModel
 from ..graft import Graft, build_graft
 from ..plan import GraftPlan, plan_graft
 from ..surgery import install
-from .cards import citation, environment, render_card, template_folder
+from .cards import citation, render_card, template, template_folder
 from .describing import versions
 from .edits import edit_rows, strip
 from .files import read_json
@@ -32,8 +32,7 @@ def released() -> dict[str, Any]:
 def paper_card(name: str) -> str:
     """The card of a released model."""
     told = read_json(template_folder() / "paper.json")
-    template = environment().from_string((template_folder() / "paper_card.md.jinja").read_text(encoding="utf-8"))
-    return template.render(_facts(name, told["models"][name], told))
+    return template("paper_card").render(_facts(name, told["models"][name], told))
 
 
 def _facts(name: str, row: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from diffusers_graft.hub import code
 from diffusers_graft.hub.push import push_graft
 
 from ..models import predict, tiny_dit
+from .forging import forge
 from .test_hub import TOKEN, cached, hub  # noqa: F401
 
 SOURCE = '''"""Every token sees the one that stands a number of places before it."""
@@ -97,6 +98,16 @@ def test_other_source_is_not_run(source, words, graft):
     with pytest.raises(FileError, match=words):
         tiny_dit().load_graft(folder, trust_remote_code=True)
     assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["../shifted.py", "/etc/passwd", ".hidden", 5, None])
+def test_source_outside_the_folder_is_not_run(file, graft):
+    folder, _ = graft
+    source = (folder / "graft_operator_shifted.py").rename(folder.parent / "shifted.py")
+    forge(folder, lambda config, tensors: config["code"]["shifted"].update(file=file))
+    with pytest.raises(FileError, match="no plain file name"):
+        tiny_dit().load_graft(folder, trust_remote_code=True)
+    assert not source.with_name("ran").exists()
 
 
 def test_an_operator_of_ours_is_never_taken_from_a_repository(graft):

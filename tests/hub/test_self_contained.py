@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline, DiTTransformer2DModel
 from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import HfApi
 
@@ -29,7 +29,7 @@ import sys
 for name in ("diffusers_graft", "peft", "jinja2", "einops"):
     sys.modules[name] = None
 import torch
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline, DiTTransformer2DModel
 
 def refused(load, *folder):
     try:
@@ -149,6 +149,16 @@ def test_the_code_is_for_reading(folders):
               if isinstance(node, ast.ImportFrom) and not node.level and path not in ("hub/adapters.py", "training/lora.py")}  # fmt: skip
     others = {name for name in asked - set(sys.stdlib_module_names) if not name.startswith("diffusers_graft_")}
     assert others <= {"torch", "diffusers", "safetensors", "huggingface_hub"}
+
+
+def test_this_package_never_runs_the_code_that_lies_there(tmp_path):
+    """Whoever has the package loads by it alone: the file may say what it likes."""
+    model = tiny_dit()
+    model.set_graft({"self_attention[0]": "hyena_x"})
+    model.save_pretrained(tmp_path, self_contained=True)
+    (tmp_path / "graft_code.py").write_text("raise SystemExit")
+    for load in (dg.load_pretrained, DiTTransformer2DModel.from_pretrained):
+        assert torch.equal(predict(load(tmp_path)), predict(model))
 
 
 def test_an_ordinary_save_takes_the_code_away_again(tmp_path):
