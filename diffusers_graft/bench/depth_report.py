@@ -22,7 +22,7 @@ def report_of(head: dict[str, Any], rows: list[dict[str, Any]], rules: dict[str,
     draw_rows(output / "depth.png", {
         name.replace("_", " "): {key: [row["scores"][name] for row in run] for key, run in runs.items()}
         for name in ("denoising_loss", "frechet_distance")
-    })  # fmt: skip
+    }, logarithmic=["frechet distance"])  # fmt: skip
     return text
 
 
@@ -35,7 +35,8 @@ def _words(head: dict[str, Any], runs: dict[str, list[dict]], rules: dict[str, s
         f"deviation over seeds of training ({budget['seeds']} for rows that are trained); denoising loss on held-out fonts, "
         f"{budget['samples']} samples of {budget['sampling_steps']} steps for the rest.\n\n```\n{_results(runs)}\n```\n\n"
         "(e) and (f) get the stage two that (d) gets; (d) had stage one besides. (e+) and (f+) therefore get all that (d) got, "
-        f"both stages, as stage two. Prices of a step, measured in turns: {price}.\n\n"
+        f"both stages, as stage two. Prices of a step, measured in turns: {price}. (b) to (f+) share their depth, not their "
+        "parameters (below).\n\n"
         f"{_verdict(runs, SAME_STAGE_TWO)}\n\n{_verdict(runs, SAME_COMPUTE)}\n\n![Half the depth](depth.png)\n\n"
         f"## What each costs\n\n```\n{_costs(head['models'])}\n```\n\nForward of one sample, measured in turns (torch "
         f"{head['torch']}, {head['device']}); ratios to the original of the same round, with quartiles. Pairs side by side "
@@ -69,8 +70,8 @@ def _verdict(runs: dict[str, list[dict]], marks: tuple[str, ...]) -> str:
     by_mark = {name.split()[0]: {row["seed"]: row["scores"] for row in run} for name, run in runs.items()}
     said = []
     for mark in marks:
+        shared = by_mark.get(OURS, {}).keys() & by_mark.get(mark, {}).keys()
         for measure in ("denoising_loss", "frechet_distance"):
-            shared = by_mark.get(OURS, {}).keys() & by_mark.get(mark, {}).keys()
             better = sum(by_mark[OURS][seed][measure] < by_mark[mark][seed][measure] for seed in shared)
-            said.append(f"{mark} in {measure.replace('_', ' ')} in {better} of {len(shared)} seeds")
-    return f"{OURS} is better than {', than '.join(said)}."
+            said.append(f"than {mark} by {measure.replace('_', ' ')} in {better}")
+    return f"Of {len(shared)} seeds, {OURS} is better {', '.join(said)}."

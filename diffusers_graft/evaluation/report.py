@@ -1,7 +1,7 @@
 """Pictures of measurements."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +82,8 @@ def _draw_loss(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axis.set(ylabel="loss")
 
 
-def draw_rows(path: Path, measures: dict[str, dict[str, Sequence[float]]]) -> None:
-    """A panel for each measure, lower being better: a bar for each row's mean, dots for its seeds, on a logarithmic axis."""
+def draw_rows(path: Path, measures: dict[str, dict[str, Sequence[float]]], *, logarithmic: Collection[str] = ()) -> None:
+    """A panel for each measure, lower being better: a bar for each row's mean, dots for its seeds."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -95,7 +95,10 @@ def draw_rows(path: Path, measures: dict[str, dict[str, Sequence[float]]]) -> No
         axis.barh(rows, [sum(values[row]) / len(values[row]) for row in rows], color="#4878a8", alpha=0.75)
         for row in rows:
             axis.plot(values[row], [row] * len(values[row]), ".", color="#333333", markersize=4)
-        axis.set(title=title, xscale="log")
+        axis.set_title(title)
+        if title in logarithmic:
+            axis.set(title=f"{title} (logarithmic)", xscale="log", xlim=(1, None))
+            axis.xaxis.set_major_formatter("{x:g}")
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     figure.savefig(path, dpi=150)

@@ -1,4 +1,7 @@
 """Both stages of blocks side by side, and the table of half the depth."""
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +11,8 @@ from diffusers_graft.errors import GraftError
 
 from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
 from ..zoo.models import inputs_of, tiny
+
+STORED = Path(__file__).parents[2] / "examples" / "benchmarks" / "depth"
 
 
 def test_stage_one_brings_pairs_and_what_lies_inside_them_closer(tmp_path):
@@ -89,6 +94,12 @@ def test_all_that_pairs_got_is_given_to_others_in_steps_of_their_own_price():
     assert steps_of("both at once", "pairs", budget, prices) == 400
     assert steps_of("both at once", "removed", budget, prices) == 1000
     assert steps_of("stage two", "removed", budget, prices) == 200
+
+
+def test_the_stored_report_is_what_its_rows_say(tmp_path):
+    shutil.copy(STORED / "depth.jsonl", tmp_path)
+    assert bench_depth(tmp_path, say=[].append) == (STORED / "depth.md").read_text(encoding="utf-8")
+    assert (tmp_path / "depth.png").stat().st_size > 10_000
 
 
 @pytest.mark.long
