@@ -42,7 +42,7 @@ bench: $(READY) ## Forward latency of original and grafted models
 	$(BIN)/diffusers-graft bench
 
 bench-loading: $(READY) ## Loading a graft against reading its bytes and installing it
-	$(BIN)/python -m diffusers_graft.bench.loading
+	$(BIN)/python -m diffusers_graft.bench.loading --output examples/benchmarks/loading-cpu.md
 
 bench-operators: $(READY) ## Every operator by itself, on a CPU
 	$(BIN)/diffusers-graft bench-operators --output examples/benchmarks/operators-cpu.md

@@ -94,9 +94,11 @@ def report(width: int = 768, layers: int = 12, rounds: int = 7) -> str:
     }  # fmt: skip
     rows = [["step", "ms"], *([name, f"{1000 * seconds[key]:.0f}"] for name, key in told.items())]
     return (
-        f"{table(rows)}\n\n{size / 1e6:.0f} MB of weights, files in the page cache, medians of {rounds} rounds on "
-        f"{torch.get_num_threads()} threads. Loading with verify=False takes {seconds['ratio']:.2f} x what reading and "
-        f"installing take; with the proof, which is a forward of the model, {seconds['verified_ratio']:.2f} x."
+        f"# Loading a graft on a CPU\n\n`make bench-loading`: {size / 1e6:.0f} MB of weights (Mamba-2 in {layers} layers of "
+        f"width {width}, every second feed-forward), fp32, files in the page cache, {torch.get_num_threads()} thread, torch "
+        f"{torch.__version__}; medians of {rounds} rounds, ratios within a round.\n\n```\n{table(rows)}\n```\n\n"
+        f"With verify=False loading takes {seconds['ratio']:.2f} x what reading and installing take, with the proof "
+        f"{seconds['verified_ratio']:.2f} x:\nthe proof is a forward of the model, and costs what the model costs."
     )
 
 
