@@ -3,6 +3,7 @@
     python examples/train_and_resume.py [folder]
 
 On several devices: accelerate launch examples/train_and_resume.py
+With the model's weights spread over them: accelerate launch --use_fsdp --fsdp_version 2 examples/train_and_resume.py
 """
 import sys
 
@@ -27,7 +28,7 @@ def main(folder: str = "my-graft", steps: int = 300) -> None:
     trainer.train(resume_from_checkpoint=True)  # goes on from the last checkpoint in the folder, or starts
     scores = trainer.evaluate()
     trainer.save_model()
-    sys.stdout.write(f"{scores}\nThe graft is in {folder}, with its card; how it went stands in training.jsonl.\n")
+    sys.stdout.write(f"{scores}\nThe graft is in {folder}, with its card; how it went stands there, and in training.jsonl.\n")
 
 
 if __name__ == "__main__":
