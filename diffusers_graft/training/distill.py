@@ -111,7 +111,7 @@ def distill(
         raise StateError("Stage one watches the original parts: call model.unset_graft() or model.disable_graft() first.")
     noising = Noising.told(config, noise_scheduler, null_prompt)
     chosen, stream = _chosen(graft, config), Stream(batches)
-    with evaluating(model), spread(model, graft.sites) as teacher, beside(graft, teacher.device):
+    with evaluating(model), spread(model, graft.sites) as teacher, beside(graft, model, teacher):
         if config.closed_form is not None and not (resume and is_resumable(output_dir, "one")):
             _solve(teacher, graft, stream, chosen, config.closed_form, noise_scheduler)
         pupils = enroll(graft, chosen, config, _by_site(graft, config.loss, "auto"), _by_site(graft, config.lr_scale, 1.0))

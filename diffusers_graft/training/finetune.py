@@ -106,7 +106,7 @@ def finetune(
         raise StateError("Stage two trains the grafted model: call model.enable_graft() first.")
     check_seats(graft)
     noising = Noising.told(config, noise_scheduler, null_prompt)
-    with _trainable(model, graft, config), spread(model, graft.sites) as trained:
+    with _trainable(model, graft, config), spread(model, graft.sites, trained=True) as trained:
         weights = {"output": config.distill_output, "features": config.distill_features}
         teacher = Teacher(trained, **weights, apart=ungrafted(model, graft.sites) if any(weights.values()) else None)
         settling = Settling(trained, teacher, config, noising)

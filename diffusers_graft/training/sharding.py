@@ -54,22 +54,24 @@ def settings(optimizer: str = "AdamW") -> FullyShardedDataParallelPlugin | None:
 
 
 @contextmanager
-def spread(model: ModelMixin, sites: Sites) -> Iterator[ModelMixin]:
-    """The model itself, or a twin whose weights are spread; what is trained inside is the model's afterwards.
+def spread(model: ModelMixin, sites: Sites, *, trained: bool = False) -> Iterator[ModelMixin]:
+    """The model itself, or a twin whose weights are spread; where they are `trained` inside, they are the model's afterwards.
 
-    It is so after a `TrainingError` too, which all processes meet together. After anything else the model has the weights it
-    came with: only the checkpoints know better.
+    They are so after a `TrainingError` too, which all processes meet together. After anything else the model has the weights
+    it came with: only the checkpoints know better.
+
+    Raises `TrainingError` for weights that cannot be spread together.
     """
     if (told := settings()) is None:
         yield model
         return
-    twin = _sharded(_twin(model), sites, told)
+    twin = _sharded(_twin(model, trained), sites, told)
     try:
         yield twin
     except TrainingError:
-        _bring_back(twin, model)
+        _bring_back(twin, model, trained)
         raise
-    _bring_back(twin, model)
+    _bring_back(twin, model, trained)
 
 
 def ungrafted(model: ModelMixin, sites: Sites) -> ModelMixin | None:
@@ -78,22 +80,22 @@ def ungrafted(model: ModelMixin, sites: Sites) -> ModelMixin | None:
         return None
     disable(model)
     try:
-        return _sharded(_twin(model), sites, told)
+        return _sharded(_twin(model, False), sites, told)
     finally:
         enable(model)
 
 
 @contextmanager
-def beside(graft: Graft, device: torch.device) -> Iterator[None]:
-    """New parts on the device of the teacher's twin, which need not be the model's."""
-    homes = {path: next((p.device for p in seat.parameters()), device) for path, seat in graft.seats.items()}
+def beside(graft: Graft, model: ModelMixin, teacher: ModelMixin) -> Iterator[None]:
+    """New parts on the device of their teacher, where that is a twin of the model and may be elsewhere."""
+    moved = list(graft.seats.values()) if teacher is not model else []
     try:
-        for seat in graft.seats.values():
-            seat.to(device)
+        for seat in moved:
+            seat.to(teacher.device)
         yield
     finally:
-        for path, seat in graft.seats.items():
-            seat.to(homes[path])
+        for seat in moved:
+            seat.to(model.device)
 
 
 def blocks_of(model: ModelMixin, sites: Sites) -> list[str]:
@@ -104,18 +106,24 @@ def blocks_of(model: ModelMixin, sites: Sites) -> list[str]:
     return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
 
 
-def _twin(model: ModelMixin) -> ModelMixin:
-    """Other modules over the same weights."""
+def _twin(model: ModelMixin, trained: bool) -> ModelMixin:
+    """Other modules over the same weights, frozen unless they are to be trained."""
     graft = installed(model)
     parts = [model, *(graft.seats.values() if graft else ()), *(graft.originals.values() if graft else ())]
     known: dict[int, Any] = {id(tensor): tensor for tensor in (graft.body.values() if graft else ())}
     for parameter in (parameter for part in parts for parameter in part.parameters()):
-        known.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad))
+        learns = trained and parameter.requires_grad
+        known.setdefault(id(parameter), nn.Parameter(parameter.detach().contiguous(), requires_grad=learns))
     return copy.deepcopy(model, known)
 
 
 def _sharded(twin: ModelMixin, sites: Sites, told: FullyShardedDataParallelPlugin) -> ModelMixin:
     """Each block for itself, and the rest together."""
+    if len(dtypes := {str(parameter.dtype) for parameter in twin.parameters() if parameter.requires_grad}) > 1:
+        raise TrainingError(
+            f"Weights that are trained while spread are of one dtype, and these are of {' and '.join(sorted(dtypes))}: "
+            'call model.to(torch.float32), with precision="bf16" for speed.'
+        )
     mesh = init_device_mesh(processes.state().device.type, (processes.state().num_processes,))
     blocks = {id(twin.get_submodule(path)) for path in blocks_of(twin, sites)}
     for module in reversed(list(twin.modules())):
@@ -127,10 +135,12 @@ def _sharded(twin: ModelMixin, sites: Sites, told: FullyShardedDataParallelPlugi
 
 
 @torch.no_grad()
-def _bring_back(twin: ModelMixin, model: ModelMixin) -> None:
-    for home, trained in zip(model.parameters(), twin.parameters(), strict=True):
-        if trained.requires_grad:
-            home.copy_(whole(trained))
+def _bring_back(twin: ModelMixin, model: ModelMixin, trained: bool) -> None:
+    if not trained:
+        return
+    for home, own in zip(model.parameters(), twin.parameters(), strict=True):
+        if own.requires_grad:
+            home.copy_(whole(own))
     for home, buffer in zip(model.buffers(), twin.buffers(), strict=True):
         home.copy_(buffer)
 

@@ -40,7 +40,7 @@ def gradients(model, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_gives_the_same_outputs_and_gradients(name):
     model = tiny(name).eval()
-    with spread(model, dg.find_sites(model)) as twin:
+    with spread(model, dg.find_sites(model), trained=True) as twin:
         assert all(isinstance(parameter, sharding.DTensor) for parameter in twin.parameters())
         output, found = gradients(twin, name)
     expected, wanted = gradients(model, name)
@@ -77,6 +77,32 @@ def test_after_ctrl_c_the_model_has_the_weights_it_came_with():
         dg.finetune(model, interrupted(), dg.FinetuneConfig(steps=9, progress=False), noise_scheduler=SCHEDULER)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def half(model):
+    """In bfloat16, but for a part that stays precise."""
+    model.to(torch.bfloat16)
+    model.transformer_blocks[0].norm1.to(torch.float32)
+    return model
+
+
+def test_frozen_weights_may_be_of_several_dtypes_and_trained_ones_of_one():
+    model = half(tiny_dit())
+    model.set_graft(RULES)
+    before = tensors_of(model)
+    data = [{"sample": batch["sample"], "class_labels": batch["class_labels"]} for batch in batches()]
+    common = {"steps": 2, "lr": 1e-2, "progress": False, "precision": "bf16"}
+    with pytest.raises(TrainingError, match="bfloat16 and torch.float32: call model.to"):
+        dg.finetune(model, data, dg.FinetuneConfig(train="all", **common), noise_scheduler=SCHEDULER)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    dg.finetune(model, data, dg.FinetuneConfig(train="operators", **common), noise_scheduler=SCHEDULER)
+    after = model.state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert changed
+    assert {name.rpartition(".attn1.")[0] for name in changed} == {"transformer_blocks.1", "transformer_blocks.3"}
+    graft = model.unset_graft()
+    reports = dg.distill(model, graft, data, dg.DistillConfig(**common), noise_scheduler=SCHEDULER)
+    assert all(len(report.losses) == 2 for report in reports.values())
 
 
 def test_removing_a_graft_brings_the_original_back_bit_for_bit():
