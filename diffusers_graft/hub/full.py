@@ -72,10 +72,13 @@ def load_pretrained(
 
 
 def _adapt(model: ModelMixin, graft: Graft, described: Any, adapters: dict[str, torch.Tensor]) -> None:
-    if described is not None or adapters:
+    if described is None and not adapters:
+        return
+    try:
         from .adapters import load_adapters  # a model without LoRA is read without peft, too
-
-        load_adapters(model, graft, described, adapters)
+    except ModuleNotFoundError as error:
+        raise FileError("This model carries LoRA layers, which are peft's. Run: pip install peft") from error
+    load_adapters(model, graft, described, adapters)
 
 
 def load_as_diffusers(source: str | Path, kwargs: dict[str, Any]) -> ModelMixin:

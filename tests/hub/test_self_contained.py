@@ -21,6 +21,7 @@ from ..models import predict, tiny_dit
 from .pipelines import draw, pipeline
 from .test_code import SOURCE
 from .test_hub import TOKEN, cached, hub  # noqa: F401
+from .test_lora import trained
 
 RULES = {"self_attention[0]": "hyena_x", "self_attention[1]": "mamba2", "self_attention[2]": "sliding_window", "self_attention[3]": "shifted",
          "feed_forward[::2]": {"operator": "mlp", "expansion": 2}}  # fmt: skip
@@ -39,7 +40,7 @@ def refused(load, *folder):
     else:
         raise AssertionError("loaded without being trusted")
 
-model_folder, pipe_folder, inputs, seen = sys.argv[1:]
+model_folder, pipe_folder, lora_folder, inputs, seen = sys.argv[1:]
 refused(AutoModel.from_pretrained, model_folder)
 refused(DiffusionPipeline.from_pretrained, pipe_folder)
 model = AutoModel.from_pretrained(model_folder, trust_remote_code=True)
@@ -54,10 +55,19 @@ for save in (model.save_pretrained, pipe.save_pretrained):
         assert "pip install diffusers-graft" in str(error)
     else:
         raise AssertionError("saved as something else")
+try:
+    AutoModel.from_pretrained(lora_folder, trust_remote_code=True)
+except OSError as error:
+    assert "pip install peft" in str(error), error
+else:
+    raise AssertionError("LoRA without peft")
+del sys.modules["peft"]
+lora = AutoModel.from_pretrained(lora_folder, trust_remote_code=True)
+inputs = torch.load(inputs, weights_only=True)
 with torch.no_grad():
-    output = model(**torch.load(inputs, weights_only=True)).sample
+    output, adapted = model(**inputs).sample, lora(**inputs).sample
 images = pipe([1, 2], num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
-torch.save({"model": output, "pipeline": torch.from_numpy(images)}, seen)
+torch.save({"model": output, "lora": adapted, "pipeline": torch.from_numpy(images)}, seen)
 """
 
 
@@ -74,14 +84,16 @@ def folders(tmp_path_factory):
     pipe.transformer.set_graft(rules)
     pipe.save_pretrained(root / "pipe", self_contained=True)
     del sys.modules["diffusers_graft.operators.shifted"]
-    return root, {"model": predict(model), "pipeline": torch.from_numpy(draw(pipe))}
+    lora = trained(tiny_dit())
+    lora.save_pretrained(root / "lora", self_contained=True)
+    return root, {"model": predict(model), "lora": predict(lora), "pipeline": torch.from_numpy(draw(pipe))}
 
 
 def test_people_without_this_package_read_it_bit_for_bit(folders, tmp_path):
     root, expected = folders
     torch.save(example_inputs(tiny_dit(), batch_size=2, seed=1), tmp_path / "inputs.pt")
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
-    arguments = [str(path) for path in (tmp_path / "elsewhere.py", root / "model", root / "pipe", tmp_path / "inputs.pt", tmp_path / "seen.pt")]
+    arguments = [str(path) for path in (tmp_path / "elsewhere.py", root / "model", root / "pipe", root / "lora", tmp_path / "inputs.pt", tmp_path / "seen.pt")]
     environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
     result = subprocess.run([sys.executable, *arguments], env=environment, cwd=tmp_path, capture_output=True, check=False)
     assert not result.returncode, result.stderr.decode()[-3000:]
