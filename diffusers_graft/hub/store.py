@@ -110,17 +110,14 @@ def load_graft(
         revision: branch, tag or commit of the repository.
         allow_base_mismatch: install on a base other than the one the graft was made on.
         subfolder, variant: where the graft lies, and which, as `save_graft` named it.
-        device, dtype: where the model goes first; the graft follows it. As it is unless given. (`torch_dtype` is `dtype`.)
+        device, dtype (or torch_dtype): where the model goes first, if given; the graft follows it.
         low_cpu_mem_usage: build the parts without values of their own, which the file's would replace.
         trust_remote_code: run operators that come as code; from the Hub also `revision` must then be the id of a commit.
         verify: replay the proof, one forward of the model, and compare the base.
         hub_arguments: `token`, `cache_dir`, `local_files_only` and the like, for `huggingface_hub.snapshot_download`.
 
-    Raises:
-        FileError: missing, damaged, edited, or of a newer format.
-        MismatchError: made for another model.
-        StateError: the model is grafted already.
-        UnknownNameError: an argument that nothing takes.
+    Raises `FileError` for files that are missing, damaged, edited, or of a newer format, `MismatchError` for those made for
+    another model, `StateError` where the model is grafted already, `UnknownNameError` for an argument that nothing takes.
     """
     folder = local_folder(source, _PATTERNS, subfolder=subfolder, revision=revision, **hub_arguments)
     config, tensors = read_graft(folder, variant)
@@ -131,9 +128,7 @@ def load_graft(
         _check_base(model, config, allow_base_mismatch)
     own, adapters = _parted(model, config, tensors, folder)
     check_operators(plan, own, folder)
-    dtype = dtype or torch_dtype
-    if device is not None or dtype is not None:
-        model.to(device=device, dtype=dtype)
+    _move(model, device, dtype or torch_dtype)
     with ContextManagers([no_init_weights()] if low_cpu_mem_usage else []):
         graft = build_blank(model, plan, config["history"])
     fill(model, graft, own, folder)
@@ -142,6 +137,11 @@ def load_graft(
         if verify:
             replay(model, folder / names(variant)[2])
     return graft
+
+
+def _move(model: ModelMixin, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    if device is not None or dtype is not None:
+        model.to(device=device, dtype=dtype)
 
 
 def _parted(model: ModelMixin, config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path):

@@ -183,6 +183,16 @@ def test_what_the_fingerprint_does_not_see_the_proof_does(tmp_path, caplog):
     assert told.levelname == "WARNING"
 
 
+def test_which_parts_of_another_base_differ_is_told(tmp_path):
+    saved(tmp_path)
+    model = tiny_dit()
+    with torch.no_grad():
+        model.transformer_blocks[0].ff.net[0].proj.weight[0, 0] += 1
+        model.transformer_blocks[1].attn1.to_q.weight[0, 0] += 1
+    with pytest.raises(MismatchError, match="among them those of 2 parts that it replaces"):
+        model.load_graft(tmp_path)
+
+
 def test_a_bfloat16_base_is_still_the_same_base(tmp_path):
     saved(tmp_path)
     model = tiny_dit().to(torch.bfloat16)
