@@ -33,6 +33,8 @@ def _saving(original):
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
         graft = installed(self)
         if graft is None or not is_enabled(self):
+            if kwargs.pop("self_contained", False):
+                raise StateError("Only a grafted model has code to bring along. Install its graft, or save without self_contained.")
             return original(self, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
         folder, pushing = Path(save_directory), {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
         repo_id = kwargs.pop("repo_id", folder.name)

@@ -184,6 +184,9 @@ def test_an_ordinary_save_takes_the_code_away_again(tmp_path):
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
 
 
-def test_a_pipeline_without_a_graft_has_nothing_to_bring(tmp_path):
+def test_what_has_no_graft_has_nothing_to_bring(tmp_path):
     with pytest.raises(StateError, match="has a grafted model"):
-        pipeline().save_pretrained(tmp_path, self_contained=True)
+        pipeline().save_pretrained(tmp_path / "pipe", self_contained=True)
+    with pytest.raises(StateError, match="Only a grafted model"):
+        tiny_dit().save_pretrained(tmp_path / "model", self_contained=True)
+    assert not list(tmp_path.iterdir())
