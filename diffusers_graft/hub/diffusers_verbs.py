@@ -34,7 +34,7 @@ def _saving(original):
         graft = installed(self)
         if graft is None or not is_enabled(self):
             if kwargs.pop("self_contained", False):
-                raise StateError("Only a grafted model has code to bring along. Install its graft, or save without self_contained.")
+                raise StateError("Only a grafted model has code to bring along. Graft it, or leave self_contained out.")
             return original(self, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
         folder, pushing = Path(save_directory), {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
         repo_id = kwargs.pop("repo_id", folder.name)
