@@ -10,11 +10,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import GeometryError, GraftError
+from ..errors import GeometryError
 from ..site import Context, Grid
 from . import _configured, available, configure
+from ._checks_of_sight import check_honours_mask, check_receptive_field, check_sees_ahead  # noqa: F401, in CHECKS
 from ._subject import Subject, fail, gradients, run
-from .base import BlockOperator, FeedForwardOperator
 
 
 def check_config_round_trip(subject: Subject) -> None:
@@ -216,80 +216,6 @@ def check_agrees_with_reference(subject: Subject) -> bool | None:
     return None
 
 
-def check_honours_mask(subject: Subject) -> bool | None:
-    """Hidden keys change nothing, however they are hidden; a mask that differs by query is honoured or refused."""
-    operator, inputs = subject.build(), subject.inputs()
-    if not operator.honours_mask:
-        return False
-    tokens, hidden = subject.grid.tokens, 3
-    visible = (torch.arange(tokens) < tokens - hidden)[None, None, None]
-    changed = [inputs[0], *(tensor.clone() for tensor in inputs[1:])]
-    for tensor in changed[1:]:
-        tensor[:, :, -hidden:] += 1
-    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
-    for mask in (visible, additive(visible, float("-inf")), additive(visible, -10000.0), causal):
-        context = dataclasses.replace(subject.context, mask=mask)
-        try:
-            before, after = run(operator, inputs, context), run(operator, changed, context)
-        except GraftError:
-            if mask is causal:
-                continue
-            raise
-        seen = slice(0, tokens - hidden)
-        if not torch.allclose(before[:, :, seen], after[:, :, seen], rtol=1e-9, atol=1e-9):
-            what = "a mask that differs by query" if mask is causal else f"a {mask.dtype} mask of keys"
-            fail("honours_mask", f"honours_mask is True, but keys hidden by {what} change the output")
-    return None
-
-
-def additive(visible: torch.Tensor, hidden: float) -> torch.Tensor:
-    """A mask of booleans as one to add to scores."""
-    return torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, hidden)
-
-
-def check_sees_ahead(subject: Subject) -> bool | None:
-    """Whether the first half of the tokens changes with the second tells which way an operator that mixes tokens looks."""
-    operator, inputs = subject.build(), subject.inputs()
-    if isinstance(operator, FeedForwardOperator | BlockOperator):
-        return False
-    changed = [tensor.clone() for tensor in inputs]
-    for tensor in changed:
-        tensor[..., subject.grid.tokens // 2 :, :] += 1
-    difference = run(operator, changed, subject.context) - run(operator, inputs, subject.context)
-    looks_back = difference[..., : subject.grid.tokens // 2, :].abs().max() > 1e-9
-    if looks_back == operator.causal_operator:
-        seen = "see later ones" if looks_back else "see none after them"
-        fail("sees_ahead", f"causal_operator is {operator.causal_operator}, but tokens {seen}")
-    return None
-
-
-def check_receptive_field(subject: Subject) -> None:
-    """A token's output depends on the tokens that are declared, and on no others."""
-    for there in subject.accepted()[:2]:
-        operator, tokens = there.build(), there.grid.tokens
-        inputs = [tensor.requires_grad_() for tensor in there.inputs(batch=1)]
-        output = run(operator, inputs, there.context)
-        for token in (0, tokens // 2 + there.grid.width // 2, tokens - 1):
-            seen = _tokens_seen(output, inputs, token)
-            declared = set(operator.receptive_field(token, there.grid))
-            if seen != declared:
-                more, less = sorted(seen - declared), sorted(declared - seen)
-                fail(
-                    "receptive_field",
-                    f"token {token} of the grid {there.grid} also depends on {more[:8]}, and does not depend on {less[:8]} "
-                    "of those that receptive_field names",
-                )
-
-
-def _tokens_seen(output: torch.Tensor, inputs: list[torch.Tensor], token: int) -> set[int]:
-    """Tokens of any input that the output at `token` has a gradient for."""
-    if not output.requires_grad:
-        return set()
-    found = torch.autograd.grad(output[..., token, :].sum(), inputs, retain_graph=True, allow_unused=True)
-    seen = [gradient.transpose(-1, -2).flatten(0, -2).any(0) for gradient in found if gradient is not None]
-    return set(torch.stack(seen).any(0).nonzero().flatten().tolist()) if seen else set()
-
-
 def check_flops(subject: Subject) -> None:
     """Within 1 % of what torch's counter sees, plus `uncounted_flops(tokens)` to which it is blind."""
     operator, tokens = subject.build(), subject.grid.tokens
@@ -304,6 +230,6 @@ def check_flops(subject: Subject) -> None:
         fail("flops", f"flops({tokens}) is {declared:,}; torch's counter and what it is blind to make {expected:,}")
 
 
-CHECKS: tuple[Callable[[Subject], bool | None], ...] = tuple(
-    item for name, item in list(globals().items()) if name.startswith("check_") and callable(item)
-)
+_found = [item for name, item in globals().items() if name.startswith("check_") and callable(item)]
+# Those of this module first: what a token may see is asked of operators that run at all.
+CHECKS: tuple[Callable[[Subject], bool | None], ...] = tuple(sorted(_found, key=lambda check: check.__module__ != __name__))
