@@ -5,6 +5,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -109,24 +110,32 @@ def test_killed_at_any_moment(kind, moments, tmp_path, monkeypatch):
     """SIGKILL at random moments of a process that saves in a loop: one of the two models is there, whole, with its own proof."""
     monkeypatch.setattr(edits, "_flops", lambda *arguments: (None, {}, {}))  # most of a save, and no file is touched meanwhile
     models, chance, seen, waited = [one_of(1.0), one_of(2.0)], random.Random(0), set(), 0
-    save(models[1], tmp_path, kind)
     started = time.perf_counter()
-    save(models[0], tmp_path, kind)
+    os.waitpid(saving(models, tmp_path, kind, rounds=1), 0)
     seconds = time.perf_counter() - started
     for _ in range(moments):
-        process = os.fork()
-        if not process:
-            torch.set_num_threads(1)  # the other threads of a process do not follow it through a fork, and would be waited for
-            while True:
-                for model in reversed(models):
-                    save(model, tmp_path, kind)
-        time.sleep(chance.uniform(0.0, 2.5 * seconds))
+        process = saving(models, tmp_path, kind)
+        time.sleep(chance.uniform(0.0, 1.3 * seconds))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         waited += any(tmp_path.glob(".s*"))
         seen.add(value_in(tmp_path, kind))
     assert seen == {1.0, 2.0}
     assert waited, "no moment fell into a save"
+
+
+def saving(models, folder, kind, rounds=None):
+    """A process that saves one model after the other, again and again."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        torch.set_num_threads(1)  # the other threads of a process do not follow it through a fork, and would be waited for
+        for _ in range(rounds or sys.maxsize):
+            for model in reversed(models):
+                save(model, folder, kind)
+    finally:
+        os._exit(0)
 
 
 def value_in(folder, kind):
