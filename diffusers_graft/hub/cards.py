@@ -20,6 +20,7 @@ from .sections import finished, front_matter, merged
 from .trained import draw_curves, training
 
 CARD = "README.md"
+ORIGINAL = "original"  # how rows of scores and of speed name the ungrafted model
 _PICTURE = "samples.png"
 _ABOUT = ("license", "datasets", "pipeline_tag", "speed", "limits", "hardware", "sample_prompts")
 _TAGS = {"DiTTransformer2DModel": "unconditional-image-generation", "PixArtTransformer2DModel": "text-to-image",
@@ -34,7 +35,8 @@ def card(
 
     Args:
         source: the repository or folder that the lines on loading name.
-        scores: measured results by row, as `dg.evaluate` gives them; several rows are compared in one table.
+        scores: measured results by row, as `dg.evaluate` gives them; several rows are compared in one table. A row named
+            `original` is the ungrafted model's; the last of the others is the graft's own, which the Hub shows.
         journal: the folder of a run, whose `training.jsonl` tells what the graft's own history does not.
         about: `license`, which is that of the base's own card unless given, `datasets` and `hardware` of the training,
             `pipeline_tag`, `limits` in words, and `speed`, the rows of `evaluation.benchmark.benchmark`.
@@ -123,10 +125,11 @@ def _front_matter(model: ModelMixin, config: dict[str, Any], operators: list[str
 
 
 def _model_index(scores: dict[str, Any], tag: str | None, source: str, datasets: list[str] | None) -> list[dict[str, Any]]:
-    """The measured scores of the last row, the graft's, as the Hub reads them."""
-    if not scores:
+    """The measured scores of the graft, in the last row that is not the original's, as the Hub reads them."""
+    name = next((name for name in reversed(scores) if name != ORIGINAL), None)
+    if name is None:
         return []
-    name, row = list(scores.items())[-1]
+    row = scores[name]
     values = row["values"].items()
     metrics = [{"type": kind, "value": value, "name": f"{kind.replace('_', ' ')} ({name})"} for kind, value in values]
     data = (datasets or ["held-out batches"])[0]
@@ -175,7 +178,7 @@ def _score_table(scores: dict[str, Any]) -> dict[str, Any]:
 
 def speed_table(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Measured latencies, and for each graft the fewest tokens from which on it was the faster one."""
-    grafts = [row for row in rows if row["name"] != "original"]
+    grafts = [row for row in rows if row["name"] != ORIGINAL]
     if not grafts:
         return None
     words = [_break_even(name, [row for row in grafts if row["name"] == name]) for name in _names(grafts)]

@@ -41,7 +41,7 @@ def save_graft(
     """Write a model's graft, its proof and a card to a folder; a graft saved there before is replaced whole.
 
     Args:
-        scores: measured results by row, as `dg.evaluate` gives them, for the card.
+        scores: measured results by row, as `dg.evaluate` gives them, for the card, which tells how rows are named.
         about: what a person tells on the card, as for `dg.card`: `license`, `datasets`, `hardware`, `speed`, `limits`.
         compress: relative error allowed to updates of pretrained weights, which are then stored as small as that allows.
         self_contained: the operators' source goes along, for people who do not have them; it runs only where it is trusted.

@@ -44,7 +44,8 @@ def test_everything_that_is_known(tmp_path):
     model.set_graft(RULES)
     dg.finetune(model, batches(), dg.FinetuneConfig(steps=2, progress=False), noise_scheduler=SCHEDULER)
     about = {"license": "cc-by-nc-4.0", "datasets": ["letters"], "hardware": "two cores", "speed": SPEED, "limits": "Small."}
-    scores = {"original": dg.Scores({"loss": 0.5}, {"samples": 8}), "grafted": dg.Scores({"loss": 0.6}, {"samples": 8})}
+    values = {"start": 0.7, "grafted": 0.6, "original": 0.5}
+    scores = {name: dg.Scores({"loss": value}, {"samples": 8}) for name, value in values.items()}
     (tmp_path / "samples.png").write_bytes(b"")
     model.save_graft(tmp_path, scores=scores, about=about)
     text = (tmp_path / "README.md").read_text()
