@@ -20,7 +20,7 @@ from .base import Mixer
 FEATURE_MAPS = ("elu", "relu", "softmax")
 
 # Tokens at a time where nothing is kept for a backward pass: as many as stay in cache.
-TOGETHER = 256
+TOGETHER = 128
 
 
 class LinearAttention(Mixer):
@@ -75,7 +75,7 @@ class LinearAttention(Mixer):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         precise = torch.promote_types(query.dtype, torch.float32)
         visible = None if context.mask is None else key_weights(context.mask, precise)
-        mixed = self._read(query, *self._written(key, value.to(precise), visible), precise).to(value.dtype)
+        mixed = self._read(query, *self._written(key, value.to(precise), visible)).to(value.dtype)
         if self.value_convolution is None:
             return mixed
         return mixed + heads_first(self.value_convolution(self._value_image(value, visible, context)), value)
@@ -93,13 +93,19 @@ class LinearAttention(Mixer):
             weight = weight + features.sum(-2)
         return state, weight[..., None]
 
-    def _read(self, query: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _read(self, query: torch.Tensor, state: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[B, H, N, E]: what each query finds in the state."""
-        mixed = []
-        for queries in _pieces(query):
-            features = self._features(queries, 0).to(dtype)
-            mixed.append((features @ state) / (features @ weight).clamp(min=1e-6))
-        return torch.cat(mixed, dim=-2) if len(mixed) > 1 else mixed[0]
+        pieces = _pieces(query)
+        if len(pieces) == 1:
+            return torch.div(*self._found(query, state, weight))
+        mixed = state.new_empty(*query.shape[:3], state.shape[-1])
+        for queries, place in zip(pieces, mixed.split(TOGETHER, dim=-2), strict=True):
+            torch.div(*self._found(queries, state, weight), out=place)
+        return mixed
+
+    def _found(self, query: torch.Tensor, state: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self._features(query, 0).to(state.dtype)
+        return features @ state, (features @ weight).clamp(min=1e-6)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: all N x M weights, normalised row by row; the convolution tap by tap."""
