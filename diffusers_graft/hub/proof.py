@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,39 +10,50 @@ import torch
 from diffusers import ModelMixin
 
 from ..anatomy import evaluating, example_inputs, pack_inputs, predict, unpack_inputs
-from ..errors import FileError, ModelError
+from ..errors import FileError, GraftError, ModelError
 from ..graft import installed
 from .files import read_tensors
 
 logger = logging.getLogger(__name__)
 
 _RECIPE = "recipe"  # tensor of the JSON text that puts recorded arguments in their places
-_LARGEST = 16  # latents: a forward over few tokens tells as much, and costs little more than reading the weights
+_SIDE = 4  # tokens: a forward over few of them tells as much, and costs little more than reading the weights
 
 
-def _inputs(model: ModelMixin) -> dict[str, Any]:
-    size = getattr(model.config, "sample_size", None)
-    return example_inputs(model, size=min(size, _LARGEST) if isinstance(size, int) else None)
+def _sizes(model: ModelMixin) -> Iterator[int | None]:
+    """Latents to try, from the smallest grid to the one the model was made for: a wide window needs more tokens than most."""
+    full, size = getattr(model.config, "sample_size", None), _SIDE * (getattr(model.config, "patch_size", None) or 1)
+    while isinstance(full, int) and size < full:
+        yield size
+        size *= 2
+    yield full if isinstance(full, int) else None
 
 
 @torch.no_grad()
 def prove(model: ModelMixin) -> dict[str, torch.Tensor]:
     """A seeded input and the model's output for it; of a family without example inputs, those of the last forward.
 
-    Empty, with a warning, where there are neither.
+    Empty, with a warning, where there are neither, or where the graft refuses them all: it is saved all the same.
     """
-    inputs, tensors = _to_prove_by(model)
-    if not inputs:
-        return {}
-    with evaluating(model):
-        return {**tensors, "output": predict(model, inputs)}
+    why = ""
+    for inputs, tensors in _to_prove_by(model):
+        try:
+            with evaluating(model):
+                return {**tensors, "output": predict(model, inputs)}
+        except GraftError as refusal:
+            why = f" {refusal}"
+    if why:
+        logger.warning(f"The graft is saved without a proof, since it runs on no input known here.{why}")
+    return {}
 
 
-def _to_prove_by(model: ModelMixin) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Arguments of a forward, and the tensors that hold them in a file."""
+def _to_prove_by(model: ModelMixin) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+    """Arguments of a forward, and the tensors that hold them in a file; the cheapest first."""
     try:
-        inputs = _inputs(model)
-        return inputs, _flat(inputs)
+        for size in _sizes(model):
+            inputs = example_inputs(model, size=size)
+            yield inputs, _flat(inputs)
+        return
     except ModelError:
         inputs = installed(model).slot.arguments or {}
     why = f"No inputs are known for {type(model).__name__}: run it once with its graft, without gradients, then save."
@@ -51,8 +63,8 @@ def _to_prove_by(model: ModelMixin) -> tuple[dict[str, Any], dict[str, torch.Ten
         inputs, why = {}, str(error)
     if not inputs:
         logger.warning(f"The graft is saved without a proof. {why}")
-        return {}, {}
-    return inputs, {**tensors, _RECIPE: torch.frombuffer(bytearray(recipe, "utf-8"), dtype=torch.uint8)}
+        return
+    yield inputs, {**tensors, _RECIPE: torch.frombuffer(bytearray(recipe, "utf-8"), dtype=torch.uint8)}
 
 
 @torch.no_grad()
@@ -85,7 +97,7 @@ def replay(model: ModelMixin, path: Path) -> float | None:
 def _proven(model: ModelMixin, saved: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
     """The arguments that a file holds."""
     try:
-        inputs = _inputs(model)
+        inputs = example_inputs(model, size=next(_sizes(model)))
     except ModelError:
         try:
             return unpack_inputs(saved, bytes(saved[_RECIPE].tolist()).decode(), model)

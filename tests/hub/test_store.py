@@ -210,6 +210,34 @@ def test_the_proof_is_replayed(tmp_path, caplog):
     assert "carries no proof" in caplog.text
 
 
+WIDE = {"a wide window": {"operator": "sliding_window", "window": (30, 30)},
+        "a kernel as wide as the grid": {"operator": "neighborhood", "kernel": 15}}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", WIDE.values(), ids=WIDE)
+def test_what_needs_many_tokens_is_proved_on_as_many(config, tmp_path, caplog):
+    model = tiny_dit(sample_size=32)
+    model.set_graft({"self_attention[0]": config})
+    model.save_graft(tmp_path)
+    again = tiny_dit(sample_size=32)
+    with caplog.at_level("INFO"):
+        again.load_graft(tmp_path)
+    assert "largest difference 0" in caplog.text
+    assert torch.equal(predict(again), predict(model))
+
+
+def test_a_graft_that_refuses_every_known_input_is_saved_without_a_proof(tmp_path, caplog):
+    model = tiny_dit()
+    model.set_graft({"self_attention[0]": {"operator": "neighborhood", "kernel": 9}})
+    model.save_graft(tmp_path)
+    assert "saved without a proof" in caplog.text
+    assert "kernel 9" in caplog.text
+    again = tiny_dit()
+    again.load_graft(tmp_path)
+    assert "carries no proof" in caplog.text
+    assert torch.equal(predict(again, size=20), predict(model, size=20))
+
+
 def test_loading_onto_a_grafted_model_is_refused(tmp_path):
     saved(tmp_path)
     model = tiny_dit()
