@@ -80,6 +80,11 @@ class WithBackends(Operator):
         return backend
 
 
+def piece_by_piece(like: torch.Tensor) -> bool:
+    """Whether plain torch takes tokens a few at a time, which stay in cache: on CPUs, and where nothing is kept or compiled."""
+    return like.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
 def check_backend(config: OperatorConfig) -> None:
     """Raise `UnknownNameError` for a backend that the operator does not have."""
     names = ("torch", "auto", *(backend.name for backend in config.owner.backends))

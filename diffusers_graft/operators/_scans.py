@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..site import Grid
+from ._backends import piece_by_piece
 
 ORDERS = ("raster", "column", "zigzag")
 
@@ -65,6 +66,11 @@ def decay_sums(log_decay: torch.Tensor, backwards: bool = False) -> torch.Tensor
     return log_decay.flip(-1).cumsum(-1).flip(-1) if backwards else log_decay.cumsum(-1)
 
 
+def decay(log_decay: torch.Tensor) -> torch.Tensor:
+    """Its exponential, or zero below e^-40, which changes no sum: products of the smallest numbers are slow on CPUs."""
+    return F.threshold(log_decay, -40.0, -math.inf).exp()
+
+
 def state_space(
     value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, log_decay: torch.Tensor, *, chunk: int, bidirectional: bool
 ) -> torch.Tensor:
@@ -86,8 +92,8 @@ def state_space(
     value, key, query = (chunked(part, chunk) for part in (value, key, query))
     log_decay = chunked(log_decay, chunk).transpose(2, 3)
     ways = [decay_sums(log_decay, backwards) for backwards in ((False, True) if bidirectional else (False,))]
-    whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or value.device.type != "cpu"
-    within, beyond = (_within_chunks, _with_other_chunks) if whole else (_within_each_chunk, _from_chunk_to_chunk)
+    at_once, in_turns = (_within_chunks, _with_other_chunks), (_within_each_chunk, _from_chunk_to_chunk)
+    within, beyond = in_turns if piece_by_piece(value) else at_once
     mixed = within(value, key, query, ways)
     for backwards, since in enumerate(ways):
         mixed = beyond(mixed, value, key, query, since, log_decay.sum(-1), bool(backwards))
@@ -108,7 +114,7 @@ def _within_each_chunk(
 ) -> torch.Tensor:
     """The same one chunk at a time, whose pairs of tokens stay in cache."""
     chunks = zip(*(part.split(1, dim=1) for part in (value, key, query, *ways)), strict=True)
-    return torch.cat([_within_chunks(*parts, list(ways)) for *parts, ways in ((v, k, q, w) for v, k, q, *w in chunks)], dim=1)
+    return torch.cat([_within_chunks(value, key, query, list(ways)) for value, key, query, *ways in chunks], dim=1)
 
 
 def pair_decays(forwards: torch.Tensor | None, backwards: torch.Tensor | None) -> torch.Tensor:
@@ -127,11 +133,11 @@ def _with_other_chunks(
     backwards: bool,
 ) -> torch.Tensor:  # fmt: skip
     """What tokens read in the state on entering their chunk, added to `mixed`; one product serves all heads."""
-    until_end = (total[..., None] - since).exp().transpose(2, 3)[..., None]
+    until_end = decay(total[..., None] - since).transpose(2, 3)[..., None]
     added = (key.transpose(-1, -2) @ (value * until_end).flatten(3)).unflatten(-1, value.shape[3:])
-    state = carried(added, total.exp()[:, :, None, :, None], backwards=backwards)
+    state = carried(added, decay(total)[:, :, None, :, None], backwards=backwards)
     far = (query @ state.flatten(3)).unflatten(-1, value.shape[3:])
-    return torch.addcmul(mixed, far, since.exp().transpose(2, 3)[..., None])
+    return torch.addcmul(mixed, far, decay(since).transpose(2, 3)[..., None])
 
 
 def _from_chunk_to_chunk(
@@ -139,8 +145,8 @@ def _from_chunk_to_chunk(
     backwards: bool,
 ) -> torch.Tensor:  # fmt: skip
     """The same in place, with one state that stays in cache."""
-    until_end = (total[..., None] - since).exp().transpose(2, 3)[..., None]
-    until_here, kept = since.exp().transpose(2, 3)[..., None], total.exp()[:, None, :, :, None].unbind(2)
+    until_end = decay(total[..., None] - since).transpose(2, 3)[..., None]
+    until_here, kept = decay(since).transpose(2, 3)[..., None], decay(total)[:, None, :, :, None].unbind(2)
     state = value.new_zeros(len(value), key.shape[-1], *value.shape[3:])
     for chunk in reversed(range(value.shape[1])) if backwards else range(value.shape[1]):
         far = query[:, chunk] @ state.flatten(2)
@@ -174,14 +180,14 @@ def gated_delta_rule(
     since, total = decay_sums(log_decay, backwards)[..., None], log_decay.sum(-1)[..., None, None]
     decays = pair_decays(*((None, since[..., 0]) if backwards else (since[..., 0], None)))
     system = strength[..., None] * decays * (key @ key.transpose(-1, -2))
-    given = strength[..., None] * torch.cat([value, key * since.exp()], dim=-1)
+    given = strength[..., None] * torch.cat([value, key * decay(since)], dim=-1)
     solved = torch.linalg.solve_triangular(system, given, upper=backwards, unitriangular=True)
     # What the chunk writes is what it would write to an empty state, less what its keys recall of the one it enters with.
-    added, erased = ((key * (total - since).exp()).transpose(-1, -2) @ solved).split(width, dim=-1)
-    kept = total.exp() * torch.eye(width, dtype=key.dtype, device=key.device) - erased
+    added, erased = ((key * decay(total - since)).transpose(-1, -2) @ solved).split(width, dim=-1)
+    kept = decay(total) * torch.eye(width, dtype=key.dtype, device=key.device) - erased
     state = carried(added, kept, backwards=backwards, step=torch.baddbmm)
     alone, recalled = solved.split(width, dim=-1)
-    mixed = (query * since.exp()) @ state + (decays * (query @ key.transpose(-1, -2))) @ (alone - recalled @ state)
+    mixed = (query * decay(since)) @ state + (decays * (query @ key.transpose(-1, -2))) @ (alone - recalled @ state)
     return mixed.flatten(1, 2)[:, :tokens]
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ._backends import piece_by_piece
+
 # An axis is its length and the settings of a rule; the rule lists, for each place, the places it sees.
 Axis = tuple[int, ...]
 Rule = Callable[..., list[range]]
@@ -128,7 +130,7 @@ def tiled_attention(
     if tiles == 1:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=_both(cut.mask, mask), scale=scale)
     whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if cut.starts and not whole and query.device.type == "cpu":
+    if cut.starts and piece_by_piece(query):
         return _in_turns(query, key, value, cut, scale, mask)
     # Whole tokens [B, N, H * E] are gathered fastest, and without gradients a few tiles at a time, which stay in cache.
     parts = tuple(part.transpose(1, 2).flatten(2) for part in (query, key, value))

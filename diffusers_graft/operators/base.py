@@ -215,6 +215,11 @@ class BlockOperator(Operator):
     kinds = ("block_pair", "block", "block_run")
     runs_blocks: ClassVar[bool] = True
 
+    def __init__(self, config: OperatorConfig, site: Site):
+        super().__init__(config, site)
+        if not self.runs_blocks:
+            self.unused_inputs = tuple(f"input {number}" for number in range(1, site.blocks + 1))
+
     def receptive_field(self, token: int, grid: Grid) -> Collection[int]:
         return (token,)
 

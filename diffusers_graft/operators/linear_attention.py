@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import OperatorError, UnknownNameError
 from ..site import Context, Site
+from ._backends import piece_by_piece
 from ._depthwise import ShortConvolution, heads_first, tokens_last
 from .base import Mixer
 
@@ -83,13 +84,13 @@ class LinearAttention(Mixer):
     def _written(
         self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """phi(k)^T v, [B, H, features, E], and the sum of phi(k), [B, H, features, 1]."""
+        """v^T phi(k), [B, H, E, features], and the sum of phi(k), [B, H, features, 1]."""
         state = weight = 0
         shown = repeat(None) if visible is None else _pieces(visible)
         for keys, values, factor in zip(_pieces(key), _pieces(value), shown, strict=False):
             features = self._features(keys, 1).to(value.dtype)
             features = features if factor is None else features * factor
-            state = state + features.transpose(-1, -2) @ values
+            state = state + values.transpose(-1, -2) @ features
             weight = weight + features.sum(-2)
         return state, weight[..., None]
 
@@ -97,15 +98,16 @@ class LinearAttention(Mixer):
         """[B, H, N, E]: what each query finds in the state."""
         pieces = _pieces(query)
         if len(pieces) == 1:
-            return torch.div(*self._found(query, state, weight))
-        mixed = state.new_empty(*query.shape[:3], state.shape[-1])
+            return torch.mul(*self._found(query, state, weight))
+        mixed = state.new_empty(*query.shape[:3], state.shape[-2])
         for queries, place in zip(pieces, mixed.split(TOGETHER, dim=-2), strict=True):
-            torch.div(*self._found(queries, state, weight), out=place)
+            torch.mul(*self._found(queries, state, weight), out=place)
         return mixed
 
     def _found(self, query: torch.Tensor, state: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """phi(q) phi(k)^T v, and what normalises it, [B, H, N, 1]."""
         features = self._features(query, 0).to(state.dtype)
-        return features @ state, (features @ weight).clamp(min=1e-6)
+        return features @ state.transpose(-1, -2), (features @ weight).clamp(min=1e-6).reciprocal()
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: all N x M weights, normalised row by row; the convolution tap by tap."""
@@ -125,7 +127,8 @@ class LinearAttention(Mixer):
 
     def _features(self, tensor: torch.Tensor, which: int) -> torch.Tensor:
         if self.config.feature_map == "elu":
-            return tensor.clamp(max=0).exp() + F.relu(tensor)  # the same, without the slow part of elu: exp(x) - 1
+            above = F.relu(tensor)
+            return (tensor - above).exp() + above  # the same, without the slow part of elu: exp(x) - 1
         if self.config.feature_map == "relu":
             return F.relu(tensor) + 1e-3
         mapped = tensor @ self.feature_weight[which]
@@ -143,8 +146,7 @@ class LinearAttention(Mixer):
 
 def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Of the tokens, the last axis but one."""
-    whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or tensor.device.type != "cpu"
-    return (tensor,) if whole else tensor.split(TOGETHER, dim=-2)
+    return tensor.split(TOGETHER, dim=-2) if piece_by_piece(tensor) else (tensor,)
 
 
 def key_weights(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -23,7 +23,6 @@ class LinearBlock(BlockOperator):
     def __init__(self, config: OperatorConfig, site: Site):
         super().__init__(config, site)
         self.linear = nn.ModuleList(nn.Linear(site.width, site.width) for _ in range(site.streams))
-        self.unused_inputs = tuple(f"input {number}" for number in range(1, site.blocks + 1))
         if config.init == "warm":
             for parameter in self.parameters():
                 nn.init.zeros_(parameter)

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ..site import Site
-from .base import BlockOperator, OperatorConfig
+from .base import BlockOperator
 
 
 class Remove(BlockOperator):
@@ -18,10 +17,6 @@ class Remove(BlockOperator):
     paper = "TinyFusion: Diffusion Transformers Learned Shallow, arXiv 2412.01199"
     start = "the identity, which is all it is"
     runs_blocks = False
-
-    def __init__(self, config: OperatorConfig, site: Site):
-        super().__init__(config, site)
-        self.unused_inputs = tuple(f"input {number}" for number in range(1, site.blocks + 1))
 
     def forward(self, hidden_states: torch.Tensor, *outputs_and_context: Any, stream: int = 0) -> torch.Tensor:
         return hidden_states
