@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ _SIDE = 4  # tokens: a forward over few of them tells as much, and costs little 
 
 def _sizes(model: ModelMixin) -> Iterator[int | None]:
     """Latents to try, from the smallest grid to the one the model was made for: a wide window needs more tokens than most."""
-    full, size = getattr(model.config, "sample_size", None), _SIDE * (getattr(model.config, "patch_size", None) or 1)
+    full, patch = (getattr(model.config, name, None) for name in ("sample_size", "patch_size"))
+    size = _SIDE * patch if isinstance(patch, int) else math.inf
     while isinstance(full, int) and size < full:
         yield size
         size *= 2
