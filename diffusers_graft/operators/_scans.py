@@ -7,6 +7,7 @@ tensor of zeros as large as the whole at every step, which is quadratic in token
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -41,41 +42,23 @@ def chunked(tensor: torch.Tensor, size: int) -> torch.Tensor:
     return tensor.unflatten(1, (-1, size))
 
 
-def carried(added: torch.Tensor, kept: torch.Tensor, *, backwards: bool) -> torch.Tensor:
+def carried(
+    added: torch.Tensor, kept: torch.Tensor, *, backwards: bool, step: Callable[..., torch.Tensor] = torch.addcmul
+) -> torch.Tensor:
     """The state that enters every chunk: what earlier chunks added, as far as those since have kept it.
 
     Args:
-        added: what each chunk adds to the state, [B, T, S, ...].
-        kept: what each chunk makes of the state before it: a factor [B, T, 1, ...], or a matrix [B, T, S, S].
+        added: what each chunk adds to the state, [B, T, ...].
+        kept: factor of each chunk on the state before it, [B, T, ...]; a number, or with `step=torch.baddbmm` a matrix.
         backwards: whether the last chunk comes first.
+        step: called as `step(added, kept, state)` for the state after a chunk.
     """
-    return _Carried.apply(added, kept, backwards)
-
-
-class _Carried(torch.autograd.Function):
-    """Gradients of a linear recurrence are carried by the same recurrence, the other way; autograd would go step by step."""
-
-    @staticmethod
-    def forward(ctx, added: torch.Tensor, kept: torch.Tensor, backwards: bool) -> torch.Tensor:
-        ctx.is_matrix, ctx.backwards = kept.shape[2] > 1, backwards
-        step = torch.baddbmm if ctx.is_matrix else torch.addcmul
-        entering = torch.empty_like(added)
-        steps = list(zip(added.unbind(1), kept.unbind(1), entering.unbind(1), strict=True))
-        if backwards:
-            steps.reverse()
-        steps[0][2].zero_()
-        for (new, factor, before), (_, _, after) in zip(steps, steps[1:], strict=False):
-            after.copy_(step(new, factor, before))
-        ctx.save_for_backward(kept, entering)
-        return entering
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        kept, entering = ctx.saved_tensors
-        turned = kept.transpose(2, 3) if ctx.is_matrix else kept
-        added = carried(gradient, turned, backwards=not ctx.backwards)
-        through = added @ entering.transpose(2, 3) if ctx.is_matrix else (added * entering).sum_to_size(kept.shape)
-        return added, through, None
+    steps = list(zip(added.unbind(1), kept.unbind(1), strict=True))
+    state, entering = torch.zeros_like(steps[0][0]), []
+    for new, factor in reversed(steps) if backwards else steps:
+        entering.append(state)
+        state = step(new, factor, state)
+    return torch.stack(entering[::-1] if backwards else entering, dim=1)
 
 
 def decay_sums(log_decay: torch.Tensor, backwards: bool = False) -> torch.Tensor:
@@ -202,7 +185,7 @@ def gated_delta_rule(
     # What the chunk writes is what it would write to an empty state, less what its keys recall of the one it enters with.
     added, erased = ((key * decay(total - since)).transpose(-1, -2) @ solved).split(width, dim=-1)
     kept = decay(total) * torch.eye(width, dtype=key.dtype, device=key.device) - erased
-    state = carried(added, kept, backwards=backwards)
+    state = carried(added, kept, backwards=backwards, step=torch.baddbmm)
     alone, recalled = solved.split(width, dim=-1)
     mixed = (query * decay(since)) @ state + (decays * (query @ key.transpose(-1, -2))) @ (alone - recalled @ state)
     return mixed.flatten(1, 2)[:, :tokens]
