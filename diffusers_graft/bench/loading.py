@@ -98,7 +98,7 @@ def report(width: int = 768, layers: int = 12, rounds: int = 7) -> str:
         f"width {width}, every second feed-forward), fp32, files in the page cache, {torch.get_num_threads()} thread, torch "
         f"{torch.__version__}; medians of {rounds} rounds, ratios within a round.\n\n```\n{table(rows)}\n```\n\n"
         f"With verify=False loading takes {seconds['ratio']:.2f} x what reading and installing take, with the proof "
-        f"{seconds['verified_ratio']:.2f} x:\nthe proof is a forward of the model, and costs what the model costs."
+        f"{seconds['verified_ratio']:.2f} x:\nthe proof is a forward of the model over few tokens."
     )
 
 

@@ -9,17 +9,22 @@ from ..errors import GraftError, MissingDependencyError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from ..analysis.locality import Locality
 
 
-def draw_locality(path: Path, rows: Sequence[Locality], *, band: int, kernel: int) -> None:
-    """Bars of each layer's share of attention mass near the query, heads as dots, uniform attention as a line."""
+def _figure(what: str, width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError("Drawing locality", "matplotlib", extra="eval") from error
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+        raise MissingDependencyError(what, "matplotlib", extra="eval") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_locality(path: Path, rows: Sequence[Locality], *, band: int, kernel: int) -> None:
+    """Bars of each layer's share of attention mass near the query, heads as dots, uniform attention as a line."""
+    figure = _figure("Drawing locality", 9, 3.4)
     panels = figure.subplots(1, 2, sharey=True)
     layers = range(len(rows))
     measures = (
@@ -44,14 +49,10 @@ def draw_training(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     Raises `GraftError` where there are no rows.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("Drawing training", "matplotlib", extra="eval") from error
     if not rows:
         raise GraftError("There is nothing to draw: no step of training was logged.")
     stages = dict.fromkeys(row["stage"] for row in rows)
-    figure = Figure(figsize=(4.5 * len(stages), 3.4), layout="constrained")
+    figure = _figure("Drawing training", 4.5 * len(stages), 3.4)
     panels = dict(zip(stages, figure.subplots(1, len(stages), squeeze=False)[0], strict=True))
     for stage, axis in panels.items():
         own = [row for row in rows if row["stage"] == stage]
@@ -84,12 +85,8 @@ def _draw_loss(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 def draw_rows(path: Path, measures: dict[str, dict[str, Sequence[float]]], *, logarithmic: Collection[str] = ()) -> None:
     """A panel for each measure, lower being better: a bar for each row's mean, dots for its seeds."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("Drawing rows", "matplotlib", extra="eval") from error
     rows = list(next(iter(measures.values())))
-    figure = Figure(figsize=(10, 0.6 + 0.4 * len(rows)), layout="constrained")
+    figure = _figure("Drawing rows", 10, 0.6 + 0.4 * len(rows))
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axis, (title, values) in zip(panels, measures.items(), strict=True):
         axis.barh(rows, [sum(values[row]) / len(values[row]) for row in rows], color="#4878a8", alpha=0.75)
