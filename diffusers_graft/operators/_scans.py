@@ -67,7 +67,7 @@ def decay_sums(log_decay: torch.Tensor, backwards: bool = False) -> torch.Tensor
 
 
 def decay(log_decay: torch.Tensor) -> torch.Tensor:
-    """Its exponential, or zero below e^-40, which changes no sum: products of the smallest numbers are slow on CPUs."""
+    """Its exponential, or zero below e^-40, too little for a sum to tell: products of the smallest numbers are slow on CPUs."""
     return F.threshold(log_decay, -40.0, -math.inf).exp()
 
 
