@@ -226,6 +226,24 @@ def test_what_needs_many_tokens_is_proved_on_as_many(config, tmp_path, caplog):
     assert torch.equal(predict(again), predict(model))
 
 
+def test_an_operator_that_breaks_on_few_tokens_is_proved_on_more(tmp_path, monkeypatch, caplog):
+    owner = dg.operators.get("identity")
+    runs = owner.forward
+
+    def breaks(self, query, key, value, context):
+        if query.shape[2] < 64:
+            raise RuntimeError("Kernel size can't be greater than actual input size")
+        return runs(self, query, key, value, context)
+
+    monkeypatch.setattr(owner, "forward", breaks)
+    model = tiny_dit(sample_size=32)
+    model.set_graft({"self_attention[0]": "identity"})
+    model.save_graft(tmp_path)
+    with caplog.at_level("INFO"):
+        tiny_dit(sample_size=32).load_graft(tmp_path)
+    assert "largest difference 0" in caplog.text
+
+
 def test_a_graft_that_refuses_every_known_input_is_saved_without_a_proof(tmp_path, caplog):
     model = tiny_dit()
     model.set_graft({"self_attention[0]": {"operator": "neighborhood", "kernel": 9}})
