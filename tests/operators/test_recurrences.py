@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 import diffusers_graft as dg
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError
 from diffusers_graft.operators import Mixer, Projections, configure
-from diffusers_graft.operators._scans import gated_delta_rule, state_space, visits
+from diffusers_graft.operators._scans import decay, gated_delta_rule, state_space, visits
 from diffusers_graft.operators.conformance import example_site
 from diffusers_graft.site import Context, Grid, Site
 
@@ -223,6 +223,20 @@ def test_a_state_space_pair_by_pair(tokens, chunk):
     inputs = state_space_inputs(tokens)
     fast = state_space(*inputs, chunk=chunk, bidirectional=False)
     same_with_gradients(fast, one_way(*inputs), inputs)
+
+
+@pytest.mark.parametrize("strength", [5.0, 50.0, 500.0])
+def test_a_state_that_is_soon_forgotten(strength):
+    inputs = state_space_inputs(40)
+    inputs[3] = (strength * inputs[3].detach()).requires_grad_()
+    same_with_gradients(state_space(*inputs, chunk=16, bidirectional=False), one_way(*inputs), inputs)
+
+
+def test_decay_is_nothing_or_no_tiny_number():
+    log_decay = -torch.linspace(0, 200, 2001, dtype=torch.float32)
+    left = decay(log_decay)
+    assert torch.equal(left[log_decay > -40], log_decay[log_decay > -40].exp())
+    assert left[log_decay < -40].eq(0).all()
 
 
 @pytest.mark.parametrize(("tokens", "chunk"), [(1, 4), (3, 4), (13, 4), (13, 1), (16, 5), (9, 32)])
