@@ -6,8 +6,8 @@ tensor of zeros as large as the whole at every step, which is quadratic in token
 """
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -42,23 +42,51 @@ def chunked(tensor: torch.Tensor, size: int) -> torch.Tensor:
     return tensor.unflatten(1, (-1, size))
 
 
-def carried(
-    added: torch.Tensor, kept: torch.Tensor, *, backwards: bool, step: Callable[..., torch.Tensor] = torch.addcmul
-) -> torch.Tensor:
+def carried(added: torch.Tensor, kept: torch.Tensor, *, backwards: bool, matrices: bool = False) -> torch.Tensor:
     """The state that enters every chunk: what earlier chunks added, as far as those since have kept it.
 
     Args:
         added: what each chunk adds to the state, [B, T, ...].
-        kept: factor of each chunk on the state before it, [B, T, ...]; a number, or with `step=torch.baddbmm` a matrix.
+        kept: factor of each chunk on the state before it, [B, T, ...]: numbers, or matrices.
         backwards: whether the last chunk comes first.
-        step: called as `step(added, kept, state)` for the state after a chunk.
+        matrices: whether `kept` are matrices.
     """
-    steps = list(zip(added.unbind(1), kept.unbind(1), strict=True))
-    state, entering = torch.zeros_like(steps[0][0]), []
+    chunks, start = added.shape[1], torch.zeros_like(added[:, 0])
+    cheap = added.device.type == "cpu" and not torch.compiler.is_compiling()
+    if cheap or chunks < 8:
+        return _one_by_one(added, kept, start, backwards, matrices)[0]
+    return _in_groups(added, kept, start, math.isqrt(chunks - 1) + 1, backwards, matrices)
+
+
+def _one_by_one(
+    added: torch.Tensor, kept: torch.Tensor, state: torch.Tensor, backwards: bool, matrices: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state that enters every chunk, and the one after all."""
+    step = torch.baddbmm if matrices else torch.addcmul
+    steps, entering = list(zip(added.unbind(1), kept.unbind(1), strict=True)), []
     for new, factor in reversed(steps) if backwards else steps:
         entering.append(state)
         state = step(new, factor, state)
-    return torch.stack(entering[::-1] if backwards else entering, dim=1)
+    return torch.stack(entering[::-1] if backwards else entering, dim=1), state
+
+
+def _in_groups(
+    added: torch.Tensor, kept: torch.Tensor, start: torch.Tensor, size: int, backwards: bool, matrices: bool
+) -> torch.Tensor:
+    """The same in some 3 sqrt(T) steps, where each is a kernel to start or to compile: groups of chunks side by side.
+
+    First each group as if it were alone; then from group to group; then each again, from the state it is entered with.
+    """
+    batch, chunks = added.shape[:2]
+    added, kept = (chunked(part, size).flatten(0, 1) for part in (added, kept))  # zeros at the end add and keep nothing
+    factors = kept.unbind(1) if backwards else kept.unbind(1)[::-1]
+    through = functools.reduce(torch.bmm if matrices else torch.mul, factors)
+    alone = torch.zeros_like(added[:, 0])
+    _, after = _one_by_one(added, kept, alone, backwards, matrices)
+    after, through = (part.unflatten(0, (batch, -1)) for part in (after, through))
+    entering, _ = _one_by_one(after, through, start, backwards, matrices)
+    states, _ = _one_by_one(added, kept, entering.flatten(0, 1), backwards, matrices)
+    return states.unflatten(0, (batch, -1)).flatten(1, 2)[:, :chunks]
 
 
 def decay_sums(log_decay: torch.Tensor, backwards: bool = False) -> torch.Tensor:
@@ -185,7 +213,7 @@ def gated_delta_rule(
     # What the chunk writes is what it would write to an empty state, less what its keys recall of the one it enters with.
     added, erased = ((key * decay(total - since)).transpose(-1, -2) @ solved).split(width, dim=-1)
     kept = decay(total) * torch.eye(width, dtype=key.dtype, device=key.device) - erased
-    state = carried(added, kept, backwards=backwards, step=torch.baddbmm)
+    state = carried(added, kept, backwards=backwards, matrices=True)
     alone, recalled = solved.split(width, dim=-1)
     mixed = (query * decay(since)) @ state + (decays * (query @ key.transpose(-1, -2))) @ (alone - recalled @ state)
     return mixed.flatten(1, 2)[:, :tokens]
