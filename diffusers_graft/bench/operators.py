@@ -26,6 +26,10 @@ MIXERS = [
     ("hyena_y", None, None), ("hyena_x(layout='2d', kernel_size=3)", None, None), ("ttt", None, None),
     ("pooled_keys", None, None), ("hybrid", None, None), ("identity", None, None),
 ]  # fmt: skip
+COMPILED = [
+    ("hyena_x(backend='compiled')", 0.012, 0.004), ("hyena_se(backend='compiled')", 0.025, 0.010),
+    ("linear_attention(backend='compiled')", 0.05, 0.015), ("ttt(backend='compiled')", None, None),
+]  # fmt: skip
 WHOLE = ["mamba2", "gated_deltanet"]
 FEED_FORWARDS = [
     "mlp(expansion=3)", "mlp(expansion=6)", "gated_mlp", "mix_ffn", "hyena_mlp", "low_rank_mlp", "linear_mlp", "moe_mlp",
@@ -93,8 +97,9 @@ def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], 
 def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, list[list[str]]]]:
     """Titles and rows of the tables."""
     half, near, far = (Grid(height=side * n // 2, width=side * n // 2) for n in (1, 2, 4))
-    forward = [(name, target) for name, target, _ in MIXERS]
-    training = [(name, target) for name, _, target in MIXERS]
+    mixers = [*MIXERS, *COMPILED]
+    forward = [(name, target) for name, target, _ in mixers]
+    training = [(name, target) for name, _, target in mixers]
     whole, plain = ([(name, None) for name in names] for names in (WHOLE, FEED_FORWARDS))
     yield f"Mixers / softmax, forward, {near.tokens} tokens, {heads} heads", _ratios(forward, near, heads, rounds)
     less = max(3, rounds // 2)

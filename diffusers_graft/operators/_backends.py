@@ -11,6 +11,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -56,15 +57,39 @@ class Backend:
 
 
 class WithBackends(Operator):
-    """An operator that has faster ways; its config has the setting `backend`."""
+    """An operator that has faster ways; `in_torch` is the one that is always there, with the signature of `forward`."""
 
     backends: tuple[Backend, ...] = ()
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(OperatorConfig):
+        """Settings of every such operator.
+
+        Attributes:
+            backend: `torch`, `auto`, or the name of a faster way.
+        """
+
+        backend: str = "torch"
+
+        def __post_init__(self):
+            super().__post_init__()
+            names = ("torch", "auto", *(backend.name for backend in self.owner.backends))
+            if self.backend not in names:
+                raise UnknownNameError(f"backend of {self.owner.name}", self.backend, names)
 
     def __init__(self, config, site):
         super().__init__(config, site)
         for backend in self.backends:
             if backend.name == config.backend:
                 _import(backend, self.name)
+
+    def in_torch(self, *inputs_and_context: Any) -> torch.Tensor:
+        raise OperatorError(f"{self.name} has no way in plain torch: define in_torch.")
+
+    def forward(self, *inputs_and_context: Any) -> torch.Tensor:
+        if backend := self.backend_for(inputs_and_context[0]):
+            return backend.run(self, *inputs_and_context)
+        return self.in_torch(*inputs_and_context)
 
     def backend_for(self, like: torch.Tensor) -> Backend | None:
         """The backend of this forward; None means plain torch. Raises `OperatorError` where the one asked for cannot run."""
@@ -85,11 +110,18 @@ def piece_by_piece(like: torch.Tensor) -> bool:
     return like.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
-def check_backend(config: OperatorConfig) -> None:
-    """Raise `UnknownNameError` for a backend that the operator does not have."""
-    names = ("torch", "auto", *(backend.name for backend in config.owner.backends))
-    if config.backend not in names:
-        raise UnknownNameError(f"backend of {config.owner.name}", config.backend, names)
+def _in_compiled_torch(operator: WithBackends, *inputs_and_context: Any) -> torch.Tensor:
+    call = type(operator).in_torch
+    call = call if torch.compiler.is_compiling() else _compiled(call)
+    return call(operator, *inputs_and_context)
+
+
+_compiled = functools.cache(torch.compile)
+
+# One kernel of many small ones. "auto" leaves it alone: compiling takes seconds for every shape.
+COMPILED = Backend(
+    "compiled", _in_compiled_torch, "torch.compiler", dtypes=(), runs_on=("cuda", "cpu"), trains_on=("cuda", "cpu"), pays_on=()
+)
 
 
 def _import(backend: Backend, operator: str) -> None:

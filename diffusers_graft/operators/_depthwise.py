@@ -1,6 +1,8 @@
 """Depthwise convolutions over tokens: how heads become an image, and what such a convolution is by definition."""
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -47,6 +49,8 @@ class ShortConvolution(nn.Conv2d):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """With channels last in memory, and the same padding on both sides: `reach`, the longer of the two needed."""
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return self.by_taps(image)  # its gradient would be slower than a convolution's
         reach = [max(before, size - 1 - before) for size, before in zip(self.kernel_size, self.before, strict=True)]
         image, starts = image.permute(0, 3, 1, 2), (0, 0)
         if torch.is_grad_enabled():
@@ -72,13 +76,19 @@ class ShortConvolution(nn.Conv2d):
         return F.conv2d(image, self.weight, self.bias, groups=self.groups).permute(0, 2, 3, 1)
 
     def by_taps(self, image: torch.Tensor) -> torch.Tensor:
-        """The definition: every tap by itself, on a copy padded with zeros."""
-        height, width = image.shape[1:3]
-        rows, columns = self.kernel_size
-        top, left = self.before
-        padded = F.pad(image, (0, 0, left, columns - 1 - left, top, rows - 1 - top))
-        taps = [(y, x) for y in range(rows) for x in range(columns)]
-        return self.bias + sum(self.weight[:, 0, y, x] * padded[:, y : y + height, x : x + width] for y, x in taps)
+        """The definition: every tap by itself, on the image moved by as far as the tap looks, with zeros beyond the border.
+
+        Pointwise, so that a compiler makes one kernel of it and of what stands around it.
+        """
+        (_, height, width, _), (rows, columns), (top, left) = image.shape, self.kernel_size, self.before
+        y, x = (torch.arange(length, device=image.device) for length in (height, width))
+        looks = itertools.product(range(-top, rows - top), range(-left, columns - left))
+        taps = torch.stack(self.weight.flatten(1).unbind(1))  # [taps, D], each in one piece of memory
+        convolved = self.bias
+        for tap, (down, right) in zip(taps, looks, strict=True):
+            inside = ((y + down >= 0) & (y + down < height))[:, None] & (x + right >= 0) & (x + right < width)
+            convolved = convolved + tap * torch.where(inside[..., None], image.roll((-down, -right), (1, 2)), 0)
+        return convolved
 
     def flops(self, tokens: int) -> int:
         rows, columns = self.kernel_size

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import OperatorError, UnknownNameError
 from ..site import Context, Grid, Site
-from ._backends import HALF, Backend, WithBackends, check_backend
+from ._backends import COMPILED, HALF, Backend, WithBackends
 from ._depthwise import LAYOUTS, ShortConvolution, heads_first, tokens_last
 from .base import Mixer
 
@@ -34,28 +34,26 @@ class GatedConvolution(WithBackends, Mixer):
         has_inner: whether the product of keys and values does.
     """
 
-    backends = (Backend("causal_conv1d", _causal_conv1d, "causal_conv1d", dtypes=(*HALF, torch.float32)),)
+    backends = (Backend("causal_conv1d", _causal_conv1d, "causal_conv1d", dtypes=(*HALF, torch.float32)), COMPILED)
     has_featurisers: ClassVar[bool] = True
     has_inner: ClassVar[bool] = True
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Mixer.Config):
+    class Config(WithBackends.Config):
         """Settings of the convolutions.
 
         Attributes:
             kernel_size: taps along each axis.
             layout: `causal_1d` (the paper), `centered_1d`, or `2d`.
-            backend: `torch`, `auto` or `causal_conv1d`.
+            backend: `torch`, `auto`, `causal_conv1d` or `compiled` (by torch).
         """
 
         kernel_size: int = 4
         layout: str = "causal_1d"
-        backend: str = "torch"
 
         def __post_init__(self):
             super().__post_init__()
-            check_backend(self)
             if self.layout not in LAYOUTS:
                 raise UnknownNameError(f"layout of {self.owner.name}", self.layout, LAYOUTS)
             if type(self.kernel_size) is not int or self.kernel_size < 1:
@@ -80,9 +78,7 @@ class GatedConvolution(WithBackends, Mixer):
         for name, convolution in self.convolutions.items():
             convolution.set_identity() if name == "value" else convolution.set_constant(1.0)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-        if backend := self.backend_for(query):
-            return backend.run(self, query, key, value, context)
+    def in_torch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         return self.gated(query, key, value, context, ShortConvolution.forward)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:

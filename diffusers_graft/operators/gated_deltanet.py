@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import OperatorError
 from ..site import Context, Site
-from ._backends import Backend, WithBackends, check_backend
+from ._backends import Backend, WithBackends
 from ._scans import decay_start, gated_delta_rule
 from .base import AttentionOperator, Projections
 
@@ -48,7 +48,7 @@ class GatedDeltanet(WithBackends, AttentionOperator):
     output_layer = "o_proj"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(AttentionOperator.Config):
+    class Config(WithBackends.Config):
         """Settings of the state.
 
         Attributes:
@@ -59,11 +59,9 @@ class GatedDeltanet(WithBackends, AttentionOperator):
 
         bidirectional: bool = True
         chunk: int = 64
-        backend: str = "torch"
 
         def __post_init__(self):
             super().__post_init__()
-            check_backend(self)
             if type(self.bidirectional) is not bool:
                 raise OperatorError(f"gated_deltanet: bidirectional is True or False; got {self.bidirectional!r}.")
             if type(self.chunk) is not int or self.chunk < 1:
@@ -84,9 +82,7 @@ class GatedDeltanet(WithBackends, AttentionOperator):
             layer.weight.copy_(getattr(original, name))
             layer.bias.zero_() if bias is None else layer.bias.copy_(bias)
 
-    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
-        if backend := self.backend_for(hidden_states):
-            return backend.run(self, hidden_states, context)
+    def in_torch(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
         parts = self.projected(hidden_states)
         mixed = [gated_delta_rule(*parts, chunk=self.config.chunk, backwards=backwards) for backwards in self.ways()]
         return self.output(mixed, hidden_states)

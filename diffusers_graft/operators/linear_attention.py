@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import OperatorError, UnknownNameError
 from ..site import Context, Site
-from ._backends import piece_by_piece
+from ._backends import COMPILED, WithBackends, piece_by_piece
 from ._depthwise import ShortConvolution, heads_first, tokens_last
 from .base import Mixer
 
@@ -24,21 +24,23 @@ FEATURE_MAPS = ("elu", "relu", "softmax")
 TOGETHER = 128
 
 
-class LinearAttention(Mixer):
+class LinearAttention(WithBackends, Mixer):
     """Sums in float32 whatever the inputs' precision; a mask may hide keys, the same for every query."""
 
     kinds = ("self_attention", "cross_attention")
     honours_mask = True
+    backends = (COMPILED,)
     paper = "Transformers are RNNs, arXiv 2006.16236"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Mixer.Config):
+    class Config(WithBackends.Config):
         """Settings of the kernel.
 
         Attributes:
             feature_map: `elu` (elu + 1), `relu`, or `softmax` (a learnable map per head, then softmax of x and -x).
             value_conv: side of a depthwise convolution of the values on each frame's grid, added to the output and
                 starting at zero; odd, or 0 for none.
+            backend: `torch`, `auto` or `compiled` (by torch).
         """
 
         feature_map: str = "elu"
@@ -73,7 +75,7 @@ class LinearAttention(Mixer):
         self.needs_grid, self.value_convolution = True, ShortConvolution(site.inner_width, size)
         self.value_convolution.set_constant(0.0)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    def in_torch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         precise = torch.promote_types(query.dtype, torch.float32)
         visible = None if context.mask is None else key_weights(context.mask, precise)
         mixed = self._read(query, *self._written(key, value.to(precise), visible)).to(value.dtype)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import OperatorError, UnknownNameError
 from ..site import Context, Grid, Site
-from ._backends import HALF, Backend, WithBackends, check_backend
+from ._backends import HALF, Backend, WithBackends
 from ._scans import ORDERS, decay_start, state_space, visits
 from .base import AttentionOperator
 
@@ -37,7 +37,7 @@ class Mamba2(WithBackends, AttentionOperator):
     output_layer = "out_proj"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(AttentionOperator.Config):
+    class Config(WithBackends.Config):
         """Settings of the block; the paper on grafting takes `bidirectional=False` and the rest as it is here.
 
         Attributes:
@@ -58,11 +58,9 @@ class Mamba2(WithBackends, AttentionOperator):
         bidirectional: bool = True
         scan: str = "raster"
         chunk: int = 32
-        backend: str = "torch"
 
         def __post_init__(self):
             super().__post_init__()
-            check_backend(self)
             for name in ("state", "expand", "conv", "head_width", "chunk"):
                 number = getattr(self, name)
                 if (type(number) is not int or number < 1) and not (name == "head_width" and number is None):
@@ -98,9 +96,7 @@ class Mamba2(WithBackends, AttentionOperator):
         self.needs_grid = config.scan != "raster"
         self.causal_operator = not (config.bidirectional or self.needs_grid)
 
-    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
-        if backend := self.backend_for(hidden_states):
-            return backend.run(self, hidden_states, context)
+    def in_torch(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
         return self.run(hidden_states, context, self.scanned)
 
     def reference(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:

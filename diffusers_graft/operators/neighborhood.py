@@ -11,7 +11,7 @@ import torch
 
 from ..errors import GeometryError, OperatorError
 from ..site import Context, Grid, Site
-from ._backends import Backend, WithBackends, check_backend
+from ._backends import Backend, WithBackends
 from ._flex import Sees, flex
 from ._tiles import dense_attention, tiled_attention
 from .base import Mixer
@@ -40,8 +40,8 @@ def _sees(length: int, kernel: int, dilation: int) -> Sees:
 def _natten(operator: Neighborhood, query, key, value, context: Context) -> torch.Tensor:
     from natten import functional
 
-    grid, (batch, heads, _, width) = context.grid, query.shape
-    lengths = operator.lengths(grid)
+    batch, heads, tokens, width = query.shape
+    lengths = operator.lengths(context.require_grid(operator.name, tokens))
     images = (part.transpose(1, 2).reshape(batch, *lengths, heads, width) for part in (query, key, value))
     call = functional.na3d if len(lengths) == 3 else functional.na2d
     settings = {"dilation": operator.config.dilation, "scale": context.scale}
@@ -50,7 +50,7 @@ def _natten(operator: Neighborhood, query, key, value, context: Context) -> torc
 
 
 def _flex(operator: Neighborhood, query, key, value, context: Context) -> torch.Tensor:
-    return flex(query, key, value, _sees, operator.axes(context.grid), context.scale)
+    return flex(query, key, value, _sees, operator.axes(context.require_grid(operator.name, query.shape[2])), context.scale)
 
 
 class Neighborhood(WithBackends, Mixer):
@@ -64,7 +64,7 @@ class Neighborhood(WithBackends, Mixer):
     paper = "Neighborhood Attention Transformer, arXiv 2204.07143"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Mixer.Config):
+    class Config(WithBackends.Config):
         """Settings of the neighbourhood.
 
         Attributes:
@@ -75,11 +75,9 @@ class Neighborhood(WithBackends, Mixer):
 
         kernel: int = 3
         dilation: int = 1
-        backend: str = "torch"
 
         def __post_init__(self):
             super().__post_init__()
-            check_backend(self)
             if type(self.kernel) is not int or self.kernel < 1 or self.kernel % 2 == 0:
                 raise OperatorError(
                     f"neighborhood: kernel is an odd count of tokens; got {self.kernel!r}. Try 3, 5 or 7."
@@ -94,10 +92,8 @@ class Neighborhood(WithBackends, Mixer):
         if config.kernel == 1:
             self.unused_inputs = ("input 0", "input 1")  # a softmax of one is one
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    def in_torch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         axes = self.axes(context.require_grid(self.name, query.shape[2]))
-        if backend := self.backend_for(query):
-            return backend.run(self, query, key, value, context)
         tile = 4 if self.config.kernel < 9 else 8
         return tiled_attention(query, key, value, around, axes, tile=tile, scale=context.scale, mask=context.mask)
 

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import GeometryError, OperatorError
 from ..site import Context, Grid, Site
-from ._backends import Backend, WithBackends, check_backend
+from ._backends import Backend, WithBackends
 from ._flex import Sees, flex
 from ._tiles import dense_attention, tiled_attention
 from .base import Mixer
@@ -28,22 +28,23 @@ def _sees(length: int, before: int, after: int) -> Sees:
 def _flash(operator: SlidingWindow, query, key, value, context: Context) -> torch.Tensor:
     from flash_attn import flash_attn_func
 
+    ((_, *window),) = operator.axes(query)
     tokens_first = (part.transpose(1, 2) for part in (query, key, value))
-    return flash_attn_func(*tokens_first, softmax_scale=context.scale, window_size=operator.config.window).transpose(1, 2)
+    return flash_attn_func(*tokens_first, softmax_scale=context.scale, window_size=tuple(window)).transpose(1, 2)
 
 
 def _varlen(operator: SlidingWindow, query, key, value, context: Context) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    batch, heads, tokens, width = query.shape
+    (batch, heads, _, width), ((tokens, *window),) = query.shape, operator.axes(query)
     starts = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
     packed = (part.transpose(1, 2).reshape(batch * tokens, heads, width) for part in (query, key, value))
-    window = {"scale": context.scale, "window_size": operator.config.window}
-    return varlen_attn(*packed, starts, starts, tokens, tokens, **window).view(batch, tokens, heads, width).transpose(1, 2)
+    settings = {"scale": context.scale, "window_size": tuple(window)}
+    return varlen_attn(*packed, starts, starts, tokens, tokens, **settings).view(batch, tokens, heads, width).transpose(1, 2)
 
 
 def _flex(operator: SlidingWindow, query, key, value, context: Context) -> torch.Tensor:
-    return flex(query, key, value, _sees, ((query.shape[2], *operator.config.window),), context.scale)
+    return flex(query, key, value, _sees, operator.axes(query), context.scale)
 
 
 class SlidingWindow(WithBackends, Mixer):
@@ -58,7 +59,7 @@ class SlidingWindow(WithBackends, Mixer):
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Mixer.Config):
+    class Config(WithBackends.Config):
         """Settings of the band.
 
         Attributes:
@@ -67,11 +68,9 @@ class SlidingWindow(WithBackends, Mixer):
         """
 
         window: tuple[int, int] = (4, 4)
-        backend: str = "torch"
 
         def __post_init__(self):
             super().__post_init__()
-            check_backend(self)
             sound = isinstance(self.window, tuple) and len(self.window) == 2
             if not sound or not all(type(side) is int and side >= 0 for side in self.window):
                 raise OperatorError(
@@ -85,19 +84,17 @@ class SlidingWindow(WithBackends, Mixer):
         if config.window == (0, 0):
             self.unused_inputs = ("input 0", "input 1")  # a softmax of one is one
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-        axes = self._axes(query)
-        if backend := self.backend_for(query):
-            return backend.run(self, query, key, value, context)
+    def in_torch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         # Short tiles compare fewer pairs in vain; a backward pass pays for every halo, and prefers fewer.
         tile = max(32, max(self.config.window) // (1 if torch.is_grad_enabled() else 2))
-        return tiled_attention(query, key, value, band, axes, tile=tile, scale=context.scale, mask=context.mask)
+        return tiled_attention(query, key, value, band, self.axes(query), tile=tile, scale=context.scale, mask=context.mask)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: softmax over all tokens under a band mask."""
-        return dense_attention(query, key, value, band, self._axes(query), scale=context.scale, mask=context.mask)
+        return dense_attention(query, key, value, band, self.axes(query), scale=context.scale, mask=context.mask)
 
-    def _axes(self, query: torch.Tensor) -> tuple[tuple[int, int, int], ...]:
+    def axes(self, query: torch.Tensor) -> tuple[tuple[int, int, int], ...]:
+        """The sequence as the rule takes it. Raises `GeometryError` where the window does not fit."""
         tokens, width = query.shape[2], sum(self.config.window) + 1
         if width > tokens:
             raise GeometryError(

@@ -12,11 +12,12 @@ from torch import nn
 
 from ..errors import OperatorError
 from ..site import Context, Site
+from ._backends import COMPILED, WithBackends
 from ._depthwise import ShortConvolution, heads_first, tokens_last
 from .base import Mixer
 
 
-class Ttt(Mixer):
+class Ttt(WithBackends, Mixer):
     """The inner model of a head is f(x) = SiLU(x W1) W2, with W1 and W2 in E x E that start each forward anew.
 
     A step of size one goes down the gradient of E^-1/2 / 2N sum ||f(k) - v||^2 over all tokens; then f(q) is the output. Keys
@@ -24,6 +25,7 @@ class Ttt(Mixer):
     weights are kept in float32 whatever the inputs' precision.
     """
 
+    backends = (COMPILED,)
     paper = "Linearizing Vision Transformer with Test-Time Training, arXiv 2605.02772"
     start = (
         "queries, keys, values and output projection keep their pretrained weights; convolutions start silent, the inner "
@@ -31,12 +33,13 @@ class Ttt(Mixer):
     )
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Mixer.Config):
+    class Config(WithBackends.Config):
         """Settings of the inner training.
 
         Attributes:
             steps: gradient steps of the inner model (the paper: 1).
             convolution: whether queries and keys pass convolutions on each frame's grid (the paper: they do).
+            backend: `torch`, `auto` or `compiled` (by torch).
         """
 
         steps: int = 1
@@ -61,7 +64,7 @@ class Ttt(Mixer):
         for convolution in self.convolutions.values():
             convolution.set_constant(0.0)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    def in_torch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         query, key = self._featurised(query, key, context, ShortConvolution.forward)
         weights = self.first.to(query.dtype), self.second.to(query.dtype)
         for _ in range(self.config.steps):

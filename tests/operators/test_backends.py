@@ -1,19 +1,21 @@
 """Faster ways: offered, refused and chosen in words; what calls a kernel is checked against a stand-in of its interface."""
+import dataclasses
+import functools
 import itertools
 import logging
 import sys
 import types
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffusers_graft as dg
 from diffusers_graft.errors import MissingDependencyError, OperatorError, UnknownNameError
-from diffusers_graft.operators import _hyena, gated_deltanet, mamba2, neighborhood, sliding_window
-from diffusers_graft.operators._backends import Backend, WithBackends, check_backend
+from diffusers_graft.operators import _backends, _hyena, gated_deltanet, mamba2, neighborhood, sliding_window
+from diffusers_graft.operators._backends import Backend, WithBackends
 from diffusers_graft.operators._flex import mask_of
 from diffusers_graft.operators.base import Mixer
 from diffusers_graft.operators.conformance import example_site
@@ -203,16 +205,7 @@ def fake(run):
     class Fake(WithBackends, Mixer):
         backends = (Backend("quick", run, "math", dtypes=(), runs_on=("cpu",), trains_on=("cpu",), pays_on=("cpu",)),)
 
-        @dataclass(frozen=True, kw_only=True)
-        class Config(Mixer.Config):
-            backend: str = "torch"
-
-            def __post_init__(self):
-                check_backend(self)
-
-        def forward(self, query, key, value, context):
-            if backend := self.backend_for(query):
-                return backend.run(self, query, key, value, context)
+        def in_torch(self, query, key, value, context):
             return query * key + value
 
     return Fake.Config(backend="auto").build(SITE)
@@ -232,6 +225,38 @@ def test_auto_takes_what_agrees_and_says_so_once(caplog, run, said, output, grad
             mixed = operator(query, key, value, Context())
     torch.testing.assert_close(mixed, (query * key + value) * output)
     assert sum(said in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("name", ["hyena_se", "linear_attention", "ttt"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_layers_compile_once(monkeypatch, name, grad):
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    monkeypatch.setattr(_backends, "_compiled", functools.cache(functools.partial(torch.compile, backend=counter)))
+    for index in range(3):
+        torch.manual_seed(index)
+        site = dataclasses.replace(SITE, index=index, path=f"blocks.{index}.attn1")
+        compiled, plain = (dg.operators.configure({"operator": name, "backend": backend}).build(site)
+                           for backend in ("compiled", "torch"))  # fmt: skip
+        plain.load_state_dict(compiled.state_dict())
+        found = []
+        for operator in (compiled, plain):
+            inputs = [part.requires_grad_(grad) for part in qkv(30)]
+            with torch.set_grad_enabled(grad):
+                mixed = operator(*inputs, Context(grid=Grid(height=5, width=6)))
+            found.append([mixed, *(torch.autograd.grad(mixed.square().sum(), inputs) if grad else ())])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["hyena_x", "hyena_se", "linear_attention", "ttt"])
+def test_what_torch_compiles_agrees(name):
+    inputs, context = qkv(64), Context(grid=Grid(height=8, width=8))
+    torch.manual_seed(0)
+    operator = dg.operators.configure({"operator": name, "init": "random", "backend": "compiled"}).build(SITE)
+    with torch.no_grad():
+        torch.testing.assert_close(operator(*inputs, context), operator.in_torch(*inputs, context), rtol=1e-4, atol=1e-5)
 
 
 def test_auto_is_plain_torch_on_a_cpu():

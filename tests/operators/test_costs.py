@@ -12,7 +12,7 @@ from diffusers_graft.bench.pixart import CONTENDERS, LAYERS, bench_pixart, pixar
 from diffusers_graft.cli import main
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.operator_costs import example_part, example_tensors, operator_costs, peak_memory
-from diffusers_graft.operators import configure
+from diffusers_graft.operators import _backends, configure
 from diffusers_graft.operators.base import BlockOperator
 from diffusers_graft.site import Context, Grid
 
@@ -169,6 +169,7 @@ def test_the_list_of_operators(capsys):
 
 def test_the_operator_benchmark_at_tiny_size(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_operators_module, "WIDTH", 8)
+    monkeypatch.setattr(_backends, "_compiled", lambda call: call)  # compiling takes longer than all else here
     monkeypatch.setattr(bench_operators_module, "BLOCK", {**bench_operators_module.BLOCK, "attention_head_dim": 8})
     said = []
     bench_operators_module.bench_operators(tmp_path / "tables" / "t.md", rounds=2, side=16, heads=4, say=said.append)

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 BACKENDS = [
     *({"operator": "sliding_window", "backend": name} for name in ("flash", "varlen", "flex", "auto")),
     *({"operator": "neighborhood", "kernel": 5, "backend": name} for name in ("natten", "flex", "auto")),
+    *({"operator": name, "backend": "compiled"} for name in ("hyena_x", "hyena_se", "linear_attention", "ttt")),
     *({"operator": name, "backend": "auto"} for name in ("hyena_x", "hyena_se", "hyena_y", "mamba2", "gated_deltanet")),
 ]
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 import diffusers_graft as dg
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError
 from diffusers_graft.operators import Mixer, Projections, configure
-from diffusers_graft.operators._scans import decay, gated_delta_rule, state_space, visits
+from diffusers_graft.operators._scans import _in_groups, _one_by_one, decay, gated_delta_rule, state_space, visits
 from diffusers_graft.operators.conformance import example_site
 from diffusers_graft.site import Context, Grid, Site
 
@@ -31,6 +31,17 @@ def draw(*shape, seed=0):
 
 def qkv(tokens, batch=1):
     return [draw(batch, 3, tokens, 4, seed=seed) for seed in range(3)]
+
+
+@pytest.mark.parametrize("matrices", [False, True])
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("chunks", [8, 9, 13])
+def test_groups_of_chunks_carry_what_a_loop_does(chunks, backwards, matrices):
+    added = draw(2, chunks, 3, 5).requires_grad_()
+    kept = (draw(2, chunks, 3, 3) / 2 if matrices else draw(2, chunks, 3, 1).sigmoid()).requires_grad_()
+    start = torch.zeros_like(added[:, 0])
+    loop, _ = _one_by_one(added, kept, start, backwards, matrices)
+    same_with_gradients(_in_groups(added, kept, start, 3, backwards, matrices), loop, (added, kept))
 
 
 def parameters(spec):
