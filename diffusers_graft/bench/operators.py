@@ -138,7 +138,8 @@ def _scans(target: float, grid: Grid, heads: int, rounds: int, *, backward: bool
     rows = [["scan of", "ms", "ratio", "quartiles", "target"]]
     softmax = torch.randn(3, 1, grid.tokens, heads, WIDTH, generator=torch.Generator().manual_seed(0)).transpose(2, 3)
     # The paper's, at twice the width of the model; with heads as wide as softmax's; and at the width that targets are for.
-    for name in ("mamba2", f"mamba2(head_width={WIDTH})", f"mamba2(head_width={WIDTH}, expand=1)"):
+    wide = f"head_width={WIDTH}, chunk=64"
+    for name in ("mamba2", f"mamba2({wide})", f"mamba2({wide}, expand=1)"):
         operator = example_part(parse_operator(name), width=heads * WIDTH, heads=heads)
         state, heads_of = operator.config.state, (operator.heads, operator.config.head_width)
         shapes = heads_of, (state,), (state,), (operator.heads,)

@@ -163,15 +163,19 @@ def check_builds_on_meta(subject: Subject) -> None:
 
 
 def check_compiles(subject: Subject) -> None:
-    """`torch.compile(fullgraph=True)` gives the same outputs."""
+    """`torch.compile(fullgraph=True)` gives the same outputs, with gradients and without."""
     operator, inputs = subject.build(), subject.inputs()
+    expected = run(operator, inputs, subject.context)
     torch._dynamo.reset()
-    try:
-        output = torch.compile(operator, fullgraph=True, backend="aot_eager")(*inputs, subject.context)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        fail("compiles", f"torch.compile(fullgraph=True) gave {type(error).__name__}: {str(error).splitlines()[0]}")
-    if not torch.allclose(output, run(operator, inputs, subject.context), rtol=1e-9, atol=1e-9):
-        fail("compiles", "compiled outputs differ")
+    compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
+    for grad in (True, False):
+        try:
+            with torch.set_grad_enabled(grad):
+                output = compiled(*inputs, subject.context)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            fail("compiles", f"torch.compile(fullgraph=True) gave {type(error).__name__}: {str(error).splitlines()[0]}")
+        if not torch.allclose(output, expected, rtol=1e-9, atol=1e-9):
+            fail("compiles", "compiled outputs differ" + ("" if grad else " under no_grad"))
 
 
 def check_trains_after_inference(subject: Subject) -> None:

@@ -47,7 +47,7 @@ class Mamba2(WithBackends, AttentionOperator):
             head_width: channels of a head (P); None means 16, or the most below it that divides the inner width.
             bidirectional: whether tokens see later ones too.
             scan: order in which tokens are visited: `raster`, `column` or `zigzag`, frame by frame.
-            chunk: tokens computed at once; changes speed and memory, not results.
+            chunk: tokens computed at once; changes speed and memory, not results: 32 suits narrow heads, 64 wide ones.
             backend: `torch`, `auto` or `mamba_ssm`.
         """
 
