@@ -11,8 +11,8 @@ attention that the others get,
     p = Z(others) / (Z(others) + Z(image)),    Z(keys) = sum of exp(scale * query . key)
 
 with Z(image) over the image tokens that the operator reads for this token, its receptive field. For a softmax window that is
-exactly one softmax over window and text; for a convolution or a scan it is what softmax would give to the tokens they read.
-Of fields beyond 64 tokens, 64 evenly spaced ones stand for all.
+exactly one softmax over window and text, and plain torch computes it as such; for a convolution or a scan it is what softmax
+would give to the tokens they read. Of fields beyond 64 tokens, 64 evenly spaced ones stand for all.
 """
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from .errors import GeometryError, OperatorError
 from .operators import Mixer, OperatorConfig
 from .site import Context, Grid, Site
 
-FIELD = 64
+FIELD = 64  # tokens that stand for a receptive field, at most
+AT_ONCE = 256
 
 
 def mix(operator: Mixer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
@@ -86,6 +87,10 @@ def _softmax(query, key, value, context: Context, part: slice) -> torch.Tensor:
 def _image_queries(operator: Mixer, query, key, value, context: Context, start: int) -> torch.Tensor:
     image = query.shape[2]
     own, rest = slice(start, start + image), (slice(0, start), slice(start + image, key.shape[2]))
+    if operator.honours_others and not context.causal:
+        key, value = (torch.cat([part[:, :, some] for some in (own, *rest)], dim=2) for part in (key, value))
+        mask = None if context.mask is None else torch.cat([context.mask[..., some] for some in (own, *rest)], dim=-1)
+        return mix(operator, query, key, value, replace(context, mask=mask))
     mask = None if context.mask is None else context.mask[..., own]
     mixed = mix(operator, query, key[:, :, own], value[:, :, own], replace(context, mask=mask))
     if key.shape[2] == image:
@@ -110,12 +115,21 @@ def _seen(operator: Mixer, query, key, mask: torch.Tensor | None, grid: Grid | N
     if len(fields) == 1:
         scores = query @ key[:, :, fields[0]].transpose(-1, -2)
     else:
-        scores = torch.einsum("bhne,bhnke->bhnk", query, key[:, :, fields])
+        # A few queries at a time where nothing is kept: what they gather is many times the keys.
+        some = tokens if torch.is_grad_enabled() else AT_ONCE
+        pieces = zip(query.split(some, dim=2), fields.split(some), strict=True)
+        scores = torch.cat([_gathered_scores(*piece, key) for piece in pieces], dim=2)
     scores = scale * scores.float() + weights
     if mask is not None:
         fields = fields.expand(tokens, -1)[(None,) * (mask.dim() - 2)].expand(*mask.shape[:-2], -1, -1)
         scores = _hide(scores, mask.expand(*mask.shape[:-2], tokens, tokens).gather(-1, fields))
     return scores.logsumexp(-1, keepdim=True)
+
+
+def _gathered_scores(query: torch.Tensor, fields: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Each query with the keys of its field, [B, H, N, K]."""
+    seen = key.index_select(2, fields.flatten()).unflatten(2, fields.shape)
+    return (seen @ query[..., None])[..., 0]
 
 
 @torch.compiler.assume_constant_result

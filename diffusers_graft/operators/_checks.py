@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import GeometryError
 from ..site import Context, Grid
 from . import _configured, available, configure
-from ._checks_of_sight import check_honours_mask, check_receptive_field, check_sees_ahead  # noqa: F401, in CHECKS
+from ._checks_of_sight import check_honours_mask, check_honours_others, check_receptive_field, check_sees_ahead  # noqa: F401, in CHECKS
 from ._subject import Subject, fail, gradients, run
 
 

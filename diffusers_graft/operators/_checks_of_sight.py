@@ -36,6 +36,31 @@ def check_honours_mask(subject: Subject) -> bool | None:
     return None
 
 
+def check_honours_others(subject: Subject) -> bool | None:
+    """Keys beyond the queries' own share one softmax with those, for every query; hidden, they change nothing."""
+    operator, inputs = subject.build(), subject.inputs()
+    if not operator.honours_others:
+        return False
+    query, key, value = inputs
+    alone = run(operator, inputs, subject.context)
+    drawn = torch.randn(len(key), key.shape[1], 8, key.shape[3], generator=torch.Generator().manual_seed(3), dtype=key.dtype)
+    masses = []
+    for others in drawn.split([3, 5], dim=2):
+        keys = torch.cat([key, others], dim=2)
+        values = torch.cat([torch.zeros_like(value), torch.ones_like(others)], dim=2)
+        share = run(operator, [query, keys, values], subject.context)[..., :1]
+        theirs = (query @ others.transpose(-1, -2) * query.shape[-1] ** -0.5).exp().sum(-1, keepdim=True)
+        masses.append(theirs * (1 - share) / share)  # of the queries' own keys
+        visible = (torch.arange(keys.shape[2]) < key.shape[2])[None, None, None]
+        values = torch.cat([value, others], dim=2)
+        hidden = run(operator, [query, keys, values], dataclasses.replace(subject.context, mask=visible))
+        if not torch.allclose(hidden, alone, rtol=1e-9, atol=1e-9):
+            fail("honours_others", "honours_others is True, but other keys change the output though a mask hides them")
+    if not (masses[0].isfinite().all() and torch.allclose(*masses, rtol=1e-7)):
+        fail("honours_others", "honours_others is True, but other keys do not share one softmax with the queries' own")
+    return None
+
+
 def additive(visible: torch.Tensor, hidden: float) -> torch.Tensor:
     """A mask of booleans as one to add to scores."""
     return torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, hidden)

@@ -32,7 +32,7 @@ class Tiling:
 
     Attributes:
         queries: [tiles, Q].
-        keys: [tiles, K].
+        keys: [tiles, K]; in the end those that every query sees.
         mask: [tiles, 1, Q, K], true where a query sees a key; None where every query sees all.
         inverse: place of every token in the flattened tiles, [N].
         starts: first query and first key of each tile where both are runs of a sequence, else none.
@@ -74,7 +74,7 @@ def _cut(rule: Rule, axis: Axis, tile: int) -> tuple[torch.Tensor, torch.Tensor,
     return torch.tensor([list(places) for places in tiles]), keys, mask, starts
 
 
-def _made(rule: Rule, axes: tuple[Axis, ...], tile: int, device: torch.device) -> Tiling:
+def _made(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, device: torch.device) -> Tiling:
     # A tiling outlives the mode it is made in: inference tensors, for one, could never be trained with.
     with torch.inference_mode(False), torch.device("cpu"):
         tokens = math.prod(axis[0] for axis in axes)
@@ -87,7 +87,8 @@ def _made(rule: Rule, axes: tuple[Axis, ...], tile: int, device: torch.device) -
             queries, keys, mask = _outer(queries, q, axis[0]), _outer(keys, k, axis[0]), _outer_mask(mask, m)
         inverse = torch.empty(tokens, dtype=torch.long)
         inverse[queries.flatten()] = torch.arange(queries.numel())
-        mask = None if see_all else mask[:, None].to(device)
+        keys = torch.cat([keys, torch.arange(tokens, tokens + others).expand(len(keys), -1)], dim=1)
+        mask = None if see_all else F.pad(mask[:, None], (0, others), value=True).to(device)
         starts = starts if len(axes) == 1 else []
         return Tiling(queries.to(device), keys.to(device), mask, inverse.to(device), starts)
 
@@ -107,31 +108,35 @@ def _outer_mask(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
 
 
 @torch.compiler.assume_constant_result
-def tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, device: torch.device) -> Tiling:
-    """The tiling of a grid, made once for each geometry and device."""
-    return _kept(rule, axes, tile, device)
+def tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, device: torch.device) -> Tiling:
+    """The tiling of a grid, made once for each geometry and device; all queries see `others` keys besides, after the grid's."""
+    return _kept(rule, axes, tile, others, device)
 
 
 def tiled_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule, axes: tuple[Axis, ...], *, tile: int,
     scale: float | None, mask: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Softmax attention of each query over the keys it sees: [B, H, N, E] in and out.
+    """Softmax attention of each query over the keys it sees: [B, H, N, E], twice [B, H, M, E], and [B, H, N, E] out.
+
+    Keys beyond the queries' own, M - N of them, are seen by every query.
 
     Args:
-        mask: as `scaled_dot_product_attention` takes it, broadcastable to [B, H, N, N]; each tile gathers its part. A query
+        mask: as `scaled_dot_product_attention` takes it, broadcastable to [B, H, N, M]; each tile gathers its part. A query
             all of whose keys are hidden gives zeros.
     """
     # Plain numbers again where compiled code holds symbols: a tiling belongs to one grid.
     axes = tuple(tuple(len([None] * setting) for setting in axis) for axis in axes)
     # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind; it must not be kept for real ones.
-    cut = (tiling if type(query) is torch.Tensor else _made)(rule, axes, tile, query.device)
+    others = len([None] * (key.shape[2] - query.shape[2]))
+    tile = max(tile, round((others / 4) ** (1 / len(axes))))  # each tile gathers the others anew: fewer tiles then
+    cut = (tiling if type(query) is torch.Tensor else _made)(rule, axes, tile, others, query.device)
     tiles, mask = cut.queries.shape[0], mask if mask is None else mask[(None,) * (4 - mask.dim())]
     if tiles == 1:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=_both(cut.mask, mask), scale=scale)
     whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
     if cut.starts and piece_by_piece(query):
-        return _in_turns(query, key, value, cut, scale, mask)
+        return _in_turns(query, key, value, cut, others, scale, mask)
     # Whole tokens [B, N, H * E] are gathered fastest, and without gradients a few tiles at a time, which stay in cache.
     parts = tuple(part.transpose(1, 2).flatten(2) for part in (query, key, value))
     step = tiles if whole else max(1, GATHERED_TOKENS // cut.keys.shape[1])
@@ -142,15 +147,21 @@ def tiled_attention(
 
 
 def _in_turns(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cut: Tiling, scale: float | None, mask: torch.Tensor | None
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cut: Tiling, others: int, scale: float | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     """Tile by tile on the tensors as they lie. (A backward pass would fill a whole tensor for each slice.)"""
-    queries, keys = cut.queries.shape[1], cut.keys.shape[1]
+    queries, keys, tokens = cut.queries.shape[1], cut.keys.shape[1] - others, query.shape[2]
+
+    def near(part: torch.Tensor, dim: int, low: int) -> torch.Tensor:
+        own = part.narrow(dim, low, keys)
+        return torch.cat([own, part.narrow(dim, tokens, others)], dim) if others else own
+
     mixed = value.new_empty(query.shape[0], query.shape[2], value.shape[1], value.shape[3])
     for (first, low), window in zip(cut.starts, cut.mask[:, 0], strict=True):
-        near, own = slice(low, low + keys), slice(first, first + queries)
-        parts = query[:, :, own], key[:, :, near], value[:, :, near]
-        visible = _both(window, None if mask is None else mask[:, :, own if mask.shape[2] > 1 else slice(None), near])
+        own = slice(first, first + queries)
+        parts = query[:, :, own], near(key, 2, low), near(value, 2, low)
+        visible = _both(window, None if mask is None else near(mask[:, :, own if mask.shape[2] > 1 else slice(None)], 3, low))
         mixed[:, own] = F.scaled_dot_product_attention(*parts, attn_mask=visible, scale=scale).transpose(1, 2)
     return mixed.transpose(1, 2)
 
@@ -193,6 +204,7 @@ def dense_attention(
     for axis in axes:
         sees = torch.tensor([[j in seen for j in range(axis[0])] for seen in rule(*axis)])
         window = (window[:, None, :, None] & sees[None, :, None, :]).flatten(0, 1).flatten(1)
+    window = F.pad(window, (0, key.shape[2] - query.shape[2]), value=True)
     scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
     hidden = ~window.to(query.device)
     if mask is not None:

@@ -103,6 +103,8 @@ class Operator(nn.Module):
         kinds: the kinds of site it can replace.
         needs_grid: whether it asks the context for the layout of tokens.
         honours_mask: whether an attention mask is applied exactly.
+        honours_others: whether it may be given more keys than queries: the first N are the queries' own, and every query sees
+            the rest besides those (a prompt's), in one softmax.
         honours_causal: whether it is causal where the replaced attention was, as the context says.
         causal_operator: whether a token never sees tokens after it.
         paper: title and arXiv id of where it comes from.
@@ -121,6 +123,7 @@ class Operator(nn.Module):
     kinds: ClassVar[tuple[str, ...]] = ()
     needs_grid: ClassVar[bool] = False
     honours_mask: ClassVar[bool] = False
+    honours_others: ClassVar[bool] = False
     honours_causal: ClassVar[bool] = False
     causal_operator: ClassVar[bool] = False
     paper: ClassVar[str] = ""

@@ -69,7 +69,7 @@ class Hybrid(Mixer):
             for part, group in zip((config.first, config.second), self.groups, strict=True)
         )
         self.needs_grid = any(part.needs_grid for part in self.parts)
-        for name in ("honours_mask", "honours_causal", "causal_operator"):
+        for name in ("honours_mask", "honours_others", "honours_causal", "causal_operator"):
             setattr(self, name, all(getattr(part, name) for part in self.parts))
         self.unused_inputs = tuple(name for name in self.first.unused_inputs if name in self.second.unused_inputs)
 

@@ -39,6 +39,7 @@ class SelfAttention(Mixer):
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
         self.heads = config.heads or site.heads
+        self.honours_others = self.heads == site.heads
         if site.inner_width % self.heads:
             fitting = [heads for heads in range(1, site.inner_width + 1) if site.inner_width % heads == 0]
             raise OperatorError(

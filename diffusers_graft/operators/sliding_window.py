@@ -79,7 +79,7 @@ class SlidingWindow(WithBackends, Mixer):
 
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
-        self.honours_mask = config.backend == "torch"  # no kernel takes a mask besides its window
+        self.honours_mask = self.honours_others = config.backend == "torch"  # a kernel knows its window and no more
         self.causal_operator = config.window[1] == 0
         if config.window == (0, 0):
             self.unused_inputs = ("input 0", "input 1")  # a softmax of one is one

@@ -169,6 +169,24 @@ class MasksByTheFirstQuery(Good):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask) * self.gate
 
 
+class LeavesOthersOut(Good):
+    honours_others = True
+
+    def forward(self, query, key, value, context):
+        tokens = query.shape[2]
+        return super().forward(query, key[:, :, :tokens], value[:, :, :tokens], context)
+
+
+class AddsOthersUp(Good):
+    honours_others = True
+
+    def forward(self, query, key, value, context):
+        tokens, hidden = query.shape[2], context.mask is not None
+        own, others = ((key[:, :, some], value[:, :, some]) for some in (slice(tokens), slice(tokens, None)))
+        mixed = super().forward(query, *own, context)
+        return mixed if hidden or not others[0].shape[2] else (mixed + super().forward(query, *others, context)) / 2
+
+
 class RefusesItsMask(Good):
     honours_mask = True
 
@@ -258,6 +276,7 @@ BAD = {
     "state_dict_round_trip": [UnsavedState], "builds_on_meta": [PinnedDevice], "compiles": [BreaksTheGraph, OtherwiseCompiled],
     "checkpointing": [Uncheckpointable], "agrees_with_reference": [WrongFastPath],
     "trains_after_inference": [KeepsInferenceTensors], "honours_mask": [IgnoresMask, MasksByTheFirstQuery],
+    "honours_others": [LeavesOthersOut, AddsOthersUp],
     "sees_ahead": [SaysCausal, SaysNothingOfCausal], "receptive_field": [MixingFeedForward, ClaimsTooMuch],
     "flops": [Understates, FractionalFlops],
 }  # fmt: skip

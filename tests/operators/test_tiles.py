@@ -149,13 +149,13 @@ def test_a_window_over_everything_is_plain_softmax():
 
 def test_no_mask_is_quadratic():
     device = torch.device("cpu")
-    sizes = [_tiles.tiling(around, ((side, 7, 1),) * 2, 4, device).mask.numel() for side in (32, 64)]
+    sizes = [_tiles.tiling(around, ((side, 7, 1),) * 2, 4, 0, device).mask.numel() for side in (32, 64)]
     assert sizes[1] <= 4.5 * sizes[0]
 
 
 def test_dilation_costs_nothing():
     device = torch.device("cpu")
-    plain, dilated = (_tiles.tiling(around, ((48, 7, step),) * 2, 4, device) for step in (1, 3))
+    plain, dilated = (_tiles.tiling(around, ((48, 7, step),) * 2, 4, 0, device) for step in (1, 3))
     assert dilated.mask.shape == plain.mask.shape
 
 

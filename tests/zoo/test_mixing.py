@@ -22,13 +22,13 @@ def drawn(tokens, keys=None):
     return [torch.randn(2, 2, count, 4, generator=generator, dtype=torch.float64) for count in (tokens, keys or tokens, keys or tokens)]
 
 
-def dense(operator, query, key, value, start, hidden=()):
+def dense(operator, query, key, value, start, hidden=(), grid=GRID):
     """One softmax: image tokens see their window and all others, the others see all."""
     sees = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
     first = start if query.shape[2] == key.shape[2] else 0
-    for token in range(IMAGE):
-        sees[first + token, start : start + IMAGE] = False
-        for seen in operator.receptive_field(token, GRID):
+    for token in range(grid.tokens):
+        sees[first + token, start : start + grid.tokens] = False
+        for seen in operator.receptive_field(token, grid):
             sees[first + token, start + seen] = True
     sees[:, list(hidden)] = False
     return F.scaled_dot_product_attention(query, key, value, attn_mask=sees)
@@ -74,6 +74,29 @@ def test_padding_of_the_image_is_left_out_of_the_softmax(name, hidden):
     mask[..., HIDDEN[hidden]] = False
     mixed = mix_with_others(operator, query, key, value, Context(grid=GRID, mask=mask), start=TEXT, image=IMAGE)
     torch.testing.assert_close(mixed, dense(operator, query, key, value, TEXT, hidden=HIDDEN[hidden]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("hidden", [(), (3, TEXT + 30, TEXT + 31)], ids=["all", "masked"])
+@pytest.mark.parametrize(("name", "settings"), [("sliding_window", {"window": (7, 90)}), ("neighborhood", {"kernel": 5, "dilation": 2}),
+                                                ("hybrid", {"first": "neighborhood", "second": "self_attention"})])  # fmt: skip
+def test_windows_in_many_tiles(name, settings, hidden, grad):
+    grid = Grid(height=18, width=20)
+    operator, inputs = operator_of(name, **settings), drawn(grid.tokens + TEXT)
+    mask = torch.ones(1, 1, 1, grid.tokens + TEXT, dtype=torch.bool)
+    mask[..., list(hidden)] = False
+    inputs = [part.requires_grad_(grad) for part in inputs]
+    with torch.set_grad_enabled(grad):
+        context = Context(grid=grid, mask=mask if hidden else None)
+        mixed = mix_with_others(operator, *inputs, context, start=TEXT, image=grid.tokens)
+    parts = operator.parts if name == "hybrid" else (operator, operator)
+    heads = [dense(part, *(tensor[:, head, None] for tensor in inputs), TEXT, hidden, grid) for head, part in enumerate(parts)]
+    expected = torch.cat(heads, dim=1)
+    torch.testing.assert_close(mixed, expected, rtol=1e-9, atol=1e-9)
+    if grad:
+        weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        found = (torch.autograd.grad((output * weights).sum(), inputs) for output in (mixed, expected))
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["linear_attention", "hyena_x", "hyena_y", "identity"])
