@@ -95,15 +95,35 @@ def _image_queries(operator: Mixer, query, key, value, context: Context, start: 
     mixed = mix(operator, query, key[:, :, own], value[:, :, own], replace(context, mask=mask))
     if key.shape[2] == image:
         return mixed
-    others, values = (torch.cat([tensor[:, :, part] for part in rest], dim=2) for tensor in (key, value))
     scale = query.shape[-1] ** -0.5 if context.scale is None else context.scale
-    scores = scale * (query @ others.transpose(-1, -2)).float()
-    if context.mask is not None:
-        scores = _hide(scores, torch.cat([context.mask[..., part] for part in rest], dim=-1))
-    attended = scores.softmax(-1).to(value.dtype) @ values
     seen = _seen(operator, query, key[:, :, own], mask, context.grid, scale)
-    share = torch.sigmoid(scores.logsumexp(-1, keepdim=True) - seen).to(value.dtype)
-    return mixed + share * (attended - mixed)
+    key, value = (torch.cat([tensor[:, :, part] for part in rest], dim=2) for tensor in (key, value))
+    mask = None if context.mask is None else torch.cat([context.mask[..., part] for part in rest], dim=-1)
+    return _shared(mixed, seen, query, key, value, mask, scale)
+
+
+def _shared(mixed: torch.Tensor, seen: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+            mask: torch.Tensor | None, scale: float) -> torch.Tensor:  # fmt: skip
+    """(1 - p) * mixed + p * text in one softmax: over the text, and one key more that scores log Z(image), `seen`.
+
+    That score is two channels that only this key looks at, what the query's precision holds of it and the rest. Its value is
+    one more channel, which comes out as 1 - p. Eight channels in all, as kernels want them.
+    """
+    limit = torch.finfo(query.dtype).max / 4
+    score = (seen / scale).clamp(-limit, limit)
+    high = score.to(query.dtype)
+    query = F.pad(torch.cat([query, high, (score - high).to(query.dtype)], dim=-1), (0, 6))
+    key, value = _with_one_more(key, 2), _with_one_more(value, 1)
+    mask = mask if mask is None else F.pad(mask, (0, 1), value=mask.dtype == torch.bool)
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    width = mixed.shape[-1]
+    return found[..., :width] + found[..., width : width + 1] * mixed
+
+
+def _with_one_more(part: torch.Tensor, ones: int) -> torch.Tensor:
+    """[B, H, M, E] with one token and eight channels more: zeros, but for the token's first new channels."""
+    token = F.pad(part.new_ones(*part.shape[:2], 1, ones), (part.shape[-1], 8 - ones))
+    return torch.cat([F.pad(part, (0, 8)), token], dim=2)
 
 
 def _seen(operator: Mixer, query, key, mask: torch.Tensor | None, grid: Grid | None, scale: float) -> torch.Tensor:
@@ -119,7 +139,7 @@ def _seen(operator: Mixer, query, key, mask: torch.Tensor | None, grid: Grid | N
         some = tokens if torch.is_grad_enabled() else AT_ONCE
         pieces = zip(query.split(some, dim=2), fields.split(some), strict=True)
         scores = torch.cat([_gathered_scores(*piece, key) for piece in pieces], dim=2)
-    scores = scale * scores.float() + weights
+    scores = scale * scores.to(torch.promote_types(scores.dtype, torch.float32)) + weights
     if mask is not None:
         fields = fields.expand(tokens, -1)[(None,) * (mask.dim() - 2)].expand(*mask.shape[:-2], -1, -1)
         scores = _hide(scores, mask.expand(*mask.shape[:-2], tokens, tokens).gather(-1, fields))

@@ -42,14 +42,14 @@ WINDOWS = {"sliding_window": {"window": (2, 1)}, "neighborhood": {"kernel": 3}}
 def test_a_softmax_window_and_the_text_are_one_softmax(name, start):
     operator, (query, key, value) = operator_of(name, **WINDOWS[name]), drawn(IMAGE + TEXT)
     mixed = mix_with_others(operator, query, key, value, Context(grid=GRID), start=start, image=IMAGE)
-    torch.testing.assert_close(mixed, dense(operator, query, key, value, start), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed, dense(operator, query, key, value, start), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", WINDOWS)
 def test_queries_of_the_image_alone(name):
     operator, (query, key, value) = operator_of(name, **WINDOWS[name]), drawn(IMAGE, IMAGE + TEXT)
     mixed = mix_with_others(operator, query, key, value, Context(grid=GRID), start=TEXT, image=IMAGE)
-    torch.testing.assert_close(mixed, dense(operator, query, key, value, TEXT), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed, dense(operator, query, key, value, TEXT), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -59,7 +59,7 @@ def test_padded_text_is_left_out_of_the_softmax(additive):
     mask[..., 3:TEXT] = False
     mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf) if additive else mask
     mixed = mix_with_others(operator, query, key, value, Context(grid=GRID, mask=mask), start=TEXT, image=IMAGE)
-    torch.testing.assert_close(mixed, dense(operator, query, key, value, TEXT, hidden=(3, 4)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed, dense(operator, query, key, value, TEXT, hidden=(3, 4)), rtol=1e-9, atol=1e-9)
 
 
 HIDDEN = {"some of the image": (TEXT, TEXT + 7, TEXT + 8), "more than a window of the image": tuple(range(TEXT + 6, TEXT + IMAGE)),
@@ -73,7 +73,7 @@ def test_padding_of_the_image_is_left_out_of_the_softmax(name, hidden):
     mask = torch.ones(1, 1, 1, IMAGE + TEXT, dtype=torch.bool)
     mask[..., HIDDEN[hidden]] = False
     mixed = mix_with_others(operator, query, key, value, Context(grid=GRID, mask=mask), start=TEXT, image=IMAGE)
-    torch.testing.assert_close(mixed, dense(operator, query, key, value, TEXT, hidden=HIDDEN[hidden]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed, dense(operator, query, key, value, TEXT, hidden=HIDDEN[hidden]), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -112,7 +112,28 @@ def test_other_mixers_share_with_the_text_as_softmax_over_what_they_read_would(n
         share = text.sum(-1, keepdim=True) / (text.sum(-1, keepdim=True) + image_mass)
         attended = (text / text.sum(-1, keepdim=True)).unsqueeze(-2) @ value[:, :, :TEXT]
         expected = (1 - share) * own[:, :, token] + share * attended.squeeze(-2)
-        torch.testing.assert_close(mixed[:, :, TEXT + token], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mixed[:, :, TEXT + token], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_where_all_the_text_is_hidden_a_mixer_is_by_itself(additive):
+    operator, (query, key, value) = operator_of("hyena_x"), drawn(IMAGE + TEXT)
+    visible = (torch.arange(IMAGE + TEXT) >= TEXT)[None, None, None]
+    mask = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, -torch.inf) if additive else visible
+    mixed = mix_with_others(operator, query, key, value, Context(grid=GRID, mask=mask), start=TEXT, image=IMAGE)
+    own = operator(*(part[:, :, TEXT:] for part in (query, key, value)), Context(grid=GRID))
+    torch.testing.assert_close(mixed[:, :, TEXT:], own, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_shares_in_half_precision(dtype):
+    operator, inputs = operator_of("linear_attention"), [3 * part.to(dtype) for part in drawn(IMAGE + TEXT)]
+    mixed, exact = (
+        mix_with_others(operator.to(parts[0].dtype), *parts, Context(grid=GRID), start=TEXT, image=IMAGE)
+        for parts in (inputs, [part.double() for part in inputs])
+    )
+    assert mixed.dtype == dtype
+    assert (mixed - exact).norm() < 0.01 * exact.norm()
 
 
 def test_of_large_fields_evenly_spaced_tokens_stand_for_all():
