@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,10 +13,11 @@ from diffusers import PixArtTransformer2DModel
 from ..errors import GeometryError, GraftError, OperatorError
 from ..evaluation.benchmark import benchmark, compare, table
 from ..evaluation.operator_costs import example_part, operator_costs, peak_memory, run_of
+from ..mixing import mix_with_others
 from ..operators import OperatorConfig, available, get
 from ..operators.base import BlockOperator
 from ..plan import parse_operator
-from ..site import Grid
+from ..site import Context, Grid
 
 # (operator, most of softmax's time it should take: forward at 4,096 tokens, forward and backward at 16,384)
 MIXERS = [
@@ -39,6 +41,9 @@ FEED_FORWARDS = [
 BLOCK = dict(num_attention_heads=16, attention_head_dim=72, num_layers=1, sample_size=128, patch_size=2, in_channels=4,
              out_channels=8, cross_attention_dim=1152, caption_channels=512)  # fmt: skip
 IN_A_BLOCK = ["identity", "hyena_x", "linear_attention", "sliding_window", "neighborhood(kernel=7)"]
+WITH_TEXT = ["identity", "hyena_x", "hyena_x(layout='2d')", "linear_attention", "sliding_window(window=(32, 32))",
+             "sliding_window(window=(64, 64))", "neighborhood(kernel=7)"]  # fmt: skip
+TEXT = 512  # tokens of a prompt, as in FLUX
 WIDTH = 72  # of a head, as in PixArt and DiT-XL
 
 
@@ -110,6 +115,8 @@ def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, list[list[
     yield title, _scans(0.03, far, 2, less, backward=True)
     yield f"Feed-forwards / mlp of r = 4, forward, {half.tokens} tokens", _ratios(plain, half, heads, rounds)
     yield f"A PixArt block, all self-attention replaced, {near.tokens} tokens", _in_a_block(2 * side, heads, rounds)
+    title = f"Image and text in one attention / softmax of all, {near.tokens} + {TEXT} tokens, {math.ceil(heads / 4)} heads"
+    yield title, _with_text(near, math.ceil(heads / 4), rounds)
     yield "Peak memory above the inputs, MiB, 2 heads, forward + backward", _memory((half, near, far))
 
 
@@ -166,6 +173,25 @@ def _in_a_block(size: int, heads: int, rounds: int) -> list[list[str]]:
     for name, row in measured.items():
         share = "" if name == "original" else f"{free / row['ratio']:.3f}"
         rows.append([name, f"{row['milliseconds']:.0f}", f"{1 / row['ratio']:.2f}", share])
+    return rows
+
+
+def _with_text(grid: Grid, heads: int, rounds: int) -> list[list[str]]:
+    """Forward, and forward and backward, of the rule in `diffusers_graft/mixing.py`; the text comes first."""
+    shape = 3, 1, TEXT + grid.tokens, heads, WIDTH
+    inputs = list(torch.randn(shape, generator=torch.Generator().manual_seed(0)).transpose(2, 3))
+    calls = {"softmax": F.scaled_dot_product_attention}
+    for config in _configs(WITH_TEXT):
+        operator = example_part(config, width=heads * WIDTH, heads=heads)
+        calls[str(config)] = partial(mix_with_others, operator, context=Context(grid=grid), start=TEXT, image=grid.tokens)
+    forward, training = (
+        compare({name: run_of(call, inputs, backward) for name, call in calls.items()}, rounds=rounds)[1:]
+        for backward in (False, True)
+    )
+    rows = [["operator", "forward", "quartiles", "forward + backward", "quartiles"]]
+    for one, other in zip(forward, training, strict=True):
+        spread = (f"{timing.low:.3f} to {timing.high:.3f}" for timing in (one, other))
+        rows.append([one.name, f"{one.ratio:.3f}", next(spread), f"{other.ratio:.3f}", next(spread)])
     return rows
 
 

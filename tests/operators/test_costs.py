@@ -176,6 +176,7 @@ def test_the_operator_benchmark_at_tiny_size(tmp_path, monkeypatch):
     text = (tmp_path / "tables" / "t.md").read_text()
     assert said[0] in text
     assert text.count("hyena_x(layout='2d', kernel_size=3)") == 3
+    assert "Image and text in one attention" in text
     assert "share of identity's" in text
 
 
