@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,16 +88,16 @@ class WithBackends(Operator):
         raise OperatorError(f"{self.name} has no way in plain torch: define in_torch.")
 
     def forward(self, *inputs_and_context: Any) -> torch.Tensor:
-        if backend := self.backend_for(inputs_and_context[0]):
+        if backend := self.backend_for(*inputs_and_context[:-1]):
             return backend.run(self, *inputs_and_context)
         return self.in_torch(*inputs_and_context)
 
-    def backend_for(self, like: torch.Tensor) -> Backend | None:
+    def backend_for(self, *inputs: torch.Tensor) -> Backend | None:
         """The backend of this forward; None means plain torch. Raises `OperatorError` where the one asked for cannot run."""
         asked = self.config.backend
         if asked == "torch":
             return None
-        grad = torch.is_grad_enabled() and (like.requires_grad or any(p.requires_grad for p in self.parameters()))
+        like, grad = inputs[0], torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters()))
         if asked == "auto":
             return _best(type(self), self.config, like.shape[-1], like.device.type, like.dtype, grad)
         backend = next(backend for backend in self.backends if backend.name == asked)
@@ -111,12 +112,24 @@ def piece_by_piece(like: torch.Tensor) -> bool:
 
 
 def _in_compiled_torch(operator: WithBackends, *inputs_and_context: Any) -> torch.Tensor:
-    call = type(operator).in_torch
-    call = call if torch.compiler.is_compiling() else _compiled(call)
-    return call(operator, *inputs_and_context)
+    if torch.compiler.is_compiling():
+        return operator.in_torch(*inputs_and_context)
+    try:
+        return _compiled(operator.config)(operator, *inputs_and_context)
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise OperatorError(
+            f'{operator.name}: torch compiles one operator for {torch._dynamo.config.recompile_limit} shapes, precisions and '
+            'modes of training at most, and met one more. Set torch._dynamo.config.recompile_limit higher, or choose "torch".'
+        ) from error
 
 
-_compiled = functools.cache(torch.compile)
+@functools.cache
+def _compiled(config: OperatorConfig) -> Callable[..., torch.Tensor]:
+    """Code of its own for each setting, since torch counts how often it has compiled a piece of code; layers share it."""
+    plain = config.owner.in_torch
+    own = types.FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
+
 
 # One kernel of many small ones. "auto" leaves it alone: compiling takes seconds for every shape.
 COMPILED = Backend(

@@ -227,12 +227,19 @@ def test_auto_takes_what_agrees_and_says_so_once(caplog, run, said, output, grad
     assert sum(said in message for message in caplog.messages) == 1
 
 
+@pytest.fixture
+def compilations(monkeypatch):
+    """Counts them, and leaves out the slow half of compiling."""
+    counter, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
+    torch._dynamo.reset()
+    monkeypatch.setattr(_backends, "_compiled", functools.cache(_backends._compiled.__wrapped__))
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=counter))
+    return counter
+
+
 @pytest.mark.parametrize("name", ["hyena_se", "linear_attention", "ttt"])
 @pytest.mark.parametrize("grad", [False, True])
-def test_layers_compile_once(monkeypatch, name, grad):
-    counter = CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    monkeypatch.setattr(_backends, "_compiled", functools.cache(functools.partial(torch.compile, backend=counter)))
+def test_layers_compile_once(compilations, name, grad):
     for index in range(3):
         torch.manual_seed(index)
         site = dataclasses.replace(SITE, index=index, path=f"blocks.{index}.attn1")
@@ -246,17 +253,40 @@ def test_layers_compile_once(monkeypatch, name, grad):
                 mixed = operator(*inputs, Context(grid=Grid(height=5, width=6)))
             found.append([mixed, *(torch.autograd.grad(mixed.square().sum(), inputs) if grad else ())])
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
-    assert counter.frame_count == 1
+    assert compilations.frame_count == 1
+
+
+def test_settings_do_not_use_up_each_others_compilations(compilations):
+    for name, layout, grad in itertools.product(["hyena_x", "hyena_y"], ["causal_1d", "centered_1d", "2d"], [True, False]):
+        operator = dg.operators.configure({"operator": name, "layout": layout, "backend": "compiled"}).build(SITE)
+        with torch.set_grad_enabled(grad):
+            operator(*qkv(30), Context(grid=Grid(height=5, width=6)))
+    assert compilations.frame_count == 12
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_more_shapes_than_torch_compiles_are_an_error(compilations):
+    operator = dg.operators.configure({"operator": "hyena_y", "backend": "compiled"}).build(SITE)
+    for tokens in (8, 9):
+        operator(*qkv(tokens), Context())
+    with pytest.raises(OperatorError, match="hyena_y: torch compiles one operator for 2 shapes.*met one more"):
+        operator(*qkv(10), Context())
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["hyena_x", "hyena_se", "linear_attention", "ttt"])
-def test_what_torch_compiles_agrees(name):
-    inputs, context = qkv(64), Context(grid=Grid(height=8, width=8))
+def test_what_torch_compiles_agrees_at_any_size(name):
     torch.manual_seed(0)
-    operator = dg.operators.configure({"operator": name, "init": "random", "backend": "compiled"}).build(SITE)
-    with torch.no_grad():
-        torch.testing.assert_close(operator(*inputs, context), operator.in_torch(*inputs, context), rtol=1e-4, atol=1e-5)
+    settings_ = {"layout": "2d", "kernel_size": 3} if "hyena" in name else {}
+    operator = dg.operators.configure({"operator": name, "init": "random", "backend": "compiled", **settings_}).build(SITE)
+    for height, width in ((8, 8), (5, 7)):
+        inputs, context = qkv(height * width, requires_grad=True), Context(grid=Grid(height=height, width=width))
+        found = []
+        for call in (operator, operator.in_torch):
+            mixed = call(*inputs, context)
+            with torch.no_grad():
+                found.append([mixed, call(*inputs, context), *torch.autograd.grad(mixed.square().sum(), inputs)])
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
 def test_auto_is_plain_torch_on_a_cpu():
