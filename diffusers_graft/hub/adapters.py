@@ -45,13 +45,14 @@ def load_adapters(model: ModelMixin, graft: Graft, described: Any, tensors: dict
     if described is None and not tensors:
         return
     config = _config(described)
+    wanted = set(config.target_modules)  # peft shortens long lists of targets in place
     shapes = {name: (parameter.shape, parameter.requires_grad) for name, parameter in model.named_parameters()}
     with _undone_on_error(model, graft):
         add_lora(model, graft, config)
         expected = {(name, value.shape) for name, value in get_peft_model_state_dict(model).items()}
         given = {(name, value.shape) for name, value in tensors.items()}
         adapted = {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
-        if odd := sorted({name for name, _ in expected ^ given} | (adapted ^ set(config.target_modules))):
+        if odd := sorted({name for name, _ in expected ^ given} | (adapted ^ wanted)):
             raise FileError(f"The saved LoRA does not fit the model: {', '.join(odd[:4])} differ.")
         set_peft_model_state_dict(model, tensors)
     for name, parameter in model.named_parameters():

@@ -55,6 +55,18 @@ def test_it_is_lora_and_not_fused(whole):
     assert torch.equal(names["transformer_blocks.0.attn1.to_q.weight"], tiny_dit().transformer_blocks[0].attn1.to_q.weight)
 
 
+def test_so_many_layers_that_peft_shortens_their_list(tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    dg.finetune(model, batches(1), dg.FinetuneConfig(steps=1, train="operators+lora", lora=lora, progress=False), noise_scheduler=SCHEDULER)
+    assert len(model.graft.adapters) >= 20
+    model.save_graft(tmp_path)
+    fresh = tiny_dit()
+    fresh.load_graft(tmp_path)
+    assert torch.equal(predict(fresh), predict(model))
+
+
 def test_in_half_precision_and_in_a_pipeline(tmp_path):
     pipe = pipeline()
     trained(pipe.transformer)
