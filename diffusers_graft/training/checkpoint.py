@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ class Checkpoints:
         """Steps of the whole checkpoints there are, in order."""
         names = (re.fullmatch(rf"stage-{self.stage}-(\d+)", p.name) for p in self.folder.glob("stage-*"))
         return sorted(int(match[1]) for match in names if match)
+
+    def drop(self) -> None:
+        """Remove them all, and what an interrupted `save` left."""
+        for path in (*map(self.path, self.steps()), *self.folder.glob(f".unfinished-{self.stage}")):
+            shutil.rmtree(path)
 
     def path(self, step: int) -> Path:
         return self.folder / f"stage-{self.stage}-{step:08d}"
@@ -61,19 +67,24 @@ class Checkpoints:
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
 
-    def load(self, step: int) -> Any:
-        """The state saved at a step. Raises `FileError` for one that is damaged."""
+    def load(self, step: int, parts: Sequence[str] = ()) -> Any:
+        """The state saved at a step. Raises `FileError` for one that is damaged, or lacks any of `parts`."""
         path = self.path(step)
         try:
             tensors = load_file(path / TENSORS)
-            return _unpack(json.loads((path / FACTS).read_text(encoding="utf-8")), tensors)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            state = _unpack(json.loads((path / FACTS).read_text(encoding="utf-8")), tensors)
+            if lacking := [name for name in parts if name not in state]:
+                raise ValueError(f"{', '.join(lacking)} not in {FACTS}")
+            return state
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise FileError(f"The checkpoint {path} is damaged ({error}). Remove it to resume from the one before.") from error
 
     def _failure(self, step: int, tensors: dict[str, torch.Tensor], error: Exception) -> str:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error)
         needed = sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
         reason = f"the disk is full (it takes {needed:,.0f} MiB)" if full else str(error)
+        if "No such file" in str(error):
+            return f"The checkpoint of step {step} vanished from {self.folder} as it was written: give each run its own folder."
         there = self.steps()
         before = f"The one of step {there[-1]} is intact" if there else "There is none before it"
         return (

@@ -18,6 +18,8 @@ from .config import TrainingConfig, one_of
 from .journal import FACTS, forget_after, write_row
 from .processes import hardware, is_main, smallest
 
+PARTS = ("step", "seconds", "samples", "identity", "state")  # of a checkpoint
+STAGES = ("one", "two")  # the second goes on from the first
 CHECKPOINTS = ".checkpoints"  # of the machine that trains: a push to the Hub leaves out what begins with a dot
 
 
@@ -73,7 +75,7 @@ class Run:
         steps = self.checkpoints.steps()
         if not steps:
             return False
-        saved = self.checkpoints.load(steps[-1])
+        saved = self.checkpoints.load(steps[-1], PARTS)
         if other := _differences(saved["identity"], self.identity):
             raise StateError(
                 f"The checkpoint in {self.checkpoints.path(steps[-1])} was made by another run: {other}. Resume with the same "
@@ -87,15 +89,28 @@ class Run:
         return True
 
     def begin(self, steps: int) -> None:
-        """Open what is written to; `steps` lie ahead in all."""
+        """Open what is written to; `steps` lie ahead in all. A stage that starts anew drops the checkpoints of runs before it.
+
+        Raises `FileError` for a folder that cannot be written to.
+        """
         one, self.state.max_steps = self.state, steps
         self.bar = tqdm(total=one.max_steps, initial=one.global_step, desc=f"stage {one.stage}", unit="step",
                         disable=not (self.config.progress and is_main()))  # fmt: skip
         if self.folder is not None and is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            forget_after(self.folder, one.stage, one.global_step)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._forget_what_is_ahead()
+            except OSError as error:
+                raise FileError(f"The output_dir {self.folder} cannot be written to: {error}. Give another one.") from error
             self.trackers = list(_trackers(self.config, self.folder, f"stage-{one.stage}"))
         self._tell("on_train_begin")
+
+    def _forget_what_is_ahead(self) -> None:
+        """Rows of steps that will be done again; checkpoints of another run, from which a later `resume` would go on."""
+        one = self.state
+        forget_after(self.folder, one.stage, one.global_step)
+        for stage in STAGES[STAGES.index(one.stage) :] if one.global_step == 0 else ():
+            Checkpoints(self.folder / CHECKPOINTS, stage, self.config.keep).drop()
 
     def advance(self, step: int, values: Callable[[], dict[str, Any]], *, samples: int) -> bool:
         """After a step: log where it is time to; whether to go on.

@@ -2,6 +2,7 @@
 import errno
 import functools
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,46 @@ def test_the_last_ones_are_kept_and_nothing_is_pickled(tmp_path):
     (saved.path(3) / "state.safetensors").write_bytes(b"half")
     with pytest.raises(FileError, match="damaged"):
         saved.load(3)
+
+
+@pytest.mark.parametrize("facts", ["[]", "null", '{"items": []}', '{"items": 3}', '{"items": [["step", {"tensor": "x"}]]}'])
+def test_a_checkpoint_that_lacks_something_is_damaged(facts, tmp_path):
+    saved = Checkpoints(tmp_path, "one", keep=2)
+    saved.save(1, {"step": 1})
+    (saved.path(1) / "state.json").write_text(facts)
+    with pytest.raises(FileError, match="damaged"):
+        saved.load(1, ("step",))
+
+
+def test_two_runs_in_one_folder_are_told_so(tmp_path, monkeypatch):
+    saved = Checkpoints(tmp_path, "one", keep=2)
+    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, path: shutil.rmtree(path.parent))  # the other run's doing
+    with pytest.raises(FileError, match="give each run its own folder"):
+        saved.save(1, {})
+
+
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_a_run_that_starts_anew_drops_the_checkpoints_of_the_one_before(stage, tmp_path):
+    run(stage, tmp_path)
+    first, later = (Checkpoints(tmp_path / ".checkpoints", name, 2) for name in ("one", "two"))
+    later.save(99, {})
+    (tmp_path / "graft_model.safetensors").write_bytes(b"saved")
+    with pytest.raises(StopError):
+        run(stage, tmp_path, callbacks=[StopAt(1)])
+    assert first.steps() + later.steps() == []
+    assert (tmp_path / "graft_model.safetensors").exists()
+
+
+def test_stage_two_leaves_the_checkpoints_of_stage_one(tmp_path):
+    run("one", tmp_path)
+    run("two", tmp_path)
+    assert Checkpoints(tmp_path / ".checkpoints", "one", 2).steps() == [8, 9]
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(FileError, match="runs cannot be written to"):
+        run("two", tmp_path / "runs")
 
 
 class StopError(Exception):
