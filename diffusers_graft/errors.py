@@ -12,9 +12,9 @@ class GraftError(Exception):
 class UnknownNameError(GraftError, LookupError):
     """A name (operator, kind, setting) that does not exist; the message lists what does and suggests the nearest."""
 
-    def __init__(self, what: str, name: str, available: Iterable[str]):
+    def __init__(self, what: str, name: object, available: Iterable[str]):
         names = sorted(available)
-        near = difflib.get_close_matches(name, names, n=1)
+        near = difflib.get_close_matches(str(name), names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         super().__init__(f"There is no {what} {name!r}.{hint} Available: {', '.join(names) or 'none'}.")
 

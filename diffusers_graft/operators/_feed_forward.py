@@ -50,9 +50,9 @@ class ActivatedConfig(FeedForwardOperator.Config):
 
     def check_activation(self, name: str) -> None:
         """Raise `OperatorError` for an activation that needs a gate, `UnknownNameError` for one that does not exist."""
-        if name in self.activations():
+        if isinstance(name, str) and name in self.activations():
             return
-        if name in GATED:
+        if isinstance(name, str) and name in GATED:
             raise OperatorError(
                 f"{self.owner.name}: {name} is gated, which takes a second input layer that {self.owner.name} has not. "
                 f"Choose gated_mlp, or name one of {', '.join(sorted(self.activations()))}."

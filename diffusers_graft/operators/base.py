@@ -7,6 +7,7 @@ width.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -54,6 +55,9 @@ class OperatorConfig:
         settings = (f"{name}={v if isinstance(v, OperatorConfig) else repr(v)}" for name, v in told.items() if name != "init")
         start = [f"init={self.init!r}"] if "init" in told else []
         return f"{self.owner.name}({', '.join([*settings, *start])})"
+
+
+_DECORATOR = "@dataclass(frozen=True, kw_only=True)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +141,13 @@ class Operator(nn.Module):
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = cls.__module__.rpartition(".")[2]
-        if "Config" not in cls.__dict__:
+        if "Config" not in cls.__dict__ or "owner" in vars(cls.Config):  # inherited, or another operator's
             body = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
             cls.Config = dataclass(frozen=True, kw_only=True)(type("Config", (cls.Config,), body))
+        settings = {field.name for field in dataclasses.fields(cls.Config)}
+        told = [name for name, kind in inspect.get_annotations(cls.Config).items() if "ClassVar" not in str(kind)]
+        if not settings.issuperset(told):
+            raise OperatorError(f"{cls.__name__}.Config has settings that nothing reads: decorate it with {_DECORATOR}.")
         cls.Config.owner = cls
 
     def __init__(self, config: OperatorConfig, site: Site):

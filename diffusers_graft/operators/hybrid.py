@@ -125,6 +125,6 @@ def _of_heads(tensor: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
 
 def _context_of(context: Context, heads: tuple[int, ...]) -> Context:
     """A mask may differ from head to head."""
-    if context.mask is None or context.mask.dim() < 4 or context.mask.shape[1] == 1:
+    if context.mask is None or context.mask.dim() < 3 or context.mask.shape[-3] == 1:
         return context
-    return replace(context, mask=_of_heads(context.mask, heads))
+    return replace(context, mask=_of_heads(context.mask[(None,) * (4 - context.mask.dim())], heads))

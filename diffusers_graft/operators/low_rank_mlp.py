@@ -45,14 +45,15 @@ class LowRankMlp(FeedForwardOperator):
 
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
-        rank = config.rank if isinstance(config.rank, int) else max(1, round(config.rank * site.width))
-        if rank > site.width:
-            raise OperatorError(
-                f"low_rank_mlp: a layer at {site.path} has rank {site.width} at most; got {rank}. "
-                "Lower it, or give a share of the width such as 0.5."
-            )
         if site.hidden is None:
             raise OperatorError(f"low_rank_mlp: the hidden width of {site.path} is not known. Choose mlp there.")
+        most = min(site.width, site.hidden)
+        rank = config.rank if isinstance(config.rank, int) else min(most, max(1, round(config.rank * site.width)))
+        if rank > most:
+            raise OperatorError(
+                f"low_rank_mlp: a layer at {site.path} has rank {most} at most; got {rank}. "
+                "Lower it, or give a share of the width such as 0.5."
+            )
         self.activation = ACTIVATIONS[config.resolved(site).activation]
         self.up_in, self.up = nn.Linear(site.width, rank, bias=False), nn.Linear(rank, site.hidden)
         self.down_in, self.down = nn.Linear(site.hidden, rank, bias=False), nn.Linear(rank, site.width)

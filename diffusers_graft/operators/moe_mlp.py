@@ -92,7 +92,7 @@ class MoeMlp(FeedForwardOperator):
         for expert in range(self.config.experts):
             rows, place = (chosen == expert).nonzero(as_tuple=True)
             answer = self._expert(expert, tokens[rows]) * weights[rows, place, None]
-            mixed = mixed.index_add(0, rows, answer)
+            mixed = mixed.index_add(0, rows, answer.to(mixed.dtype))
         return mixed.view_as(hidden_states)
 
     def reference(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
@@ -106,7 +106,8 @@ class MoeMlp(FeedForwardOperator):
     def _route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights that sum to one and indices of each token's experts, [..., top_k]; scores in float32 at least."""
         precise = torch.promote_types(tokens.dtype, torch.float32)
-        scores = F.linear(tokens.to(precise), self.router.weight.to(precise))
+        with torch.autocast(tokens.device.type, enabled=False):
+            scores = F.linear(tokens.to(precise), self.router.weight.to(precise))
         best, chosen = scores.topk(self.config.top_k, dim=-1)
         return best.softmax(-1).to(tokens.dtype), chosen
 

@@ -47,6 +47,8 @@ class Parallel(BlockOperator):
             super().__post_init__()
             if self.merge not in MERGES:
                 raise UnknownNameError("merge", self.merge, MERGES)
+            if type(self.residual) is not bool:
+                raise OperatorError(f"parallel: residual is True or False; got {self.residual!r}.")
             if self.group is not None and (type(self.group) is not int or self.group < 2):
                 raise OperatorError(f"A group holds two blocks or more; got group={self.group!r}.")
             if self.merge != "linear" and (not self.residual or self.init == "random"):

@@ -51,9 +51,8 @@ class SelfAttention(Mixer):
         query, key, value = (self._split(part, self.heads) for part in (query, key, value))
         if context.mask is not None and context.mask.dim() == 4 and context.mask.shape[1] not in (1, self.heads):
             raise OperatorError(f"self_attention has {self.heads} heads here, and the mask is for {context.mask.shape[1]}.")
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=context.mask, scale=context.scale, is_causal=context.causal
-        )
+        scale = context.scale if context.scale is None else context.scale * (self.heads / self.site.heads) ** 0.5
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=context.mask, scale=scale, is_causal=context.causal)
         return self._split(mixed, self.site.heads)
 
     def _split(self, part: torch.Tensor, heads: int) -> torch.Tensor:
