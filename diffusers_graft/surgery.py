@@ -11,6 +11,7 @@ from diffusers.hooks import group_offloading
 from torch import nn
 
 from .anatomy import argument_names, context_of, family_of
+from .checkpointing import forget_contexts, remember_contexts
 from .errors import StateError
 from .graft import COMPUTE_DTYPES, Graft, installed, is_enabled
 from .processor import is_grafted
@@ -103,7 +104,11 @@ class ContextReader:
         check_seats(self.graft)
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.graft.slot.current = context_of(model, self.family, inputs)
-        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+        if torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled():
+            remember_contexts(model, self.graft.slot)
+        else:
             self.graft.slot.arguments = inputs
 
 
@@ -121,20 +126,33 @@ def _remove_reader(model: ModelMixin) -> None:
     """By class, since a handle would be worthless in a deep copy of the model."""
     for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, ContextReader)]:
         del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    forget_contexts(model)
 
 
 def _exchange(model: ModelMixin, graft: Graft, parts: dict[str, nn.Module], adapters: dict[str, nn.Module]) -> None:
     """Put `parts` and `adapters` at their paths and swap the trained tensors of the body with those waiting."""
+    trained = _trained_parameters(model, graft)
     for path, part in sorted({**parts, **adapters}.items(), key=lambda item: item[0].count(".")):  # blocks before their parts
         parent, _, name = path.rpartition(".")
         holder = model.get_submodule(parent)
         _follow(holder._modules[name], part)
         holder._modules[name] = part
-    parameters = dict(model.named_parameters()) if graft.body else {}
-    for name, waiting in graft.body.items():
-        parameter = parameters[name]
-        graft.body[name] = parameter.data
+    for name, parameter in trained.items():
+        waiting, graft.body[name] = graft.body[name], parameter.data
         parameter.data = waiting.to(parameter.device, parameter.dtype)
+
+
+def _trained_parameters(model: ModelMixin, graft: Graft) -> dict[str, nn.Parameter]:
+    """The parameters of the body by the names they have without LoRA, all found before anything moves."""
+    if not graft.body:
+        return {}
+    parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+    if lost := sorted(graft.body.keys() - parameters.keys()):
+        raise StateError(
+            f"This graft trained {lost[0]}, which the model no longer has. Undo what replaced that module since, such as "
+            "fusing or quantising it."
+        )
+    return {name: parameters[name] for name in graft.body}
 
 
 def _follow(leaving: nn.Module, coming: nn.Module) -> None:

@@ -37,8 +37,10 @@ class FinetuneConfig(TrainingConfig):
 
     Attributes:
         train: `"operators"` (the new parts), `"operators+lora"` (LoRA on the rest of the model beside them), or `"all"`
-            weights of the model, as in the paper's class-conditional runs.
+            weights of the model, as in the paper's class-conditional runs; `"all"` unless `lora` is given, which alone means
+            `"operators+lora"`.
         lora: settings of LoRA; rank 64 on every linear layer of the blocks, as the paper's text-to-image run, unless given.
+            LoRA layers learn beside whatever else `train` names.
         ema_decay: exponential moving average whose weights are kept at the end; 0 keeps the last ones.
         variance: of models that predict variances as well: `"auto"`, `"vb"` or `"ignore"`, see `objective`.
         min_snr: gamma of min-SNR weighting, 5 is usual; None weights all noise levels alike.
@@ -49,7 +51,7 @@ class FinetuneConfig(TrainingConfig):
         compile: compile the training forward, by a backend's name or True for torch's default.
     """
 
-    train: str = "all"
+    train: str | None = None
     lora: LoraConfig | None = None
     ema_decay: float = 0.0
     variance: str = "auto"
@@ -61,6 +63,8 @@ class FinetuneConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.train is None:
+            object.__setattr__(self, "train", "all" if self.lora is None else "operators+lora")
         one_of("set of weights to train", self.train, TRAINABLE)
         one_of("treatment of predicted variances", self.variance, VARIANCES)
         if self.train == "operators+lora" and self.lora is None:
@@ -165,4 +169,4 @@ def _keep_untrained(model: ModelMixin, graft: Graft, chosen: set[int]) -> None:
     seats = tuple(f"{path}." for path in graft.seats)
     for name, parameter in model.named_parameters():
         if id(parameter) in chosen and not name.startswith(seats) and ".lora_" not in name:
-            graft.body.setdefault(name, parameter.detach().clone())
+            graft.body.setdefault(name.replace(".base_layer.", "."), parameter.detach().clone())

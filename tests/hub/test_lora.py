@@ -1,5 +1,4 @@
 """LoRA that the graft brought goes along with whole models, unfused; what somebody else put there is not taken."""
-import json
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ from safetensors.torch import load_file
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, StateError
 
-from ..models import SCHEDULER, batches, predict, tiny_dit
-from .forging import CONFIG
+from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
+from .forging import read_mark, write_mark
 from .pipelines import draw, pipeline
 
 RULES = {"self_attention[1::2]": "neighborhood"}
@@ -67,6 +66,28 @@ def test_so_many_layers_that_peft_shortens_their_list(tmp_path):
     assert torch.equal(predict(fresh), predict(model))
 
 
+LORA = LoraConfig(r=2, target_modules=["to_q", "proj"])
+
+
+@pytest.mark.parametrize("stages", [
+    [{"train": "all", "lora": LORA}], [{"lora": LORA}, {"train": "all"}], [{"train": "all"}, {"lora": LORA}],
+], ids=["beside each other", "LoRA first", "all first"])  # fmt: skip
+def test_lora_and_all_weights_in_any_order(stages, tmp_path):
+    model = tiny_dit()
+    before = tensors_of(model)
+    model.set_graft(RULES)
+    for settings in stages:
+        dg.finetune(model, batches(1), dg.FinetuneConfig(steps=1, lr=1e-2, progress=False, **settings), noise_scheduler=SCHEDULER)
+    expected = predict(model)
+    model.save_graft(tmp_path)
+    model.unset_graft()
+    assert same_tensors(model, before)
+    model.load_graft(tmp_path)
+    assert torch.equal(predict(model), expected)
+    model.unset_graft()
+    assert same_tensors(model, before)
+
+
 def test_in_half_precision_and_in_a_pipeline(tmp_path):
     pipe = pipeline()
     trained(pipe.transformer)
@@ -87,8 +108,8 @@ def test_lora_of_somebody_else_is_not_saved_by_half(tmp_path):
 def test_a_damaged_description_of_lora_is_refused(whole, tmp_path):
     model, _ = whole
     model.save_pretrained(tmp_path)
-    description = json.loads((tmp_path / CONFIG).read_text())
+    description = read_mark(tmp_path)
     for lora in (None, {**description["lora"], "layers": {}}, {**description["lora"], "layers": {"transformer_blocks.0.attn1.to_q": {"r": 3, "alpha": 3}}}):
-        (tmp_path / CONFIG).write_text(json.dumps({**description, "lora": lora}))
+        write_mark(tmp_path, {**description, "lora": lora})
         with pytest.raises(FileError, match="LoRA"):
             dg.load_pretrained(tmp_path)

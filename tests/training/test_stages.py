@@ -214,6 +214,24 @@ def test_lora_leaves_operators_trainable():
         dg.finetune(model, batches(), settle(lora=lora), noise_scheduler=SCHEDULER)
 
 
+def test_settings_of_lora_alone_mean_lora():
+    assert dg.FinetuneConfig(lora=LoraConfig(r=2)).train == "operators+lora"
+    assert dg.FinetuneConfig().train == "all"
+
+
+def test_a_body_that_lost_a_trained_weight_is_left_as_it_is():
+    model, graft = grafted({"self_attention[1]": RANDOM})
+    model.set_graft(graft)
+    dg.finetune(model, batches(1), settle(1), noise_scheduler=SCHEDULER)
+    model.proj_out_2, kept = torch.nn.Identity(), model.proj_out_2
+    modules = dict(model.named_modules())
+    with pytest.raises(StateError, match="proj_out_2.bias, which the model no longer has"):
+        model.unset_graft()
+    assert dict(model.named_modules()) == modules
+    model.proj_out_2 = kept
+    model.unset_graft()
+
+
 def test_stage_two_lowers_the_loss():
     model, graft = grafted({"self_attention[:]": RANDOM})
     model.set_graft(graft)
