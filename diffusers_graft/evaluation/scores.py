@@ -1,6 +1,7 @@
 """What was measured of a model, and how."""
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
@@ -27,7 +28,8 @@ class Scores:
         return self.values[name]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"values": self.values, "protocol": self.protocol}
+        """JSON-able; numbers that are not finite, which JSON lacks, as text."""
+        return json.loads(json.dumps(asdict(self), default=str), parse_constant=str)
 
     def __str__(self) -> str:
         return "  ".join(f"{name} {value:.4g}" for name, value in self.values.items())

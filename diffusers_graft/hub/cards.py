@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jinja2
 from diffusers import ModelMixin
 
-from ..errors import UnknownNameError
+from ..errors import FileError, GraftError, UnknownNameError
 from ..graft import Graft
 from ..surgery import require_graft
 from ..training.journal import read_journal
@@ -23,6 +24,7 @@ CARD = "README.md"
 ORIGINAL = "original"  # how rows of scores and of speed name the ungrafted model
 _PICTURE = "samples.png"
 _ABOUT = ("license", "datasets", "pipeline_tag", "speed", "limits", "hardware", "sample_prompts")
+_SPEED = ("tokens", "name", "milliseconds", "ratio", "low", "high")
 _TAGS = {"DiTTransformer2DModel": "unconditional-image-generation", "PixArtTransformer2DModel": "text-to-image",
          "FluxTransformer2DModel": "text-to-image", "SD3Transformer2DModel": "text-to-image"}  # fmt: skip
 
@@ -50,22 +52,43 @@ def card(
 
 
 def checked_about(about: dict[str, Any] | None) -> dict[str, Any]:
-    """What a person tells of a graft. Raises `UnknownNameError` for an entry that no card has."""
+    """What a person tells of a graft.
+
+    Raises `UnknownNameError` for an entry that no card has, `GraftError` for a value that it cannot hold.
+    """
     for name in about or {}:
         if name not in _ABOUT:
             raise UnknownNameError("entry of a card", name, _ABOUT)
-    return {name: value for name, value in (about or {}).items() if value is not None}
+    told = {name: value for name, value in (about or {}).items() if value is not None}
+    try:
+        json.dumps(told, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise GraftError(f"A card holds text, finite numbers and lists of them; got {told!r}: {error}.") from error
+    for name, kind in (("datasets", str), ("speed", dict)):
+        if not (isinstance(told.get(name, []), list | tuple) and all(isinstance(row, kind) for row in told.get(name, []))):
+            raise GraftError(f"The {name} of a card are a list of {kind.__name__}; got {told[name]!r}.")
+    if lacking := {name for row in told.get("speed", []) for name in _SPEED if name not in row}:
+        raise GraftError(f"A row of a card's speed lacks {', '.join(sorted(lacking))}: evaluation.benchmark gives whole rows.")
+    return told
 
 
 def write_card(
     stage: Path, folder: Path, model: ModelMixin, graft: Graft, config: dict[str, Any], *, whole: bool = False
 ) -> None:
     """Write the card of a graft that is saved to `folder`; what a person changed in the one that is there is kept."""
-    present, picture = folder / CARD, _PICTURE if (folder / _PICTURE).exists() else None
+    present, picture = _present(folder / CARD), _PICTURE if (folder / _PICTURE).exists() else None
     curves = draw_curves(stage, folder, graft.history)
     fresh = render_card(model, graft, config, source=folder.name, whole=whole, picture=picture, curves=curves, journal=folder)
-    text = merged(fresh, present.read_text(encoding="utf-8")) if present.exists() else finished(fresh)
+    text = finished(fresh) if present is None else merged(fresh, present)
     write_text(stage / CARD, text)
+
+
+def _present(path: Path) -> str | None:
+    """The card that is there."""
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else None
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is no UTF-8 text ({error}), so nobody's words in it can be kept: move it away.") from error
 
 
 def render_card(
@@ -130,8 +153,10 @@ def _model_index(scores: dict[str, Any], tag: str | None, source: str, datasets:
     if name is None:
         return []
     row = scores[name]
-    values = row["values"].items()
+    values = [(kind, value) for kind, value in row["values"].items() if not isinstance(value, str)]  # text: not finite
     metrics = [{"type": kind, "value": value, "name": f"{kind.replace('_', ' ')} ({name})"} for kind, value in values]
+    if not metrics:
+        return []
     data = (datasets or ["held-out batches"])[0]
     result = {"task": {"type": tag or "image-generation"}, "dataset": {"name": data, "type": data}, "metrics": metrics}
     return [{"name": source.rpartition("/")[2], "results": [result]}]
@@ -168,12 +193,17 @@ def _score_table(scores: dict[str, Any]) -> dict[str, Any]:
         return {"scores": [], "columns": [], "protocol": ""}
     columns = list(dict.fromkeys(name for score in scores.values() for name in score["values"]))
     rows = [
-        {"name": name, "values": [f"{score['values'][c]:.4g}" if c in score["values"] else "" for c in columns]}
+        {"name": name, "values": [_score(score["values"].get(column, "")) for column in columns]}
         for name, score in scores.items()
     ]
     protocol = next(iter(scores.values())).get("protocol") or {}
     text = "Protocol: " + ", ".join(f"{name} {value}" for name, value in protocol.items()) + "." if protocol else ""
     return {"scores": rows, "columns": [c.replace("_", " ") for c in columns], "protocol": text}
+
+
+def _score(value: float | str) -> str:
+    """As the table shows it; text is of a number that is not finite, or of none."""
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def speed_table(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -67,12 +67,17 @@ class TrainingConfig:
         one_of("schedule", self.schedule, [kind.value for kind in SchedulerType])
         one_of("optimizer", self.optimizer, optimizers())
         counts = (self.steps, self.accumulate, self.save_every, self.keep, self.log_every)
-        if min(counts) < 1 or self.lr <= 0:
+        if not all(isinstance(count, int) for count in (*counts, self.warmup)) or self.warmup < 0:
+            raise TrainingError(f"Steps are counted in whole numbers, those of the warm-up from zero; got {self}.")
+        if not (min(counts) >= 1 and self.lr > 0):
             raise TrainingError(f"Training needs at least one step of everything and a positive learning rate; got {self}.")
+        if not self.max_grad_norm > 0 or not 0 <= self.prompt_dropout <= 1:
+            raise TrainingError(f"A gradient is clipped to a norm above zero, and a rate lies from 0 to 1; got {self}.")
+        self.lr_factors()
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting, JSON-able."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        """Every setting, JSON-able; numbers that are not finite, which JSON lacks, as text."""
+        return json.loads(json.dumps(asdict(self), default=str), parse_constant=str)
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the weights."""
@@ -85,14 +90,20 @@ class TrainingConfig:
         settings = {"weight_decay": self.weight_decay} if decays else {}
         try:
             return cls(list(parameters), lr=lr, **settings | self.optimizer_args)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, IndexError) as error:
             raise TrainingError(f"torch.optim.{self.optimizer} does not take these settings: {error}.") from error
 
     def lr_factors(self) -> Callable[[int], float]:
-        """Factor on the learning rate at a step, never zero: the schedule is read one step ahead and ends one step late."""
+        """Factor on the learning rate at a step, never zero: the schedule is read one step ahead and ends one step late.
+
+        Raises `TrainingError` for settings that the schedule does not take.
+        """
         dummy = torch.optim.SGD([torch.zeros(1)], lr=self.lr)
         settings = {"num_warmup_steps": self.warmup, "num_training_steps": self.steps + 1, **self.schedule_args}
-        factor = get_scheduler(self.schedule, dummy, **settings).lr_lambdas[0]
+        try:
+            factor = get_scheduler(self.schedule, dummy, **settings).lr_lambdas[0]
+        except (TypeError, ValueError, AttributeError) as error:
+            raise TrainingError(f"The schedule {self.schedule} does not take these settings: {error}.") from error
         return lambda step: factor(step + 1)
 
 

@@ -1,5 +1,6 @@
 """Cards: what was done and measured, nothing else, and a person's words kept."""
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffusers_graft as dg
 from diffusers_graft.analysis.cost import _UNCOUNTED
 from diffusers_graft.anatomy import example_inputs
-from diffusers_graft.errors import UnknownNameError
+from diffusers_graft.errors import FileError, GraftError, UnknownNameError
 from diffusers_graft.hub.cards import card, speed_table
 from diffusers_graft.hub.edits import edit_rows
 
@@ -148,6 +149,35 @@ def test_a_card_without_our_note_is_somebody_elses(tmp_path):
     (tmp_path / "README.md").write_text("my words")
     saved(tmp_path)
     assert (tmp_path / "README.md").read_text() == "my words"
+
+
+def test_a_card_that_cannot_be_read_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(FileError, match=r"README\.md is no UTF-8 text"):
+        saved(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == b"\xff\xfe"
+
+
+@pytest.mark.parametrize("about", [{"license": Path("x")}, {"speed": "fast"}, {"speed": [{"x": 1}]}, {"datasets": "letters"},
+                                   {"hardware": float("nan")}], ids=str)  # fmt: skip
+def test_what_no_card_can_hold_is_refused(about, tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    with pytest.raises(GraftError, match="card"):
+        model.save_graft(tmp_path / "graft", about=about)
+    assert not (tmp_path / "graft").exists()
+
+
+def test_numbers_that_are_not_finite_are_told_as_text(tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    dg.finetune(model, batches(), dg.FinetuneConfig(steps=1, max_grad_norm=float("inf"), progress=False), noise_scheduler=SCHEDULER)
+    model.save_graft(tmp_path, scores={"grafted": dg.Scores({"loss": float("nan"), "fid": 2.0})})
+    text = (tmp_path / "README.md").read_text()
+    assert "| grafted | NaN | 2 |" in text
+    assert [metric["type"] for metric in front(text)["model-index"][0]["results"][0]["metrics"]] == ["fid"]
+    assert '"max_grad_norm": "Infinity"' in (tmp_path / "graft_config.json").read_text()
+    tiny_dit().load_graft(tmp_path)
 
 
 def test_break_even_is_the_size_from_which_on_it_is_faster():

@@ -331,7 +331,19 @@ def test_unknown_settings_are_refused_with_what_there_is(settings):
         dg.DistillConfig(**settings)
 
 
+@pytest.mark.parametrize("settings", [
+    {"steps": 2.5}, {"warmup": -5}, {"max_grad_norm": -1.0}, {"max_grad_norm": float("nan")}, {"prompt_dropout": 7},
+    {"lr": float("nan")}, {"schedule": "piecewise_constant"}, {"schedule_args": {"typo": 1}},
+    {"schedule": "polynomial", "lr": 1e-8},
+], ids=str)  # fmt: skip
+def test_impossible_numbers_are_refused(settings):
+    with pytest.raises(TrainingError, match=r"got DistillConfig|does not take these settings"):
+        dg.DistillConfig(**settings)
+
+
 def test_impossible_settings_are_refused():
+    with pytest.raises(TrainingError, match="does not take these settings"):
+        teach({"self_attention[0]": HYENA}, optimizer_args={"betas": (0.9,)})
     with pytest.raises(TrainingError, match="choose one of them"):
         dg.DistillConfig(reuse=2, mode="sequential")
     with pytest.raises(TrainingError, match="does not take these settings"):
