@@ -5,7 +5,6 @@ cannot silently change what an old plan means.
 """
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Mapping
@@ -19,8 +18,8 @@ from diffusers import ModelMixin
 
 from .anatomy import find_sites
 from .anatomy.blocks import refusals, require_alike, require_one_width, run_of
-from .errors import FileError, MismatchError, RuleError, UnknownNameError
-from .operators import Mixer, Operator, OperatorConfig, configure, get
+from .errors import FileError, MismatchError, OperatorError, RuleError, UnknownNameError
+from .operators import Mixer, Operator, OperatorConfig, configure, parse_operator
 from .site import BLOCK_KINDS, KINDS, Site, Sites
 
 FORMAT = 1
@@ -114,7 +113,7 @@ def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:
     """Resolve rules against a model's sites.
 
     Args:
-        rules: `{"self_attention[1::2]": "hyena_x"}`, a value being an operator's name, Config or dict; or the text form
+        rules: `{"self_attention[1::2]": "hyena_x"}`, a value being an operator's name or text, Config or dict; or
             `"self_attention[1::2]=hyena_x(kernel_size=4); feed_forward[0]=mlp(expansion=6)"`.
 
     Raises:
@@ -196,7 +195,10 @@ def _require_apart(edits: tuple[Edit, ...]) -> None:
 
 def _fitted(config: OperatorConfig, site: Site) -> OperatorConfig:
     """The config resolved for the site; building it on the meta device proves that it fits, at no cost."""
-    config = config.resolved(as_mixed(config, site))
+    kinds, seen = config.owner.kinds, as_mixed(config, site)
+    if seen.kind not in kinds:  # before what a site of another kind lacks is missed
+        raise OperatorError(f"{config.owner.name} replaces {' or '.join(kinds)}; {site.path} is {site.address}.")
+    config = config.resolved(seen)
     with torch.device("meta"):
         build_operator(config, site)
     return config
@@ -282,17 +284,3 @@ def parse_rules(text: str) -> dict[str, Any]:
             raise RuleError(f"{key!r} stands twice in {text!r}.")
         rules[key] = parse_operator(operator)
     return rules
-
-
-def parse_operator(text: str) -> OperatorConfig:
-    """A config from `name` or `name(setting=value, ...)`, values being Python literals."""
-    try:
-        node = ast.parse(text, mode="eval").body
-        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-        if not isinstance(call.func, ast.Name) or call.args:
-            raise ValueError("settings are written name=value")
-        settings = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise RuleError(f'{text!r} is not an operator: {error}. Write "hyena_x" or "hyena_x(kernel_size=4)".') from error
-    get(call.func.id)
-    return configure({"operator": call.func.id, **settings})

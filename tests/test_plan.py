@@ -98,6 +98,12 @@ def test_any_plan_survives_json(kernel, dilation, expansion):
     assert dg.GraftPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
+@pytest.mark.parametrize("config", ["neighborhood(kernel=5)", "hybrid(first=neighborhood(kernel=3), second='self_attention', split=1)"])
+def test_what_a_config_prints_is_read_back(config):
+    config = dg.operators.configure(config)
+    assert dg.plan_graft(MODEL, {"self_attention[0]": str(config)}) == dg.plan_graft(MODEL, {"self_attention[0]": config})
+
+
 def test_plan_files(tmp_path):
     plan = dg.plan_graft(MODEL, "self_attention[1::2]=hyena_x(kernel_size=3, layout='2d'); feed_forward[:2]=mlp(expansion=6)")
     plan.save(tmp_path / "plan.json")
@@ -118,6 +124,8 @@ def test_plans_are_resolved():
     ({"self_atention[0]": "hyena_x"}, UnknownNameError, "Did you mean 'self_attention'"),
     ({"self_attention[0]": "hyena_xx"}, UnknownNameError, "Did you mean 'hyena_x'"),
     ({"feed_forward[0]": "hyena_x"}, OperatorError, "replaces self_attention"),
+    ({"self_attention[0]": "mlp"}, OperatorError, "mlp replaces feed_forward; transformer_blocks.0.attn1 is self_attention[0]"),
+    ({"self_attention[0]": "hyena_x(4)"}, RuleError, "name=value"),
     ({"block_pair[7:]": "mlp"}, RuleError, "matches nothing"),
     ({"self_attention[0]": "hyena_x", "self_attention[:2]": "sliding_window"}, RuleError, "Two rules claim self_attention"),
     ({"self_attention": "hyena_x"}, RuleError, "not a rule key"),

@@ -14,7 +14,7 @@ from ..errors import GeometryError, GraftError, OperatorError
 from ..evaluation.benchmark import benchmark, compare, table
 from ..evaluation.operator_costs import example_part, operator_costs, peak_memory, run_of
 from ..mixing import mix_with_others
-from ..operators import OperatorConfig, available, get
+from ..operators import Operator, OperatorConfig, available, get
 from ..operators.base import BlockOperator
 from ..plan import parse_operator
 from ..site import Context, Grid
@@ -81,7 +81,7 @@ def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], 
         raise GeometryError(f"Costs are measured on a square of tokens; {tokens} is none. Try {max(1, side) ** 2}.")
     if heads < 1 or width < heads or width % heads:
         raise OperatorError(f"{heads} heads do not divide a width of {width}. Try --width {64 * max(1, heads)}.")
-    owners = [get(name) for name in available()]
+    owners, refusals = _loaded()
     configs = [owner.Config() for owner in owners if not issubclass(owner, BlockOperator)]
     rows = [["operator", "replaces", "time", "of", "parameters", "MFLOPs"]]
     costs = operator_costs(configs, grid=Grid(height=side, width=side), width=width, heads=heads)
@@ -97,6 +97,19 @@ def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], 
     say("What stands for blocks costs what it holds of them.\n")
     for owner in owners:
         say(f"{owner.name}: {owner.start or 'starts from random weights'}. {owner.paper}")
+    for refusal in refusals:
+        say(f"\nLeft out: {refusal}")
+
+
+def _loaded() -> tuple[list[type[Operator]], list[str]]:
+    """The operators that can be imported, and what is said of those of other packages that cannot."""
+    owners, refusals = [], []
+    for name in available():
+        try:
+            owners.append(get(name))
+        except OperatorError as refusal:
+            refusals.append(str(refusal))
+    return owners, refusals
 
 
 def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, list[list[str]]]]:

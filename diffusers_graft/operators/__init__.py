@@ -1,14 +1,16 @@
 """Every operator, found by its file name here or through the entry point group `diffusers_graft.operators`."""
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import pkgutil
 import re
-from importlib.metadata import entry_points
+import warnings
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from ..errors import OperatorError, UnknownNameError
+from ..errors import OperatorError, RuleError, UnknownNameError
 from .base import (
     AttentionOperator,
     BlockOperator,
@@ -23,7 +25,7 @@ from .base import (
 
 __all__ = [
     "AttentionOperator", "BlockOperator", "BlockPairOperator", "FeedForwardOperator", "LinearPair", "Mixer", "Operator",
-    "OperatorConfig", "Projections", "available", "configure", "get",
+    "OperatorConfig", "Projections", "available", "configure", "get", "parse_operator",
 ]  # fmt: skip
 
 _GROUP = "diffusers_graft.operators"
@@ -35,8 +37,16 @@ def _built_in() -> set[str]:
     return {name for name in names if name not in _NOT_OPERATORS and not name.startswith("_")}
 
 
-def _plugins() -> dict[str, Any]:
-    return {point.name: point for point in entry_points(group=_GROUP)}
+def _plugins() -> dict[str, EntryPoint]:
+    points = {point.name: point for point in entry_points(group=_GROUP)}
+    for name in sorted(points.keys() & _built_in()):
+        warnings.warn(f"{_told(points.pop(name))} is not used: an operator here has that name. Give it another.", stacklevel=3)
+    return points
+
+
+def _told(point: EntryPoint) -> str:
+    package = f" of the package {point.dist.name}" if point.dist else ""
+    return f"The operator {point.name!r}{package} (entry point {point.value})"
 
 
 def available() -> tuple[str, ...]:
@@ -45,13 +55,21 @@ def available() -> tuple[str, ...]:
 
 
 def get(name: str) -> type[Operator]:
-    """The operator class of that name. Raises `UnknownNameError` with the nearest name."""
+    """The operator class of that name.
+
+    Raises `UnknownNameError` with the nearest name, `OperatorError` for another package's that cannot be imported or is no
+    operator of that name.
+    """
     if name in _built_in():
         return _only_operator_in(importlib.import_module(f"{__name__}.{name}"))
     plugins = _plugins()
     if name not in plugins:
         raise UnknownNameError("operator", name, available())
-    operator = plugins[name].load()
+    try:
+        operator = plugins[name].load()
+    except Exception as error:  # whatever the other package raises as it is imported
+        words = f"{_told(plugins[name])} cannot be imported: {type(error).__name__}: {error}. Mend or uninstall its package."
+        raise OperatorError(words) from error
     operator = operator if isinstance(operator, type) else _only_operator_in(operator)
     if operator.name != name:
         raise OperatorError(f"Entry point {name!r} leads to the operator {operator.name!r}: name its file {name}.py.")
@@ -59,17 +77,36 @@ def get(name: str) -> type[Operator]:
 
 
 def configure(spec: str | OperatorConfig | dict[str, Any]) -> OperatorConfig:
-    """A config from a name, a config, or a dict `{"operator": name, **settings}`.
+    """A config from a name, a text such as `"hyena_x(kernel_size=4)"`, a config, or a dict `{"operator": name, **settings}`.
 
-    Raises `UnknownNameError` for an unknown operator or setting, `OperatorError` for a value it refuses.
+    Raises `UnknownNameError` for an unknown operator or setting, `OperatorError` for a value it refuses, `RuleError` for text
+    that cannot be read.
     """
     if isinstance(spec, OperatorConfig):
         return spec
     if isinstance(spec, str):
-        return get(spec).Config()
+        return parse_operator(spec) if "(" in spec else get(spec).Config()
     if not isinstance(spec, dict) or "operator" not in spec:
         raise OperatorError(f'An operator is a name, a Config, or a dict with the key "operator"; got {spec!r}.')
     return _configured(get(spec["operator"]), spec)
+
+
+def parse_operator(text: str) -> OperatorConfig:
+    """A config from `name` or `name(setting=value, ...)`, values being Python literals or operators. Raises as `configure`."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        if not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("settings are written name=value")
+        settings = {keyword.arg: _value(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise RuleError(f'{text!r} is not an operator: {error}. Write "hyena_x" or "hyena_x(kernel_size=4)".') from error
+    get(call.func.id)
+    return configure({"operator": call.func.id, **settings})
+
+
+def _value(node: ast.expr) -> Any:
+    return ast.unparse(node) if isinstance(node, ast.Call) else ast.literal_eval(node)
 
 
 def _configured(operator: type[Operator], spec: dict[str, Any]) -> OperatorConfig:

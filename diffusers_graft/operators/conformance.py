@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..errors import GraftError
 from ..site import Site
 from . import configure
 from ._checks import CHECKS
@@ -53,7 +54,8 @@ def check_operator(config: OperatorConfig | str | dict, *, kind: str | None = No
     """
     config = configure(config)
     subject = Subject(config, example_site(kind or config.owner.kinds[0]))
-    subject.build()
+    with _named("build", letting=GraftError):
+        subject.build()
     with _named("every_grid"):
         subject = subject.accepted()[0]
     passed = []
@@ -65,11 +67,11 @@ def check_operator(config: OperatorConfig | str | dict, *, kind: str | None = No
 
 
 @contextmanager
-def _named(check: str) -> Iterator[None]:
-    """Whatever goes wrong within is the failure of this check."""
+def _named(check: str, *, letting: type[GraftError] = ConformanceError) -> Iterator[None]:
+    """Whatever goes wrong within is the failure of this check, but for what is said in words already."""
     try:
         yield
-    except ConformanceError:
+    except letting:
         raise
     except Exception as error:
         raise ConformanceError(f"{check}: {type(error).__name__}: {error}") from error

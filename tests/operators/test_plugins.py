@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import diffusers_graft as dg
+from diffusers_graft.bench import operators as bench
 from diffusers_graft.errors import OperatorError
 
 from ..models import predict, tiny_dit
@@ -53,3 +54,26 @@ def test_a_file_with_two_operators_is_refused(install):
     install("two", "from diffusers_graft.operators import Mixer\n\nclass A(Mixer): ...\n\nclass B(Mixer): ...\n")
     with pytest.raises(OperatorError, match="defines 2 operators"):
         dg.operators.get("two")
+
+
+@pytest.mark.parametrize(("source", "words"), [("import nothing_there", "ModuleNotFoundError: No module named 'nothing_there'"), ("1 / 0", "ZeroDivisionError")])
+def test_a_plugin_that_cannot_be_imported_is_named(install, source, words):
+    install("broken", source)
+    with pytest.raises(OperatorError, match=f"'broken' of the package broken-plugin .*{words}.*uninstall"):
+        dg.operators.get("broken")
+    owners, refusals = bench._loaded()
+    assert len(owners) == len(dg.operators.available()) - 1
+    assert "broken-plugin" in refusals[0]
+
+
+def test_a_plugin_with_the_name_of_an_operator_here_is_told_that_it_is_not_used(install):
+    install("mlp", "")
+    with pytest.warns(UserWarning, match="'mlp' of the package mlp-plugin .* is not used"):
+        assert "mlp" in dg.operators.available()
+    assert dg.operators.get("mlp").__module__ == "diffusers_graft.operators.mlp"
+
+
+def test_a_plugin_that_cannot_be_built_is_told_so(install):
+    install("forgetful", "from diffusers_graft.operators import Mixer\n\nclass Forgetful(Mixer):\n    name = 'forgetful'\n    def __init__(self): ...\n")
+    with pytest.raises(dg.GraftError, match="^build: TypeError: .*takes 1 positional"):
+        dg.check_operator("forgetful")
