@@ -29,6 +29,7 @@ from .site import Context, Grid, Site
 
 FIELD = 64  # tokens that stand for a receptive field, at most
 AT_ONCE = 256
+NONE = torch.finfo(torch.float32).min  # log weight of a token that is not there; finite, so that gradients are
 
 
 def mix(operator: Mixer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
@@ -174,11 +175,11 @@ def _fields(config: OperatorConfig, sizes: tuple[int, int, int], grid: Grid) -> 
     if all(field == fields[0] for field in fields):
         fields = fields[:1]
     chosen = [_evenly(field if isinstance(field, range) else sorted(field)) for field in fields]
-    width = max(map(len, chosen))
+    width = max(1, *map(len, chosen))  # of no tokens at all, one of no weight
     with torch.inference_mode(False), torch.device("cpu"):
         indices = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in chosen])
         weights = torch.tensor([
-            [math.log(len(field) / len(tokens))] * len(tokens) + [-math.inf] * (width - len(tokens))
+            [math.log(max(1, len(field)) / max(1, len(tokens)))] * len(tokens) + [NONE] * (width - len(tokens))
             for field, tokens in zip(fields, chosen, strict=True)
         ])  # fmt: skip
     return indices, weights

@@ -70,6 +70,8 @@ class _Grafted:
             shared = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
         tokens, keys = query.shape[2], key.shape[2]
+        if attn_mask is not None and attn_mask.dim() and attn_mask.shape[-1] == 1:
+            attn_mask = attn_mask.expand(*attn_mask.shape[:-1], keys)  # one for all keys
         context = operator.slot.with_attention(mask=attn_mask, scale=scale, causal=is_causal).at(site, tokens)
         image = self._image_tokens(site, context, stream, tokens, keys)
         if image is None or operator.honours_mask and operator.honours_causal:

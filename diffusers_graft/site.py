@@ -197,7 +197,7 @@ class Context:
 class ContextSlot:
     """Where the root's pre-hook leaves the context of the running forward for the parts of one graft.
 
-    It is not cleared afterwards: gradient checkpointing runs parts again during the backward pass.
+    It is not cleared afterwards: parts may run again during the backward pass (see `checkpointing`).
 
     Attributes:
         current: of the running forward, or the last.

@@ -111,6 +111,13 @@ def piece_by_piece(like: torch.Tensor) -> bool:
     return like.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
+def precision_of(like: torch.Tensor) -> torch.dtype:
+    """What torch's products and convolutions of it give: autocast's precision where that is on, else its own."""
+    device = like.device.type
+    cast = torch.is_autocast_enabled(device) and like.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else like.dtype
+
+
 def _in_compiled_torch(operator: WithBackends, *inputs_and_context: Any) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return operator.in_torch(*inputs_and_context)

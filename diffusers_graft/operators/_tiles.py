@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ._backends import piece_by_piece
+from ._backends import piece_by_piece, precision_of
 
 # An axis is its length and the settings of a rule; the rule lists, for each place, the places it sees.
 Axis = tuple[int, ...]
@@ -157,7 +157,7 @@ def _in_turns(
         own = part.narrow(dim, low, keys)
         return torch.cat([own, part.narrow(dim, tokens, others)], dim) if others else own
 
-    mixed = value.new_empty(query.shape[0], query.shape[2], value.shape[1], value.shape[3])
+    mixed = value.new_empty(query.shape[0], query.shape[2], value.shape[1], value.shape[3], dtype=precision_of(value))
     for (first, low), window in zip(cut.starts, cut.mask[:, 0], strict=True):
         own = slice(first, first + queries)
         parts = query[:, :, own], near(key, 2, low), near(value, 2, low)

@@ -77,7 +77,7 @@ class LinearAttention(WithBackends, Mixer):
 
     def in_torch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         precise = torch.promote_types(query.dtype, torch.float32)
-        visible = None if context.mask is None else key_weights(context.mask, precise)
+        visible = None if context.mask is None else key_weights(context.mask, key.shape[2], precise)
         mixed = self._read(query, *self._written(key, value.to(precise), visible)).to(value.dtype)
         if self.value_convolution is None:
             return mixed
@@ -114,7 +114,7 @@ class LinearAttention(WithBackends, Mixer):
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: all N x M weights, normalised row by row; the convolution tap by tap."""
         weights = self._features(query, 0) @ self._features(key, 1).transpose(-1, -2)
-        visible = None if context.mask is None else key_weights(context.mask, key.dtype)
+        visible = None if context.mask is None else key_weights(context.mask, key.shape[2], key.dtype)
         weights = weights if visible is None else weights * visible.transpose(-1, -2)
         mixed = (weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)) @ value
         if self.value_convolution is None:
@@ -151,8 +151,8 @@ def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensor.split(TOGETHER, dim=-2) if piece_by_piece(tensor) else (tensor,)
 
 
-def key_weights(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask as a factor on keys, [B, 1 or H, M, 1]: 0 or 1, or of an additive mask its exponential, as in softmax.
+def key_weights(mask: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as a factor on so many keys, [B, 1 or H, M, 1]: 0 or 1, or of an additive mask its exponential, as in softmax.
 
     Keys are summed once for all queries. Raises `OperatorError` where a mask differs from query to query, and where
     compiled code, which cannot look, is given one that may.
@@ -163,5 +163,5 @@ def key_weights(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             f"linear_attention was given an attention mask of shape {tuple(mask.shape)}: it sums keys once for all "
             "queries, so a mask must hide the same keys from each. Give it as [..., 1, keys], or keep softmax here."
         )
-    row = row.transpose(-1, -2).to(dtype)
+    row = row.transpose(-1, -2).expand(*row.shape[:-2], keys, 1).to(dtype)
     return row if mask.dtype == torch.bool else row.exp()

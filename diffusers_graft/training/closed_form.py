@@ -7,6 +7,7 @@ kept, in float64, so memory does not grow with samples: 8 (F + 1)^2 bytes a site
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -49,7 +50,7 @@ class ClosedFormConfig:
     progress: bool = True
 
     def __post_init__(self):
-        if self.steps < 1 or not self.ridge > 0:
+        if self.steps < 1 or not 0 < self.ridge < math.inf:
             raise TrainingError(f"A closed form needs at least one step and a positive ridge; got {self}.")
 
 
@@ -119,7 +120,13 @@ class _Regression:
         """Add the solution to the layer's weights."""
         pulled = self.gram.clone()
         pulled.diagonal().add_((ridge * self.gram.trace() / len(self.gram)).clamp(min=1e-30))
-        solution = torch.cholesky_solve(self.cross, torch.linalg.cholesky(pulled))
+        factor, failed = torch.linalg.cholesky_ex(pulled)
+        if failed:
+            raise TrainingError(
+                f"Closed form: at {self.site.address} the features of {self.tokens} tokens are too much alike for a ridge of "
+                f"{ridge:g}. Take more batches, or a larger ridge such as 1e-4."
+            )
+        solution = torch.cholesky_solve(self.cross, factor)
         left = self.missed + (solution * (self.gram @ solution - 2 * self.cross)).sum()
         self.layer.weight += solution[: self.layer.in_features].T.to(self.layer.weight.dtype)
         if self.layer.bias is not None:

@@ -196,6 +196,9 @@ def test_a_backend_asked_for_runs_or_says_why_not():
         dg.operators.SlidingWindow.Config(backend="varlen").build(SITE)(*inputs, Context())
     with pytest.raises(OperatorError, match="'flex' was asked for, but it has no backward on cpu"):
         dg.operators.SlidingWindow.Config(backend="flex").build(SITE)(*[part.requires_grad_() for part in inputs], Context())
+    query, key, value = qkv(64)
+    with pytest.raises(OperatorError, match="'flex' was asked for, but it has no backward on cpu"):
+        dg.operators.SlidingWindow.Config(backend="flex").build(SITE)(query, key, value.requires_grad_(), Context())
     assert "torch.bfloat16" in Backend("x", None, "x").obstacle("cuda", torch.float32, False)
 
 

@@ -316,11 +316,65 @@ def test_a_narrow_mlp_keeps_the_strongest_neurons():
     {"operator": "linear_attention", "value_conv": 2}, {"operator": "linear_attention", "value_conv": -1},
     {"operator": "sliding_window", "window": (True, 4)}, {"operator": "hyena_x", "kernel": 4}, {"operator": "hyena_x", "init": "cold"},
     {"operator": "hyenax"}, {"kernel": 3}, 3, {"operator": "pooled_keys", "stride": 0}, {"operator": "identity", "output": "keys"},
+    {"operator": "hyena_x", "layout": 5}, {"operator": "mlp", "activation": {"a": 1}}, {"operator": "mlp", "init": None},
+    {"operator": "parallel", "residual": "False"}, {"operator": "hyena_x", "backend": ["torch"]},
     {"operator": "self_attention", "heads": 0}, {"operator": "hyena_se", "kernel_size": 1.5}, {"operator": "hyena_y", "layout": "1d"},
 ])  # fmt: skip
 def test_bad_settings_are_refused(spec):
     with pytest.raises(GraftError):
         configure(spec)
+
+
+def test_settings_that_nothing_would_read_are_refused():
+    with pytest.raises(OperatorError, match="Roll.Config has settings that nothing reads: decorate it"):
+
+        class Roll(Mixer):
+            class Config(Mixer.Config):
+                shift: int = 1
+
+
+def test_a_config_is_not_taken_from_its_owner():
+    owner = get("hyena_x")
+
+    class Other(owner):
+        Config = owner.Config
+
+    assert owner.Config.owner is owner
+    assert Other.Config.owner is Other
+
+
+def test_regrouped_heads_keep_the_scale_of_their_own_width():
+    regrouped = build({"operator": "self_attention", "heads": 2})
+    torch.testing.assert_close(regrouped(*qkv(6), Context(scale=4**-0.5)), regrouped(*qkv(6), Context()))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("spec", [
+    "moe_mlp", "hyena_x", "hyena_se", {"operator": "sliding_window", "window": (3, 40)}, {"operator": "linear_attention", "value_conv": 3},
+], ids=str)  # fmt: skip
+def test_autocast_gives_one_precision_in_every_mode(spec, grad):
+    config = configure(spec)
+    operator = config.build(example_site(config.owner.kinds[0]))
+    inputs = [part.float() for part in qkv(300)] if isinstance(operator, Mixer) else [torch.randn(2, 9, 12)]
+    context = Context(grid=Grid(height=15, width=20))
+    torch._dynamo.reset()
+    calls = operator, torch.compile(operator, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+        eager, compiled = (call(*inputs, context) for call in calls)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert eager.dtype == compiled.dtype == operator(*inputs, context).dtype
+    torch.testing.assert_close(compiled, eager, rtol=0.05, atol=0.05)
+
+
+def test_a_low_rank_of_a_feed_forward_that_narrows():
+    site = replace(FEED_FORWARD, hidden=4)
+    pair = LinearPair(up=torch.randn(4, 12), up_bias=None, down=torch.randn(12, 4), down_bias=None, activation="relu")
+    operator = configure({"operator": "low_rank_mlp", "activation": "relu"}).build(site)
+    operator.init_from(pair)
+    tokens = torch.randn(2, 5, 12)
+    torch.testing.assert_close(operator(tokens, Context()), (tokens @ pair.up.T).relu() @ pair.down.T, rtol=1e-4, atol=1e-4)
+    with pytest.raises(OperatorError, match="has rank 4 at most; got 5"):
+        configure({"operator": "low_rank_mlp", "rank": 5}).build(site)
 
 
 def test_unknown_names_suggest_the_nearest():
@@ -383,8 +437,9 @@ def test_a_hybrid_mixes_each_head_by_its_own(split):
             torch.testing.assert_close(mixed[:, head : head + 1], alone)
 
 
-def test_a_hybrid_gives_each_head_its_own_mask():
-    mask = torch.rand(1, 3, 6, 6) > 0.4
+@pytest.mark.parametrize("batch", [(), (1,)])
+def test_a_hybrid_gives_each_head_its_own_mask(batch):
+    mask = torch.rand(*batch, 3, 6, 6) > 0.4
     mask[..., 0] = True
     settings_ = {"operator": "hybrid", "first": "self_attention", "second": "self_attention", "split": (1,)}
     expected = build("self_attention")(*qkv(6), Context(mask=mask))

@@ -1,4 +1,5 @@
 """Operators of other packages, found through their entry point; the example of CONTRIBUTING.md is taken at its word."""
+import ast
 import re
 import textwrap
 from pathlib import Path
@@ -10,32 +11,44 @@ import diffusers_graft as dg
 from diffusers_graft.bench import operators as bench
 from diffusers_graft.errors import OperatorError
 
+from .. import test_house as house
 from ..models import predict, tiny_dit
 
 GUIDE = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+EXAMPLE = textwrap.dedent(re.search(r"```python\n(.*?)```", GUIDE, re.DOTALL)[1])
 
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Put a module on the path, with the metadata of an installed package."""
+    """Put a package of one file on the path, with the metadata of an installed one."""
 
     def installed(name, source):
-        (tmp_path / f"{name}_plugin.py").write_text(source)
+        (tmp_path / f"{name}_plugin").mkdir()
+        (tmp_path / f"{name}_plugin" / f"{name}.py").write_text(source)
         metadata = tmp_path / f"{name}_plugin-1.0.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.0\n")
-        (metadata / "entry_points.txt").write_text(f"[diffusers_graft.operators]\n{name} = {name}_plugin\n")
+        (metadata / "entry_points.txt").write_text(f"[diffusers_graft.operators]\n{name} = {name}_plugin.{name}\n")
         monkeypatch.syspath_prepend(str(tmp_path))
 
     return installed
 
 
+def test_the_guides_example_keeps_the_house_rules():
+    tree = ast.parse(EXAMPLE)
+    assert not list(house.untidy(EXAMPLE))
+    assert not list(house.undocumented(tree))
+    assert not list(house.upward(tree, "operators.token_roll", "operators"))
+    assert not list(house.homeless(tree, "operators.token_roll", "operators"))
+
+
 def test_the_guides_example_works_as_a_plugin(install, tmp_path):
-    source = textwrap.dedent(re.search(r"```python\n(.*?)```", GUIDE, re.DOTALL)[1])
-    source = source.replace("from .base import", "from diffusers_graft.operators import")
-    install("token_roll", source.replace("class TokenRoll(Mixer):", 'class TokenRoll(Mixer):\n    name = "token_roll"'))
+    outside = EXAMPLE.replace("from .base import", "from diffusers_graft.operators import")
+    install("token_roll", outside.replace("from ..errors import", "from diffusers_graft.errors import"))
     assert "token_roll" in dg.operators.available()
-    assert len(dg.check_operator("token_roll").passed) >= 17
+    assert len(dg.check_operator("token_roll").passed) >= 18
+    with pytest.raises(OperatorError, match="counts rows from 1; got 0"):
+        dg.operators.configure("token_roll(shift=0)")
     model = tiny_dit()
     model.set_graft({"self_attention[:]": {"operator": "token_roll", "shift": 2}})
     model.save_graft(tmp_path / "graft")

@@ -280,10 +280,18 @@ def test_it_needs_the_intact_model_and_enough_batches():
     dg.closed_form(model, graft, batches(), quick(), noise_scheduler=SCHEDULER)
 
 
-@pytest.mark.parametrize("settings", [{"steps": 0}, {"ridge": 0.0}, {"ridge": float("nan")}])
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"ridge": 0.0}, {"ridge": float("nan")}, {"ridge": float("inf")}])
 def test_bad_settings(settings):
     with pytest.raises(TrainingError, match="positive ridge"):
         dg.ClosedFormConfig(**settings)
+
+
+def test_a_ridge_too_small_for_its_rows_is_an_error():
+    system, row = regression(), torch.ones(1, 6).double() / 3
+    with torch.no_grad():
+        system._add(row, torch.ones(1, 3).double(), torch.ones(1, 3).double())
+        with pytest.raises(TrainingError, match="too much alike for a ridge of 1e-25.*larger ridge"):
+            system.solve(ridge=1e-25)
 
 
 def test_a_half_precision_model_is_solved_in_double():

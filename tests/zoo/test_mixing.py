@@ -125,6 +125,15 @@ def test_where_all_the_text_is_hidden_a_mixer_is_by_itself(additive):
     torch.testing.assert_close(mixed[:, :, TEXT:], own, rtol=1e-9, atol=1e-9)
 
 
+def test_a_mixer_that_reads_nothing_leaves_all_to_the_text():
+    operator, (query, key, value) = operator_of("identity", output="zero"), drawn(IMAGE + TEXT)
+    parts = [part.requires_grad_() for part in (query, key, value)]
+    mixed = mix_with_others(operator, *parts, Context(grid=GRID), start=TEXT, image=IMAGE)
+    text = F.scaled_dot_product_attention(query[:, :, TEXT:], key[:, :, :TEXT], value[:, :, :TEXT])
+    torch.testing.assert_close(mixed[:, :, TEXT:], text, rtol=1e-9, atol=1e-9)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(mixed.square().sum(), parts))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_shares_in_half_precision(dtype):
     operator, inputs = operator_of("linear_attention"), [3 * part.to(dtype) for part in drawn(IMAGE + TEXT)]
