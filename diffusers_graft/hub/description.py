@@ -18,6 +18,7 @@ from .files import checksum, digest, parse_json, read_header, read_json, read_te
 
 FORMAT = 2
 KEY = "graft_config"
+MARK = "_graft"  # where config.json describes the grafts of a whole model, by variant: pipelines download no other JSON
 CARRIED = ("base", "settings", "scores", "imported", "about")  # by a model that is saved whole, loaded, and saved again
 ORIGIN = "_graft_origin"
 _KINDS = {"format": int, "versions": dict, "base": dict, "plan": dict, "checksum": str, "history": list,
@@ -31,6 +32,11 @@ def names(variant: str | None = None) -> tuple[str, str, str]:
 
 
 CONFIG, WEIGHTS, PROOF = names()
+
+
+def described(config: dict[str, Any]) -> dict[str, Any]:
+    """What a `config.json` says of whole grafted models: a description of each variant, that of the first by an empty name."""
+    return config[MARK] if isinstance(config.get(MARK), dict) else {}
 
 
 def is_adapter(name: str) -> bool:

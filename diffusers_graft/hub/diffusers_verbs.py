@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from ..errors import StateError
 from ..graft import installed, is_enabled
-from .description import CONFIG
+from .description import described
 from .folders import settle
-from .full import FETCHING, MARK, load_as_diffusers
+from .full import FETCHING, load_as_diffusers
 from .push import push_folder
 from .self_contained import name_code
 from .whole import save_whole
@@ -29,16 +30,21 @@ def attach_saving() -> None:
 
 
 def _saving(original):
+    names = list(inspect.signature(original).parameters)[2:]
+
     @functools.wraps(original)
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         graft = installed(self)
         if graft is None or not is_enabled(self):
             if kwargs.pop("self_contained", False):
                 raise StateError("Only a grafted model has code to bring along. Graft it, or leave self_contained out.")
-            return original(self, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+            return original(self, save_directory, *args, **kwargs)
+        kwargs |= dict(zip(names, args, strict=False))
+        if not kwargs.pop("is_main_process", True):
+            return None
         folder, pushing = Path(save_directory), {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
-        repo_id = kwargs.pop("repo_id", folder.name)
-        save_whole(original, self, graft, folder, *args, **kwargs)
+        repo_id, push_to_hub = kwargs.pop("repo_id", folder.name), kwargs.pop("push_to_hub", False)
+        save_whole(original, self, graft, folder, **kwargs)
         return push_folder(folder, repo_id, **pushing) if push_to_hub else None
 
     return save_pretrained
@@ -91,13 +97,12 @@ def _loading(original):
 
 
 def _is_grafted(cls: type[ModelMixin], source: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether there is a whole grafted model: by its files in a folder, by the mark in its configuration on the Hub."""
+    """Whether the weights that are asked for are those of a grafted model: `config.json` says so, and nothing else does."""
     folder = Path(source or "") / (kwargs.get("subfolder") or "")
     if folder.is_dir():
         settle(folder)
-        if (folder / CONFIG).is_file():
-            return (folder / "config.json").is_file()
     try:
-        return MARK in cls.load_config(source, **{name: kwargs[name] for name in FETCHING if name in kwargs})
+        config = cls.load_config(source, **{name: kwargs[name] for name in FETCHING if name in kwargs})
+        return (kwargs.get("variant") or "") in described(config)
     except (OSError, ValueError):
         return False  # diffusers says it better

@@ -97,11 +97,12 @@ def _depth(data: Any) -> int:
     return 1 + max(map(_depth, children), default=0)
 
 
-def require_finite(tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+def require_finite(tensors: Mapping[str, torch.Tensor], where: Path | str) -> None:
     """Raise `FileError` where a value is not finite."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
-            raise FileError(f"{name} in {where} holds values that are not finite; this cannot be used.")
+            raise FileError(f"{name} in {where} holds values that are not finite; this cannot be used. "
+                            "Take an earlier save or checkpoint.")
 
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:

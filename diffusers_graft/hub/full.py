@@ -16,14 +16,13 @@ from ..graft import Graft
 from ..surgery import install
 from .blank import build_blank, check_operators, require_like
 from .code import is_pinned, trusted
-from .description import CARRIED, CONFIG, as_whole, check_kinds, is_adapter, read_plan, require_format
+from .description import CARRIED, CONFIG, MARK, as_whole, check_kinds, described, is_adapter, read_plan, require_format
 from .files import checksum, read_json, read_tensors, require_finite
 from .folders import inside, local_folder
 from .settings import apply_settings
 
 _PATTERNS = ["*.json", "*.safetensors", "README.md", "graft_operator_*.py"]
 STEM = "diffusion_pytorch_model"
-MARK = "_graft"  # where config.json holds the description once more, for pipelines download no other JSON
 AUTO = "auto_map"  # where config.json names code that loads the model
 FETCHING = ("cache_dir", "force_download", "token", "local_files_only", "revision", "subfolder")
 _LOADING = ("dtype", "torch_dtype", "variant", "low_cpu_mem_usage", "trust_remote_code")
@@ -49,7 +48,7 @@ def load_pretrained(
         UnknownNameError: an argument that nothing takes.
     """
     folder = local_folder(source, _PATTERNS, subfolder=subfolder, revision=revision, **hub_arguments)
-    description = _description(folder)
+    description = _description(folder, variant)
     classes = trusted(description, folder, trust=trust_remote_code, pinned=is_pinned(source, revision))
     plan, tensors = read_plan(description["plan"], classes), read_weights(folder, variant)
     if description.get("checksum") not in (None, checksum(tensors)):
@@ -94,16 +93,19 @@ def load_as_diffusers(source: str | Path, kwargs: dict[str, Any]) -> ModelMixin:
     return load_pretrained(source, device=kwargs.get("device_map"), **known)
 
 
-def _description(folder: Path) -> dict[str, Any]:
-    """From its file, or, where a pipeline was downloaded without that, from the copy in `config.json`."""
-    config = read_json(folder / "config.json")
-    alone = MARK in config and not (folder / CONFIG).exists()
-    description, where = (config[MARK], "config.json") if alone else (read_json(folder / CONFIG), CONFIG)
+def _description(folder: Path, variant: str | None) -> dict[str, Any]:
+    """Of one variant, from `config.json`; format 1 had a file of its own."""
+    config, name = read_json(folder / "config.json"), variant or ""
+    known = described(config)
+    if known and name not in known:
+        there = ", ".join(repr(name or None) for name in known)
+        raise FileError(f"There is no {weight_file(variant)} of a grafted model in {folder}. Its variants: {there}.")
+    description, where = (known[name], "config.json") if known else (read_json(folder / CONFIG), CONFIG)
     check_kinds({"description": description}, {"description": dict}, str(folder / where))
     require_format(description, str(folder / where))
     check_kinds(description, {"plan": dict, "history": list}, str(folder / where))
     if description.get("model") not in (None, config_digest(config)):
-        raise FileError(f"{folder / 'config.json'} was edited, or belongs to another model than {CONFIG}. Save it again.")
+        raise FileError(f"{folder / 'config.json'} was edited, or belongs to another model than its graft. Save it again.")
     return description
 
 
@@ -135,6 +137,18 @@ def _bare_model(folder: Path, tensors: int) -> ModelMixin:
         raise FileError(f"{folder / 'config.json'} describes no model: {error!r}") from error
 
 
+def weight_file(variant: str | None) -> str:
+    """The file of a model's weights, where it is one."""
+    return f"{STEM}.{variant}.safetensors" if variant else f"{STEM}.safetensors"
+
+
+def weight_files(variant: str | None) -> list[str]:
+    """Patterns of all files that may hold a model's weights, as diffusers of today and of old name them, or list them."""
+    suffix = f".{variant}" if variant else ""
+    return [weight_file(variant), f"{STEM}{suffix}-?????-of-?????.safetensors",
+            f"{STEM}-?????-of-?????{suffix}.safetensors", f"{STEM}.safetensors.index{suffix}.json"]  # fmt: skip
+
+
 def read_weights(folder: Path, variant: str | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a model that diffusers saved, in one file or in shards. Raises `FileError`; pickles are not read."""
     suffix = f".{variant}" if variant else ""
@@ -148,7 +162,7 @@ def read_weights(folder: Path, variant: str | None = None) -> dict[str, torch.Te
         if odd := sorted(mapped.keys() ^ tensors.keys()):
             raise FileError(f"{index} does not fit the files it names: {', '.join(odd[:4])} differ.")
         return tensors
-    path = folder / f"{STEM}{suffix}.safetensors"
+    path = folder / weight_file(variant)
     if not path.exists() and (pickles := sorted(p.name for p in folder.glob("*.bin"))):
         raise FileError(f"{folder} has its weights in {', '.join(pickles)}: pickles can run code and are not read.")
     return read_tensors(path)

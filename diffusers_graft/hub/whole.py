@@ -7,52 +7,68 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from ..errors import StateError
+from ..errors import FileError, StateError
 from ..graft import Graft
 from ..surgery import check_seats
 from .adapters import adapter_tensors
 from .cards import write_card
-from .code import describe_code, sources
+from .code import describe_code, sources, unnamed_sources
 from .describing import describe_whole
-from .description import CONFIG, is_adapter, to_text
-from .files import checksum, read_json, write_text
-from .folders import replacing
-from .full import AUTO, MARK, STEM, config_digest
+from .description import MARK, described, is_adapter, to_text
+from .files import checksum, read_json, require_finite, write_text
+from .folders import replacing, settle
+from .full import AUTO, config_digest, weight_files
 from .self_contained import AUTO_MAP, FILE, library_file
 
 
-def save_whole(original, model: ModelMixin, graft: Graft, folder: Path, *args, self_contained: bool = False, **kwargs) -> None:
+def save_whole(
+    original, model: ModelMixin, graft: Graft, folder: Path, *, variant: str | None = None, self_contained: bool = False,
+    **kwargs: Any,
+) -> None:  # fmt: skip
     """What diffusers' `save_pretrained` writes, the graft's description and its card, all at once.
 
     LoRA layers of the graft come along, unfused: their tensors lie among the weights, and the layers that carry them are
     written as they are underneath.
 
     Args:
+        variant: other weights beside the first, as diffusers names them; `config.json` describes the graft of each.
         self_contained: the code that reads the model goes along, for people without this package: `AutoModel.from_pretrained`
             runs it where `trust_remote_code=True` allows.
 
-    Raises `StateError` for LoRA layers that the graft did not bring, and for a graft that lost its processors.
+    Raises `StateError` for LoRA layers that the graft did not bring, for a graft that lost its processors, and for other
+    files than safetensors; `FileError` for values that are not finite, and for a folder that cannot be written.
     """
+    if not kwargs.get("safe_serialization", True) or kwargs.get("use_flashpack"):
+        raise StateError("A grafted model is saved as safetensors and read from nothing else. Leave the other format out.")
     check_seats(graft)
     weights = _weights(model, graft)
+    require_finite(weights, "the model")
     code = sources(graft.plan) if self_contained else {}
     description = {**describe_whole(model, graft, checksum(weights)), "code": describe_code(code)}
-    suffix = f".{kwargs['variant']}" if kwargs.get("variant") else ""
-    stale = [f"{STEM}{suffix}.safetensors", f"{STEM}{suffix}-?????-of-?????.safetensors",
-             f"{STEM}-?????-of-?????{suffix}.safetensors", f"{STEM}.safetensors.index{suffix}.json",
-             FILE, "graft_operator_*.py"]  # fmt: skip
+    there = _config_in(folder)
+    others = {name: told for name, told in described(there).items() if name != (variant or "")}
+    auto = {AUTO: AUTO_MAP} if self_contained or (others and AUTO in there) else {}
+    stale = [*weight_files(variant), *([] if auto else [FILE]), *unnamed_sources(folder, "config.json", to_text(others))]
     code |= {FILE: library_file(graft.plan)} if self_contained else {}
     with replacing(folder, stale=stale) as stage:
-        _write_weights(original, model, weights, stage, *args, **kwargs)
+        _write_weights(original, model, weights, stage, variant=variant, **kwargs)
         config = read_json(stage / "config.json")
         config.pop("_name_or_path", None)  # it may be a path of this machine; the description names the base
         description["model"] = config_digest(config)
-        config |= {MARK: description} | ({AUTO: AUTO_MAP} if self_contained else {})
+        config |= {MARK: {**others, variant or "": description}, **auto}
         write_text(stage / "config.json", to_text(config) + "\n")
-        write_text(stage / CONFIG, to_text(description) + "\n")
         for name, text in code.items():
             write_text(stage / name, text)
         write_card(stage, folder, model, graft, description, whole=True)
+
+
+def _config_in(folder: Path) -> dict[str, Any]:
+    """The `config.json` that is there, empty where there is none that can be read."""
+    settle(folder)
+    try:
+        return read_json(folder / "config.json")
+    except FileError:
+        return {}
 
 
 def _weights(model: ModelMixin, graft: Graft) -> dict[str, torch.Tensor]:
@@ -68,10 +84,10 @@ def _weights(model: ModelMixin, graft: Graft) -> dict[str, torch.Tensor]:
     return {**plain, **adapter_tensors(model, graft)}
 
 
-def _write_weights(original, model: ModelMixin, weights: dict[str, Any], folder: Path, *args, **kwargs) -> None:
+def _write_weights(original, model: ModelMixin, weights: dict[str, Any], folder: Path, **kwargs) -> None:
     """diffusers' own saving, of these tensors in place of what it would ask the model for."""
     vars(model)["state_dict"] = lambda: weights
     try:
-        original(model, folder, *args, **kwargs)
+        original(model, folder, **kwargs)
     finally:
         del vars(model)["state_dict"]

@@ -36,6 +36,17 @@ def forge(folder, change, *, honest=True):
     (folder / CONFIG).write_text(text)
 
 
+def read_mark(folder):
+    """What `config.json` says of the graft of a whole model."""
+    return json.loads((folder / "config.json").read_text())["_graft"][""]
+
+
+def write_mark(folder, description, **settings):
+    """Have `config.json` say this of the graft, and that of the model."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_graft": {"": description}, **settings}))
+
+
 def untouched(model, refused):
     """That a refusal leaves every tensor, every module and the outputs of a model as they were."""
     before = predict(model)

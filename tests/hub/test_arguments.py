@@ -43,15 +43,12 @@ def saves(tmp_path_factory):
 @verbs
 @pytest.mark.parametrize("low", [True, False])
 def test_of_folders(low, verb, saves):
-    """A whole model has one description, so another variant is of other precision, not of another plan."""
     root, expected = saves
-    name = "other" if verb == "load_pretrained" else None
-    model = VERBS[verb](root / verb, subfolder="deep", variant=name, low_cpu_mem_usage=low, device="cpu", local_files_only=True)
-    assert torch.equal(predict(model), expected[name])
-    if verb != "load_pretrained":
-        assert torch.equal(predict(VERBS[verb](root / verb, subfolder="deep", variant="other")), expected["other"])
+    for name in expected:
+        model = VERBS[verb](root / verb, subfolder="deep", variant=name, low_cpu_mem_usage=low, device="cpu", local_files_only=True)
+        assert torch.equal(predict(model), expected[name])
     for word in ("dtype", "torch_dtype"):
-        model = VERBS[verb](root / verb, subfolder="deep", variant=name, low_cpu_mem_usage=low, **{word: torch.bfloat16})
+        model = VERBS[verb](root / verb, subfolder="deep", low_cpu_mem_usage=low, **{word: torch.bfloat16})
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
@@ -66,13 +63,12 @@ def test_without_values_of_their_own_parts_cost_no_drawing(verb, saves, monkeypa
         return draw(tensor, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", counted)
-    variant = "other" if verb == "load_pretrained" else None
     counts = []
     for low in (False, True):
         model = None if verb == "load_pretrained" else tiny_dit()
         drawn.clear()
         if model is None:
-            dg.load_pretrained(saves[0] / verb, subfolder="deep", variant=variant, low_cpu_mem_usage=low)
+            dg.load_pretrained(saves[0] / verb, subfolder="deep", low_cpu_mem_usage=low)
         else:
             getattr(model, verb)(saves[0] / verb, subfolder="deep", low_cpu_mem_usage=low, verify=False)
         counts.append(len(drawn))
@@ -83,19 +79,18 @@ def test_without_values_of_their_own_parts_cost_no_drawing(verb, saves, monkeypa
 @pytest.mark.parametrize("hub", [False], indirect=True)
 def test_of_repositories(verb, hub, saves, tmp_path):  # noqa: F811
     root, expected = saves
-    name = "other" if verb == "load_pretrained" else None
     HfApi(**TOKEN).create_repo("owner/graft", private=True)
     HfApi(**TOKEN).upload_folder(repo_id="owner/graft", folder_path=root / verb)
     revision = hub.repos["owner/graft"].refs["main"]
-    arguments = {"subfolder": "deep", "variant": name, "cache_dir": tmp_path / "mine", "revision": revision}
+    arguments = {"subfolder": "deep", "variant": "other", "cache_dir": tmp_path / "mine", "revision": revision}
     with pytest.raises(FileError, match="private"):
         VERBS[verb]("owner/graft", **arguments, token="hf_guest")
     with pytest.raises(FileError, match="not in the local cache"):
         VERBS[verb]("owner/graft", **arguments, **TOKEN, local_files_only=True)
-    assert torch.equal(predict(VERBS[verb]("owner/graft", **arguments, **TOKEN)), expected[name])
+    assert torch.equal(predict(VERBS[verb]("owner/graft", **arguments, **TOKEN)), expected["other"])
     assert list((tmp_path / "mine").glob("models--owner--graft"))
     asked = len(hub.requests)
-    assert torch.equal(predict(VERBS[verb]("owner/graft", **arguments, **TOKEN, local_files_only=True)), expected[name])
+    assert torch.equal(predict(VERBS[verb]("owner/graft", **arguments, **TOKEN, local_files_only=True)), expected["other"])
     assert len(hub.requests) == asked
 
 

@@ -73,8 +73,10 @@ def test_whole_models_of_format_1(tmp_path):
     model.set_graft(RULES)
     expected = predict(model)
     model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps({"format": 1, **{name: config[name] for name in ("versions", "plan", "history")}}))
+    config = json.loads((tmp_path / "config.json").read_text())
+    description = config.pop("_graft")[""]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / CONFIG).write_text(json.dumps({"format": 1, **{name: description[name] for name in ("versions", "plan", "history")}}))
     assert torch.equal(predict(dg.load_pretrained(tmp_path)), expected)
 
 
@@ -97,6 +99,17 @@ def test_variants_of_whole_models(tmp_path):
     assert torch.equal(predict(dg.load_pretrained(tmp_path, variant="fp16")), predict(model))
     with pytest.raises(FileError, match="There is no diffusion_pytorch_model"):
         dg.load_pretrained(tmp_path)
+
+
+def test_a_variant_of_a_whole_model_leaves_the_others_as_they_were(tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    expected = predict(model)
+    model.save_pretrained(tmp_path)
+    model.to(torch.bfloat16).save_pretrained(tmp_path, variant="bf16")
+    assert torch.equal(predict(dg.load_pretrained(tmp_path)), expected)
+    for load in (dg.load_pretrained, type(model).from_pretrained):
+        assert torch.equal(predict(load(tmp_path, variant="bf16", dtype=torch.bfloat16)), predict(model))
 
 
 @pytest.mark.parametrize("low", [True, False])

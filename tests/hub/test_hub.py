@@ -219,7 +219,7 @@ def test_whole_models(hub, tmp_path):
     expected = predict(model)
     model.push_to_hub("owner/whole", **TOKEN)
     files = hub.repos["owner/whole"].commits[hub.repos["owner/whole"].refs["main"]]
-    assert {"config.json", CONFIG, "diffusion_pytorch_model.safetensors", "README.md"} <= set(files)
+    assert {"config.json", "diffusion_pytorch_model.safetensors", "README.md"} <= set(files)
     assert b"hyena_x" in files["README.md"]
     for loaded in (dg.load_pretrained("owner/whole", **cached(tmp_path)),
                    DiTTransformer2DModel.from_pretrained("owner/whole", **cached(tmp_path))):  # fmt: skip

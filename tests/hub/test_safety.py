@@ -13,7 +13,7 @@ import diffusers_graft as dg
 from diffusers_graft.errors import FileError, GraftError, MismatchError
 
 from ..models import SCHEDULER, batches, predict, tiny_dit
-from .forging import CONFIG, PROOF, WEIGHTS, forge, saved, untouched
+from .forging import CONFIG, PROOF, WEIGHTS, forge, read_mark, saved, untouched, write_mark
 
 FIRST = "transformer_blocks.0.ff.graft.up.weight"
 
@@ -262,11 +262,7 @@ def linked_out(folder):
 
 def in_config(name, value):
     def damage(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, name: value}))
-        description = json.loads((folder / CONFIG).read_text())
-        del description["model"]
-        (folder / CONFIG).write_text(json.dumps(description))
+        write_mark(folder, {**read_mark(folder), "model": None}, **{name: value})
 
     return damage
 
@@ -279,8 +275,7 @@ def as_pickle(folder):
 
 def setting(**row):
     def damage(folder):
-        config = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps({**config, "settings": [row]}))
+        write_mark(folder, {**read_mark(folder), "settings": [row]})
 
     return damage
 
@@ -303,7 +298,8 @@ WHOLE_DAMAGE = {
     "more layers than weights": (in_config("num_layers", 5), "do not fit"),
     "layers without end": (in_config("num_layers", 10**9), "asks for 1000000000 layers"),
     "no model of that size": (in_config("attention_head_dim", -8), "describes no model"),
-    "config edited": (lambda f: (f / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}'), "was edited"),
+    "config edited": (lambda f: write_mark(f, read_mark(f), num_layers=3), "was edited"),
+    "config lost": (lambda f: (f / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}'), "no graft_config.json"),
     "pickles": (as_pickle, "pickles can run code"),
     "truncated shard": (lambda f: os.truncate(sorted(f.glob("*.safetensors"))[0], 500), "damaged"),
     "setting of another attribute": (setting(path=TIME, attribute="__class__", value=0), "does not fit"),

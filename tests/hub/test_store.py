@@ -306,6 +306,29 @@ def test_plain_models_are_saved_and_loaded_as_ever(tmp_path):
         dg.load_pretrained(tmp_path)
 
 
+def test_a_plain_model_saved_over_a_grafted_one_is_plain(tmp_path):
+    pipe = pipeline()
+    plain = draw(pipe)
+    pipe.transformer.set_graft(RULES)
+    pipe.save_pretrained(tmp_path)
+    pipe.transformer.unset_graft()
+    pipe.save_pretrained(tmp_path)
+    assert DiTTransformer2DModel.from_pretrained(tmp_path / "transformer").graft is None
+    assert (draw(DiffusionPipeline.from_pretrained(tmp_path)) == plain).all()
+
+
+@pytest.mark.parametrize("order", [("whole", "graft"), ("graft", "whole")], ids=" then ".join)
+def test_a_graft_and_a_whole_model_lie_in_one_folder(order, tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    for kind in order:
+        (model.save_graft if kind == "graft" else model.save_pretrained)(tmp_path)
+    loaded = tiny_dit()
+    loaded.load_graft(tmp_path)
+    assert torch.equal(predict(loaded), predict(model))
+    assert torch.equal(predict(dg.load_pretrained(tmp_path)), predict(model))
+
+
 def test_damaged_whole_models_are_refused(tmp_path):
     model = tiny_dit()
     model.set_graft(RULES)

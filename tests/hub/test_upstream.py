@@ -1,6 +1,5 @@
 """The paper's checkpoints: read safely, recognised by their tensors, and computing what the original computes."""
 import argparse
-import json
 import re
 
 import pytest
@@ -14,7 +13,7 @@ from diffusers_graft.errors import FileError, StateError
 from diffusers_graft.hub.paper import released
 from diffusers_graft.hub.upstream import import_upstream
 
-from .forging import CONFIG
+from .forging import read_mark
 from .reference_dit import ATTENTIONS, HEADS, MLPS, WIDTH, reference
 from .test_hub import cached, hub  # noqa: F401
 
@@ -75,8 +74,7 @@ def test_without_the_edit_of_the_frequencies_the_output_is_another(tmp_path):
     card = (tmp_path / "ours" / "README.md").read_text()
     assert "downscale_freq_shift" in card
     assert "1e-06" in card
-    config = json.loads((tmp_path / "ours" / CONFIG).read_text())
-    assert {row["value"] for row in config["settings"]} == {0}
+    assert {row["value"] for row in read_mark(tmp_path / "ours")["settings"]} == {0}
     again = dg.load_pretrained(tmp_path / "ours")
     again.save_pretrained(tmp_path / "twice")
     assert torch.equal(run(dg.load_pretrained(tmp_path / "twice")), expected)
