@@ -176,7 +176,14 @@ class Context:
         return replace(self, grid=Grid(height=height, width=width)) if height * width == tokens else self
 
     def require_grid(self, who: str, tokens: int) -> Grid:
-        """The grid, or a `GeometryError` where there is none or where it does not hold `tokens` tokens."""
+        """The grid of a forward.
+
+        Args:
+            who: the operator that asks, to be named in errors.
+            tokens: that it was given.
+
+        Raises `GeometryError` where there is no grid, or one that does not hold `tokens` tokens.
+        """
         if self.grid is None:
             raise GeometryError(
                 f"{who} needs to know how tokens lie on the image, and this forward gave no grid. "
