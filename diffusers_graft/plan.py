@@ -179,15 +179,15 @@ def _run_at(blocks: Sites, site: Site) -> Site | None:
 
 
 def _require_apart(edits: tuple[Edit, ...]) -> None:
-    """Raise `RuleError` where two edits take one block, or one edits a part inside a block that another takes away."""
+    """Raise `RuleError` where two edits take one part, or one edits a part inside a block that another takes away."""
     taken: dict[str, Edit] = {}
-    blocks = [edit for edit in edits if edit.site.kind in BLOCK_KINDS]
-    for edit in blocks:
+    for edit in edits:
         for path in edit.site.paths:
             if path in taken:
                 raise RuleError(f"Two edits take {path}: {taken[path]} and {edit}. Narrow one of them.")
             taken[path] = edit
-    gone = {path: edit for path, edit in taken.items() if not edit.config.owner.runs_blocks}
+    blocks = {path: edit for path, edit in taken.items() if edit.site.kind in BLOCK_KINDS}
+    gone = {path: edit for path, edit in blocks.items() if not edit.config.owner.runs_blocks}
     for edit in edits if gone else ():
         if outer := next((one for path, one in gone.items() if edit.site.path.startswith(f"{path}.")), None):
             raise RuleError(f"{edit} lies inside what {outer} takes away. Leave one of them out.")

@@ -141,6 +141,12 @@ def test_rules_that_cannot_be_honoured(rules, error, words):
     assert words in str(caught.value)
 
 
+def test_a_plan_that_edits_a_site_twice_is_refused():
+    plan = dg.plan_graft(MODEL, {"self_attention[0]": "hyena_x"})
+    with pytest.raises(RuleError, match="Two edits take"):
+        dg.GraftPlan(plan.model_class, plan.edits * 2).check(MODEL)
+
+
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.5])
 def test_ratios_lie_between_none_and_all(ratio):
     with pytest.raises(RuleError):

@@ -20,13 +20,13 @@ from ..surgery import check_seats, install, require_graft, uninstall
 from .adapters import adapter_tensors, load_adapters
 from .blank import build_blank, check_operators, require_like
 from .cards import checked_about, write_card
-from .code import describe_code, is_pinned, sources, trusted
+from .code import describe_code, is_pinned, sources, trusted, unnamed_sources
 from .compress import compress as compressed
 from .compress import restore
 from .describing import describe, describe_base
 from .description import KEY, is_adapter, names, read_description, read_plan, to_text
 from .files import checksum, digest, require_finite, write_tensors, write_text
-from .folders import local_folder, replacing
+from .folders import local_folder, replacing, settle
 from .proof import prove, replay
 
 logger = logging.getLogger(__name__)
@@ -49,25 +49,26 @@ def save_graft(
 
     Raises:
         StateError: the model has no graft, or has lost its processors.
-        FileError: the folder cannot be written; what it held is unchanged.
+        FileError: the folder cannot be written, or a value is not finite; what the folder held is unchanged.
     """
     graft, folder = require_graft(model), Path(folder)
-    _require_whole(model, graft)
-    own, told = graft.own_tensors(model), {}
-    stored, proof = own, None
+    own, adapters = _tensors(model, graft)
+    stored, told, proof = own, {}, None
     if compress is not None:
         base = base_tensors(model)
         stored, told = compressed(own, base, compress)
         with _holding(own, restore(stored, told, base, folder)):
             proof = prove(model)
-    stored = {**stored, **adapter_tensors(model, graft)}
+    stored = {**stored, **adapters}
     config = describe(model, graft, checksum(stored))
     config |= {"scores": {name: row.to_dict() for name, row in (scores or {}).items()}, "about": checked_about(about)}
     code = sources(graft.plan) if self_contained else {}
     config |= {"compressed": told, "code": describe_code(code)}
     proof, text = proof or prove(model), to_text(config)
     config_name, weights_name, proof_name = names(variant)
-    with replacing(folder, stale=["adapter_config.json", "adapter_model.safetensors", "graft_operator_*.py"]) as stage:
+    settle(folder)
+    stale = ["adapter_config.json", "adapter_model.safetensors", *unnamed_sources(folder, config_name)]
+    with replacing(folder, stale=stale) as stage:
         for name, source in code.items():
             write_text(stage / name, source)
         write_tensors(stage / proof_name, proof, {})
@@ -87,6 +88,14 @@ def _holding(own: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> I
     finally:
         for name, tensor in own.items():
             tensor.data = before[name]
+
+
+def _tensors(model: ModelMixin, graft: Graft) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The graft's own tensors and those of its LoRA, sound enough to be read again."""
+    _require_whole(model, graft)
+    own, adapters = graft.own_tensors(model), adapter_tensors(model, graft)
+    require_finite({**own, **adapters}, "the graft")
+    return own, adapters
 
 
 def _require_whole(model: ModelMixin, graft: Graft) -> None:
@@ -128,20 +137,35 @@ def load_graft(
         _check_base(model, config, allow_base_mismatch)
     own, adapters = _parted(model, config, tensors, folder)
     check_operators(plan, own, folder)
-    _move(model, device, dtype or torch_dtype)
-    with ContextManagers([no_init_weights()] if low_cpu_mem_usage else []):
-        graft = build_blank(model, plan, config["history"])
-    fill(model, graft, own, folder)
-    with _installed(model, graft):
-        load_adapters(model, graft, config.get("lora"), adapters)
-        if verify:
-            replay(model, folder / names(variant)[2])
+    with _moved(model, device=device, dtype=dtype or torch_dtype):
+        with ContextManagers([no_init_weights()] if low_cpu_mem_usage else []):
+            graft = build_blank(model, plan, config["history"])
+        fill(model, graft, own, folder)
+        with _installed(model, graft):
+            load_adapters(model, graft, config.get("lora"), adapters)
+            if verify:
+                replay(model, folder / names(variant)[2])
     return graft
 
 
-def _move(model: ModelMixin, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-    if device is not None or dtype is not None:
-        model.to(device=device, dtype=dtype)
+@contextlib.contextmanager
+def _moved(model: ModelMixin, **where: Any) -> Iterator[None]:
+    """Move a model, if asked to, and put its very tensors back should anything go wrong inside."""
+    if all(value is None for value in where.values()):
+        yield
+        return
+    tensors = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad) if tensor is not None]
+    before = [(tensor, tensor.data) for tensor in tensors]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        model.to(**where)
+        yield
+    except BaseException:
+        for tensor, data in before:
+            tensor.data = data
+        for module, own in buffers:
+            module._buffers.update(own)
+        raise
 
 
 def _parted(model: ModelMixin, config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path):

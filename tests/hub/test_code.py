@@ -49,6 +49,19 @@ def graft(tmp_path, monkeypatch):
     sys.modules.pop("diffusers_graft.operators.shifted", None)
 
 
+def test_saving_beside_it_leaves_its_source(graft):
+    folder, expected = graft
+    other = tiny_dit()
+    other.set_graft({"self_attention[0]": "neighborhood"})
+    other.save_graft(folder, variant="other")
+    other.save_pretrained(folder, variant="bf16")
+    model = tiny_dit()
+    model.load_graft(folder, trust_remote_code=True)
+    assert torch.equal(predict(model), expected)
+    other.save_graft(folder)
+    assert not (folder / "graft_operator_shifted.py").exists()
+
+
 def test_it_is_there_for_all_to_read_and_runs_for_nobody(graft):
     folder, _ = graft
     assert (folder / "graft_operator_shifted.py").read_text() == SOURCE

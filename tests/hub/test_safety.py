@@ -183,6 +183,21 @@ def test_it_is_refused_and_the_model_is_untouched(name, sound, tmp_path):
     untouched(model, refused)
 
 
+def test_a_refusal_after_the_model_was_cast_leaves_no_trace(sound, tmp_path):
+    shutil.copytree(sound / "graft", tmp_path, dirs_exist_ok=True)
+    (tmp_path / PROOF).write_bytes(b"x")
+    model = tiny_dit()
+    buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
+
+    def refused():
+        with pytest.raises(FileError, match="damaged"):
+            model.load_graft(tmp_path, dtype=torch.bfloat16)
+
+    untouched(model, refused)
+    assert model.dtype == torch.float32
+    assert {name: buffer.dtype for name, buffer in model.named_buffers()} == buffers
+
+
 LAYER = "transformer_blocks.0.attn1.to_q"
 LORA_DAMAGE = {
     "rank of another kind": edited(("lora", "layers", LAYER, "r"), "2"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import diffusers_graft as dg
-from diffusers_graft.errors import FileError
+from diffusers_graft.errors import FileError, GraftError
 from diffusers_graft.hub import edits, files, folders, store
 
 from ..models import predict, tiny_dit
@@ -103,6 +103,30 @@ def one_of(value):
 
 def save(model, folder, kind):
     model.save_graft(folder) if kind == "graft" else model.save_pretrained(folder)
+
+
+UNREADABLE = {
+    "a graft that is not finite": (lambda model, folder: model.save_graft(folder), "not finite"),
+    "a compressed graft": (lambda model, folder: model.save_graft(folder, compress=0.1), "not finite"),
+    "a whole model that is not finite": (lambda model, folder: model.save_pretrained(folder), "not finite"),
+    "pickles": (lambda model, folder: model.save_pretrained(folder, safe_serialization=False), "saved as safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_could_not_be_read_again_replaces_nothing(name, tmp_path):
+    save, words = UNREADABLE[name]
+    one_of(1.0).save_graft(tmp_path)
+    one_of(1.0).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(GraftError, match=words):
+        save(one_of(float("inf") if "finite" in words else 2.0), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_processes_beside_the_main_one_write_nothing(tmp_path):
+    one_of(1.0).save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(("kind", "moments"), [("graft", 50), ("whole", 50)])
