@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from . import testbed
 from .errors import GraftError
-from .evaluation.benchmark import compare, table
+from .evaluation.benchmark import compare, require_rounds, table
 from .evaluation.scores import evaluate
 from .graft import Graft, build_graft
 from .operators import OperatorConfig
@@ -61,6 +61,12 @@ class Ablation:
     samples: int = 200
     sampling_steps: int = 8
     rounds: int = 7
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seeds", "more", "samples", "sampling_steps"):
+            if (count := getattr(self, name)) < 1:
+                raise GraftError(f"An ablation counts its {name.replace('_', ' ')} from 1; got {count}.")
+        require_rounds(self.rounds)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .errors import GraftError
+from .errors import FileError, GraftError
 
 
 def say(text: str) -> None:
@@ -39,13 +39,22 @@ def run_operators(arguments: argparse.Namespace) -> None:
 
 def run_sites(arguments: argparse.Namespace) -> None:
     """List the sites of a model: a folder or repository, or the testbed."""
-    from diffusers import AutoModel
-
     from . import testbed
     from .anatomy import find_sites
 
-    model = testbed.load() if arguments.model is None else AutoModel.from_pretrained(arguments.model)
-    say(str(find_sites(model)))
+    say(str(find_sites(testbed.load() if arguments.model is None else _pretrained(arguments.model, arguments.subfolder))))
+
+
+def _pretrained(source: str, subfolder: str | None):
+    from diffusers import AutoModel
+
+    try:
+        return AutoModel.from_pretrained(source, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise FileError(
+            f"There is no model of diffusers in {source}: {str(error).partition(chr(10))[0]} Give a folder that save_pretrained "
+            "wrote, or a Hub repository user/name; of a pipeline, --subfolder transformer."
+        ) from error
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
@@ -120,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sites = verbs.add_parser("sites", help=run_sites.__doc__)
     sites.add_argument("model", nargs="?", help="folder or Hub repository of a transformer; the testbed unless given")
+    sites.add_argument("--subfolder", help="of a pipeline, such as transformer")
     sites.set_defaults(run=run_sites)
 
     families = verbs.add_parser("families", help=run_families.__doc__)

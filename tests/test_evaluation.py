@@ -13,6 +13,7 @@ from diffusers_graft.analysis.locality import locality, near_tokens
 from diffusers_graft.errors import GraftError, StateError
 from diffusers_graft.evaluation.benchmark import PeakMemory, benchmark, compare, table
 from diffusers_graft.evaluation.metrics import FeatureStatistics, frechet_distance
+from diffusers_graft.evaluation.operator_costs import operator_costs
 from diffusers_graft.evaluation.report import draw_locality
 from diffusers_graft.site import Grid
 
@@ -86,6 +87,17 @@ def test_depth_operations_and_time_are_told_apart():
     assert pairs["flops"] == original["flops"] > removed["flops"]
     assert pairs["parameters"] == original["parameters"] > removed["parameters"]
     assert all(row["milliseconds"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(("name", "rounds", "words"), [("original", 2, "Give these rules another name"), ("grafted", 1, "2 rounds or more; got 1")])
+def test_benchmarks_that_would_say_nothing_are_refused(name, rounds, words):
+    with pytest.raises(GraftError, match=words):
+        benchmark(tiny_dit(), {name: "self_attention[0]=hyena_x"}, [8], rounds=rounds, progress=False)
+
+
+def test_too_few_rounds_are_no_operators_refusal():
+    with pytest.raises(GraftError, match="got 0"):
+        operator_costs([dg.operators.configure("hyena_x")], grid=Grid(height=8, width=8), width=16, heads=2, rounds=0)
 
 
 def test_peak_memory_counts_what_is_alive():

@@ -42,6 +42,20 @@ def test_refusals_are_one_line(arguments, words, capsys, tmp_path):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["sites", "/nonexistent"], "no model of diffusers in /nonexistent"), (["sites", "user/name"], "no model of diffusers in user/name"),
+    (["bench", "--rounds", "1"], "got 1"), (["bench-operators", "--rounds", "0"], "got 0"),
+    (["ablate", "--steps", "0"], "counts its steps from 1"), (["ablate", "--seeds", "0"], "counts its seeds from 1"),
+])  # fmt: skip
+def test_refusals_of_other_verbs_are_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
     def interrupt(*arguments, **settings):
         raise KeyboardInterrupt

@@ -43,8 +43,12 @@ def compare(
     On CUDA each run is synchronised. One unmeasured round warms everything up.
 
     Args:
+        rounds: runs of each that are measured.
         around: entered with a contender's name before its clock starts, and left after it stops.
+
+    Raises `GraftError` for fewer than two rounds, which have no spread.
     """
+    require_rounds(rounds)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, run in contenders.items():
@@ -63,6 +67,12 @@ def compare(
     return rows
 
 
+def require_rounds(rounds: int) -> None:
+    """Raise `GraftError` unless there are enough rounds for quartiles."""
+    if rounds < 2:
+        raise GraftError(f"Times are told with their spread, which takes 2 rounds or more; got {rounds}. Try 7.")
+
+
 def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -79,13 +89,23 @@ def benchmark(
     operations, and on a CPU no time.
 
     Args:
-        rules: rules by name of the contender.
+        rules: rules by name of the contender; `"original"` is the model without a graft.
         sizes: height and width of the latents.
+        rounds: runs of each contender that are measured.
+        progress: show a bar.
+
+    Raises:
+        GraftError: a contender of the name "original", or fewer than two rounds.
+        RuleError, UnknownNameError, OperatorError, ModelError: as `plan_graft`.
+        StateError: a model that wears a graft already.
 
     Returns:
         Rows with `tokens`, `name`, `depth` (blocks one after the other), `parameters`, `flops` (see `count_flops`),
         `milliseconds`, and `ratio`, `low`, `high` of the time to the original's of the same round.
     """
+    require_rounds(rounds)
+    if "original" in rules:
+        raise GraftError('"original" is the name of the model without a graft. Give these rules another name.')
     grafts = {"original": None} | {name: build_graft(model, plan_graft(model, rule)) for name, rule in rules.items()}
     rows = []
     with evaluating(model):

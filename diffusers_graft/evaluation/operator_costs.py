@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..errors import GraftError
 from ..operators import AttentionOperator, Mixer, Operator, OperatorConfig
 from ..site import Context, Grid, Site
-from .benchmark import PeakMemory, compare
+from .benchmark import PeakMemory, compare, require_rounds
 
 Run = Callable[..., torch.Tensor]
 
@@ -75,7 +75,12 @@ def operator_costs(
         grid: layout of the tokens.
         width, heads: of the model (D, H).
         backward: forward and backward, instead of forward alone.
+        rounds: runs of each that are measured.
+        progress: show a bar.
+
+    Raises `GraftError` for fewer than two rounds; what an operator refuses stands in its row.
     """
+    require_rounds(rounds)
     rows = []
     for config in tqdm(list(configs), desc="operators", unit="operator", disable=not progress):
         operator = example_part(config, width=width, heads=heads)
