@@ -51,9 +51,10 @@ def _pretrained(source: str, subfolder: str | None):
     try:
         return AutoModel.from_pretrained(source, subfolder=subfolder)
     except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
         raise FileError(
-            f"There is no model of diffusers in {source}: {str(error).partition(chr(10))[0]} Give a folder that save_pretrained "
-            "wrote, or a Hub repository user/name; of a pipeline, --subfolder transformer."
+            f"There is no model of diffusers in {source}: {reason} Give a folder that save_pretrained wrote, or a Hub repository "
+            "user/name; of a pipeline, --subfolder transformer."
         ) from error
 
 
