@@ -53,8 +53,8 @@ def _pretrained(source: str, subfolder: str | None):
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise FileError(
-            f"There is no model of diffusers in {source}: {reason} Give a folder that save_pretrained wrote, or a Hub repository "
-            "user/name; of a pipeline, --subfolder transformer."
+            f"There is no model of diffusers in {source}: {reason} Give a folder that save_pretrained wrote, "
+            "or a Hub repository user/name; of a pipeline, --subfolder transformer."
         ) from error
 
 
