@@ -63,8 +63,9 @@ def bench_operators(
     finally:
         torch.set_num_threads(threads)
     text = "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in parts)
-    text += (f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios are medians of {rounds} rounds in turns;"
-             "\nFLOPs is the ratio of operations: what the time would be at the baseline's density.")  # fmt: skip
+    text += (f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios and speed-ups are medians of those of {rounds} "
+             "rounds in turns,\nand so not quotients of the column ms, medians too. FLOPs is the ratio of operations: what the time would "
+             "be at the\nbaseline's density.")  # fmt: skip
     say(text)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -182,10 +183,11 @@ def _in_a_block(size: int, heads: int, rounds: int) -> list[list[str]]:
     rules = {name: {"self_attention[:]": config} for name, config in zip(IN_A_BLOCK, _configs(IN_A_BLOCK), strict=True)}
     measured = {row["name"]: row for row in benchmark(model, rules, [size], rounds=rounds)}
     free = measured["identity"]["ratio"]
-    rows = [["model", "ms", "speed-up", "share of identity's"]]
+    rows = [["model", "ms", "speed-up", "quartiles", "share of identity's"]]
     for name, row in measured.items():
-        share = "" if name == "original" else f"{free / row['ratio']:.3f}"
-        rows.append([name, f"{row['milliseconds']:.0f}", f"{1 / row['ratio']:.2f}", share])
+        original = name == "original"
+        share, spread = "" if original else f"{free / row['ratio']:.3f}", f"{1 / row['high']:.2f} to {1 / row['low']:.2f}"
+        rows.append([name, f"{row['milliseconds']:.0f}", f"{1 / row['ratio']:.2f}", "" if original else spread, share])
     return rows
 
 
