@@ -14,7 +14,7 @@ from ..graft import installed, is_enabled
 from .description import described
 from .folders import settle
 from .full import FETCHING, load_as_diffusers
-from .push import push_folder
+from .push import fetch_config, push_whole
 from .self_contained import name_code
 from .whole import save_whole
 
@@ -45,7 +45,7 @@ def _saving(original):
         folder, pushing = Path(save_directory), {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
         repo_id, push_to_hub = kwargs.pop("repo_id", folder.name), kwargs.pop("push_to_hub", False)
         save_whole(original, self, graft, folder, **kwargs)
-        return push_folder(folder, repo_id, **pushing) if push_to_hub else None
+        return push_whole(folder, repo_id, variant=kwargs.get("variant"), **pushing) if push_to_hub else None
 
     return save_pretrained
 
@@ -80,8 +80,9 @@ def _pushing(original):
             return original(self, repo_id, *args, **kwargs)
         pushing = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
         with tempfile.TemporaryDirectory() as folder:
+            fetch_config(repo_id, folder, pushing.get("token"))
             self.save_pretrained(folder, **kwargs)
-            return push_folder(Path(folder), repo_id, **pushing)
+            return push_whole(Path(folder), repo_id, variant=kwargs.get("variant"), **pushing)
 
     return push_to_hub
 

@@ -1,23 +1,30 @@
 """To the Hub."""
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
 
 from ..errors import FileError
 from .asking import HUB_ERRORS, explained
+from .description import WEIGHTS
 from .folders import settle
+from .full import STEM, weight_files
+from .self_contained import FILE
 from .store import read_graft
 
-_OURS = ["*.json", "*.safetensors", "*.py", "README.md", "*.png"]
+_SHOWN = ["README.md", "training.png", "samples.png", "locality.png"]
+_GRAFT = ["graft_config*.json", "graft_model*.safetensors", "graft_proof*.safetensors", "graft_operator_*.py",
+          "adapter_config.json", "adapter_model.safetensors", *_SHOWN]  # fmt: skip
+_WHOLE = ["config.json", f"{STEM}*.json", f"{STEM}*.safetensors", FILE, "graft_operator_*.py", *_SHOWN]
 
 
 def push_graft(folder: str | Path, repo_id: str, **hub_arguments) -> str:
-    """Upload a saved graft, after checking that it is whole; returns the address of the commit, or of the pull request.
+    """Upload a saved graft, after checking that every variant is whole; returns the address of the commit or pull request.
 
     Args:
-        hub_arguments: `private`, `token`, `commit_message`, `create_pr` and `revision`, as for `push_folder`.
+        hub_arguments: `private`, `token`, `commit_message`, `create_pr` and `revision`.
 
     Raises `FileError` where the folder holds no sound graft, or the Hub refuses.
     """
@@ -25,25 +32,39 @@ def push_graft(folder: str | Path, repo_id: str, **hub_arguments) -> str:
     if not folder.is_dir():
         raise FileError(f"There is no folder {folder}. Give one that save_graft wrote.")
     settle(folder)
-    read_graft(folder)
-    return push_folder(folder, repo_id, **hub_arguments)
+    stem, _, ending = WEIGHTS.partition(".")
+    variants = [path.name.removeprefix(stem).removesuffix(ending).strip(".") for path in folder.glob(f"{stem}.*{ending}")]
+    for variant in variants or [""]:
+        read_graft(folder, variant)
+    return _push(folder, repo_id, _GRAFT, **hub_arguments)
 
 
-def push_folder(
-    folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None,
-    commit_message: str = "Upload graft", create_pr: bool = False, revision: str | None = None,
-) -> str:  # fmt: skip
-    """Upload what was saved, in one commit; nothing hidden, no pickles, nothing in folders below.
+def push_whole(folder: Path, repo_id: str, *, variant: str | None = None, **hub_arguments) -> str:
+    """Upload a whole model that was saved; other files of this variant's weights that the repository had are deleted.
 
-    Raises `FileError` where the Hub refuses; it then has none of the files.
+    Raises `FileError` where the Hub refuses.
     """
+    return _push(folder, repo_id, _WHOLE, stale=weight_files(variant), **hub_arguments)
+
+
+def fetch_config(repo_id: str, folder: str, token: str | bool | None) -> None:
+    """The `config.json` of a repository, if it has one, so that a save there keeps what it says of other variants."""
+    with contextlib.suppress(*HUB_ERRORS):
+        hf_hub_download(repo_id, "config.json", local_dir=folder, token=token)
+
+
+def _push(
+    folder: Path, repo_id: str, files: list[str], *, stale: list[str] | None = None, private: bool | None = None,
+    token: str | None = None, commit_message: str = "Upload graft", create_pr: bool = False, revision: str | None = None,
+) -> str:  # fmt: skip
+    """Upload what this library writes, in one commit; nothing else that lies there."""
     api = HfApi(token=token)
     try:
         if not create_pr:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr, revision=revision,
-            allow_patterns=_OURS, ignore_patterns=[".*", "*/*"],
+            allow_patterns=files, ignore_patterns=["*/*"], delete_patterns=stale,
         )  # fmt: skip
     except HUB_ERRORS as error:
         raise explained(error, repo_id, revision) from error

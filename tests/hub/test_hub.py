@@ -195,13 +195,26 @@ def test_pushing_without_the_right_to(hub, graft):
 
 @only_regular
 def test_nothing_but_ours_is_uploaded(hub, graft):
-    for name in (".secret", "notes.pt", "model.bin"):
+    for name in (".secret", "notes.pt", "model.bin", "credentials.json", "train.py", "config.json", "me.png", "base.safetensors"):
         (graft[0] / name).write_text("x")
+    (graft[0] / "diffusion_pytorch_model.safetensors").symlink_to(graft[0] / ".secret")
     (graft[0] / "checkpoints").mkdir()
     (graft[0] / "checkpoints" / "state.json").write_text("{}")
     push_graft(graft[0], REPO, **TOKEN)
     files = hub.repos[REPO].commits[hub.repos[REPO].refs["main"]]
-    assert not [name for name in files if name.startswith((".secret", "notes", "model.bin", "checkpoints"))]
+    assert set(files) == {".gitattributes", CONFIG, WEIGHTS, "graft_proof.safetensors", "README.md"}
+
+
+@only_regular
+def test_every_variant_is_looked_at_and_uploaded(hub, tmp_path):
+    expected = saved(tmp_path / "graft", variant="bf16")
+    push_graft(tmp_path / "graft", REPO, **TOKEN)
+    model = tiny_dit()
+    model.set_graft(REPO, variant="bf16", **cached(tmp_path))
+    assert torch.equal(predict(model), expected)
+    (tmp_path / "graft" / WEIGHTS).write_bytes(b"x")
+    with pytest.raises(FileError, match="damaged"):
+        push_graft(tmp_path / "graft", REPO, **TOKEN)
 
 
 @only_regular
@@ -224,6 +237,23 @@ def test_whole_models(hub, tmp_path):
     for loaded in (dg.load_pretrained("owner/whole", **cached(tmp_path)),
                    DiTTransformer2DModel.from_pretrained("owner/whole", **cached(tmp_path))):  # fmt: skip
         assert torch.equal(predict(loaded), expected)
+
+
+@only_regular
+def test_a_whole_model_pushed_again_replaces_its_weights_and_no_others(hub, tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    model.push_to_hub("owner/whole", max_shard_size="20KB", **TOKEN)
+    model.push_to_hub("owner/whole", variant="bf16", **TOKEN)
+    with torch.no_grad():
+        model.proj_out_1.weight.mul_(2)
+    model.push_to_hub("owner/whole", **TOKEN)
+    files = hub.repos["owner/whole"].commits[hub.repos["owner/whole"].refs["main"]]
+    assert {name for name in files if "diffusion_pytorch_model" in name} == {
+        "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bf16.safetensors"}  # fmt: skip
+    assert torch.equal(predict(dg.load_pretrained("owner/whole", **cached(tmp_path))), predict(model))
+    other = dg.load_pretrained("owner/whole", variant="bf16", **cached(tmp_path))
+    assert torch.equal(2 * other.proj_out_1.weight, model.proj_out_1.weight)
 
 
 @only_regular
