@@ -63,9 +63,9 @@ def bench_operators(
     finally:
         torch.set_num_threads(threads)
     text = "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in parts)
-    text += (f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios and speed-ups are medians of those of {rounds} "
-             "rounds in turns,\nand so not quotients of the column ms, medians too. FLOPs is the ratio of operations: what the time would "
-             "be at the\nbaseline's density.")  # fmt: skip
+    text += (f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios and speed-ups are medians over {rounds} rounds in"
+             "\nturns, each of one round; so is ms, on its own. FLOPs is the ratio of operations: what the time would be at the"
+             "\nbaseline's density.")  # fmt: skip
     say(text)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
