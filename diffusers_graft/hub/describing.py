@@ -27,7 +27,7 @@ def describe(model: ModelMixin, graft: Graft, total: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "versions": versions(),
-        "base": _with_license(describe_base(model, graft.originals), model),
+        "base": _base(model, graft),
         "plan": graft.plan.to_dict(),
         "lora": describe_adapters(model, graft),
         "compressed": {},
@@ -41,7 +41,7 @@ def describe(model: ModelMixin, graft: Graft, total: str) -> dict[str, Any]:
 def describe_whole(model: ModelMixin, graft: Graft, total: str) -> dict[str, Any]:
     """What `graft_config.json` holds beside a whole model."""
     origin = vars(model).get(ORIGIN, {})
-    base = origin.get("base") if graft.standalone else _with_license(describe_base(model, graft.originals), model)
+    base = origin.get("base") if graft.standalone else _base(model, graft)
     return {"format": FORMAT, "versions": versions(), "base": base, "plan": graft.plan.to_dict(),
             "settings": origin.get("settings") or [], "scores": origin.get("scores") or {}, "about": origin.get("about") or {},
             "imported": origin.get("imported"), "lora": describe_adapters(model, graft),
@@ -63,8 +63,10 @@ def describe_base(model: ModelMixin, replaced: Iterable[str]) -> dict[str, Any]:
             "fingerprint": fingerprint(tensors), "parts": parts}  # fmt: skip
 
 
-def _with_license(base: dict[str, Any], model: ModelMixin) -> dict[str, Any]:
-    return {**base, "license": license_of(_loaded_from(model), base["name_or_path"], base["revision"])}
+def _base(model: ModelMixin, graft: Graft) -> dict[str, Any]:
+    base, in_half = describe_base(model, graft.originals), fingerprint(base_tensors(model), through=torch.float16)
+    license = license_of(_loaded_from(model), base["name_or_path"], base["revision"])
+    return {**base, "float16_fingerprint": in_half, "license": license}
 
 
 def hub_name(model: ModelMixin) -> str | None:

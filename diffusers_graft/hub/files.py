@@ -123,10 +123,11 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     return total.hexdigest()
 
 
-def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+def fingerprint(tensors: Mapping[str, torch.Tensor], *, through: torch.dtype = torch.bfloat16) -> str:
     """Who a model is: names, shapes, and values spread evenly over every tensor, rounded to bfloat16.
 
-    A model loaded in bfloat16 keeps its fingerprint. Whatever touches a tensor as a whole is seen (training, merging, another
+    A model loaded in bfloat16 keeps its fingerprint; one loaded in float16 keeps that which is rounded `through` float16 first,
+    since rounding twice is not rounding once. Whatever touches a tensor as a whole is seen (training, merging, another
     checkpoint), and every value of a tensor that has at most `_SAMPLES`; of larger ones a change of single values between the
     samples is not, and shows in the proof alone. Rounding all values of a base costs more than loading a graft of 1 % of it.
     """
@@ -136,7 +137,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
         total.update(f"{name} {tuple(tensors[name].shape)} ".encode())
         places = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), _SAMPLES), dtype=torch.float64).long()
         values = flat[places.to(flat.device)]
-        values = values.to(torch.bfloat16) if values.is_floating_point() else values
+        values = values.to(through).to(torch.bfloat16) if values.is_floating_point() else values
         total.update(values.contiguous().view(torch.uint8).cpu().numpy())
     return total.hexdigest()
 

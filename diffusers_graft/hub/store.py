@@ -25,7 +25,7 @@ from .compress import compress as compressed
 from .compress import restore
 from .describing import describe, describe_base
 from .description import KEY, is_adapter, names, read_description, read_plan, to_text
-from .files import checksum, digest, require_finite, write_tensors, write_text
+from .files import checksum, digest, fingerprint, require_finite, write_tensors, write_text
 from .folders import local_folder, replacing, settle
 from .proof import prove, replay
 
@@ -203,7 +203,7 @@ def _check_base(model: ModelMixin, config: dict[str, Any], allowed: bool) -> Non
     else:
         paths = list(parts) if isinstance(parts, dict) else []
         here = describe_base(model, paths)
-        same = here["fingerprint"] == saved.get("fingerprint")
+        same = here["fingerprint"] == saved.get("fingerprint") or _same_in_float16(model, saved)
         others = [path for path in paths if here["parts"][path] != parts[path]]
     if same:
         return
@@ -213,6 +213,10 @@ def _check_base(model: ModelMixin, config: dict[str, Any], allowed: bool) -> Non
     if not allowed:
         raise MismatchError(f"{message} Load that base, or pass allow_base_mismatch=True and expect other outputs.")
     logger.warning(message)
+
+
+def _same_in_float16(model: ModelMixin, saved: dict[str, Any]) -> bool:
+    return fingerprint(base_tensors(model), through=torch.float16) == saved.get("float16_fingerprint")
 
 
 def fill(model: ModelMixin, graft: Graft, tensors: dict[str, torch.Tensor], folder: Path) -> None:
@@ -235,5 +239,5 @@ def fill(model: ModelMixin, graft: Graft, tensors: dict[str, torch.Tensor], fold
             raise FileError(f"{folder} does not fit {path}: {', '.join(odd[:4])} are missing, or too many.")
         for name, tensor in saved.items():
             require_like(expected[name], tensor, f"{path}.{name}", folder)
-        graft.seats[path].load_state_dict(saved, strict=False)
+            expected[name].data.copy_(tensor)  # by its name without LoRA, which the base may carry
     graft.body = body

@@ -200,6 +200,24 @@ def test_a_bfloat16_base_is_still_the_same_base(tmp_path):
     assert predict(model).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("made", "loaded"), [(torch.float32, torch.float16), (torch.float16, torch.float32), (torch.float16, torch.float16)])
+def test_a_float16_base_is_still_the_same_base(made, loaded, tmp_path):
+    """Values that float16 rounds to the middle of two of bfloat16 go the other way from there."""
+    def base(dtype):
+        model = tiny_dit()
+        with torch.no_grad():
+            model.proj_out_1.weight.fill_(1 + 2**-8 + 2**-12)
+        return model.to(dtype)
+
+    saved(tmp_path, base(made))
+    base(loaded).load_graft(tmp_path)
+    other = base(loaded)
+    with torch.no_grad():
+        other.proj_out_1.weight[0, 0] += 1
+    with pytest.raises(MismatchError):
+        other.load_graft(tmp_path)
+
+
 def test_the_proof_is_replayed(tmp_path, caplog):
     saved(tmp_path)
     with caplog.at_level("INFO"):
