@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 
 from ..errors import FileError, StateError
 from ..graft import Graft
-from ..training.lora import add_lora
+from ..training.lora import add_lora, refuse_foreign_lora, remove_lora
 
 _SHARED = {"lora_dropout": float, "use_rslora": bool, "use_dora": bool, "fan_in_fan_out": bool}
 _FIXED = {"bias": "none", "modules_to_save": None, "target_parameters": None, "layer_replication": None}
@@ -36,23 +36,25 @@ def describe_adapters(model: ModelMixin, graft: Graft) -> dict[str, Any] | None:
 
 
 def adapter_tensors(model: ModelMixin, graft: Graft) -> dict[str, torch.Tensor]:
-    """The tensors of a graft's LoRA by their names in the model."""
+    """The tensors of a graft's LoRA by their names in the model. Raises `StateError` for LoRA that is not the graft's."""
+    refuse_foreign_lora(model, graft)
     return {} if graft.adapter_config is None else get_peft_model_state_dict(model)
 
 
 def load_adapters(model: ModelMixin, graft: Graft, described: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Add a saved LoRA to a model whose graft is installed. Raises `FileError` where it does not fit; nothing is left then."""
+    """Add a saved LoRA to a model whose graft is installed. Raises `FileError` where it does not fit,
+    `StateError` where there is another; nothing is left then."""
     if described is None and not tensors:
         return
     config = _config(described)
-    wanted = set(config.target_modules)  # peft shortens long lists of targets in place
+    refuse_foreign_lora(model, graft)
     shapes = {name: (parameter.shape, parameter.requires_grad) for name, parameter in model.named_parameters()}
     with _undone_on_error(model, graft):
         add_lora(model, graft, config)
         expected = {(name, value.shape) for name, value in get_peft_model_state_dict(model).items()}
         given = {(name, value.shape) for name, value in tensors.items()}
         adapted = {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
-        if odd := sorted({name for name, _ in expected ^ given} | (adapted ^ wanted)):
+        if odd := sorted({name for name, _ in expected ^ given} | (adapted ^ set(config.target_modules))):
             raise FileError(f"The saved LoRA does not fit the model: {', '.join(odd[:4])} differ.")
         set_peft_model_state_dict(model, tensors)
     for name, parameter in model.named_parameters():
@@ -84,17 +86,13 @@ def _config(described: Any) -> LoraConfig:
 @contextlib.contextmanager
 def _undone_on_error(model: ModelMixin, graft: Graft) -> Iterator[None]:
     """Where LoRA cannot be added whole, put every module back in its place."""
-    children = {module: dict(module._modules) for module in model.modules()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield
     except BaseException as error:
-        for module, before in children.items():
-            module._modules.clear()
-            module._modules.update(before)
+        remove_lora(model, graft)
         for parameter, requires_grad in trained.items():
             parameter.requires_grad_(requires_grad)
-        graft.adapters, graft.adapter_config = {}, None
         if isinstance(error, ValueError | TypeError | RuntimeError | KeyError) and not isinstance(error, FileError):
             raise FileError(f"The saved LoRA does not fit the model: {error}") from error
         raise

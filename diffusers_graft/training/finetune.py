@@ -20,7 +20,7 @@ from ..graft import Graft, is_enabled
 from ..surgery import check_seats, require_graft
 from .config import TrainingConfig, one_of
 from .data import Batch, Noising, Stream
-from .lora import add_lora
+from .lora import add_lora, lora_settings, refuse_foreign_lora, remove_lora
 from .objective import VARIANCES
 from .pupil import tail
 from .settling import Settling
@@ -77,6 +77,9 @@ class FinetuneConfig(TrainingConfig):
         row = super(FinetuneConfig, settings).to_dict()
         return {**row, "lora": None if self.lora is None else {"r": self.lora.r, "alpha": self.lora.lora_alpha}}
 
+    def deciding(self) -> dict[str, Any]:
+        return {**super().deciding(), "lora": None if self.lora is None else lora_settings(self.lora)}
+
 
 def finetune(
     model: ModelMixin, batches: Iterable[Batch], config: FinetuneConfig | None = None, *,
@@ -100,39 +103,69 @@ def finetune(
     the host's memory then, where it stays whole. Returns the loss of every step.
 
     Raises:
-        StateError: no graft is installed and running, or LoRA is there already.
-        TrainingError: a loss that is not finite, batches that ran out, or a launch that cannot be followed.
+        StateError: no graft is installed and running, LoRA is there already, or a callback takes the graft out.
+        TrainingError: a loss that is not finite, batches that ran out, blocks that cannot be recomputed, or a launch that
+            cannot be followed.
     """
     config = config or FinetuneConfig()
-    fsdp_settings(config.optimizer)  # what cannot be done is refused before anything is touched
-    graft = require_graft(model)
-    if not is_enabled(model):
-        raise StateError("Stage two trains the grafted model: call model.enable_graft() first.")
-    check_seats(graft)
-    noising = Noising.told(config, noise_scheduler, null_prompt)
-    with _trainable(model, graft, config), spread(model, graft.sites, trained=True) as trained:
+    graft = _checked(model, config)
+    noising, losses = Noising.told(config, noise_scheduler, null_prompt), []
+    with _trainable(model, graft, config, losses, resume), spread(model, graft.sites, trained=True) as trained:
         weights = {"output": config.distill_output, "features": config.distill_features}
         teacher = Teacher(trained, **weights, apart=ungrafted(model, graft.sites) if any(weights.values()) else None)
-        settling = Settling(trained, teacher, config, noising)
+        settling = Settling(trained, teacher, config, noising, losses)
         facts = settling.run(Stream(batches), output_dir=output_dir, resume=resume, callbacks=callbacks)
-    losses = settling.losses
     graft.history.append({"stage": "two", **config.to_dict(), **facts, "first_loss": losses[0], "last_loss": tail(losses)})
     return losses
 
 
+def _checked(model: ModelMixin, config: FinetuneConfig) -> Graft:
+    """The running graft; what cannot be done is refused before anything is touched."""
+    fsdp_settings(config.optimizer)
+    graft = require_graft(model)
+    if not is_enabled(model):
+        raise StateError("Stage two trains the grafted model: call model.enable_graft() first.")
+    check_seats(graft)
+    refuse_foreign_lora(model, graft)
+    if config.gradient_checkpointing and not model._supports_gradient_checkpointing:
+        raise TrainingError(f"{type(model).__name__} cannot recompute its blocks: set gradient_checkpointing=False.")
+    return graft
+
+
 @contextmanager
-def _trainable(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> Iterator[None]:
+def _trainable(model: ModelMixin, graft: Graft, config: FinetuneConfig, losses: list[float], resume: bool) -> Iterator[None]:
     """Gradients for the parameters to train, and for no others; flags and modes are put back afterwards.
 
-    LoRA comes first, since peft freezes whatever it did not add.
+    An error that comes before there are `losses` leaves no LoRA and no copies of weights behind, so one can try again.
     """
     for path in graft.seats:
         graft.unshare(path)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    if config.lora is not None:
-        add_lora(model, graft, config.lora)
     modes = {module: module.training for module in model.modules()}
-    checkpointed = model.is_gradient_checkpointing
+    checkpointed, adapted, kept = model.is_gradient_checkpointing, graft.adapter_config is not None, set(graft.body)
+    try:
+        _prepare(model, graft, config, resume)
+        yield
+    except BaseException:
+        if not losses:
+            graft.body = {name: tensor for name, tensor in graft.body.items() if name in kept}
+        if not losses and not adapted:
+            remove_lora(model, graft)
+        raise
+    finally:
+        if config.gradient_checkpointing and not checkpointed:
+            model.disable_gradient_checkpointing()
+        for parameter in flags.keys() | set(model.parameters()):
+            parameter.grad = None
+            parameter.requires_grad_(flags.get(parameter, True))
+        for module in modes.keys() | set(model.modules()):
+            module.training = modes.get(module, modes[model])
+
+
+def _prepare(model: ModelMixin, graft: Graft, config: FinetuneConfig, resume: bool) -> None:
+    """LoRA first, since peft freezes whatever it did not add; then what is trained, and how."""
+    if config.lora is not None:
+        add_lora(model, graft, config.lora, resume=resume)
     chosen = _chosen(model, graft, config)
     if config.train == "all":
         _keep_untrained(model, graft, chosen)
@@ -144,16 +177,6 @@ def _trainable(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> Itera
             module.eval()  # labels are dropped for whole samples, in `data`
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if config.gradient_checkpointing and not checkpointed:
-            model.disable_gradient_checkpointing()
-        for parameter in model.parameters():
-            parameter.grad = None
-            parameter.requires_grad_(flags.get(parameter, True))
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _chosen(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> set[int]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import ModelMixin
 
-from ..errors import TrainingError
-from ..graft import installed
+from ..errors import StateError, TrainingError
+from ..graft import installed, is_enabled
 from . import processes
 from .data import Noised, Noising, Stream
 from .learner import Learner, mixed
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 
 class Settling:
-    """Stage two of one model: all its state, and a step."""
+    """Stage two of one model: all its state, and a step. `losses` grows by each."""
 
-    def __init__(self, model: ModelMixin, teacher: Teacher, config: FinetuneConfig, noising: Noising):
-        self.model, self.teacher, self.config, self.noising = model, teacher, config, noising
+    def __init__(self, model: ModelMixin, teacher: Teacher, config: FinetuneConfig, noising: Noising, losses: list[float]):
+        self.model, self.teacher, self.config, self.noising, self.losses = model, teacher, config, noising, losses
+        self.graft = installed(model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.learner = Learner(parameters, config, ema_decay=config.ema_decay)
         self.generator = torch.Generator().manual_seed(config.seed)
         backend = {} if config.compile is True else {"backend": config.compile}
         self.call = torch.compile(model, **backend) if config.compile else model
-        self.losses: list[float] = []
         self.terms: dict[str, float] = {}
         self.samples = 0
 
     def run(self, stream: Stream, *, output_dir: str | Path | None, resume: bool, callbacks: Iterable[Any]) -> dict[str, Any]:
         """Every step; the averaged weights are the model's afterwards. Returns what it took."""
         self.stream, device = stream, self.model.device
-        identity = {"stage": "two", "config": self.config.deciding(), "plan": installed(self.model).plan.to_dict()}
+        identity = {"stage": "two", "config": self.config.deciding(), "plan": self.graft.plan.to_dict()}
         run = Run("two", self.config, identity, device, folder=output_dir, callbacks=callbacks)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.config.seed)
@@ -54,9 +54,9 @@ class Settling:
                 run.save(self._state)
                 raise
             finally:
-                run.end()
-                if self.learner.average:
+                if self.learner.average and self._grafted():
                     self.learner.take(self.learner.average)
+                run.end()
         return {"steps": self.learner.done, **run.facts()}
 
     def _every_step(self, run: Run) -> None:
@@ -64,11 +64,19 @@ class Settling:
             self._step()
             self.mark = self._stand()
             go_on = run.advance(self.learner.done, self._values, samples=self.samples)
+            if not self._grafted():
+                raise StateError(
+                    f"A callback took the graft out after step {self.learner.done}, and the original weights are not to be "
+                    "trained: let callbacks enable it again before they return, or set state.should_training_stop."
+                )
             if run.due():
                 run.save(self._state)
             if not go_on:
                 break
         run.save(self._state)
+
+    def _grafted(self) -> bool:
+        return installed(self.model) is self.graft and is_enabled(self.model)
 
     def _step(self) -> None:
         heard = torch.stack([self._backward() for _ in range(self.config.accumulate)]).mean(0)
@@ -121,6 +129,6 @@ class Settling:
 
     def _load(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
-        self.losses = state["losses"].tolist()
+        self.losses[:] = state["losses"].tolist()
         self.stream.seek(state["position"])
         redraw(state["draws"], self.generator, self.model.device)

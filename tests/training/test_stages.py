@@ -256,6 +256,31 @@ def test_nan_and_ctrl_c_in_stage_two_leave_a_sound_model():
     assert torch.equal(predict(model), before)
 
 
+class Takes:
+    """A callback that calls a verb of the model after a step."""
+
+    def __init__(self, verb, *arguments, step=1):
+        self.verb, self.arguments, self.step = verb, arguments, step
+
+    def on_step_end(self, args, state, control):
+        if state.global_step == self.step:
+            self.verb(*self.arguments)
+
+
+@pytest.mark.parametrize("verb", ["unset_graft", "disable_graft"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_original_is_not_trained_where_a_callback_takes_the_graft_out(verb, step):
+    model, graft = grafted({"self_attention[1]": RANDOM})
+    before, tensors = predict(model), tensors_of(model)
+    model.set_graft(graft)
+    with pytest.raises(StateError, match=f"took the graft out after step {step}"):
+        dg.finetune(model, batches(), settle(2, ema_decay=0.9), noise_scheduler=SCHEDULER,
+                    callbacks=[Takes(getattr(model, verb), step=step)])  # fmt: skip
+    assert torch.equal(predict(model), before)
+    assert same_tensors(model, tensors)
+    assert not model.training
+
+
 def test_stage_two_needs_a_running_graft_and_a_target():
     model, graft = grafted({"self_attention[1]": RANDOM})
     with pytest.raises(StateError, match="no graft"):
