@@ -1,11 +1,12 @@
 """From clean samples to what a denoiser is trained on: noised inputs and the target of the prediction.
 
 A batch is a dict. With a `sample` (latents [B, C, ...]) the rest are conditioning arguments under the model's own names,
-and a noise scheduler noises the sample afresh each time. Without, it is a set of model arguments used as it is, with the
-`target` of stage two among them.
+and a noise scheduler noises the sample afresh each time. Without, or with a `timestep`, it is a set of model arguments used
+as it is, with the `target` of stage two among them.
 """
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.models.embeddings import LabelEmbedding
 from torch.utils.data import DataLoader, Dataset
 
+from ..anatomy.families import argument_names
 from ..errors import TrainingError, UnknownNameError
 from .config import TrainingConfig
 
@@ -27,7 +29,7 @@ class Noised:
     """One batch to train on.
 
     Attributes:
-        inputs: arguments of the model.
+        inputs: arguments of the model, the noised sample first.
         target: what it should predict; None where that is unknown.
         sample: the clean sample; None where the batch held model arguments.
     """
@@ -37,9 +39,14 @@ class Noised:
     sample: torch.Tensor | None = None
 
     @property
+    def noisy(self) -> torch.Tensor:
+        """The noised sample, whatever the model calls it."""
+        return next(iter(self.inputs.values()))
+
+    @property
     def count(self) -> int:
         """Samples in the batch."""
-        return len(self.inputs["hidden_states"] if self.sample is None else self.sample)
+        return len(self.noisy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +71,8 @@ class Noising:
         choices = ("auto", "uniform", "logit_normal")
         if self.timesteps not in choices:
             raise UnknownNameError("way to draw timesteps", self.timesteps, choices)
+        if not all(isinstance(null, torch.Tensor) for null in (self.null_prompt or {}).values()):
+            raise TrainingError(f"A null prompt is a dict of tensors, one sample of each; got {self.null_prompt!r}.")
 
     @classmethod
     def told(cls, config: TrainingConfig, scheduler: SchedulerMixin | None, null_prompt: Mapping[str, Any] | None) -> Noising:
@@ -72,16 +81,12 @@ class Noising:
         return cls(scheduler=scheduler, null_prompt=null_prompt, **how)
 
     def __call__(self, model: ModelMixin, batch: Batch, generator: torch.Generator) -> Noised:
-        """Noise one batch; all randomness comes from `generator` (on CPU)."""
-        inputs = {name: _onto(value, model) for name, value in batch.items()}
-        if "sample" not in inputs:
+        """Noise one batch; all randomness comes from `generator` (on CPU). Raises `TrainingError` for one that does not fit."""
+        self._require_fit(model, batch)
+        inputs, noisy = {name: _onto(value, model) for name, value in batch.items()}, argument_names(type(model))[0]
+        if not _is_clean(batch):
             target = inputs.pop("target", None)
-            return Noised(inputs, target)
-        if self.scheduler is None:
-            raise TrainingError(
-                'Batches hold clean samples (the key "sample"), which need noise: pass noise_scheduler=, the scheduler of '
-                "the model's pipeline."
-            )
+            return Noised({noisy: inputs.pop(noisy), **inputs}, target)
         sample = inputs.pop("sample")
         noise = torch.randn(sample.shape, generator=generator).to(sample)
         share = self._shares(len(sample), generator)
@@ -91,7 +96,32 @@ class Noising:
             dropped = torch.rand(len(sample), generator=generator) < self.prompt_dropout
             inputs |= {name: _replaced(name, inputs[name], null, dropped) for name, null in self.null_prompt.items()}
         noised, timestep, target = _noise(self.scheduler, sample, noise, share)
-        return Noised({"hidden_states": noised, "timestep": timestep, **inputs}, target, sample)
+        return Noised({noisy: noised, "timestep": timestep, **inputs}, target, sample)
+
+    def require_usable(self, model: ModelMixin, batch: Batch) -> None:
+        """Raise `TrainingError` for a batch that the model could not be called with, once it is noised."""
+        self._require_fit(model, batch)
+        if _label_embedding(model) is not None and "class_labels" not in batch:
+            raise TrainingError(f"The batch does not fit {type(model).__name__}: it needs class_labels.")
+
+    def _require_fit(self, model: ModelMixin, batch: Batch) -> None:
+        if not isinstance(batch, Mapping):
+            raise TrainingError(f"A batch is a dict: a clean sample, or the model's arguments; got {type(batch).__name__}.")
+        noisy, clean = argument_names(type(model))[0], _is_clean(batch)
+        if clean and self.scheduler is None:
+            raise TrainingError(
+                'Batches hold clean samples (the key "sample"), which need noise: pass noise_scheduler=, the scheduler of '
+                "the model's pipeline."
+            )
+        given = {*batch} - {"sample"} | {noisy, "timestep"} if clean else {*batch} - {"target"}
+        lacking, unknown = _misfit(model, given)
+        if lacking or unknown:
+            words = [f"it {verb} {', '.join(sorted(map(str, names)))}" for verb, names in
+                     (("needs", lacking), ("does not take", unknown)) if names]  # fmt: skip
+            raise TrainingError(f"The batch does not fit {type(model).__name__}: {'; '.join(words)}.")
+        for name in ("sample", *(self.null_prompt or ())) if clean else (noisy,):
+            if not isinstance(batch.get(name), torch.Tensor if clean else torch.Tensor | list):
+                raise TrainingError(f"The {name} of a batch is a tensor; got {type(batch.get(name)).__name__}.")
 
     def _shares(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Where in the noise schedule each sample lies, from 0 (clean) to 1: [B]."""
@@ -99,6 +129,19 @@ class Noising:
         if logit_normal:
             return torch.randn(count, generator=generator).sigmoid()
         return torch.rand(count, generator=generator)
+
+
+def _is_clean(batch: Batch) -> bool:
+    """Whether a batch holds a clean sample; beside a timestep, it is the noised one of a model that calls it so."""
+    return "sample" in batch and "timestep" not in batch
+
+
+def _misfit(model: ModelMixin, given: set[str]) -> tuple[set[str], set[str]]:
+    """Names that the forward of a model needs and that are not given, and given ones that it does not take."""
+    _, *takes = inspect.signature(type(model).forward).parameters.values()
+    needs = {one.name for one in takes if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD}
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in takes)
+    return needs - given, set() if takes_any else given - {one.name for one in takes}
 
 
 def _replaced(name: str, value: torch.Tensor, null: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
@@ -141,11 +184,15 @@ def dropped_labels(model: ModelMixin, labels: torch.Tensor, generator: torch.Gen
 
     diffusers' DiT would drop them in train() in every block by its own dice, which trains no unconditional model.
     """
-    embedding = next((module for module in model.modules() if isinstance(module, LabelEmbedding)), None)
+    embedding = _label_embedding(model)
     if embedding is None or not embedding.dropout_prob:
         return labels
     dropped = torch.rand(len(labels), generator=generator) < embedding.dropout_prob
     return labels.masked_fill(dropped.to(labels.device), embedding.num_classes)
+
+
+def _label_embedding(model: ModelMixin) -> LabelEmbedding | None:
+    return next((module for module in model.modules() if isinstance(module, LabelEmbedding)), None)
 
 
 def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -171,6 +218,8 @@ class Shuffled:
 
     def __init__(self, dataset: Dataset, batch_size: int, seed: int, *, workers: int = 0):
         self.dataset, self.batch_size, self.seed, self.workers, self._start = dataset, batch_size, seed, workers, 0
+        if batch_size < 1 or not len(dataset):
+            raise TrainingError(f"A batch has one sample or more; got batches of {batch_size} out of {len(dataset)} samples.")
 
     def start_at(self, batch: int) -> None:
         """Begin the next reading at the batch of this number."""

@@ -109,8 +109,8 @@ def distill(
     config = config or DistillConfig()
     if is_enabled(model):
         raise StateError("Stage one watches the original parts: call model.unset_graft() or model.disable_graft() first.")
-    noising = Noising.told(config, noise_scheduler, null_prompt)
-    chosen, stream = _chosen(graft, config), Stream(batches)
+    noising, stream, chosen = Noising.told(config, noise_scheduler, null_prompt), Stream(batches), _chosen(graft, config)
+    noising.require_usable(model, stream.peek())
     with evaluating(model), spread(model, graft.sites) as teacher, beside(graft, model, teacher):
         if config.closed_form is not None and not (resume and is_resumable(output_dir, "one")):
             _solve(teacher, graft, stream, chosen, config.closed_form, noise_scheduler)

@@ -69,7 +69,7 @@ def variational_bound(prediction: torch.Tensor, noised: Noised, scheduler: Sched
     (-1) and of beta (1).
     """
     noise, between = prediction.chunk(2, dim=1)
-    noised_sample, timestep, sample = noised.inputs["hidden_states"].float(), noised.inputs["timestep"], noised.sample.float()
+    noised_sample, timestep, sample = noised.noisy.float(), noised.inputs["timestep"], noised.sample.float()
     c = _Coefficients(scheduler, timestep, sample.ndim)
     log_variance = torch.lerp(c.log_posterior, c.log_beta, (between + 1) / 2)
     predicted = c.posterior_mean(c.clean(noised_sample, noise.detach()), noised_sample)

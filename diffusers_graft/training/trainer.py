@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin, SchedulerMixin
 
-from ..errors import StateError
+from ..errors import StateError, TrainingError
 from ..evaluation.scores import Scores, evaluate
 from ..graft import Graft, build_graft, installed, is_enabled
 from ..hub.push import push_graft
@@ -48,6 +48,10 @@ class GraftTrainingArguments:
     dataloader_num_workers: int = 0
     seed: int = 0
 
+    def __post_init__(self):
+        if min(self.per_device_train_batch_size, self.eval_batches, self.dataloader_num_workers + 1) < 1:
+            raise TrainingError(f"Batches have one sample or more, an evaluation one batch or more; got {self}.")
+
 
 class GraftTrainer:
     """Graft a model and teach it, in the shape of `transformers.Trainer`.
@@ -70,6 +74,8 @@ class GraftTrainer:
     ):  # fmt: skip
         self.model, self.args, self.callbacks = model, args, list(callbacks)
         self.common = {"noise_scheduler": noise_scheduler, "null_prompt": null_prompt}
+        if isinstance(eval_dataset, Iterator):  # that is read once, and looked at in stage one and by `evaluate`
+            eval_dataset = list(itertools.islice(eval_dataset, args.eval_batches))
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         several = processes.state().num_processes > 1 or processes.state().device.type == "cuda"
         if several and fsdp_settings() is None:

@@ -3,15 +3,15 @@ import itertools
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, PixArtSigmaPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, PixArtSigmaPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, StateError, TrainingError
 from diffusers_graft.training import datasets
-from diffusers_graft.training.data import Shuffled, Stream, batches_of
+from diffusers_graft.training.data import Noising, Shuffled, Stream, batches_of
 
-from ..models import SCHEDULER, tiny_dit, tiny_pixart
+from ..models import SCHEDULER, batches, same_tensors, tensors_of, tiny_dit, tiny_pixart
 
 
 def tiny_vae():
@@ -147,6 +147,12 @@ def test_shuffled_batches_hold_every_sample_once_an_epoch():
     assert taken(Shuffled(Numbers(), 3, seed=0, workers=1), 2) == batches[:2]
 
 
+def test_batches_of_nothing_are_refused():
+    for samples, size in (([], 4), ([1, 2], 0), ([1, 2], -1)):
+        with pytest.raises(TrainingError, match=f"batches of {size} out of {len(samples)} samples"):
+            Shuffled(samples, size, seed=0)
+
+
 def test_seeking_reads_nothing_of_a_dataset_and_all_of_an_iterator():
     expected = taken(Shuffled(Numbers(), 3, seed=0), 9)
     data = Numbers()
@@ -158,3 +164,45 @@ def test_seeking_reads_nothing_of_a_dataset_and_all_of_an_iterator():
     stream = Stream({"sample": torch.tensor([float(i)])} for i in range(9))
     stream.seek(7)
     assert taken([stream.peek()], 1) == taken(stream, 1) == [[7.0]]
+
+
+SAMPLE, LABELS = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
+
+
+@pytest.mark.parametrize(("batch", "words"), [
+    ([SAMPLE, LABELS], "got list"), (None, "got NoneType"), ({"sample": SAMPLE.numpy(), "class_labels": LABELS}, "got ndarray"),
+    ({"sample": SAMPLE, "class_labels": LABELS, "prompt": "a"}, "does not take prompt"), ({"sample": SAMPLE}, "needs class_labels"),
+    ({"timestep": LABELS, "class_labels": LABELS}, "needs hidden_states"),
+])  # fmt: skip
+def test_batches_that_do_not_fit_the_model(batch, words):
+    model = tiny_dit()
+    graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[2]": "hyena_x"}))
+    before = tensors_of(model)
+    with pytest.raises(TrainingError, match=words):
+        dg.distill(model, graft, [batch], dg.DistillConfig(steps=1, progress=False), noise_scheduler=SCHEDULER)
+    assert same_tensors(model, before)
+
+
+def test_a_null_prompt_takes_the_place_of_what_is_there():
+    model = tiny_dit()
+    graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[2]": "hyena_x"}))
+    for null, words in (({"prompt": SAMPLE}, "prompt of a batch is a tensor"), ({"class_labels": 3}, "dict of tensors")):
+        with pytest.raises(TrainingError, match=words):
+            dg.distill(model, graft, batches(), dg.DistillConfig(steps=1, progress=False), noise_scheduler=SCHEDULER, null_prompt=null)
+
+
+def test_both_stages_of_a_unet_which_calls_its_noised_input_sample():
+    model = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 16), norm_num_groups=4, layers_per_block=1, cross_attention_dim=8, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    sample, prompt, generator = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8), torch.Generator()
+    clean = {"sample": sample, "encoder_hidden_states": prompt}
+    complete = {**clean, "timestep": torch.tensor([3, 4]), "target": sample}
+    graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[0]": "hyena_x"}))
+    dg.distill(model, graft, [clean, complete], dg.DistillConfig(steps=2, progress=False), noise_scheduler=SCHEDULER)
+    model.set_graft(graft)
+    dg.finetune(model, [clean, complete], dg.FinetuneConfig(steps=2, progress=False), noise_scheduler=SCHEDULER)
+    noising = Noising(scheduler=SCHEDULER)
+    assert torch.equal(noising(model, complete, generator).noisy, sample)
+    assert not torch.equal(noising(model, clean, generator).noisy, sample)

@@ -64,6 +64,20 @@ def test_a_callback_of_transformers_follows_both_stages(tmp_path):
     assert torch.equal(predict(fresh), predict(one.model))
 
 
+@pytest.mark.parametrize("settings", [{"per_device_train_batch_size": 0}, {"per_device_train_batch_size": -1}, {"eval_batches": 0}])
+def test_batches_have_samples(settings, tmp_path):
+    with pytest.raises(dg.GraftError, match="one sample or more"):
+        dg.GraftTrainingArguments(output_dir=tmp_path, **settings)
+
+
+def test_evaluation_data_that_can_be_read_once_serve_all_looks(tmp_path):
+    arguments = dg.GraftTrainingArguments(output_dir=tmp_path, distill=dg.DistillConfig(steps=1, progress=False), finetune=None)
+    one = dg.GraftTrainer(model=tiny_dit(), plan={"self_attention[1]": "hyena_x"}, args=arguments, train_dataset=batches(),
+                          eval_dataset=iter(batches(2)), noise_scheduler=SCHEDULER)  # fmt: skip
+    one.distill()
+    assert one.evaluate() == one.evaluate()
+
+
 @pytest.mark.parametrize("stop", [("one", 3), ("two", 2)])
 def test_train_goes_on_in_whichever_stage_it_was_stopped(stop, tmp_path):
     whole = trainer(tmp_path / "whole")
