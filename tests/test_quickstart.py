@@ -2,6 +2,7 @@
 import functools
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def test_examples_run(path, tmp_path):
     spec.loader.exec_module(module)
     module.main(str(tmp_path), steps=3)
     assert (tmp_path / "graft_model.safetensors").exists()
+
+
+def test_the_readmes_example_runs_and_trains_beyond_its_warm_up(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    example = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "find_sites" in block)
+    assert all(int(steps) > dg.DistillConfig().warmup for steps in re.findall(r"steps=(\d+)", example))
+    monkeypatch.chdir(tmp_path)
+    exec(re.sub(r"steps=\d+", "steps=1, progress=False", example), {})
+    assert (tmp_path / "my-graft" / "graft_model.safetensors").exists()
 
 
 @functools.cache
