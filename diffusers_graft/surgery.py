@@ -31,12 +31,7 @@ def install(model: ModelMixin, graft: Graft) -> None:
         raise StateError(
             f"This model is grafted already{where}. Put all rules into one plan, or call model.unset_graft() first."
         )
-    for path, original in graft.originals.items():
-        if model.get_submodule(path) is not original:
-            raise StateError(
-                f"This graft was built beside another model object: its original of {path} is not in this one. "
-                "Save it with save_graft and load it here, or build it with dg.build_graft(model, graft.plan)."
-            )
+    require_built_beside(model, graft)
     vars(model)[_GRAFT] = graft
     enable(model)
 
@@ -80,6 +75,17 @@ def require_graft(model: ModelMixin) -> Graft:
     if graft is None:
         raise StateError("This model has no graft. Install one with model.set_graft(...) or model.load_graft(...).")
     return graft
+
+
+def require_built_beside(model: ModelMixin, graft: Graft) -> None:
+    """Raise `StateError` unless the parts that a graft replaces are those of this very model, in their places."""
+    parts = dict(model.named_modules(remove_duplicate=False))
+    for path, original in graft.originals.items():
+        if parts.get(path) is not original:
+            raise StateError(
+                f"This graft was built beside another model object: its original of {path} is not in this one. "
+                "Save it with save_graft and load it here, or build it with dg.build_graft(model, graft.plan)."
+            )
 
 
 def check_seats(graft: Graft) -> None:

@@ -14,8 +14,8 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
 from ..anatomy import evaluating
-from ..errors import TrainingError
-from ..graft import Graft
+from ..errors import StateError, TrainingError
+from ..graft import Graft, is_enabled
 from ..site import Site
 from . import processes, ring
 from .data import Batch, Noising, Stream, first
@@ -90,6 +90,11 @@ class Classroom:
                 self._stream(number, active) if self.config.reuse == 1 else self._reuse(number, active)
                 self._look(number, active, before)
                 go_on = run.advance(sum(self.done), lambda active=active: self._values(active), samples=self.samples)
+                if is_enabled(self.model):
+                    raise StateError(
+                        f"A callback grafted the model after step {sum(self.done)}, and stage one watches the original parts: "
+                        "let callbacks call model.unset_graft() before they return, or set state.should_training_stop."
+                    )
                 if run.due():
                     run.save(self._state)
                 if not go_on:

@@ -18,6 +18,7 @@ from ..errors import StateError, TrainingError
 from ..graft import Graft, is_enabled
 from ..plan import select
 from ..site import Site, Sites
+from ..surgery import require_built_beside
 from .classroom import Classroom, enroll
 from .closed_form import ClosedFormConfig, closed_form, output_layer
 from .config import TrainingConfig, one_of
@@ -103,12 +104,12 @@ def distill(
     the model are spread over processes (see `training.sharding`), and every process holds the new parts whole.
 
     Raises:
-        StateError: the graft is installed and running: its parts would then be taught by themselves.
+        StateError: the graft is installed and running, or a callback does that: its parts would then be taught by themselves;
+            or it was built beside another model.
         TrainingError: a loss that is not finite, batches that ran out, or a launch that cannot be followed.
     """
     config = config or DistillConfig()
-    if is_enabled(model):
-        raise StateError("Stage one watches the original parts: call model.unset_graft() or model.disable_graft() first.")
+    _require_originals(model, graft)
     noising, stream, chosen = Noising.told(config, noise_scheduler, null_prompt), Stream(batches), _chosen(graft, config)
     noising.require_usable(model, stream.peek())
     with evaluating(model), spread(model, graft.sites) as teacher, beside(graft, model, teacher):
@@ -120,6 +121,12 @@ def distill(
     reports = {pupil.site.address: pupil.report for pupil in pupils.values()}
     graft.history.append({"stage": "one", **config.to_dict(), **facts, "sites": [one.to_dict() for one in reports.values()]})
     return reports
+
+
+def _require_originals(model: ModelMixin, graft: Graft) -> None:
+    if is_enabled(model):
+        raise StateError("Stage one watches the original parts: call model.unset_graft() or model.disable_graft() first.")
+    require_built_beside(model, graft)
 
 
 def _solve(teacher: ModelMixin, graft: Graft, stream: Stream, chosen: list[Site], config: ClosedFormConfig,

@@ -15,7 +15,7 @@ from ..graft import Graft, build_graft, installed, is_enabled
 from ..hub.push import push_graft
 from ..hub.store import save_graft
 from ..plan import GraftPlan, plan_graft
-from ..surgery import install
+from ..surgery import disable, enable, install
 from . import processes
 from .data import Batch, batches_of
 from .distill import DistillConfig, SiteReport, distill
@@ -96,20 +96,20 @@ class GraftTrainer:
     def distill(self, resume_from_checkpoint: bool = False) -> dict[str, SiteReport]:
         """Stage one; leaves the graft installed and saved."""
         reports = {}
+        if resume_from_checkpoint and is_enabled(self.model):
+            disable(self.model)  # a stage two that failed in this process
         if self.args.distill is not None:
             held_out = self._held_out() if self.eval_dataset is not None else None
             reports = distill(self.model, self.graft, self._batches(), self.args.distill, held_out=held_out,
                               **self._resumable(resume_from_checkpoint), **self.common)  # fmt: skip
-        if installed(self.model) is None:
-            install(self.model, self.graft)
+        self._run_graft()
         if not (resume_from_checkpoint and is_resumable(self.args.output_dir, "two")):
             self.save_model()
         return reports
 
     def finetune(self, resume_from_checkpoint: bool = False) -> list[float]:
         """Stage two, on the model as stage one left it; saved again."""
-        if not is_enabled(self.model):
-            install(self.model, self.graft)
+        self._run_graft()
         losses = []
         if self.args.finetune is not None:
             losses = finetune(self.model, self._batches(), self.args.finetune, **self._resumable(resume_from_checkpoint),
@@ -141,6 +141,12 @@ class GraftTrainer:
         """Save, and push the graft with its card to the Hub; returns the address of the commit."""
         self.save_model()
         return push_graft(self.args.output_dir, repo_id, **hub_arguments)
+
+    def _run_graft(self) -> None:
+        if installed(self.model) is self.graft:
+            enable(self.model)
+        else:
+            install(self.model, self.graft)
 
     def _resumable(self, resume: bool) -> dict[str, Any]:
         return {"output_dir": self.args.output_dir, "resume": resume, "callbacks": self.callbacks}

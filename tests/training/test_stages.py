@@ -256,6 +256,13 @@ def test_nan_and_ctrl_c_in_stage_two_leave_a_sound_model():
     assert torch.equal(predict(model), before)
 
 
+def test_stage_one_needs_the_model_that_the_graft_was_built_beside():
+    model, graft = grafted({"self_attention[1]": RANDOM})
+    for other in (tiny_dit(), tiny_pixart()):
+        with pytest.raises(StateError, match="built beside another model object"):
+            dg.distill(other, graft, batches(), quick(1), noise_scheduler=SCHEDULER)
+
+
 class Takes:
     """A callback that calls a verb of the model after a step."""
 
@@ -265,6 +272,13 @@ class Takes:
     def on_step_end(self, args, state, control):
         if state.global_step == self.step:
             self.verb(*self.arguments)
+
+
+def test_stage_one_ends_where_a_callback_grafts_the_model():
+    model, graft = grafted({"self_attention[1]": RANDOM})
+    with pytest.raises(StateError, match="grafted the model after step 1"):
+        dg.distill(model, graft, batches(), quick(2), noise_scheduler=SCHEDULER, callbacks=[Takes(model.set_graft, graft)])
+    assert model.graft is graft
 
 
 @pytest.mark.parametrize("verb", ["unset_graft", "disable_graft"])

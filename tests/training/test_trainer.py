@@ -94,6 +94,28 @@ def test_train_goes_on_in_whichever_stage_it_was_stopped(stop, tmp_path):
     assert torch.equal(predict(fresh), predict(whole.model))
 
 
+def test_train_goes_on_in_the_process_in_which_it_was_stopped(tmp_path):
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    cut = trainer(tmp_path / "cut", callbacks=[Watcher(("two", 2))])
+    with pytest.raises(StopError):
+        cut.train()
+    cut.callbacks.clear()
+    cut.train(resume_from_checkpoint=True)
+    assert torch.equal(predict(cut.model), predict(whole.model))
+
+
+def test_stage_one_takes_a_disabled_graft_and_enables_it(tmp_path):
+    one = trainer(tmp_path)
+    one.model.set_graft(one.graft)
+    one.model.disable_graft()
+    one.distill()
+    assert one.model.graft is one.graft
+    fresh = tiny_dit()
+    fresh.load_graft(tmp_path)
+    assert torch.equal(predict(fresh), predict(one.model))
+
+
 def test_a_push_leaves_checkpoints_at_home(tmp_path, monkeypatch):
     pushed = {}
     from huggingface_hub import HfApi
