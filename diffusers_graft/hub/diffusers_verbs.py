@@ -19,6 +19,7 @@ from .self_contained import name_code
 from .whole import save_whole
 
 _PUSHING = ("private", "token", "commit_message", "create_pr")
+_MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")  # which a model that is read at all has none of
 
 
 def attach_saving() -> None:
@@ -92,7 +93,8 @@ def _loading(original):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         if not _is_grafted(cls, pretrained_model_name_or_path, kwargs):
             return original(cls, pretrained_model_name_or_path, **kwargs)
-        return load_as_diffusers(pretrained_model_name_or_path, kwargs)
+        model = load_as_diffusers(pretrained_model_name_or_path, kwargs)
+        return (model, {name: [] for name in _MISFITS}) if kwargs.get("output_loading_info") else model
 
     return from_pretrained
 

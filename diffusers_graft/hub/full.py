@@ -85,12 +85,16 @@ def load_as_diffusers(source: str | Path, kwargs: dict[str, Any]) -> ModelMixin:
 
     Raises `StateError` for what a grafted model cannot be given while it is loaded, and whatever `load_pretrained` raises.
     """
-    if kwargs.get("quantization_config") is not None or isinstance(kwargs.get("device_map"), dict):
+    device, dtype = kwargs.get("device_map"), kwargs.get("dtype") or kwargs.get("torch_dtype")
+    spread = isinstance(device, dict) or device in ("auto", "balanced", "balanced_low_0", "sequential")
+    if kwargs.get("quantization_config") is not None or spread:
         raise StateError(
             "A grafted model is loaded without quantization, onto one device. Load the base as you like, then load_graft."
         )
+    if not isinstance(dtype, torch.dtype | None):
+        raise StateError(f"A grafted model is loaded in a dtype of torch's, float32 unless another is given; not in {dtype!r}.")
     known = {name: kwargs[name] for name in (*FETCHING, *_LOADING) if kwargs.get(name) is not None}
-    return load_pretrained(source, device=kwargs.get("device_map"), **known)
+    return load_pretrained(source, device=device, **known)
 
 
 def _description(folder: Path, variant: str | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The arguments of loading are the same for `set_graft`, `load_graft` and `load_pretrained`, and none is passed over."""
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from huggingface_hub import HfApi
 
 import diffusers_graft as dg
@@ -98,6 +99,23 @@ def test_of_repositories(verb, hub, saves, tmp_path):  # noqa: F811
 def test_an_argument_that_nothing_takes(verb, saves):
     with pytest.raises(UnknownNameError, match="no argument of loading 'local_file_only'. Did you mean 'local_files_only'"):
         VERBS[verb](saves[0] / verb, subfolder="deep", local_file_only=True)
+
+
+@pytest.fixture
+def whole(saves):
+    return saves[0] / "load_pretrained" / "deep"
+
+
+@pytest.mark.parametrize("arguments", [{"device_map": "auto"}, {"device_map": {"": 0}}, {"torch_dtype": "auto"}, {"quantization_config": 4}], ids=str)
+def test_what_from_pretrained_cannot_do_for_a_grafted_model(arguments, whole):
+    with pytest.raises(StateError, match="A grafted model is loaded"):
+        DiTTransformer2DModel.from_pretrained(whole, **arguments)
+
+
+def test_from_pretrained_tells_how_it_went(whole):
+    model, told = DiTTransformer2DModel.from_pretrained(whole, output_loading_info=True)
+    assert model.graft is not None
+    assert not any(told.values())
 
 
 @pytest.mark.parametrize("arguments", [{"low_cpu_mem_usage": True}, {"dtype": torch.bfloat16}, {"revision": "main"}, {"local_file_only": True}],
