@@ -1,6 +1,7 @@
 """What `import diffusers_graft` gives every diffusers model: the verbs, as methods."""
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def _set_alone(model: ModelMixin, graft, revision: str | None, seed: int, loadin
         return store.load_graft(model, graft, revision=revision, **loading)
     if given := sorted({**loading, **({"revision": revision} if revision else {})}):
         raise StateError(
-            f"{', '.join(given)} tell how a folder or a Hub repository is loaded; this graft is built here. Leave them out."
+            f"set_graft takes {', '.join(given)} for a folder or a Hub repository at most; this graft is built here. "
+            "Leave them out."
         )
     if not isinstance(graft, Graft):
         plan = graft if isinstance(graft, GraftPlan) else plan_graft(model, graft)
@@ -68,7 +70,8 @@ def _set_alone(model: ModelMixin, graft, revision: str | None, seed: int, loadin
 
 
 def _is_rules(text: str | Path) -> bool:
-    return isinstance(text, str) and "[" in text
+    """A folder is one, whatever its name looks like."""
+    return isinstance(text, str) and "[" in text and not os.path.isdir(text)  # noqa: PTH112 - a text may be too long for a path
 
 
 def load_graft(model: ModelMixin, source: str | Path, **loading) -> Graft:

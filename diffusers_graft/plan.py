@@ -69,7 +69,11 @@ class GraftPlan:
             raise FileError(f"This is not a graft plan: {error!r}. A plan is what GraftPlan.save wrote.") from error
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Raises `FileError` for a path that cannot be written."""
+        try:
+            Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise FileError(f"The plan cannot be written to {path}: {error}.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> GraftPlan:
@@ -78,7 +82,7 @@ class GraftPlan:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (FileNotFoundError, IsADirectoryError) as error:
             raise FileError(f"There is no plan at {path}.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FileError(f"{path} is not JSON: {error}") from error
         return cls.from_dict(data)
 
@@ -105,7 +109,7 @@ class GraftPlan:
 
     def __str__(self) -> str:
         rows = [(edit.site.address, edit.site.path, str(edit.config)) for edit in self.edits]
-        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
         return "\n".join(f"{a.ljust(widths[0])}  {p.ljust(widths[1])}  {c}" for a, p, c in rows)
 
 
@@ -240,9 +244,9 @@ def _range(candidates: Sites) -> str:
 
 
 def _indices(item: str, count: int, key: str) -> list[int]:
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", item):
+    if match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,99})?)%", item):
         return _interleaved_indices(Fraction(match[1]) / 100, count, key)
-    if re.fullmatch(r"[+-]?\d+", item):
+    if re.fullmatch(r"[+-]?\d{1,99}", item):
         index = int(item)
         return [index % count] if -count <= index < count else []
     if re.fullmatch(r"[\d+\-\s]*:[\d+\-\s]*(:[\d+\-\s]*)?", item):

@@ -133,6 +133,10 @@ def test_plans_are_resolved():
     ({"self_attention[0%]": "hyena_x"}, RuleError, "share"),
     ({"self_attention[0]": 3}, OperatorError, "name, a Config, or a dict"),
     ({}, RuleError, "not empty"), ([], RuleError, "not empty"), ("nonsense", RuleError, "not a rule"),
+    ("self_attention[0]=hyena_x(**{'kernel_size': 4})", RuleError, "each once"),
+    ("self_attention[0]=hyena_x(kernel_size=4, kernel_size=5)", RuleError, "each once"),
+    (f"self_attention[{'9' * 5000}]=hyena_x", RuleError, "is not an index"),
+    (f"self_attention[0.{'9' * 5000}%]=hyena_x", RuleError, "is not an index"),
     ("self_attention[0]=hyena_x(4)", RuleError, "name=value"), ("self_attention[0]=hyena_x(", RuleError, "not an operator"),
 ])  # fmt: skip
 def test_rules_that_cannot_be_honoured(rules, error, words):
@@ -185,6 +189,19 @@ def test_missing_and_broken_plan_files(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(FileError, match="not JSON"):
         dg.GraftPlan.load(tmp_path / "broken.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(FileError, match="not JSON"):
+        dg.GraftPlan.load(tmp_path / "deep.json")
+    with pytest.raises(FileError, match="cannot be written"):
+        dg.plan_graft(MODEL, {"self_attention[0]": "hyena_x"}).save(tmp_path / "none" / "plan.json")
+
+
+def test_a_folder_is_no_rule_whatever_its_name(tmp_path, monkeypatch):
+    model = tiny_dit()
+    model.set_graft({"self_attention[0]": "hyena_x"})
+    model.save_graft(tmp_path / "[a]")
+    monkeypatch.chdir(tmp_path)
+    assert str(tiny_dit().set_graft("[a]")) == str(model.graft)
 
 
 @pytest.mark.parametrize("other", [tiny_pixart, lambda: tiny_dit(num_layers=2), lambda: tiny_dit(attention_head_dim=16)])

@@ -23,7 +23,7 @@ def training(
         journal: rows of `training.jsonl`: they tell what history does not of the last run of a stage.
         hardware: as a person calls it; what was measured unless given.
     """
-    stages = [dict(row) for row in history if "stage" in row]
+    stages = _stages(history)
     for number in {row["stage"]: number for number, row in enumerate(stages)}.values():
         stages[number] = facts(journal, stages[number]["stage"]) | stages[number]
     rows = [_stage_row(row) for row in stages]
@@ -38,13 +38,18 @@ def draw_curves(stage: Path, folder: Path, history: Sequence[dict[str, Any]]) ->
 
     None where there is no such journal, of these stages, or no matplotlib.
     """
-    taught = {row.get("stage") for row in history}
+    taught = {row["stage"] for row in _stages(history)}
     if not (rows := [row for row in read_journal(folder) if row["stage"] in taught]):
         return None
     with contextlib.suppress(MissingDependencyError):
         draw_training(stage / CURVES, rows)
         return CURVES
     return None
+
+
+def _stages(history: Sequence[Any]) -> list[dict[str, Any]]:
+    """The stages that a history tells of; one that a person edited may hold anything."""
+    return [dict(row) for row in history if isinstance(row, dict) and "stage" in row]
 
 
 def _stage_row(row: dict[str, Any]) -> dict[str, str]:

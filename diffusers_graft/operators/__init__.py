@@ -99,7 +99,9 @@ def parse_operator(text: str) -> OperatorConfig:
         if not isinstance(call.func, ast.Name) or call.args:
             raise ValueError("settings are written name=value")
         settings = {keyword.arg: _value(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
+        if None in settings or len(settings) < len(call.keywords):
+            raise ValueError("settings are written name=value, each once")
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise RuleError(f'{text!r} is not an operator: {error}. Write "hyena_x" or "hyena_x(kernel_size=4)".') from error
     get(call.func.id)
     return configure({"operator": call.func.id, **settings})

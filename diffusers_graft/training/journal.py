@@ -13,10 +13,24 @@ FACTS = ("samples", "seconds", "hardware")
 
 
 def read_journal(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a folder's `training.jsonl`, none where there is no such file; a last line that is not whole is left out."""
-    path = Path(folder) / JOURNAL
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1]]
+    """The rows of a folder's `training.jsonl`, none without such a file; lines that are no rows of ours are left out."""
+    return [row for line in _lines(Path(folder)) if (row := _row(line)) is not None]
+
+
+def _lines(folder: Path) -> list[str]:
+    """The whole lines of a journal; the last one of a run that was killed may not be. Bytes that are no text are kept."""
+    path = folder / JOURNAL
+    return path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1] if path.exists() else []
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """What a line tells of a step; None of a damaged one, or another tool's."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    ours = isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)
+    return row if ours else None
 
 
 def write_row(folder: Path, row: dict[str, Any]) -> None:
@@ -26,10 +40,11 @@ def write_row(folder: Path, row: dict[str, Any]) -> None:
 
 
 def forget_after(folder: Path, stage: str, step: int) -> None:
-    """Drop the rows of steps that will be done again."""
-    rows = [row for row in read_journal(folder) if row["stage"] != stage or row["step"] <= step]
+    """Drop the rows of steps that will be done again; lines that are none of ours stay."""
+    ahead = lambda row: row is not None and row["stage"] == stage and row["step"] > step  # noqa: E731
+    kept = [line for line in _lines(folder) if not ahead(_row(line))]
     temporary = (folder / JOURNAL).with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8", errors="surrogateescape")
     os.replace(temporary, folder / JOURNAL)
 
 

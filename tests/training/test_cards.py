@@ -6,7 +6,8 @@ import pytest
 
 import diffusers_graft as dg
 from diffusers_graft.hub.cards import card
-from diffusers_graft.training.journal import FACTS, facts, read_journal
+from diffusers_graft.hub.trained import training
+from diffusers_graft.training.journal import FACTS, facts, forget_after, read_journal
 
 from ..models import SCHEDULER, batches, tiny_dit
 from .test_trainer import trainer
@@ -77,6 +78,19 @@ def test_the_journal_tells_what_the_history_does_not(run):
         one.graft.history[:] = before
     assert text == card(one.model)
     assert "Hardware: two cores." in card(one.model, hardware="two cores")
+
+
+def test_a_damaged_journal_and_an_edited_history_are_told_as_far_as_they_can_be_read(run, tmp_path):
+    one, folder = run
+    rows, strange = (folder / "training.jsonl").read_bytes(), b'{"loss": 1}\n[1]\n\0\xff\n'
+    (tmp_path / "training.jsonl").write_bytes(strange + rows)
+    assert read_journal(tmp_path) == read_journal(folder)
+    one.model.save_graft(tmp_path)
+    assert training_of(tmp_path) == training_of(folder)
+    assert training(["a", 1, *one.graft.history], read_journal(tmp_path)) == training(one.graft.history, [])
+    forget_after(tmp_path, "one", 0)
+    forget_after(tmp_path, "two", 0)
+    assert (tmp_path / "training.jsonl").read_bytes() == strange
 
 
 def test_a_journal_of_another_graft_is_not_told(run, tmp_path):
