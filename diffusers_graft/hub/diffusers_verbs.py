@@ -16,7 +16,7 @@ from .folders import settle
 from .full import FETCHING, load_as_diffusers
 from .push import fetch_config, push_whole
 from .self_contained import name_code
-from .whole import save_whole
+from .whole import require_alone, save_whole
 
 _PUSHING = ("private", "token", "commit_message", "create_pr")
 _MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")  # which a model that is read at all has none of
@@ -39,6 +39,7 @@ def _saving(original):
         if graft is None or not is_enabled(self):
             if kwargs.pop("self_contained", False):
                 raise StateError("Only a grafted model has code to bring along. Graft it, or leave self_contained out.")
+            require_alone(Path(save_directory), {**dict(zip(names, args, strict=False)), **kwargs}.get("variant"))
             return original(self, save_directory, *args, **kwargs)
         kwargs |= dict(zip(names, args, strict=False))
         if not kwargs.pop("is_main_process", True):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from ..errors import FileError, StateError
+from ..errors import StateError
 from ..graft import Graft
 from ..surgery import check_seats
 from .adapters import adapter_tensors
@@ -46,7 +46,7 @@ def save_whole(
     code = sources(graft.plan) if self_contained else {}
     description = {**describe_whole(model, graft, checksum(weights)), "code": describe_code(code)}
     there = _config_in(folder)
-    others = {name: told for name, told in described(there).items() if name != (variant or "")}
+    others = _others(there, variant)
     auto = {AUTO: AUTO_MAP} if self_contained or (others and AUTO in there) else {}
     stale = [*weight_files(variant), *([] if auto else [FILE]), *unnamed_sources(folder, "config.json", to_text(others))]
     code |= {FILE: library_file(graft.plan)} if self_contained else {}
@@ -67,8 +67,19 @@ def _config_in(folder: Path) -> dict[str, Any]:
     settle(folder)
     try:
         return read_json(folder / "config.json")
-    except FileError:
+    except OSError:  # FileError is one
         return {}
+
+
+def _others(config: dict[str, Any], variant: str | None) -> dict[str, Any]:
+    return {name: told for name, told in described(config).items() if name != (variant or "")}
+
+
+def require_alone(folder: Path, variant: str | None) -> None:
+    """Raise `StateError` where diffusers' `config.json` of a plain model would leave grafted variants without description."""
+    if others := _others(_config_in(folder), variant):
+        there = ", ".join(repr(name or None) for name in others)
+        raise StateError(f"{folder} holds a grafted model (variant {there}). Save the plain one to a folder of its own.")
 
 
 def _weights(model: ModelMixin, graft: Graft) -> dict[str, torch.Tensor]:

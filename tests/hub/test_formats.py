@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 import diffusers_graft as dg
-from diffusers_graft.errors import FileError, MismatchError
+from diffusers_graft.errors import FileError, MismatchError, StateError
 from diffusers_graft.graft import base_tensors
 from diffusers_graft.hub.files import digest
 
@@ -110,6 +110,16 @@ def test_a_variant_of_a_whole_model_leaves_the_others_as_they_were(tmp_path):
     assert torch.equal(predict(dg.load_pretrained(tmp_path)), expected)
     for load in (dg.load_pretrained, type(model).from_pretrained):
         assert torch.equal(predict(load(tmp_path, variant="bf16", dtype=torch.bfloat16)), predict(model))
+
+
+def test_a_plain_variant_does_not_lie_beside_a_grafted_one(tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    expected = predict(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(StateError, match="variant None.*folder of its own"):
+        tiny_dit().save_pretrained(tmp_path, variant="bf16")
+    assert torch.equal(predict(dg.load_pretrained(tmp_path)), expected)
 
 
 @pytest.mark.parametrize("low", [True, False])

@@ -114,8 +114,9 @@ def test_a_file_in_place_of_a_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     model = tiny_dit()
     model.set_graft(RULES)
-    with pytest.raises(FileError, match="is a file"):
-        model.save_graft(tmp_path / "file")
+    for save in (model.save_graft, model.save_pretrained):
+        with pytest.raises(FileError, match="is a file"):
+            save(tmp_path / "file")
 
 
 @pytest.mark.parametrize("other", [tiny_pixart, lambda: tiny_dit(num_layers=2), lambda: tiny_dit(attention_head_dim=4)])
