@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def enroll(graft: Graft, sites: Iterable[Site], config: DistillConfig, losses: dict[str, str],
            lr_scales: dict[str, float]) -> dict[str, Pupil]:  # fmt: skip
-    """A pupil for every site, by path."""
+    """A pupil for every site with something to learn, by path. Raises `TrainingError` where there is none."""
     pupils = {}
     for site in sites:
         for path in site.paths:
@@ -39,12 +39,16 @@ def enroll(graft: Graft, sites: Iterable[Site], config: DistillConfig, losses: d
         own = [tensor for path in site.paths for tensor in graft.own_tensors_of(path).values()]
         tensors = list({id(tensor): tensor for tensor in own}.values())
         parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+        if not parameters:
+            continue  # a removed block, for example
         for parameter in parameters:
             parameter.requires_grad_(True)
         buffers = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
         loss = loss_for(site.kind, losses[site.path])
         pupils[site.path] = Pupil(site, graft.seats[site.path], parameters, buffers, loss, config,
                                   lr_scale=lr_scales[site.path], patience=config.patience)  # fmt: skip
+    if not pupils:
+        raise TrainingError("None of these parts has weights: there is nothing to learn in stage one. Leave it out.")
     return pupils
 
 

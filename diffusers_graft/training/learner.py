@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import TrainingError
 from .config import TrainingConfig
 from .processes import average_gradients
 from .sharding import gathered, like, optimizer_like, whole
@@ -29,11 +30,18 @@ class Learner:
     Attributes:
         average: exponential moving averages of the parameters, empty where there is no decay.
         done: steps taken.
+
+    Raises `TrainingError` for weights that the precision cannot train.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig, *, lr_scale: float = 1.0,
                  ema_decay: float = 0.0):  # fmt: skip
         self.parameters, self.config, self.ema_decay, self.done = list(parameters), config, ema_decay, 0
+        if config.precision == "fp16" and any(parameter.dtype == torch.float16 for parameter in self.parameters):
+            raise TrainingError(
+                'precision="fp16" trains weights that are kept in float32, and these are in float16: call '
+                'model.to(torch.float32) first, or choose another precision.'
+            )
         self.lr, self.factor = config.lr * lr_scale, config.lr_factors()
         self.optimizer = config.make_optimizer(self.parameters, self.lr)
         self.average = [p.detach().clone() for p in self.parameters] if ema_decay else []

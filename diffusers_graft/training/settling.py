@@ -30,6 +30,8 @@ class Settling:
         self.model, self.teacher, self.config, self.noising, self.losses = model, teacher, config, noising, losses
         self.graft = installed(model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise TrainingError('None of the new parts has weights: train="operators+lora" or "all" teaches the others.')
         self.learner = Learner(parameters, config, ema_decay=config.ema_decay)
         self.generator = torch.Generator().manual_seed(config.seed)
         backend = {} if config.compile is True else {"backend": config.compile}

@@ -7,7 +7,7 @@ import torch
 
 import diffusers_graft as dg
 from diffusers_graft.bench.depth import RUNS, Budget, bench_depth, steps_of
-from diffusers_graft.errors import GraftError
+from diffusers_graft.errors import GraftError, TrainingError
 
 from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
 from ..zoo.models import inputs_of, tiny
@@ -69,6 +69,18 @@ def test_removed_blocks_have_nothing_to_learn_and_what_stays_of_them_is_put_back
     dg.finetune(model, batches(2), dg.FinetuneConfig(steps=2, progress=False), noise_scheduler=SCHEDULER)
     model.unset_graft()
     assert same_tensors(model, before)
+
+
+def test_what_has_no_weights_is_passed_over_and_alone_refused():
+    model = tiny_dit()
+    graft = dg.build_graft(model, dg.plan_graft(model, "block[1]=remove; self_attention[3]=hyena_x"))
+    config = dg.DistillConfig(steps=1, progress=False)
+    assert set(dg.distill(model, graft, batches(1), config, noise_scheduler=SCHEDULER)) == {"self_attention[3]"}
+    with pytest.raises(TrainingError, match="nothing to learn in stage one"):
+        dg.distill(model, dg.build_graft(model, dg.plan_graft(model, "block[1]=remove")), batches(1), config, noise_scheduler=SCHEDULER)
+    model.set_graft("block[1]=remove")
+    with pytest.raises(TrainingError, match="None of the new parts has weights"):
+        dg.finetune(model, batches(1), dg.FinetuneConfig(steps=1, train="operators", progress=False), noise_scheduler=SCHEDULER)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

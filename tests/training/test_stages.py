@@ -232,6 +232,34 @@ def test_a_body_that_lost_a_trained_weight_is_left_as_it_is():
     model.unset_graft()
 
 
+def test_weights_in_float16_are_not_trained_in_mixed_float16():
+    model = tiny_dit().half()
+    graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[1]": RANDOM}))
+    with pytest.raises(TrainingError, match="kept in float32"):
+        dg.distill(model, graft, batches(1), quick(1, precision="fp16"), noise_scheduler=SCHEDULER)
+    model.set_graft(graft)
+    with pytest.raises(TrainingError, match="kept in float32"):
+        dg.finetune(model, batches(1), settle(1, precision="fp16"), noise_scheduler=SCHEDULER)
+
+
+class StopsAtTheEnd:
+    def on_train_end(self, args, state, control):
+        raise KeyboardInterrupt
+
+
+def test_the_average_is_taken_before_a_callback_can_fail():
+    outputs = []
+    for callbacks in ([], [StopsAtTheEnd()]):
+        model, graft = grafted({"self_attention[1]": RANDOM})
+        model.set_graft(graft)
+        try:
+            dg.finetune(model, batches(1), settle(2, lr=1e-2, ema_decay=0.9), noise_scheduler=SCHEDULER, callbacks=callbacks)
+        except KeyboardInterrupt:
+            pass
+        outputs.append(predict(model))
+    assert torch.equal(*outputs)
+
+
 def test_stage_two_lowers_the_loss():
     model, graft = grafted({"self_attention[:]": RANDOM})
     model.set_graft(graft)
