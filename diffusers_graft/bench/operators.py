@@ -64,8 +64,8 @@ def bench_operators(
         torch.set_num_threads(threads)
     text = "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in parts)
     text += (f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios and speed-ups are medians over {rounds} "
-             "rounds in turns,\neach of one round; so is ms, on its own. FLOPs is the ratio of operations: what the time would be at the"
-             "\nbaseline's density.")  # fmt: skip
+             "rounds in turns,\neach of one round; so is ms, on its own. FLOPs is the ratio of operations: what the time would "
+             "be at the\nbaseline's density.")  # fmt: skip
     say(text)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
