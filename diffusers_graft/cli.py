@@ -5,6 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ._version import __version__
 from .errors import FileError, GraftError
 
 
@@ -107,15 +108,16 @@ def run_families(arguments: argparse.Namespace) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The verbs and their options."""
     parser = argparse.ArgumentParser(prog="diffusers-graft", description="Edit the architecture of diffusion transformers.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
 
     quickstart = verbs.add_parser("quickstart", help=run_quickstart.__doc__)
     quickstart.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for the graft and its pictures")
-    quickstart.add_argument("--seed", type=int, default=0)
+    quickstart.add_argument("--seed", type=int, default=0, help="of data, noise and random starts")
 
     ablate = verbs.add_parser("ablate", help=run_ablate.__doc__)
     ablate.add_argument("--steps", type=int, default=50, help="of stage two that every run may cost")
-    ablate.add_argument("--seeds", type=int, default=3)
+    ablate.add_argument("--seeds", type=int, default=3, help="that every row is run with")
     ablate.add_argument("--output", type=Path, default=Path("ablation"), help="folder; rows that are there are not run again")
     for verb, run in ((quickstart, run_quickstart), (ablate, run_ablate)):
         verb.set_defaults(run=run)
@@ -124,8 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     operators = verbs.add_parser("operators", help=run_operators.__doc__)
     operators.add_argument("--tokens", type=int, default=1024, help="of the shape costs are measured at; a square")
-    operators.add_argument("--width", type=int, default=384)
-    operators.add_argument("--heads", type=int, default=6)
+    operators.add_argument("--width", type=int, default=384, help="of the model")
+    operators.add_argument("--heads", type=int, default=6, help="of its attention")
     operators.set_defaults(run=run_operators)
 
     sites = verbs.add_parser("sites", help=run_sites.__doc__)
@@ -134,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     sites.set_defaults(run=run_sites)
 
     families = verbs.add_parser("families", help=run_families.__doc__)
-    families.add_argument("--markdown", action="store_true", help="the only format there is")
+    families.add_argument("--markdown", action="store_true", help="print Markdown, as without this")
     families.add_argument("--full", action="store_true", help="a line a class, as in examples/benchmarks/families.md")
     families.set_defaults(run=run_families)
 
@@ -144,9 +146,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_benchmarks(verbs) -> None:
     bench = verbs.add_parser("bench", help=run_bench.__doc__)
-    bench.add_argument("--operators", default="neighborhood,sliding_window,linear_attention,hyena_x")
+    bench.add_argument("--operators", default="neighborhood,sliding_window,linear_attention,hyena_x",
+                       help="names with commas between them")  # fmt: skip
     bench.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128], help="sides of the latents (2 x 2 patches)")
-    bench.add_argument("--rounds", type=int, default=7)
+    bench.add_argument("--rounds", type=int, default=7, help="measured, of each in turns; 2 or more")
     bench.set_defaults(run=run_bench)
 
     depth = verbs.add_parser("bench-depth", help=run_bench_depth.__doc__)
@@ -156,7 +159,7 @@ def _add_benchmarks(verbs) -> None:
     for name, run in {"operators": run_bench_operators, "pixart": run_bench_pixart, "training": run_bench_training}.items():
         verb = verbs.add_parser(f"bench-{name}", help=run.__doc__)
         verb.add_argument("--output", type=Path, help="Markdown file to store the tables in")
-        verb.add_argument("--rounds", type=int, default=7)
+        verb.add_argument("--rounds", type=int, default=7, help="measured, of each in turns; 2 or more")
         verb.set_defaults(run=run)
 
 

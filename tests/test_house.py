@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FLOORS = [
     {"errors", "_version"}, {"site", "source"}, {"operators"}, {"mixing", "rewriting", "checkpointing"}, {"anatomy", "processor"}, {"plan", "blocks"}, {"graft"}, {"surgery"},
     {"training", "named"}, {"analysis"}, {"evaluation"}, {"hub"}, {"model", "training.trainer", "testbed"}, {"quickstart", "bench", "ablate"},
-    {"cli"},
+    {"cli"}, {"__main__"},
 ]  # fmt: skip
 
 EVERYWHERE = {"torch", "tqdm"}

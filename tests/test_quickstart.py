@@ -3,6 +3,7 @@ import functools
 import importlib.util
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import diffusers_graft as dg
 from diffusers_graft import quickstart as qs
 from diffusers_graft import testbed
-from diffusers_graft.cli import main
+from diffusers_graft.cli import build_parser, main
 from diffusers_graft.plan import parse_operator
 
 TINY = qs.Budget(distill=dg.DistillConfig(steps=3, lr=1e-3), finetune=dg.FinetuneConfig(steps=2, lr=1e-4), samples=60,
@@ -55,6 +56,18 @@ def test_refusals_of_other_verbs_are_one_line(arguments, words, capsys, tmp_path
     assert words in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_package_is_a_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["diffusers_graft", "--version"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("diffusers_graft", run_name="__main__")
+    assert capsys.readouterr().out == f"diffusers-graft {dg.__version__}\n"
+
+
+def test_every_option_says_what_it_is():
+    verbs = next(action for action in build_parser()._actions if action.dest == "verb").choices
+    assert not [(verb, action.dest) for verb, parser in verbs.items() for action in parser._actions if not action.help]
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):

@@ -1,6 +1,7 @@
 """What the Hub answers when it does not give what was asked, in words."""
 from __future__ import annotations
 
+from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -42,7 +43,8 @@ def _reason(error: Exception, revision: str | None) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"has no revision {revision!r}. Give a branch, a tag or a commit that it has."
     if isinstance(error, LocalEntryNotFoundError):
-        return "is not in the local cache, and the Hub cannot be asked: allow the network, or drop local_files_only."
+        remedy = "unset HF_HUB_OFFLINE" if is_offline_mode() else "drop local_files_only, or look at the network"
+        return f"is not in the local cache, and the Hub cannot be asked: {remedy}."
     if isinstance(error, RepositoryNotFoundError):
         return f"does not exist, or is private to others ({_code(error)}). Look at the name. {_TOKEN}"
     if isinstance(error, EntryNotFoundError):

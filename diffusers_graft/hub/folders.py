@@ -139,7 +139,7 @@ def local_folder(source: str | Path, patterns: list[str], *, subfolder: str = ""
         folder = Path(source) / subfolder
     else:
         if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
-            raise FileError(f"There is no folder {source}. Give a folder that save_graft wrote, or a Hub repository user/name.")
+            raise FileError(f"There is no folder {source}. Give one that is there, or a Hub repository user/name.")
         wanted = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
         try:
             folder = Path(snapshot_download(source, allow_patterns=wanted, **hub_arguments)) / subfolder

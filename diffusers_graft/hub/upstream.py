@@ -83,6 +83,8 @@ def _graft(model: DiTTransformer2DModel, operators: list[tuple[Site, dict[str, A
 def _file(source: str | Path, hub_arguments: dict[str, Any]) -> Path:
     if Path(source).is_file():
         return Path(source)
+    if Path(source).suffix in (".pt", ".pth"):
+        raise FileError(f"There is no file {source}. Give the path of a model.pt, or a Hub repository that holds one.")
     folder = local_folder(source, ["*.pt", "*.pth"], **hub_arguments)
     found = sorted([*folder.glob("*.pt"), *folder.glob("*.pth")])
     if len(found) != 1:
@@ -95,8 +97,7 @@ def _read(path: Path, weights: str) -> Tensors:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the settings of the run, which are not used
             data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise FileError(f"{path} was not read: it holds more than tensors, or is damaged ({reason}).") from error
+        raise FileError(f"{path} was not read: it holds more than tensors, or is damaged.") from error
     if isinstance(data, Mapping) and isinstance(data.get(weights), Mapping):
         data = data[weights]
     if not isinstance(data, Mapping) or not all(isinstance(value, torch.Tensor) for value in data.values()):

@@ -107,8 +107,9 @@ def damaged(change):
 
 
 DAMAGE = {
+    "no file": (lambda path: None, "There is no file .* Give the path of a model.pt"),
     "code in the pickle": (lambda path: torch.save({"ema": {"x": Evil()}}, path), "holds more than tensors"),
-    "no pickle": (lambda path: path.write_bytes(b"x" * 100), "holds more than tensors, or is damaged"),
+    "no pickle": (lambda path: path.write_bytes(b"x" * 100), r"holds more than tensors, or is damaged\.$"),
     "empty": (lambda path: path.write_bytes(b""), "damaged"),
     "a list": (lambda path: torch.save([1, 2], path), "no 'ema' of tensors"),
     "other tensors": (lambda path: torch.save({"ema": {"x": torch.zeros(2)}}, path), "no checkpoint of a DiT"),
@@ -129,6 +130,11 @@ def test_anything_else_is_refused(name, tmp_path, capsys):
     with pytest.raises(FileError, match=words):
         import_upstream(tmp_path / "model.pt", **SIZES)
     assert not capsys.readouterr().out
+
+
+def test_offline_says_how_to_go_online():
+    with pytest.raises(FileError, match="unset HF_HUB_OFFLINE"):
+        import_upstream("user/name")
 
 
 def test_heads_must_divide(tmp_path):
