@@ -138,7 +138,8 @@ def _solve(teacher: ModelMixin, graft: Graft, stream: Stream, chosen: list[Site]
 
 def _chosen(graft: Graft, config: DistillConfig) -> list[Site]:
     """The sites to train, in forward order. Raises `TrainingError` for keys that name none of the graft's."""
-    edited = Sites(edit.site for edit in graft.plan.edits)
+    if not (edited := Sites(edit.site for edit in graft.plan.edits)):
+        raise TrainingError("This graft replaces nothing, so there is nothing to teach: make a plan with an edit.")
     if config.sites is None:
         return list(edited)
     keys = [config.sites] if isinstance(config.sites, str) else config.sites
@@ -155,5 +156,8 @@ def _by_site(graft: Graft, setting: Any, usual: Any) -> dict[str, Any]:
         return {edit.site.path: setting for edit in graft.plan.edits}
     values = {edit.site.path: usual for edit in graft.plan.edits}
     for key, value in setting.items():
-        values |= {site.path: value for site in select(graft.sites, key) if site.path in values}
+        if not (named := {site.path: value for site in select(graft.sites, key) if site.path in values}):
+            there = ", ".join(edit.site.address for edit in graft.plan.edits)
+            raise TrainingError(f"{key!r} names none of the graft's sites: it has {there}.")
+        values |= named
     return values

@@ -109,12 +109,13 @@ def finetune(
     """
     config = config or FinetuneConfig()
     graft = _checked(model, config)
-    noising, losses = Noising.told(config, noise_scheduler, null_prompt), []
+    noising, stream, losses = Noising.told(config, noise_scheduler, null_prompt), Stream(batches), []
+    noising.require_usable(model, stream.peek())
     with _trainable(model, graft, config, losses, resume), spread(model, graft.sites, trained=True) as trained:
         weights = {"output": config.distill_output, "features": config.distill_features}
         teacher = Teacher(trained, **weights, apart=ungrafted(model, graft.sites) if any(weights.values()) else None)
         settling = Settling(trained, teacher, config, noising, losses)
-        facts = settling.run(Stream(batches), output_dir=output_dir, resume=resume, callbacks=callbacks)
+        facts = settling.run(stream, output_dir=output_dir, resume=resume, callbacks=callbacks)
     graft.history.append({"stage": "two", **config.to_dict(), **facts, "first_loss": losses[0], "last_loss": tail(losses)})
     return losses
 

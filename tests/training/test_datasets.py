@@ -174,13 +174,17 @@ SAMPLE, LABELS = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
     ({"sample": SAMPLE, "class_labels": LABELS, "prompt": "a"}, "does not take prompt"), ({"sample": SAMPLE}, "needs class_labels"),
     ({"timestep": LABELS, "class_labels": LABELS}, "needs hidden_states"),
 ])  # fmt: skip
-def test_batches_that_do_not_fit_the_model(batch, words):
+def test_batches_that_do_not_fit_the_model(batch, words, tmp_path):
     model = tiny_dit()
     graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[2]": "hyena_x"}))
     before = tensors_of(model)
     with pytest.raises(TrainingError, match=words):
         dg.distill(model, graft, [batch], dg.DistillConfig(steps=1, progress=False), noise_scheduler=SCHEDULER)
     assert same_tensors(model, before)
+    model.set_graft(graft)
+    with pytest.raises(TrainingError, match=words):
+        dg.finetune(model, [batch], dg.FinetuneConfig(steps=1, progress=False), noise_scheduler=SCHEDULER, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # neither begun nor are checkpoints of another run dropped
 
 
 def test_a_null_prompt_takes_the_place_of_what_is_there():

@@ -341,6 +341,16 @@ def test_impossible_numbers_are_refused(settings):
         dg.DistillConfig(**settings)
 
 
+def test_settings_by_site_and_grafts_have_sites():
+    with pytest.raises(TrainingError, match=r"'feed_forward\[0\]' names none of the graft's sites: it has self_attention\[0\]"):
+        teach({"self_attention[0]": HYENA}, loss={"feed_forward[0]": "l1"})
+    model = tiny_dit()
+    graft = dg.build_graft(model, dg.GraftPlan(type(model).__name__, ()))
+    assert str(graft) == ""
+    with pytest.raises(TrainingError, match="replaces nothing"):
+        dg.distill(model, graft, batches(), dg.DistillConfig(steps=1, progress=False), noise_scheduler=SCHEDULER)
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(TrainingError, match="does not take these settings"):
         teach({"self_attention[0]": HYENA}, optimizer_args={"betas": (0.9,)})
