@@ -48,13 +48,14 @@ def evaluate(
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
         metrics: callables from the model to named values, such as `testbed.SampleQuality()`.
 
-    Raises `TrainingError` for batches without a target, or none at all.
+    Raises `TrainingError` for batches that do not fit the model, or without a target, or none at all.
     """
     generator = torch.Generator().manual_seed(seed)
     noising = Noising(scheduler=noise_scheduler, timesteps="uniform", drop_labels=False)
     total, samples = 0.0, 0
     with evaluating(model):
         for batch in tqdm(batches, desc="evaluating", unit="batch", disable=not progress):
+            noising.require_usable(model, batch)
             noised = noising(model, batch, generator)
             if noised.target is None:
                 raise TrainingError('Nothing to compare with: batches need a "sample" to noise, or a "target".')

@@ -67,6 +67,8 @@ class TrainingConfig:
         one_of("schedule", self.schedule, [kind.value for kind in SchedulerType])
         one_of("optimizer", self.optimizer, optimizers())
         counts = (self.steps, self.accumulate, self.save_every, self.keep, self.log_every)
+        if not all(isinstance(value, int | float) for value in (self.lr, self.max_grad_norm, self.prompt_dropout)):
+            raise TrainingError(f"A learning rate, a norm and a rate are numbers; got {self}.")
         if not all(isinstance(count, int) for count in (*counts, self.warmup)) or self.warmup < 0:
             raise TrainingError(f"Steps are counted in whole numbers, those of the warm-up from zero; got {self}.")
         if not (min(counts) >= 1 and self.lr > 0):

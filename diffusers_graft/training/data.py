@@ -71,7 +71,8 @@ class Noising:
         choices = ("auto", "uniform", "logit_normal")
         if self.timesteps not in choices:
             raise UnknownNameError("way to draw timesteps", self.timesteps, choices)
-        if not all(isinstance(null, torch.Tensor) for null in (self.null_prompt or {}).values()):
+        nulls = {} if self.null_prompt is None else self.null_prompt
+        if not (isinstance(nulls, Mapping) and all(isinstance(null, torch.Tensor) for null in nulls.values())):
             raise TrainingError(f"A null prompt is a dict of tensors, one sample of each; got {self.null_prompt!r}.")
 
     @classmethod
@@ -101,8 +102,8 @@ class Noising:
     def require_usable(self, model: ModelMixin, batch: Batch) -> None:
         """Raise `TrainingError` for a batch that the model could not be called with, once it is noised."""
         self._require_fit(model, batch)
-        if _label_embedding(model) is not None and "class_labels" not in batch:
-            raise TrainingError(f"The batch does not fit {type(model).__name__}: it needs class_labels.")
+        if _label_embedding(model) is not None and not isinstance(batch.get("class_labels"), torch.Tensor):
+            raise TrainingError(f"The batch does not fit {type(model).__name__}: it needs class_labels, a tensor.")
 
     def _require_fit(self, model: ModelMixin, batch: Batch) -> None:
         if not isinstance(batch, Mapping):
@@ -114,10 +115,8 @@ class Noising:
                 "the model's pipeline."
             )
         given = {*batch} - {"sample"} | {noisy, "timestep"} if clean else {*batch} - {"target"}
-        lacking, unknown = _misfit(model, given)
-        if lacking or unknown:
-            words = [f"it {verb} {', '.join(sorted(map(str, names)))}" for verb, names in
-                     (("needs", lacking), ("does not take", unknown)) if names]  # fmt: skip
+        misfits = zip(("needs", "does not take"), _misfit(model, given), strict=True)
+        if words := [f"it {verb} {', '.join(sorted(map(str, names)))}" for verb, names in misfits if names]:
             raise TrainingError(f"The batch does not fit {type(model).__name__}: {'; '.join(words)}.")
         for name in ("sample", *(self.null_prompt or ())) if clean else (noisy,):
             if not isinstance(batch.get(name), torch.Tensor if clean else torch.Tensor | list):

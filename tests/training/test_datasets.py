@@ -172,6 +172,7 @@ SAMPLE, LABELS = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
 @pytest.mark.parametrize(("batch", "words"), [
     ([SAMPLE, LABELS], "got list"), (None, "got NoneType"), ({"sample": SAMPLE.numpy(), "class_labels": LABELS}, "got ndarray"),
     ({"sample": SAMPLE, "class_labels": LABELS, "prompt": "a"}, "does not take prompt"), ({"sample": SAMPLE}, "needs class_labels"),
+    ({"sample": SAMPLE, "class_labels": None}, "needs class_labels, a tensor"),
     ({"timestep": LABELS, "class_labels": LABELS}, "needs hidden_states"),
 ])  # fmt: skip
 def test_batches_that_do_not_fit_the_model(batch, words, tmp_path):
@@ -180,6 +181,8 @@ def test_batches_that_do_not_fit_the_model(batch, words, tmp_path):
     before = tensors_of(model)
     with pytest.raises(TrainingError, match=words):
         dg.distill(model, graft, [batch], dg.DistillConfig(steps=1, progress=False), noise_scheduler=SCHEDULER)
+    with pytest.raises(TrainingError, match=words):
+        dg.evaluate(model, [batch], noise_scheduler=SCHEDULER)
     assert same_tensors(model, before)
     model.set_graft(graft)
     with pytest.raises(TrainingError, match=words):
@@ -190,7 +193,7 @@ def test_batches_that_do_not_fit_the_model(batch, words, tmp_path):
 def test_a_null_prompt_takes_the_place_of_what_is_there():
     model = tiny_dit()
     graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[2]": "hyena_x"}))
-    for null, words in (({"prompt": SAMPLE}, "prompt of a batch is a tensor"), ({"class_labels": 3}, "dict of tensors")):
+    for null, words in (({"prompt": SAMPLE}, "prompt of a batch is a tensor"), ({"class_labels": 3}, "dict of tensors"), ([1], "dict of tensors")):
         with pytest.raises(TrainingError, match=words):
             dg.distill(model, graft, batches(), dg.DistillConfig(steps=1, progress=False), noise_scheduler=SCHEDULER, null_prompt=null)
 

@@ -332,7 +332,7 @@ def test_unknown_settings_are_refused_with_what_there_is(settings):
 
 
 @pytest.mark.parametrize("settings", [
-    {"steps": 2.5}, {"warmup": -5}, {"max_grad_norm": -1.0}, {"max_grad_norm": float("nan")}, {"prompt_dropout": 7},
+    {"steps": 2.5}, {"lr": "1e-4"}, {"warmup": -5}, {"max_grad_norm": -1.0}, {"max_grad_norm": float("nan")}, {"prompt_dropout": 7},
     {"lr": float("nan")}, {"schedule": "piecewise_constant"}, {"schedule_args": {"typo": 1}},
     {"schedule": "polynomial", "lr": 1e-8},
 ], ids=str)  # fmt: skip
