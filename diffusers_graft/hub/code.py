@@ -14,7 +14,7 @@ from .. import operators
 from ..errors import FileError
 from ..operators import Operator
 from ..plan import GraftPlan
-from .folders import inside
+from .folders import inside, settle
 
 _HASH = "_graft_source_sha256"
 
@@ -40,6 +40,7 @@ def unnamed_sources(folder: Path, besides: str, also: str = "") -> list[str]:
         besides: the file of the description that is about to be replaced.
         also: text of descriptions in it that stay.
     """
+    settle(folder)
     paths = [folder / "config.json", *folder.glob("graft_config*.json")]
     told = [path.read_text(encoding="utf-8", errors="replace") for path in paths if path.name != besides and path.is_file()]
     return [path.name for path in folder.glob("graft_operator_*.py") if not any(path.name in text for text in (also, *told))]

@@ -26,7 +26,7 @@ from .compress import restore
 from .describing import describe, describe_base
 from .description import KEY, is_adapter, names, read_description, read_plan, to_text
 from .files import checksum, digest, fingerprint, require_finite, write_tensors, write_text
-from .folders import local_folder, replacing, settle
+from .folders import local_folder, replacing
 from .proof import prove, replay
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,6 @@ def save_graft(
     config |= {"compressed": told, "code": describe_code(code)}
     proof, text = proof or prove(model), to_text(config)
     config_name, weights_name, proof_name = names(variant)
-    settle(folder)
     stale = ["adapter_config.json", "adapter_model.safetensors", *unnamed_sources(folder, config_name)]
     with replacing(folder, stale=stale) as stage:
         for name, source in code.items():
