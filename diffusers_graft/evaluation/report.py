@@ -84,18 +84,20 @@ def _draw_loss(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_rows(path: Path, measures: dict[str, dict[str, Sequence[float]]], *, logarithmic: Collection[str] = ()) -> None:
-    """A panel for each measure, lower being better: a bar for each row's mean, dots for its seeds."""
+    """A panel for each measure, lower being better: a dot for each seed of a row."""
     rows = list(next(iter(measures.values())))
     figure = _figure("Drawing rows", 10, 0.6 + 0.4 * len(rows))
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axis, (title, values) in zip(panels, measures.items(), strict=True):
-        axis.barh(rows, [sum(values[row]) / len(values[row]) for row in rows], color="#4878a8", alpha=0.75)
         for row in rows:
-            axis.plot(values[row], [row] * len(values[row]), ".", color="#333333", markersize=4)
-        axis.set_title(title)
+            axis.plot(values[row], [row] * len(values[row]), "o", color="#4878a8", markersize=5, alpha=0.75)
+        axis.set(title=title, xlabel="lower is better; a dot is a seed")
         if title in logarithmic:
-            axis.set(title=f"{title} (logarithmic)", xscale="log", xlim=(1, None))
+            axis.set(title=f"{title} (logarithmic)", xscale="log")
             axis.xaxis.set_major_formatter("{x:g}")
+        else:
+            axis.set_xlim(0, None)
+        axis.grid(axis="y", linewidth=0.5, alpha=0.5)
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     figure.savefig(path, dpi=150)

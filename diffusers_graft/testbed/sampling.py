@@ -119,7 +119,8 @@ def save_sample_grid(path: Path, panels: Mapping[str, torch.Tensor], *, columns:
         raise MissingDependencyError("Drawing samples", "matplotlib", extra="eval") from error
     first = next(iter(panels.values()))
     rows = -(-len(first) // columns)
-    figure = Figure(figsize=(0.42 * columns * len(panels) + 0.3, 0.42 * rows + 0.45), layout="constrained")
+    figure = Figure(figsize=(0.42 * columns * len(panels) + 0.8, 0.42 * rows + 0.45), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.08)  # letters of neighbouring panels stay apart
     for axis, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         axis.imshow(_tiled(images, columns), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_title(title, fontsize=10)

@@ -100,3 +100,13 @@ def test_the_quality_bar_of_the_shipped_model():
     scores = sampling.SampleQuality(count=1000, steps=20)(testbed.load())
     assert scores["frechet_distance"] <= 8 * floor
     assert scores["accuracy"] >= 0.93
+
+
+def test_panels_of_samples_stay_apart(tmp_path):
+    from matplotlib.image import imread
+
+    black = torch.ones(10, 1, 16, 16)
+    sampling.save_sample_grid(tmp_path / "samples.png", {"one": black, "other": black})
+    line = imread(tmp_path / "samples.png")[-40, :, 0]
+    gap = (line[len(line) // 4 : -len(line) // 4] > 0.9).sum()
+    assert gap > 20
