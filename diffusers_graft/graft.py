@@ -104,6 +104,7 @@ class Graft:
     standalone: bool = False
 
     def operators(self) -> dict[str, Operator]:
+        """The new parts by the path they stand at, in forward order."""
         return {edit.site.path: self.seats[edit.site.path].graft for edit in self.plan.edits}
 
     def own_tensors(self, model: ModelMixin) -> dict[str, torch.Tensor]:

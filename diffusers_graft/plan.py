@@ -51,6 +51,7 @@ class GraftPlan:
     edits: tuple[Edit, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` reads it back."""
         edits = [{"site": edit.site.to_dict(), **edit.config.to_dict()} for edit in self.edits]
         return {"format": FORMAT, "model_class": self.model_class, "edits": edits}
 

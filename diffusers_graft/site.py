@@ -66,10 +66,12 @@ class Site:
         return self.heads * self.head_width
 
     def to_dict(self) -> dict:
+        """What is known of the site, JSON-able; `from_dict` reads it back."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_dict(cls, data: dict) -> Site:
+        """Raises `FileError` for entries that a site does not have."""
         if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
             raise FileError(f"A site has the unknown entries {unknown}; it was written by a newer diffusers-graft.")
         return cls(**data)
@@ -122,6 +124,7 @@ class Grid:
 
     @property
     def tokens(self) -> int:
+        """How many there are."""
         return self.frames * self.height * self.width
 
     def place_of(self, token: int) -> tuple[int, ...]:

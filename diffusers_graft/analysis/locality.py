@@ -83,7 +83,7 @@ def locality(
     """Measure every self-attention of an ungrafted model.
 
     Args:
-        batches: see `training.data`; a few hundred samples suffice.
+        batches: see `diffusers_graft.training.data`; a few hundred samples suffice.
         band: half-width k of the raster band; the paper's figure uses 32 of 256 tokens.
         kernel: side of the window on the grid, odd.
 

@@ -47,6 +47,7 @@ def evaluate(
             `seed` alone, so models measured on the same batches are compared on the same draw.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
         metrics: callables from the model to named values, such as `testbed.SampleQuality()`.
+        progress: show a bar.
 
     Raises `TrainingError` for batches that do not fit the model, or without a target, or none at all.
     """

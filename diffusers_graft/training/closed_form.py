@@ -38,7 +38,7 @@ class ClosedFormConfig:
         ridge: pull towards the present weights, as a share of the mean square of a feature.
         energy: first look which of the original's neurons are active, and start the narrower parts anew from those. Only
             parts that start warm and that nothing has trained yet.
-        timesteps, seed: of the noise, see `Noising`.
+        timesteps, seed: of the noise, see `diffusers_graft.training.data.Noising`.
         progress: show a bar.
     """
 
@@ -170,7 +170,7 @@ def closed_form(
     Args:
         model: the model the graft was built beside; intact, not grafted. It is not changed.
         graft: from `build_graft`; changed in place.
-        batches: see `training.data`: dicts with a clean `sample` and conditioning, or complete model arguments.
+        batches: see `diffusers_graft.training.data`: dicts with a clean `sample` and conditioning, or complete model arguments.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
         paths: of the sites to solve; all of the graft's unless given.
 

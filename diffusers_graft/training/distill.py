@@ -33,7 +33,7 @@ MODES = ("parallel", "sequential")
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(TrainingConfig):
-    """Settings of stage one, beside those of both stages.
+    """Settings of stage one, beside those of both stages (`diffusers_graft.training.config.TrainingConfig`).
 
     Attributes:
         loss: `"auto"` (the paper's choice: `l1` for attention, `l2` for feed-forwards), `l1`, `l2`, `huber` or `relative_l2`;
@@ -92,13 +92,13 @@ def distill(
     Args:
         model: the model the graft was built beside; intact, not grafted. It is not changed.
         graft: from `build_graft`; trained in place.
-        batches: see `training.data`: dicts with a clean `sample` and conditioning, or complete model arguments.
+        batches: see `diffusers_graft.training.data`: dicts with a clean `sample` and conditioning, or complete model arguments.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
         held_out: batches that are never trained on; by their error the best weights are chosen.
         null_prompt: conditioning of no prompt, one sample of each; prompts are dropped where it is given.
         output_dir: for `training.jsonl` and checkpoints; nothing is written without it.
         resume: continue from the last checkpoint there, exactly; start where there is none.
-        callbacks: see `Run`.
+        callbacks: see `diffusers_graft.training.run.Run`.
 
     Returns a report for every site that was trained, by address. Launched with `--use_fsdp --fsdp_version 2`, the weights of
     the model are spread over processes (see `training.sharding`), and every process holds the new parts whole.

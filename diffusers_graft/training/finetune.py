@@ -33,7 +33,9 @@ TRAINABLE = ("operators", "operators+lora", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig):
-    """Settings of stage two, beside those of both stages. The paper: learning rate 1e-4 after 1,000 steps of warm-up.
+    """Settings of stage two, beside those of both stages (`diffusers_graft.training.config.TrainingConfig`).
+
+    The paper: learning rate 1e-4 after 1,000 steps of warm-up.
 
     Attributes:
         train: `"operators"` (the new parts), `"operators+lora"` (LoRA on the rest of the model beside them), or `"all"`
@@ -42,7 +44,7 @@ class FinetuneConfig(TrainingConfig):
         lora: settings of LoRA; rank 64 on every linear layer of the blocks, as the paper's text-to-image run, unless given.
             LoRA layers learn beside whatever else `train` names.
         ema_decay: exponential moving average whose weights are kept at the end; 0 keeps the last ones.
-        variance: of models that predict variances as well: `"auto"`, `"vb"` or `"ignore"`, see `objective`.
+        variance: of models that predict it: `"auto"`, `"vb"` or `"ignore"`, see `diffusers_graft.training.objective`.
         min_snr: gamma of min-SNR weighting, 5 is usual; None weights all noise levels alike.
         distill_output: weight of the distance to the ungrafted model's prediction; costs its forward at every step.
         distill_features: weight of the distance to the ungrafted model's block outputs, massive activations left out; costs
@@ -91,13 +93,13 @@ def finetune(
     Args:
         model: with its graft installed. `unset_graft` afterwards still gives the original bit for bit: where shared weights
             are trained (`train="all"`), their untrained values are kept beside the graft.
-        batches: see `training.data`: dicts with a clean `sample` and conditioning, or model arguments with a `target`.
+        batches: see `diffusers_graft.training.data`: a clean `sample` and conditioning, or model arguments with a `target`.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
         null_prompt: conditioning of no prompt, one sample of each; prompts are dropped where it is given.
         output_dir: for `training.jsonl` and checkpoints; nothing is written without it.
         resume: continue from the last checkpoint there, exactly, on a model prepared as the first time; start where there is
             none.
-        callbacks: see `Run`.
+        callbacks: see `diffusers_graft.training.run.Run`.
 
     Launched with `--use_fsdp --fsdp_version 2`, weights are spread over processes (see `training.sharding`): leave the model in
     the host's memory then, where it stays whole. Returns the loss of every step.

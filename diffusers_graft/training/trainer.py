@@ -63,7 +63,7 @@ class GraftTrainer:
             and other iterables of batches of them. By the error on the evaluation data, stage one chooses weights.
         noise_scheduler: of the model's pipeline.
         null_prompt: conditioning of no prompt; prompts are dropped where it is given.
-        callbacks: objects with methods of `transformers.TrainerCallback`, see `Run`.
+        callbacks: objects with methods of `transformers.TrainerCallback`, see `diffusers_graft.training.run.Run`.
         args: settings.
     """
 
