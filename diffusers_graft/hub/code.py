@@ -33,16 +33,16 @@ def describe_code(files: dict[str, str]) -> dict[str, dict[str, str]]:
     }
 
 
-def unnamed_sources(folder: Path, besides: str, also: str = "") -> list[str]:
+def unnamed_sources(folder: Path, *besides: str, also: str = "") -> list[str]:
     """Operators' source in a folder that no description there names.
 
     Args:
-        besides: the file of the description that is about to be replaced.
+        besides: files of descriptions that are about to be replaced.
         also: text of descriptions in it that stay.
     """
     settle(folder)
     paths = [folder / "config.json", *folder.glob("graft_config*.json")]
-    told = [path.read_text(encoding="utf-8", errors="replace") for path in paths if path.name != besides and path.is_file()]
+    told = [path.read_text(encoding="utf-8", errors="replace") for path in paths if path.name not in besides and path.is_file()]
     return [path.name for path in folder.glob("graft_operator_*.py") if not any(path.name in text for text in (also, *told))]
 
 

@@ -32,6 +32,12 @@ def names(variant: str | None = None) -> tuple[str, str, str]:
 
 
 CONFIG, WEIGHTS, PROOF = names()
+ALL_WEIGHTS = "graft_model*.safetensors"  # of all variants
+
+
+def holds_graft(folder: Path) -> bool:
+    """Whether `save_graft` wrote there, any variant."""
+    return any(folder.glob(ALL_WEIGHTS))
 
 
 def described(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,20 +2,21 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
 
 from ..errors import FileError
 from .asking import HUB_ERRORS, explained
-from .description import WEIGHTS
+from .description import ALL_WEIGHTS, CONFIG, WEIGHTS
 from .folders import settle
 from .full import STEM, weight_files
 from .self_contained import FILE
 from .store import read_graft
 
 _SHOWN = ["README.md", "training.png", "samples.png", "locality.png"]
-_GRAFT = ["graft_config*.json", "graft_model*.safetensors", "graft_proof*.safetensors", "graft_operator_*.py",
+_GRAFT = ["graft_config*.json", ALL_WEIGHTS, "graft_proof*.safetensors", "graft_operator_*.py",
           "adapter_config.json", "adapter_model.safetensors", *_SHOWN]  # fmt: skip
 _WHOLE = ["config.json", f"{STEM}*.json", f"{STEM}*.safetensors", FILE, "graft_operator_*.py", *_SHOWN]
 
@@ -44,7 +45,15 @@ def push_whole(folder: Path, repo_id: str, *, variant: str | None = None, **hub_
 
     Raises `FileError` where the Hub refuses.
     """
-    return _push(folder, repo_id, _WHOLE, stale=weight_files(variant), **hub_arguments)
+    files = _WHOLE if _has_graft(repo_id, hub_arguments.get("token")) else [*_WHOLE, CONFIG]
+    return _push(folder, repo_id, files, stale=weight_files(variant), **hub_arguments)
+
+
+def _has_graft(repo_id: str, token: str | bool | None) -> bool:
+    """Whether a repository holds a graft of its own, beside a whole model or without one."""
+    with contextlib.suppress(*HUB_ERRORS):
+        return any(fnmatch.fnmatch(name, ALL_WEIGHTS) for name in HfApi(token=token).list_repo_files(repo_id))
+    return False
 
 
 def fetch_config(repo_id: str, folder: str, token: str | bool | None) -> None:

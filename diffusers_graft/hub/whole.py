@@ -14,7 +14,7 @@ from .adapters import adapter_tensors
 from .cards import write_card
 from .code import describe_code, sources, unnamed_sources
 from .describing import describe_whole
-from .description import MARK, described, is_adapter, to_text
+from .description import CONFIG, MARK, described, holds_graft, is_adapter, to_text
 from .files import checksum, read_json, require_finite, write_text
 from .folders import replacing, settle
 from .full import AUTO, config_digest, weight_files
@@ -48,7 +48,8 @@ def save_whole(
     there = _config_in(folder)
     others = _others(there, variant)
     auto = {AUTO: AUTO_MAP} if self_contained or (others and AUTO in there) else {}
-    stale = [*weight_files(variant), *([] if auto else [FILE]), *unnamed_sources(folder, "config.json", to_text(others))]
+    files = ["config.json"] if holds_graft(folder) else ["config.json", CONFIG]  # a graft there describes itself in the other
+    stale = [*weight_files(variant), *([] if auto else [FILE]), *unnamed_sources(folder, *files, also=to_text(others))]
     code |= {FILE: library_file(graft.plan)} if self_contained else {}
     with replacing(folder, stale=stale) as stage:
         _write_weights(original, model, weights, stage, variant=variant, **kwargs)
@@ -57,7 +58,8 @@ def save_whole(
         description["model"] = config_digest(config)
         config |= {MARK: {**others, variant or "": description}, **auto}
         write_text(stage / "config.json", to_text(config) + "\n")
-        for name, text in code.items():
+        shown = {CONFIG: to_text(description)} if CONFIG in files else {}  # for people and tools; config.json is what is read
+        for name, text in {**code, **shown}.items():
             write_text(stage / name, text)
         write_card(stage, folder, model, graft, description, whole=True)
 

@@ -232,11 +232,25 @@ def test_whole_models(hub, tmp_path):
     expected = predict(model)
     model.push_to_hub("owner/whole", **TOKEN)
     files = hub.repos["owner/whole"].commits[hub.repos["owner/whole"].refs["main"]]
-    assert {"config.json", "diffusion_pytorch_model.safetensors", "README.md"} <= set(files)
+    assert {"config.json", "graft_config.json", "diffusion_pytorch_model.safetensors", "README.md"} <= set(files)
     assert b"hyena_x" in files["README.md"]
     for loaded in (dg.load_pretrained("owner/whole", **cached(tmp_path)),
                    DiTTransformer2DModel.from_pretrained("owner/whole", **cached(tmp_path))):  # fmt: skip
         assert torch.equal(predict(loaded), expected)
+
+
+@only_regular
+@pytest.mark.parametrize("order", [("whole", "graft"), ("graft", "whole")], ids=" then ".join)
+def test_a_graft_and_a_whole_model_in_one_repository(hub, order, graft, tmp_path):
+    folder, expected = graft
+    model = tiny_dit()
+    model.set_graft(RULES)
+    for kind in order:
+        push_graft(folder, "owner/both", **TOKEN) if kind == "graft" else model.push_to_hub("owner/both", **TOKEN)
+    loaded = tiny_dit()
+    loaded.load_graft("owner/both", **cached(tmp_path))
+    assert torch.equal(predict(loaded), expected)
+    assert torch.equal(predict(dg.load_pretrained("owner/both", **cached(tmp_path))), predict(model))
 
 
 @only_regular

@@ -1,4 +1,5 @@
 """Saved and loaded, whole or refused."""
+import json
 import os
 import subprocess
 import sys
@@ -312,6 +313,8 @@ def test_whole_models(tmp_path):
         assert torch.equal(predict(loaded), expected)
         with pytest.raises(StateError, match="loaded whole"):
             loaded.unset_graft()
+    told = json.loads((tmp_path / "graft_config.json").read_text())  # for those who look
+    assert told == json.loads((tmp_path / "config.json").read_text())["_graft"][""]
     names = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     assert not [name for name in names if name.startswith("transformer_blocks.0.ff.net")]  # no dead weights
 
