@@ -53,15 +53,21 @@ def save_whole(
     code |= {FILE: library_file(graft.plan)} if self_contained else {}
     with replacing(folder, stale=stale) as stage:
         _write_weights(original, model, weights, stage, variant=variant, **kwargs)
-        config = read_json(stage / "config.json")
-        config.pop("_name_or_path", None)  # it may be a path of this machine; the description names the base
-        description["model"] = config_digest(config)
-        config |= {MARK: {**others, variant or "": description}, **auto}
-        write_text(stage / "config.json", to_text(config) + "\n")
+        _describe_in_config(stage, others, variant or "", description, auto)
         shown = {CONFIG: to_text(description)} if CONFIG in files else {}  # for people and tools; config.json is what is read
         for name, text in {**code, **shown}.items():
             write_text(stage / name, text)
         write_card(stage, folder, model, graft, description, whole=True)
+
+
+def _describe_in_config(
+    stage: Path, others: dict[str, Any], name: str, description: dict[str, Any], auto: dict[str, Any]
+) -> None:
+    """Put the description of a variant beside the others' into the `config.json` that diffusers wrote."""
+    config = read_json(stage / "config.json")
+    config.pop("_name_or_path", None)  # it may be a path of this machine; the description names the base
+    description["model"] = config_digest(config)
+    write_text(stage / "config.json", to_text(config | {MARK: {**others, name: description}, **auto}) + "\n")
 
 
 def _config_in(folder: Path) -> dict[str, Any]:
