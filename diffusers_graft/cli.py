@@ -70,7 +70,7 @@ def run_bench_operators(arguments: argparse.Namespace) -> None:
     """Every operator by itself on CPU: time against softmax, share of a free mixer's speed-up, memory."""
     from .bench.operators import bench_operators
 
-    bench_operators(arguments.output, rounds=arguments.rounds, say=say)
+    bench_operators(arguments.output, rounds=arguments.rounds, only=arguments.only, say=say)
 
 
 def run_bench_pixart(arguments: argparse.Namespace) -> None:
@@ -160,6 +160,8 @@ def _add_benchmarks(verbs) -> None:
         verb = verbs.add_parser(f"bench-{name}", help=run.__doc__)
         verb.add_argument("--output", type=Path, help="Markdown file to store the tables in")
         verb.add_argument("--rounds", type=int, default=7, help="measured, of each in turns; 2 or more")
+        if name == "operators":
+            verb.add_argument("--only", default="", help='tables whose titles begin so, as in "Compiled|Image and text"')
         verb.set_defaults(run=run)
 
 

@@ -48,18 +48,20 @@ WIDTH = 72  # of a head, as in PixArt and DiT-XL
 
 
 def bench_operators(
-    output: Path | None, *, rounds: int = 5, side: int = 64, heads: int = 16, say: Callable[[str], None]
+    output: Path | None, *, rounds: int = 5, side: int = 64, heads: int = 16, only: str = "", say: Callable[[str], None]
 ) -> None:
     """Print the tables, and store them where an output is named.
 
     Args:
         side: of the grid of the first table; the second has four times the tokens, on two heads.
         heads: of the model.
+        only: text that the titles of the tables to measure begin with; several, with a bar between them.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        parts = list(_parts(rounds, side, heads))
+        chosen = [part for part in _parts(rounds, side, heads) if part[0].startswith(tuple(only.split("|")))]
+        parts = [(title, measured()) for title, measured in chosen]
     finally:
         torch.set_num_threads(threads)
     text = "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in parts)
@@ -67,9 +69,10 @@ def bench_operators(
              "rounds in turns,\neach of one round; so is ms, on its own. FLOPs is the ratio of operations: what the time would "
              "be at the\nbaseline's density.")  # fmt: skip
     say(text)
+    command = f"diffusers-graft bench-operators --only {only!r}" if only else "make bench-operators"
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(f"# Operators on a CPU\n\n`make bench-operators`\n\n```\n{text}\n```\n", encoding="utf-8")
+        output.write_text(f"# Operators on a CPU\n\n`{command}`\n\n```\n{text}\n```\n", encoding="utf-8")
 
 
 def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], None]) -> None:
@@ -113,25 +116,28 @@ def _loaded() -> tuple[list[type[Operator]], list[str]]:
     return owners, refusals
 
 
-def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, list[list[str]]]]:
-    """Titles and rows of the tables."""
+def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, Callable[[], list[list[str]]]]]:
+    """Titles of the tables, and what measures their rows."""
     half, near, far = (Grid(height=side * n // 2, width=side * n // 2) for n in (1, 2, 4))
-    mixers = [*MIXERS, *COMPILED]
-    forward = [(name, target) for name, target, _ in mixers]
-    training = [(name, target) for name, _, target in mixers]
     whole, plain = ([(name, None) for name in names] for names in (WHOLE, FEED_FORWARDS))
-    yield f"Mixers / softmax, forward, {near.tokens} tokens, {heads} heads", _ratios(forward, near, heads, rounds)
-    less = max(3, rounds // 2)
-    yield f"Mixers / softmax, forward + backward, {far.tokens} tokens, 2 heads", _ratios(training, far, 2, less, backward=True)
-    yield f"Whole attentions / softmax with its projections, forward, {near.tokens} tokens", _ratios(whole, near, heads, rounds)
-    yield f"Scans of mamba2 / softmax, forward, {near.tokens} tokens, {heads} heads", _scans(0.17, near, heads, rounds)
+    less, few = max(3, rounds // 2), math.ceil(heads / 4)
+    for kind, mixers in {"Mixers": MIXERS, "Compiled mixers": COMPILED}.items():
+        forward, training = ([(name, targets[way]) for name, *targets in mixers] for way in (0, 1))
+        yield f"{kind} / softmax, forward, {near.tokens} tokens, {heads} heads", partial(_ratios, forward, near, heads, rounds)
+        title = f"{kind} / softmax, forward + backward, {far.tokens} tokens, 2 heads"
+        yield title, partial(_ratios, training, far, 2, less, backward=True)
+    title = f"Whole attentions / softmax with its projections, forward, {near.tokens} tokens"
+    yield title, partial(_ratios, whole, near, heads, rounds)
+    title = f"Scans of mamba2 / softmax, forward, {near.tokens} tokens, {heads} heads"
+    yield title, partial(_scans, 0.17, near, heads, rounds)
     title = f"Scans of mamba2 / softmax, forward + backward, {far.tokens} tokens, 2 heads"
-    yield title, _scans(0.03, far, 2, less, backward=True)
-    yield f"Feed-forwards / mlp of r = 4, forward, {half.tokens} tokens", _ratios(plain, half, heads, rounds)
-    yield f"A PixArt block, all self-attention replaced, {near.tokens} tokens", _in_a_block(2 * side, heads, rounds)
-    title = f"Image and text in one attention / softmax of all, {near.tokens} + {TEXT} tokens, {math.ceil(heads / 4)} heads"
-    yield title, _with_text(near, math.ceil(heads / 4), rounds)
-    yield "Peak memory above the inputs, MiB, 2 heads, forward + backward", _memory((half, near, far))
+    yield title, partial(_scans, 0.03, far, 2, less, backward=True)
+    yield f"Feed-forwards / mlp of r = 4, forward, {half.tokens} tokens", partial(_ratios, plain, half, heads, rounds)
+    title = f"A PixArt block, all self-attention replaced, {near.tokens} tokens"
+    yield title, partial(_in_a_block, 2 * side, heads, rounds)
+    title = f"Image and text in one attention / softmax of all, {near.tokens} + {TEXT} tokens, {few} heads"
+    yield title, partial(_with_text, near, few, rounds)
+    yield "Peak memory above the inputs, MiB, 2 heads, forward + backward", partial(_memory, (half, near, far))
 
 
 def _configs(names: Iterable[str]) -> list[OperatorConfig]:
