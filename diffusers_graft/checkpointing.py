@@ -38,7 +38,7 @@ class _Remembering:
 
 
 def remember_contexts(model: ModelMixin, slot: ContextSlot) -> None:
-    """See that blocks which run again are told what they were told first. Cheap: called before every forward."""
+    """See that blocks which run again are told what they were told first. Called before every forward with gradients."""
     for module in model.modules():
         function = vars(module).get(_NAME)
         if function is not None and not isinstance(function, _Remembering):

@@ -87,10 +87,12 @@ class WithBackends(Operator):
     def in_torch(self, *inputs_and_context: Any) -> torch.Tensor:
         raise OperatorError(f"{self.name} has no way in plain torch: define in_torch.")
 
-    def forward(self, *inputs_and_context: Any) -> torch.Tensor:
-        if backend := self.backend_for(*inputs_and_context[:-1]):
-            return backend.run(self, *inputs_and_context)
-        return self.in_torch(*inputs_and_context)
+    def forward(self, *inputs: Any, context: Context | None = None) -> torch.Tensor:
+        if context is None:  # it comes last, by name or not
+            *inputs, context = inputs
+        if backend := self.backend_for(*inputs):
+            return backend.run(self, *inputs, context)
+        return self.in_torch(*inputs, context)
 
     def backend_for(self, *inputs: torch.Tensor) -> Backend | None:
         """The backend of this forward; None means plain torch. Raises `OperatorError` where the one asked for cannot run."""

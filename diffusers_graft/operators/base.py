@@ -57,9 +57,6 @@ class OperatorConfig:
         return f"{self.owner.name}({', '.join([*settings, *start])})"
 
 
-_DECORATOR = "@dataclass(frozen=True, kw_only=True)"
-
-
 @dataclass(frozen=True, kw_only=True)
 class LinearPair:
     """A two-layer feed-forward as an operator sees the one it replaces: `down(activation(up(x)))`.
@@ -147,7 +144,8 @@ class Operator(nn.Module):
         settings = {field.name for field in dataclasses.fields(cls.Config)}
         told = [name for name, kind in inspect.get_annotations(cls.Config).items() if "ClassVar" not in str(kind)]
         if not settings.issuperset(told):
-            raise OperatorError(f"{cls.__name__}.Config has settings that nothing reads: decorate it with {_DECORATOR}.")
+            words = f"{cls.__name__}.Config has settings that nothing reads ({', '.join(told)})"
+            raise OperatorError(f"{words}: decorate it with @dataclass(frozen=True, kw_only=True).")
         cls.Config.owner = cls
 
     def __init__(self, config: OperatorConfig, site: Site):

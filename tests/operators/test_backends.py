@@ -293,6 +293,12 @@ def test_what_torch_compiles_agrees_at_any_size(name):
         torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["sliding_window", "hyena_x", "linear_attention", "ttt"])
+def test_the_context_may_be_named(name):
+    operator, context = dg.operators.get(name).Config().build(SITE), Context(grid=Grid(height=5, width=6))
+    assert torch.equal(operator(*qkv(30), context=context), operator(*qkv(30), context))
+
+
 def test_auto_is_plain_torch_on_a_cpu():
     inputs = qkv(64)
     expected = dg.operators.SlidingWindow.Config().build(SITE)(*inputs, Context())

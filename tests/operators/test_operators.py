@@ -326,7 +326,7 @@ def test_bad_settings_are_refused(spec):
 
 
 def test_settings_that_nothing_would_read_are_refused():
-    with pytest.raises(OperatorError, match="Roll.Config has settings that nothing reads: decorate it"):
+    with pytest.raises(OperatorError, match=r"Roll.Config has settings that nothing reads \(shift\): decorate it"):
 
         class Roll(Mixer):
             class Config(Mixer.Config):
