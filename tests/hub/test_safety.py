@@ -314,7 +314,7 @@ WHOLE_DAMAGE = {
     "layers without end": (in_config("num_layers", 10**9), "asks for 1000000000 layers"),
     "no model of that size": (in_config("attention_head_dim", -8), "describes no model"),
     "config edited": (lambda f: write_mark(f, read_mark(f), num_layers=3), "was edited"),
-    "config lost": (lambda f: (f / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}'), "no graft_config.json"),
+    "config lost": (lambda f: (f / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}'), "was edited"),
     "pickles": (as_pickle, "pickles can run code"),
     "truncated shard": (lambda f: os.truncate(sorted(f.glob("*.safetensors"))[0], 500), "damaged"),
     "setting of another attribute": (setting(path=TIME, attribute="__class__", value=0), "does not fit"),
