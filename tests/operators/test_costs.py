@@ -1,14 +1,16 @@
 """What operators cost: the paper's Table 4, memory that grows as tokens do, and the lists and benchmarks that print it."""
 import ctypes
 import time
+from functools import partial
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from torch._dynamo.testing import CompileCounter
 
 import diffusers_graft as dg
 from diffusers_graft.bench import operators as bench_operators_module
-from diffusers_graft.bench.pixart import CONTENDERS, LAYERS, bench_pixart, pixart_table
+from diffusers_graft.bench.pixart import CONTENDERS, LAYERS, bench_pixart, compiled, pixart_table
 from diffusers_graft.cli import main
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.operator_costs import example_part, example_tensors, operator_costs, peak_memory
@@ -189,10 +191,15 @@ def test_the_pixart_benchmark_needs_a_gpu(tmp_path):
 
 
 def test_the_pixart_table_at_tiny_size():
+    """Blocks of all models are compiled once a kind, the original's and one for each operator; and so is each first block."""
     torch.manual_seed(0)
+    counter = CompileCounter()
     model = PixArtTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=28, sample_size=16, patch_size=2,
                                      in_channels=4, out_channels=8, cross_attention_dim=16, caption_channels=8).eval()  # fmt: skip
-    text = pixart_table(model, LAYERS, softmax=(), rounds=2, make=lambda model: model)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        text = pixart_table(model, LAYERS, softmax=(), rounds=2, make=partial(compiled, backend=counter))
+    assert counter.frame_count == 2 * (1 + len(CONTENDERS))
     lines = text.splitlines()[2:]
     assert [line.split()[3] for line in lines[: 2 * (1 + len(CONTENDERS))] if line.strip()][:1] == ["original"]
     assert sum(line.startswith("14 of 28") for line in lines) == sum(line.startswith("28 of 28") for line in lines) == 5

@@ -1,9 +1,9 @@
-"""Every operator on a GPU: as on the CPU, forward and gradients, in bf16, and compiled. Skipped where there is none."""
+"""Every operator on a GPU: as on the CPU, in bf16, compiled, by every backend; forward and gradients. Skipped without one."""
 import pytest
 import torch
 
 from diffusers_graft.operators import configure
-from diffusers_graft.operators._subject import Subject, gradients, run
+from diffusers_graft.operators._subject import Subject, gradients
 from diffusers_graft.operators.conformance import example_site
 
 from .test_conformance import CASES
@@ -32,27 +32,34 @@ def error(one, other):
     return ((one - other).norm() / other.norm().clamp(min=1e-3)).item()
 
 
+def require_same(found, wanted, tolerance, gradient_tolerance):
+    """Two outputs of `gradients` agree."""
+    (output, found), (expected, wanted) = found, wanted
+    assert error(output, expected) < tolerance
+    for gradient, want in zip(found, wanted, strict=True):
+        assert (gradient is None) == (want is None)
+        assert gradient is None or error(gradient, want) < gradient_tolerance
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_on_the_cpu(case):
     subject = subject_of(case)
     operator, inputs = on_gpu(subject, torch.float32)
-    output, found = gradients(operator, operator, inputs, subject.context)
     precise = subject.build()
-    expected, wanted = gradients(precise, precise, subject.inputs(), subject.context)
-    assert error(output, expected) < 1e-3
-    for gradient, want in zip(found, wanted, strict=True):
-        assert (gradient is None) == (want is None)
-        assert gradient is None or error(gradient, want) < 1e-2
+    expected = gradients(precise, precise, subject.inputs(), subject.context)
+    require_same(gradients(operator, operator, inputs, subject.context), expected, 1e-3, 1e-2)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_in_bf16_and_compiled(case):
     subject = subject_of(case)
     operator, inputs = on_gpu(subject, torch.bfloat16)
-    expected = run(operator, inputs, subject.context)
+    expected = gradients(operator, operator, inputs, subject.context)
     torch._dynamo.reset()
     compiled = torch.compile(operator, fullgraph=True)
-    assert error(compiled(*inputs, subject.context), expected) < 0.05
+    require_same(gradients(compiled, operator, inputs, subject.context), expected, 0.05, 0.1)
+    with torch.no_grad():
+        assert error(compiled(*inputs, subject.context), expected[0]) < 0.05
 
 
 @pytest.mark.parametrize("case", BACKENDS, ids=str)
@@ -64,4 +71,5 @@ def test_backends_agree_with_plain_torch(case):
         pytest.skip(str(missing))
     operator, inputs = on_gpu(subject, torch.bfloat16)
     fast.to("cuda", torch.bfloat16).load_state_dict(operator.state_dict())
-    assert error(run(fast, inputs, subject.context), run(operator, inputs, subject.context)) < 0.05
+    expected = gradients(operator, operator, inputs, subject.context)
+    require_same(gradients(fast, fast, inputs, subject.context), expected, 0.05, 0.1)
