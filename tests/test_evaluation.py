@@ -18,6 +18,7 @@ from diffusers_graft.evaluation.report import draw_locality
 from diffusers_graft.site import Grid
 
 from .models import SCHEDULER, batches, predict, tiny_dit, tiny_pixart
+from .zoo.models import inputs_of, tiny
 
 
 @pytest.mark.parametrize(("n", "width"), [(50, 4), (30, 40), (500, 16)])
@@ -119,6 +120,17 @@ def test_flops_of_a_self_graft_are_the_originals(model):
     model.set_graft({"self_attention[:]": "neighborhood", "feed_forward[0]": {"operator": "mlp", "expansion": 6}})
     attention = 4 * 16 * (16 - 9) * 16 * len(model.transformer_blocks)
     assert count_flops(model) == original - attention + 4 * 16 * 16 * 32
+
+
+@pytest.mark.parametrize("name", [
+    "FluxTransformer2DModel", "LatteTransformer3DModel", "PixArtTransformer2DModel", "ZImageTransformer2DModel", "PriorTransformer",
+])  # fmt: skip
+def test_flops_of_a_self_graft_are_the_originals_whatever_an_attention_is_given(name):
+    """A prompt beside the image, the frames of one place, keys of a prompt alone, a list of images, tokens on no grid."""
+    model = tiny(name)
+    original = count_flops(model, inputs_of(name))
+    model.set_graft({site.address: "self_attention" for site in dg.find_sites(model) if site.kind.endswith("attention")})
+    assert count_flops(model, inputs_of(name)) == original
 
 
 def test_parameters_that_run():

@@ -1,15 +1,17 @@
 """What a model costs: parameters, and floating-point operations of one forward."""
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..anatomy import evaluating, example_inputs, find_sites, read_context
+from ..anatomy import evaluating, example_inputs, find_sites, predict
 from ..graft import installed, is_enabled
-from ..operators import BlockOperator
+from ..operators import BlockOperator, Mixer, Operator
 from ..site import BLOCK_KINDS
 
 
@@ -49,16 +51,40 @@ def count_flops(model: ModelMixin, inputs: dict[str, Any] | None = None) -> int:
     """
     inputs = inputs or example_inputs(model)
     counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
-    with evaluating(model), counter:
-        model(**inputs, return_dict=False)
-    total = counter.get_total_flops()
-    if not is_enabled(model):
-        return total
-    counts, root = counter.get_flop_counts(), type(model).__name__
-    grid = read_context(model, (), inputs).grid
-    for path, operator in installed(model).operators().items():
-        if isinstance(operator, BlockOperator):  # counted right, for each of its streams
-            continue
-        total -= sum(counts.get(f"{root}.{path}.graft", {}).values())
-        total += operator.flops(grid.tokens) * len(inputs["hidden_states"])
-    return total
+    operators = installed(model).operators().values() if is_enabled(model) else ()
+    prices = [_Price(operator, counter) for operator in operators if not isinstance(operator, BlockOperator)]
+    with evaluating(model), counter, contextlib.ExitStack() as hooks:
+        for price in prices:
+            hooks.enter_context(price.hooks())
+        predict(model, inputs)
+    return counter.get_total_flops() + sum(price.difference for price in prices)
+
+
+class _Price:
+    """What an operator costs by its own words, over all its calls, less what the counter saw inside it.
+
+    Operators of blocks have none: they are counted right, for each of their streams.
+    """
+
+    def __init__(self, operator: Operator, counter: FlopCounterMode):
+        self.operator, self.counter, self.difference = operator, counter, 0
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Listening inside."""
+        handles = [self.operator.register_forward_pre_hook(self._begin), self.operator.register_forward_hook(self._end)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, operator: Operator, args: tuple) -> None:
+        self.difference += self.counter.get_total_flops()
+
+    def _end(self, operator: Operator, args: tuple, output: torch.Tensor) -> None:
+        batch, tokens = len(args[0]), args[0].shape[-2]
+        price = operator.flops(tokens)
+        if isinstance(operator, Mixer):  # keys of other tokens, such as a prompt's, stand in one softmax with their own
+            price += 4 * tokens * (args[1].shape[-2] - tokens) * operator.site.inner_width
+        self.difference += batch * price - self.counter.get_total_flops()
