@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..anatomy.families import argument_names
 from ..errors import TrainingError, UnknownNameError
 from .config import TrainingConfig
+from .noise import as_told, is_flow, noise, require_known
 
 Batch = Mapping[str, Any]
 
@@ -32,11 +33,13 @@ class Noised:
         inputs: arguments of the model, the noised sample first.
         target: what it should predict; None where that is unknown.
         sample: the clean sample; None where the batch held model arguments.
+        timestep: as the scheduler counts, where models may be told something else; None as well.
     """
 
     inputs: dict[str, Any]
     target: torch.Tensor | None
     sample: torch.Tensor | None = None
+    timestep: torch.Tensor | None = None
 
     @property
     def noisy(self) -> torch.Tensor:
@@ -68,6 +71,8 @@ class Noising:
     prompt_dropout: float = 0.1
 
     def __post_init__(self):
+        if self.scheduler is not None:
+            require_known(self.scheduler)
         choices = ("auto", "uniform", "logit_normal")
         if self.timesteps not in choices:
             raise UnknownNameError("way to draw timesteps", self.timesteps, choices)
@@ -85,19 +90,20 @@ class Noising:
         """Noise one batch; all randomness comes from `generator` (on CPU). Raises `TrainingError` for one that does not fit."""
         self._require_fit(model, batch)
         inputs, noisy = {name: _onto(value, model) for name, value in batch.items()}, argument_names(type(model))[0]
-        if not _is_clean(batch):
+        if not _is_clean(model, batch):
             target = inputs.pop("target", None)
             return Noised({noisy: inputs.pop(noisy), **inputs}, target)
         sample = inputs.pop("sample")
-        noise = torch.randn(sample.shape, generator=generator).to(sample)
+        epsilon = torch.randn(sample.shape, generator=generator).to(sample)
         share = self._shares(len(sample), generator)
         if self.drop_labels and "class_labels" in inputs:
             inputs["class_labels"] = dropped_labels(model, inputs["class_labels"], generator)
         if self.null_prompt is not None and self.prompt_dropout:
             dropped = torch.rand(len(sample), generator=generator) < self.prompt_dropout
             inputs |= {name: _replaced(name, inputs[name], null, dropped) for name, null in self.null_prompt.items()}
-        noised, timestep, target = _noise(self.scheduler, sample, noise, share)
-        return Noised({noisy: noised, "timestep": timestep, **inputs}, target, sample)
+        noised, timestep, target = noise(self.scheduler, sample, epsilon, share)
+        told, wanted = as_told(model, self.scheduler, timestep, target)
+        return Noised({noisy: noised, _clock(model): told, **inputs}, wanted, sample, timestep)
 
     def require_usable(self, model: ModelMixin, batch: Batch) -> None:
         """Raise `TrainingError` for a batch that the model could not be called with, once it is noised."""
@@ -108,13 +114,13 @@ class Noising:
     def _require_fit(self, model: ModelMixin, batch: Batch) -> None:
         if not isinstance(batch, Mapping):
             raise TrainingError(f"A batch is a dict: a clean sample, or the model's arguments; got {type(batch).__name__}.")
-        noisy, clean = argument_names(type(model))[0], _is_clean(batch)
+        noisy, clean = argument_names(type(model))[0], _is_clean(model, batch)
         if clean and self.scheduler is None:
             raise TrainingError(
                 'Batches hold clean samples (the key "sample"), which need noise: pass noise_scheduler=, the scheduler of '
                 "the model's pipeline."
             )
-        given = {*batch} - {"sample"} | {noisy, "timestep"} if clean else {*batch} - {"target"}
+        given = {*batch} - {"sample"} | {noisy, _clock(model)} if clean else {*batch} - {"target"}
         misfits = zip(("needs", "does not take"), _misfit(model, given), strict=True)
         if words := [f"it {verb} {', '.join(sorted(map(str, names)))}" for verb, names in misfits if names]:
             raise TrainingError(f"The batch does not fit {type(model).__name__}: {'; '.join(words)}.")
@@ -130,9 +136,14 @@ class Noising:
         return torch.rand(count, generator=generator)
 
 
-def _is_clean(batch: Batch) -> bool:
+def _clock(model: ModelMixin) -> str:
+    """What a model calls its timestep."""
+    return next((name for name in argument_names(type(model)) if name in ("timesteps", "t")), "timestep")
+
+
+def _is_clean(model: ModelMixin, batch: Batch) -> bool:
     """Whether a batch holds a clean sample; beside a timestep, it is the noised one of a model that calls it so."""
-    return "sample" in batch and "timestep" not in batch
+    return "sample" in batch and _clock(model) not in batch
 
 
 def _misfit(model: ModelMixin, given: set[str]) -> tuple[set[str], set[str]]:
@@ -151,31 +162,6 @@ def _replaced(name: str, value: torch.Tensor, null: torch.Tensor, dropped: torch
             "to the same length."
         )
     return torch.where(dropped.to(value.device).view(-1, *[1] * (value.ndim - 1)), null, value)
-
-
-def is_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler is of the flow matching family."""
-    return not hasattr(scheduler, "alphas_cumprod")
-
-
-def _noise(scheduler: SchedulerMixin, sample: torch.Tensor, noise: torch.Tensor, share: torch.Tensor):
-    """Noised sample, timestep as the model takes it, and the target of its prediction."""
-    steps = scheduler.config.num_train_timesteps
-    if is_flow(scheduler):
-        shift = scheduler.config.get("shift", 1.0)
-        sigma = (shift * share / (1 + (shift - 1) * share)).to(sample.device)
-        level = sigma.view(-1, *[1] * (sample.ndim - 1)).to(sample.dtype)
-        return torch.lerp(sample, noise, level), sigma * steps, noise - sample
-    timestep = (share * steps).long().clamp(max=steps - 1).to(sample.device)
-    noised = scheduler.add_noise(sample, noise, timestep)
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noised, timestep, noise
-    if kind == "sample":
-        return noised, timestep, sample
-    if kind == "v_prediction":
-        return noised, timestep, scheduler.get_velocity(sample, noise, timestep)
-    raise UnknownNameError("prediction type", kind, ("epsilon", "sample", "v_prediction"))
 
 
 def dropped_labels(model: ModelMixin, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -12,7 +12,8 @@ import torch
 from diffusers import SchedulerMixin
 
 from ..errors import TrainingError, UnknownNameError
-from .data import Noised, is_flow
+from .data import Noised
+from .noise import is_flow
 
 VARIANCES = ("auto", "vb", "ignore")
 
@@ -32,7 +33,7 @@ def objective(prediction: torch.Tensor, noised: Noised, scheduler: SchedulerMixi
     mean = (prediction[:, :channels] if learned else prediction).float()
     missed = (mean - target.float()).square().flatten(1).mean(1)
     if min_snr is not None:
-        missed = missed * snr_weight(_asked(scheduler, noised, "min_snr"), noised.inputs["timestep"], min_snr)
+        missed = missed * snr_weight(_asked(scheduler, noised, "min_snr"), noised.timestep, min_snr)
     taught = learned and teaches_variance(scheduler, noised, variance)
     if taught:
         missed = missed + variational_bound(prediction.float(), noised, scheduler)
@@ -69,7 +70,7 @@ def variational_bound(prediction: torch.Tensor, noised: Noised, scheduler: Sched
     (-1) and of beta (1).
     """
     noise, between = prediction.chunk(2, dim=1)
-    noised_sample, timestep, sample = noised.noisy.float(), noised.inputs["timestep"], noised.sample.float()
+    noised_sample, timestep, sample = noised.noisy.float(), noised.timestep, noised.sample.float()
     c = _Coefficients(scheduler, timestep, sample.ndim)
     log_variance = torch.lerp(c.log_posterior, c.log_beta, (between + 1) / 2)
     predicted = c.posterior_mean(c.clean(noised_sample, noise.detach()), noised_sample)

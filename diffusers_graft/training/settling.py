@@ -116,7 +116,8 @@ class Settling:
         if whole.target is None:
             raise TrainingError('Stage two needs to know what to predict: batches need a "sample" to noise, or a "target".')
         self.samples = whole.count * self.config.accumulate
-        return Noised(*(processes.share(part, whole.count) for part in (whole.inputs, whole.target, whole.sample)))
+        parts = (whole.inputs, whole.target, whole.sample, whole.timestep)
+        return Noised(*(processes.share(part, whole.count) for part in parts))
 
     def _values(self) -> dict[str, Any]:
         recent = self.losses[-self.config.log_every :]

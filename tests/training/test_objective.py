@@ -81,7 +81,7 @@ def learned_sigma_batch():
     timestep = torch.tensor([0, 0, 1, 30, 500, 999])
     output = torch.randn(6, 4, 4, 4, generator=generator)
     noised = SCHEDULER.add_noise(sample, noise, timestep)
-    return Noised({"hidden_states": noised, "timestep": timestep}, noise, sample), output
+    return Noised({"hidden_states": noised, "timestep": timestep}, noise, sample, timestep), output
 
 
 def test_learned_sigma_is_the_original_mse_plus_vb():
@@ -90,7 +90,8 @@ def test_learned_sigma_is_the_original_mse_plus_vb():
     original = Original().losses(noised.sample.double().numpy(), x_t, noised.target.double().numpy(),
                                  noised.inputs["timestep"].numpy(), output.double().numpy())  # fmt: skip
     for number in range(6):  # sample by sample, since the first step's likelihood is far larger than the rest
-        one = Noised({name: value[[number]] for name, value in noised.inputs.items()}, noised.target[[number]], noised.sample[[number]])
+        one = Noised({name: value[[number]] for name, value in noised.inputs.items()}, noised.target[[number]],
+                     noised.sample[[number]], noised.timestep[[number]])  # fmt: skip
         loss = objective(output[[number]], one, SCHEDULER).item()
         assert loss == pytest.approx(original[0][number] + original[1][number], rel=2e-3), number
 
