@@ -172,6 +172,32 @@ def test_locality_is_of_the_original():
         locality(model, batches(1), noise_scheduler=SCHEDULER)
 
 
+def test_locality_weighs_samples_alike_and_looks_under_masks():
+    name = "PixArtTransformer2DModel"
+    model, (batch,) = tiny_dit(), batches(1, size=3)
+    inputs = {"hidden_states": batch["sample"], "timestep": torch.arange(3), "class_labels": batch["class_labels"]}
+    parts = [{key: value[some] for key, value in inputs.items()} for some in (slice(0, 1), slice(1, 3))]
+    torch.testing.assert_close(locality(model, parts, band=1)[0].band, locality(model, [inputs], band=1)[0].band)
+    model, inputs = tiny(name), inputs_of(name)
+    tokens = inputs["hidden_states"][0, 0].numel() // model.config.patch_size**2
+    inputs["attention_mask"] = torch.arange(tokens).expand(len(inputs["hidden_states"]), -1) == 0
+    (row, *_) = locality(model, [inputs], band=tokens, kernel=1)
+    torch.testing.assert_close(row.neighborhood, torch.full_like(row.neighborhood, 1 / tokens))  # all look at the first token
+
+
+@pytest.mark.parametrize(("name", "other"), [("Lumina2Transformer2DModel", "context_refiner"), ("LatteTransformer3DModel", "temporal")])
+def test_locality_leaves_out_what_runs_on_other_tokens(name, other):
+    rows = locality(tiny(name), [inputs_of(name)])
+    assert rows
+    assert not [row for row in rows if row.site.path.startswith(other)]
+
+
+@pytest.mark.parametrize(("settings", "words"), [({"batches": []}, "no batches"), ({"kernel": 4}, "a kernel is odd"), ({"band": -1}, "from 0")])
+def test_locality_of_nothing_is_refused(settings, words):
+    with pytest.raises(GraftError, match=words):
+        locality(tiny_dit(), **{"batches": batches(1), "noise_scheduler": SCHEDULER, **settings})
+
+
 def test_tables():
     assert table([["a", "b"], ["long", "1"]]).splitlines()[2] == "long  1"
     with pytest.raises(GraftError):

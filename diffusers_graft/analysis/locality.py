@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
 
-from ..anatomy import evaluating, find_sites
-from ..errors import StateError
+from ..anatomy import evaluating, find_sites, predict
+from ..errors import GraftError, OperatorError, StateError
 from ..graft import build_graft, installed
 from ..operators import Mixer
 from ..plan import Edit, GraftPlan
@@ -51,18 +51,28 @@ class _Probe(Mixer):
         band: int
         kernel: int
 
+        def __post_init__(self):
+            super().__post_init__()
+            if self.band < 0 or self.kernel < 1 or self.kernel % 2 == 0:
+                raise OperatorError(f"A band counts from 0, and a kernel is odd; got band={self.band}, kernel={self.kernel}.")
+
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
         self.shares, self.uniform = [], (0.0, 0.0)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-        scale = context.scale or query.shape[-1] ** -0.5
-        scores = (query.float() @ key.float().transpose(-1, -2)) * scale
-        mass = scores.softmax(-1)
-        near = near_tokens(context.require_grid(self.name, query.shape[2]), self.config.band, self.config.kernel, mass.device)
-        self.shares.append(torch.stack([(mass * mask).sum(-1).mean((0, 2)) for mask in near]))
-        self.uniform = tuple(mask.float().mean().item() for mask in near)
+        if context.grid is not None and context.grid.tokens == query.shape[2]:
+            self._measure(query.float(), key.float(), context)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=context.mask, scale=context.scale)
+
+    def _measure(self, query: torch.Tensor, key: torch.Tensor, context: Context) -> None:
+        scores = query @ key.transpose(-1, -2) * (context.scale or query.shape[-1] ** -0.5)
+        if (mask := context.mask) is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+        mass = scores.softmax(-1)
+        near = near_tokens(context.grid, self.config.band, self.config.kernel, mass.device)
+        self.shares.append(torch.stack([(mass * pairs).sum(-1).mean(2) for pairs in near]))
+        self.uniform = tuple(pairs.float().mean().item() for pairs in near)
 
 
 def near_tokens(grid: Grid, band: int, kernel: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,14 +90,17 @@ def locality(
     model: ModelMixin, batches: Iterable[Batch], *, noise_scheduler: SchedulerMixin | None = None, band: int = 32,
     kernel: int = 3, seed: int = 0,
 ) -> list[Locality]:  # fmt: skip
-    """Measure every self-attention of an ungrafted model.
+    """Measure every self-attention of an ungrafted model that runs on all tokens of the image or the video.
 
     Args:
         batches: see `diffusers_graft.training.data`; a few hundred samples suffice.
         band: half-width k of the raster band; the paper's figure uses 32 of 256 tokens.
         kernel: side of the window on the grid, odd.
 
-    Raises `StateError` for a grafted model.
+    Raises:
+        StateError: a grafted model.
+        OperatorError: a band or a kernel that is none.
+        GraftError: nothing to measure: no batches, or no such attention.
     """
     if installed(model) is not None:
         raise StateError("Locality is a property of the original: call model.unset_graft() first.")
@@ -99,12 +112,18 @@ def locality(
     try:
         with evaluating(model):
             for batch in batches:
-                model(**noising(model, batch, generator).inputs, return_dict=False)
+                predict(model, noising(model, batch, generator).inputs)
     finally:
         uninstall(model)
-    return [_summed(edit.site, graft.seats[edit.site.path].graft) for edit in edits]
+    probes = {edit.site: graft.seats[edit.site.path].graft for edit in edits}
+    if not any(probe.shares for probe in probes.values()):
+        raise GraftError(
+            f"There is no locality to tell: no batches, or no self-attention of {type(model).__name__} ran on all tokens of "
+            "the image. Joint and cross-attention are not measured."
+        )
+    return [_averaged(site, probe) for site, probe in probes.items() if probe.shares]
 
 
-def _summed(site: Site, probe: _Probe) -> Locality:
-    band, neighborhood = torch.stack(probe.shares).mean(0)
+def _averaged(site: Site, probe: _Probe) -> Locality:
+    band, neighborhood = torch.cat(probe.shares, dim=1).mean(1)
     return Locality(site, band, neighborhood, *probe.uniform)
