@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ class GraftPlan:
         """Raises `FileError` for a file that is missing or no plan."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise FileError(f"There is no plan at {path}.") from error
+        except OSError as error:
+            raise FileError(f"There is no plan at {path}: {error.strerror}.") from error
         except (ValueError, RecursionError) as error:
             raise FileError(f"{path} is not JSON: {error}") from error
         return cls.from_dict(data)
@@ -179,6 +180,8 @@ def _runs(model: ModelMixin, blocks: Sites, key: str, config: OperatorConfig) ->
 def _run_at(blocks: Sites, site: Site) -> Site | None:
     """The run of blocks that a site names, as the model has it."""
     here = {block.path: block for block in blocks}
+    if site.path not in here or (site.blocks or 0) > len(blocks):
+        return None
     found = [here.get(path) for path in site.paths]
     return None if None in found else run_of(Sites(found))
 
@@ -234,9 +237,13 @@ def select(sites: Sites, key: str) -> Sites:
     if kind not in KINDS:
         raise UnknownNameError("kind", kind, KINDS)
     candidates = sites.where(kind=kind)
-    chosen = {index for item in items.split(",") for index in _indices(item.strip(), len(candidates), key)}
-    if not chosen:
-        raise RuleError(f"{key!r} matches nothing: the model has {len(candidates)} {kind} sites{_range(candidates)}.")
+    chosen: set[int] = set()
+    for item in map(str.strip, items.split(",")):
+        if not (indices := _indices(item, len(candidates), key)):
+            raise RuleError(
+                f"'{kind}[{item}]' matches nothing: the model has {len(candidates)} {kind} sites{_range(candidates)}."
+            )
+        chosen.update(indices)
     return Sites(candidates[index] for index in sorted(chosen))
 
 
@@ -246,7 +253,8 @@ def _range(candidates: Sites) -> str:
 
 def _indices(item: str, count: int, key: str) -> list[int]:
     if match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,99})?)%", item):
-        return _interleaved_indices(Fraction(match[1]) / 100, count, key)
+        share = (Fraction(match[1]) / 100).limit_denominator(10**6)  # a third, written with any number of digits
+        return _interleaved_indices(share, count, key)
     if re.fullmatch(r"[+-]?\d{1,99}", item):
         index = int(item)
         return [index % count] if -count <= index < count else []
@@ -273,9 +281,9 @@ def interleaved(kind: str, ratio: float) -> str:
     """
     if kind not in KINDS:
         raise UnknownNameError("kind", kind, KINDS)
-    if not 0 < ratio <= 1:
-        raise RuleError(f"A ratio lies above 0 and up to 1; got {ratio!r}.")
-    return f"{kind}[{100 * ratio:.10g}%]"
+    if not isinstance(ratio, Real) or not 0 < ratio <= 1:
+        raise RuleError(f"A ratio is a number above 0 and up to 1; got {ratio!r}.")
+    return f"{kind}[{100 * float(ratio):.10g}%]"
 
 
 def parse_rules(text: str) -> dict[str, Any]:

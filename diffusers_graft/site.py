@@ -5,8 +5,8 @@ A `Site` is pure data: it can be written to JSON, compared, and sent to a collea
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, get_type_hints
 
 import torch
 
@@ -71,9 +71,12 @@ class Site:
 
     @classmethod
     def from_dict(cls, data: dict) -> Site:
-        """Raises `FileError` for entries that a site does not have."""
-        if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
+        """Raises `FileError` for entries that a site does not have, or of another type."""
+        types = get_type_hints(cls)
+        if unknown := sorted(set(data) - set(types)):
             raise FileError(f"A site has the unknown entries {unknown}; it was written by a newer diffusers-graft.")
+        if wrong := sorted(name for name, value in data.items() if not isinstance(value, types[name])):
+            raise FileError(f"A site has entries of another type than they are written with: {', '.join(wrong)}.")
         return cls(**data)
 
 

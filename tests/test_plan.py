@@ -1,6 +1,7 @@
 """Rules, selectors and plans."""
 import json
 from dataclasses import dataclass
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -56,6 +57,11 @@ def test_interleaving_is_the_papers():
     three_quarters = {site.index for site in select(attentions(28), dg.interleaved("self_attention", 0.75))}
     assert set(range(28)) - three_quarters == set(range(0, 28, 4))
     assert [site.index for site in select(attentions(28), dg.interleaved("self_attention", 0.5))] == list(range(1, 28, 2))
+
+
+@pytest.mark.parametrize(("count", "ratio", "chosen"), [(3, 1 / 3, [2]), (12, 1 / 3, [2, 5, 8, 11]), (6, Fraction(2, 3), [1, 2, 4, 5])])
+def test_thirds_are_thirds(count, ratio, chosen):
+    assert [site.index for site in select(attentions(count), dg.interleaved("self_attention", ratio))] == chosen
 
 
 @given(count=st.integers(1, 40), start=st.none() | st.integers(-45, 45), stop=st.none() | st.integers(-45, 45),
@@ -128,6 +134,7 @@ def test_plans_are_resolved():
     ({"self_attention[0]": "hyena_x(4)"}, RuleError, "name=value"),
     ({"block_pair[7:]": "mlp"}, RuleError, "matches nothing"),
     ({"self_attention[0]": "hyena_x", "self_attention[:2]": "sliding_window"}, RuleError, "Two rules claim self_attention"),
+    ({"self_attention[0,9]": "hyena_x"}, RuleError, "'self_attention[9]' matches nothing"),
     ({"self_attention": "hyena_x"}, RuleError, "not a rule key"),
     ({"self_attention[a]": "hyena_x"}, RuleError, "not an index"),
     ({"self_attention[0%]": "hyena_x"}, RuleError, "share"),
@@ -151,7 +158,7 @@ def test_a_plan_that_edits_a_site_twice_is_refused():
         dg.GraftPlan(plan.model_class, plan.edits * 2).check(MODEL)
 
 
-@pytest.mark.parametrize("ratio", [0, -0.5, 1.5])
+@pytest.mark.parametrize("ratio", [0, -0.5, 1.5, "0.5", None])
 def test_ratios_lie_between_none_and_all(ratio):
     with pytest.raises(RuleError):
         dg.interleaved("self_attention", ratio)
@@ -183,9 +190,19 @@ def test_files_that_are_no_plans(data, tmp_path):
         dg.GraftPlan.load(tmp_path / "plan.json")
 
 
+@pytest.mark.parametrize("entries", [{"path": []}, {"path": None}, {"path": "x"}, {"blocks": "2"}, {"blocks": 10**12}, {"index": 0.5}])
+def test_sites_edited_by_hand_are_refused(entries):
+    data = dg.plan_graft(MODEL, "block_run[0:2]=parallel").to_dict()
+    data["edits"][0]["site"].update(entries)
+    with pytest.raises((FileError, MismatchError)):
+        dg.GraftPlan.from_dict(data).check(MODEL)
+
+
 def test_missing_and_broken_plan_files(tmp_path):
     with pytest.raises(FileError, match="no plan at"):
         dg.GraftPlan.load(tmp_path / "none.json")
+    with pytest.raises(FileError, match="no plan at"):
+        dg.GraftPlan.load("x" * 5000)
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(FileError, match="not JSON"):
         dg.GraftPlan.load(tmp_path / "broken.json")
