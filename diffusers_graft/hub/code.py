@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import operators
 from ..errors import FileError
-from ..operators import Operator
+from ..operators import Operator, OperatorConfig
 from ..plan import GraftPlan
 from .folders import inside, settle
 
@@ -21,8 +21,17 @@ _HASH = "_graft_source_sha256"
 
 def sources(plan: GraftPlan) -> dict[str, str]:
     """File name and source of every operator of a plan."""
-    owners = {edit.config.owner.name: edit.config.owner for edit in plan.edits}
-    return {f"graft_operator_{name}.py": inspect.getsource(sys.modules[owner.__module__]) for name, owner in owners.items()}
+    return {f"graft_operator_{cls.name}.py": inspect.getsource(sys.modules[cls.__module__]) for cls in owners(plan)}
+
+
+def owners(plan: GraftPlan) -> list[type[Operator]]:
+    """The operators of a plan, and those that they are made of, as a hybrid is, by name."""
+    waiting, found = [edit.config for edit in plan.edits], {}
+    while waiting:
+        config = waiting.pop()
+        found[config.owner.name] = config.owner
+        waiting += [value for value in vars(config).values() if isinstance(value, OperatorConfig)]
+    return [found[name] for name in sorted(found)]
 
 
 def describe_code(files: dict[str, str]) -> dict[str, dict[str, str]]:

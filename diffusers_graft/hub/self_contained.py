@@ -21,6 +21,7 @@ from pathlib import Path
 from .._version import __version__
 from ..plan import GraftPlan
 from . import full, unpacking
+from .code import owners
 from .files import read_json, write_text
 
 _ROOT = Path(__file__).parents[1]
@@ -32,10 +33,10 @@ AUTO_MAP = {"AutoModel": f"{_STEM}.{_CLASS}"}
 
 def library_file(plan: GraftPlan) -> str:
     """The text of `graft_code.py`: what of this library reads models, and the operators of a plan, wherever they are from."""
-    owners = {edit.config.owner for edit in plan.edits}
-    foreign = {f"operators/{cls.name}.py": inspect.getsource(sys.modules[cls.__module__]) for cls in owners
+    classes = owners(plan)
+    foreign = {f"operators/{cls.name}.py": inspect.getsource(sys.modules[cls.__module__]) for cls in classes
                if not (_ROOT / "operators" / f"{cls.name}.py").is_file()}  # fmt: skip
-    own = [f"operators/{cls.name}.py" for cls in owners if f"operators/{cls.name}.py" not in foreign]
+    own = [f"operators/{cls.name}.py" for cls in classes if f"operators/{cls.name}.py" not in foreign]
     paths = _needed([Path(full.__file__).relative_to(_ROOT).as_posix(), *own], foreign)
     texts = {path: foreign.get(path) or (_ROOT / path).read_text(encoding="utf-8") for path in paths}
     texts["__init__.py"] = f'"""What reads a model that diffusers-graft {__version__} saved: a part of it."""\n'

@@ -23,7 +23,7 @@ from .test_code import SOURCE
 from .test_hub import TOKEN, cached, hub  # noqa: F401
 from .test_lora import trained
 
-RULES = {"self_attention[0]": "hyena_x", "self_attention[1]": "mamba2", "self_attention[2]": "sliding_window", "self_attention[3]": "shifted",
+RULES = {"self_attention[0]": "hyena_x", "self_attention[1]": "mamba2", "self_attention[2]": "hybrid", "self_attention[3]": "shifted",
          "feed_forward[::2]": {"operator": "mlp", "expansion": 2}}  # fmt: skip
 ELSEWHERE = """
 import sys
