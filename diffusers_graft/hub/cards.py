@@ -11,6 +11,7 @@ import jinja2
 from diffusers import ModelMixin
 
 from ..errors import FileError, GraftError, UnknownNameError
+from ..evaluation.scores import Scores
 from ..graft import Graft
 from ..surgery import require_graft
 from ..training.journal import read_journal
@@ -46,9 +47,17 @@ def card(
     graft = require_graft(model)
     whole = graft.standalone
     config = (describe_whole if whole else describe)(model, graft, "")
-    config["scores"] = {name: row.to_dict() for name, row in (scores or {}).items()} or config["scores"]
+    config["scores"] = checked_scores(scores) or config["scores"]
     config["about"] = checked_about(about)
     return finished(render_card(model, graft, config, source=source, whole=whole, journal=journal))
+
+
+def checked_scores(scores: dict[str, Scores] | None) -> dict[str, Any]:
+    """Measured results by row, as data. Raises `GraftError` for anything but `Scores` by name."""
+    rows = {} if scores is None else scores
+    if not isinstance(rows, dict) or not all(isinstance(n, str) and isinstance(row, Scores) for n, row in rows.items()):
+        raise GraftError(f'The scores of a card are rows by name, such as {{"grafted": dg.evaluate(...)}}; got {scores!r}.')
+    return {name: row.to_dict() for name, row in rows.items()}
 
 
 def checked_about(about: dict[str, Any] | None) -> dict[str, Any]:
@@ -193,17 +202,22 @@ def _score_table(scores: dict[str, Any]) -> dict[str, Any]:
         return {"scores": [], "columns": [], "protocol": ""}
     columns = list(dict.fromkeys(name for score in scores.values() for name in score["values"]))
     rows = [
-        {"name": name, "values": [_score(score["values"].get(column, "")) for column in columns]}
+        {"name": _cell(name), "values": [_score(score["values"].get(column, "")) for column in columns]}
         for name, score in scores.items()
     ]
     protocol = next(iter(scores.values())).get("protocol") or {}
     text = "Protocol: " + ", ".join(f"{name} {value}" for name, value in protocol.items()) + "." if protocol else ""
-    return {"scores": rows, "columns": [c.replace("_", " ") for c in columns], "protocol": text}
+    return {"scores": rows, "columns": [_cell(c.replace("_", " ")) for c in columns], "protocol": text}
 
 
 def _score(value: float | str) -> str:
     """As the table shows it; text is of a number that is not finite, or of none."""
     return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _cell(name: str) -> str:
+    """A person's name for something, so that it breaks no table."""
+    return " ".join(name.split()).replace("|", "\\|")
 
 
 def speed_table(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -212,7 +226,7 @@ def speed_table(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not grafts:
         return None
     words = [_break_even(name, [row for row in grafts if row["name"] == name]) for name in _names(grafts)]
-    cells = [{"tokens": f"{row['tokens']:,}", "name": row["name"], "ms": f"{row['milliseconds']:.4g}",
+    cells = [{"tokens": f"{row['tokens']:,}", "name": _cell(row["name"]), "ms": f"{row['milliseconds']:.4g}",
               "ratio": f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"} for row in rows]  # fmt: skip
     return {"rows": cells, "break_even": "; ".join(words)}
 

@@ -40,7 +40,7 @@ def merged(fresh: str, present: str) -> str:
             parts[name] = ours[name]  # left alone, or new; what was removed stays so
     text = _joined(parts)
     state = {name: _digest(body) for name, body in ours.items() if parts.get(name, body) == body}
-    state |= {name: digest for name, digest in written.items() if name not in parts}  # removed, and not to come back
+    state |= {name: digest for name, digest in written.items() if name not in theirs}  # removed, and not to come back
     return text.rstrip() + "\n\n" + _NOTE.format(state=json.dumps(state, separators=(",", ":"))) + "\n"
 
 

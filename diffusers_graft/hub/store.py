@@ -19,7 +19,7 @@ from ..graft import Graft, base_tensors, is_enabled
 from ..surgery import check_seats, install, require_graft, uninstall
 from .adapters import adapter_tensors, load_adapters
 from .blank import build_blank, check_operators, require_like
-from .cards import checked_about, write_card
+from .cards import checked_about, checked_scores, write_card
 from .code import describe_code, is_pinned, sources, trusted, unnamed_sources
 from .compress import compress as compressed
 from .compress import restore
@@ -61,7 +61,7 @@ def save_graft(
             proof = prove(model)
     stored = {**stored, **adapters}
     config = describe(model, graft, checksum(stored))
-    config |= {"scores": {name: row.to_dict() for name, row in (scores or {}).items()}, "about": checked_about(about)}
+    config |= {"scores": checked_scores(scores), "about": checked_about(about)}
     code = sources(graft.plan) if self_contained else {}
     config |= {"compressed": told, "code": describe_code(code)}
     proof, text = proof or prove(model), to_text(config)

@@ -144,6 +144,12 @@ def test_a_card_that_was_left_alone_is_brought_up_to_date(tmp_path):
     assert "neighborhood" not in (tmp_path / "README.md").read_text()
 
 
+def test_a_section_that_was_not_filled_for_once_comes_back(tmp_path):
+    for scores in ({"grafted": dg.Scores({"fid": 2.0})}, None, {"grafted": dg.Scores({"fid": 3.0})}):
+        saved(tmp_path, scores=scores)
+        assert ("Evaluation" in sections((tmp_path / "README.md").read_text())) is bool(scores)
+
+
 def test_a_card_without_our_note_is_somebody_elses(tmp_path):
     saved(tmp_path)
     (tmp_path / "README.md").write_text("my words")
@@ -166,6 +172,24 @@ def test_what_no_card_can_hold_is_refused(about, tmp_path):
     with pytest.raises(GraftError, match="card"):
         model.save_graft(tmp_path / "graft", about=about)
     assert not (tmp_path / "graft").exists()
+
+
+@pytest.mark.parametrize("scores", [dg.Scores({"fid": 2.0}), {"grafted": {"fid": 2.0}}], ids=["no row", "no Scores"])
+def test_scores_are_rows_by_name(scores, tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    for write in (card, lambda model, scores: model.save_graft(tmp_path / "graft", scores=scores)):
+        with pytest.raises(GraftError, match="rows by name"):
+            write(model, scores=scores)
+    assert not (tmp_path / "graft").exists()
+
+
+def test_names_break_no_table():
+    model = tiny_dit()
+    model.set_graft(RULES)
+    text = card(model, scores={"a|b\nc": dg.Scores({"x|y": 2.0})}, speed=[{**row, "name": "a|b"} for row in SPEED])
+    for row in (r"| model | x\|y |", r"| a\|b c | 2 |", r"| 64 | a\|b | 2 | 0.800 (0.900 to 1.100) |"):
+        assert row in text.splitlines()
 
 
 def test_numbers_that_are_not_finite_are_told_as_text(tmp_path):
