@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from ..errors import FileError, GraftError
-from ..graft import Graft, build_graft
+from ..errors import FileError, GraftError, StateError
+from ..graft import COMPUTE_DTYPES, Graft, build_graft
 from ..operators import Mixer, Operator, OperatorConfig
 from ..plan import Edit, GraftPlan, build_operator
 from ..site import Site
@@ -62,6 +62,13 @@ def _expected(edit: Edit) -> dict[str, torch.Tensor]:
         raise
     except (ArithmeticError, RuntimeError, TypeError, ValueError, LookupError, MemoryError) as error:
         raise FileError(f"{edit} cannot be built: {error}") from error
+
+
+def require_dtype(dtype: Any) -> None:
+    """Raise `StateError` for a dtype that no model computes in, and for words such as "auto"."""
+    if dtype is not None and dtype not in COMPUTE_DTYPES:
+        known = ", ".join(map(str, COMPUTE_DTYPES))
+        raise StateError(f"A grafted model is loaded in one of {known}; not in {dtype!r}. Leave it out for the usual one.")
 
 
 def require_like(expected: torch.Tensor, given: torch.Tensor, name: str, folder: Path) -> None:

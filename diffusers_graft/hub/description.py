@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,15 @@ _KINDS = {"format": int, "versions": dict, "base": dict, "plan": dict, "checksum
 
 def names(variant: str | None = None) -> tuple[str, str, str]:
     """The files of a graft: its description, its weights, its proof."""
-    suffix = f".{variant}" if variant else ""
-    return f"graft_config{suffix}.json", f"graft_model{suffix}.safetensors", f"graft_proof{suffix}.safetensors"
+    infix = infix_of(variant)
+    return f"graft_config{infix}.json", f"graft_model{infix}.safetensors", f"graft_proof{infix}.safetensors"
+
+
+def infix_of(variant: str | None) -> str:
+    """What a variant adds to the names of files, before their ending. Raises `FileError` for one that is no word."""
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"(\w[\w.-]*)?", variant)):
+        raise FileError(f"A variant is a word that goes into the names of files, such as bf16; got {variant!r}.")
+    return f".{variant}" if variant else ""
 
 
 CONFIG, WEIGHTS, PROOF = names()

@@ -9,14 +9,14 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from ..errors import StateError
+from ..errors import StateError, UnknownNameError
 from ..graft import installed, is_enabled
 from .description import described
 from .folders import settle
 from .full import FETCHING, load_as_diffusers
 from .push import fetch_config, push_whole
 from .self_contained import name_code
-from .whole import require_alone, save_whole
+from .whole import forget_description, require_alone, save_whole
 
 _PUSHING = ("private", "token", "commit_message", "create_pr")
 _MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")  # which a model that is read at all has none of
@@ -31,17 +31,21 @@ def attach_saving() -> None:
 
 
 def _saving(original):
-    names = list(inspect.signature(original).parameters)[2:]
+    names = _arguments(original)
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, **kwargs):
         graft = installed(self)
+        forget_description(self)
         if graft is None or not is_enabled(self):
             if kwargs.pop("self_contained", False):
                 raise StateError("Only a grafted model has code to bring along. Graft it, or leave self_contained out.")
             require_alone(Path(save_directory), {**dict(zip(names, args, strict=False)), **kwargs}.get("variant"))
             return original(self, save_directory, *args, **kwargs)
         kwargs |= dict(zip(names, args, strict=False))
+        known = [*names, *_PUSHING, "repo_id", "self_contained"]
+        if unknown := sorted(kwargs.keys() - set(known)):  # which diffusers would pass over
+            raise UnknownNameError("argument of saving a grafted model", unknown[0], known)
         if not kwargs.pop("is_main_process", True):
             return None
         folder, pushing = Path(save_directory), {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
@@ -50,6 +54,11 @@ def _saving(original):
         return push_whole(folder, repo_id, variant=kwargs.get("variant"), **pushing) if push_to_hub else None
 
     return save_pretrained
+
+
+def _arguments(verb) -> list[str]:
+    """What a verb of diffusers takes behind the model and where it goes, in order."""
+    return [name for name, one in inspect.signature(verb).parameters.items() if one.kind is not one.VAR_KEYWORD][2:]
 
 
 def _saving_all(original):
@@ -75,11 +84,15 @@ def _saving_all(original):
 
 
 def _pushing(original):
+    names = _arguments(original)
+
     @functools.wraps(original)
     def push_to_hub(self, repo_id, *args, **kwargs):
         graft = installed(self)
-        if graft is None or not is_enabled(self) or args or kwargs.get("subfolder"):
-            return original(self, repo_id, *args, **kwargs)
+        kwargs |= dict(zip(names, args, strict=False))
+        if graft is None or not is_enabled(self) or kwargs.get("subfolder"):
+            return original(self, repo_id, **kwargs)
+        kwargs.pop("subfolder", None)
         pushing = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
         with tempfile.TemporaryDirectory() as folder:
             fetch_config(repo_id, folder, pushing.get("token"))

@@ -14,14 +14,25 @@ from diffusers.models.modeling_utils import ContextManagers, no_init_weights
 from ..errors import FileError, StateError
 from ..graft import Graft
 from ..surgery import install
-from .blank import build_blank, check_operators, require_like
+from .blank import build_blank, check_operators, require_dtype, require_like
 from .code import is_pinned, trusted
-from .description import CARRIED, CONFIG, MARK, as_whole, check_kinds, described, is_adapter, read_plan, require_format
+from .description import (
+    CARRIED,
+    CONFIG,
+    MARK,
+    as_whole,
+    check_kinds,
+    described,
+    infix_of,
+    is_adapter,
+    read_plan,
+    require_format,
+)
 from .files import checksum, read_json, read_tensors, require_finite
 from .folders import inside, local_folder
 from .settings import apply_settings
 
-_PATTERNS = ["*.json", "*.safetensors", "README.md", "graft_operator_*.py"]
+_BESIDES = ["config.json", CONFIG, "README.md", "graft_operator_*.py"]  # what is read beside the weights of a variant
 STEM = "diffusion_pytorch_model"
 AUTO = "auto_map"  # where config.json names code that loads the model
 FETCHING = ("cache_dir", "force_download", "token", "local_files_only", "revision", "subfolder")
@@ -45,9 +56,11 @@ def load_pretrained(
 
     Raises:
         FileError: missing, damaged, or not a whole grafted model.
+        StateError: a dtype that no model computes in.
         UnknownNameError: an argument that nothing takes.
     """
-    folder = local_folder(source, _PATTERNS, subfolder=subfolder, revision=revision, **hub_arguments)
+    require_dtype(dtype := dtype or torch_dtype or torch.float32)
+    folder = local_folder(source, [*_BESIDES, *weight_files(variant)], subfolder=subfolder, revision=revision, **hub_arguments)
     description = _description(folder, variant)
     classes = trusted(description, folder, trust=trust_remote_code, pinned=is_pinned(source, revision))
     plan, tensors = read_plan(description["plan"], classes), read_weights(folder, variant)
@@ -65,7 +78,7 @@ def load_pretrained(
     apply_settings(model, description.get("settings", []))
     take(model, tensors, folder, assign=low_cpu_mem_usage)
     as_whole(model, graft, **{name: description.get(name) for name in CARRIED})
-    model = _cast(model, tensors, dtype or torch_dtype or torch.float32, description.get("buffers"))
+    model = _cast(model, tensors, dtype, description.get("buffers"))
     _adapt(model, graft, description.get("lora"), adapters)
     return model.to(device).eval() if device is not None else model.eval()
 
@@ -85,14 +98,12 @@ def load_as_diffusers(source: str | Path, kwargs: dict[str, Any]) -> ModelMixin:
 
     Raises `StateError` for what a grafted model cannot be given while it is loaded, and whatever `load_pretrained` raises.
     """
-    device, dtype = kwargs.get("device_map"), kwargs.get("dtype") or kwargs.get("torch_dtype")
+    device = kwargs.get("device_map")
     spread = isinstance(device, dict) or device in ("auto", "balanced", "balanced_low_0", "sequential")
     if kwargs.get("quantization_config") is not None or spread:
         raise StateError(
             "A grafted model is loaded without quantization, onto one device. Load the base as you like, then load_graft."
         )
-    if not isinstance(dtype, torch.dtype | None):
-        raise StateError(f"A grafted model is loaded in a dtype of torch's, float32 unless another is given; not in {dtype!r}.")
     known = {name: kwargs[name] for name in (*FETCHING, *_LOADING) if kwargs.get(name) is not None}
     return load_pretrained(source, device=device, **known)
 
@@ -143,20 +154,19 @@ def _bare_model(folder: Path, tensors: int) -> ModelMixin:
 
 def weight_file(variant: str | None) -> str:
     """The file of a model's weights, where it is one."""
-    return f"{STEM}.{variant}.safetensors" if variant else f"{STEM}.safetensors"
+    return f"{STEM}{infix_of(variant)}.safetensors"
 
 
 def weight_files(variant: str | None) -> list[str]:
     """Patterns of all files that may hold a model's weights, as diffusers of today and of old name them, or list them."""
-    suffix = f".{variant}" if variant else ""
-    return [weight_file(variant), f"{STEM}{suffix}-?????-of-?????.safetensors",
-            f"{STEM}-?????-of-?????{suffix}.safetensors", f"{STEM}.safetensors.index{suffix}.json"]  # fmt: skip
+    infix = infix_of(variant)
+    return [weight_file(variant), f"{STEM}{infix}-?????-of-?????.safetensors",
+            f"{STEM}-?????-of-?????{infix}.safetensors", f"{STEM}.safetensors.index{infix}.json"]  # fmt: skip
 
 
 def read_weights(folder: Path, variant: str | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a model that diffusers saved, in one file or in shards. Raises `FileError`; pickles are not read."""
-    suffix = f".{variant}" if variant else ""
-    index = folder / f"{STEM}.safetensors.index{suffix}.json"
+    index = folder / f"{STEM}.safetensors.index{infix_of(variant)}.json"
     if index.exists():
         mapped = read_json(index).get("weight_map")
         if not isinstance(mapped, dict) or not mapped:

@@ -18,7 +18,7 @@ from ..errors import FileError, MismatchError, StateError
 from ..graft import Graft, base_tensors, is_enabled
 from ..surgery import check_seats, install, require_graft, uninstall
 from .adapters import adapter_tensors, load_adapters
-from .blank import build_blank, check_operators, require_like
+from .blank import build_blank, check_operators, require_dtype, require_like
 from .cards import checked_about, checked_scores, write_card
 from .code import describe_code, is_pinned, sources, trusted, unnamed_sources
 from .compress import compress as compressed
@@ -31,7 +31,7 @@ from .proof import prove, replay
 
 logger = logging.getLogger(__name__)
 
-_PATTERNS = ["graft_*", "adapter_*", "README.md"]
+_BESIDES = ["README.md", "graft_operator_*.py", "adapter_*"]  # what is read beside a variant, the last in format 1
 
 
 def save_graft(
@@ -125,9 +125,11 @@ def load_graft(
         hub_arguments: `token`, `cache_dir`, `local_files_only` and the like, for `huggingface_hub.snapshot_download`.
 
     Raises `FileError` for files that are missing, damaged, edited, or of a newer format, `MismatchError` for those made for
-    another model, `StateError` where the model is grafted already, `UnknownNameError` for an argument that nothing takes.
+    another model, `StateError` where the model is grafted already or cannot compute in that dtype, `UnknownNameError` for an
+    argument that nothing takes.
     """
-    folder = local_folder(source, _PATTERNS, subfolder=subfolder, revision=revision, **hub_arguments)
+    require_dtype(dtype := dtype or torch_dtype)
+    folder = local_folder(source, [*names(variant), *_BESIDES], subfolder=subfolder, revision=revision, **hub_arguments)
     config, tensors = read_graft(folder, variant)
     classes = trusted(config, folder, trust=trust_remote_code, pinned=is_pinned(source, revision))
     plan = read_plan(config["plan"], classes)
@@ -136,7 +138,7 @@ def load_graft(
         _check_base(model, config, allow_base_mismatch)
     own, adapters = _parted(model, config, tensors, folder)
     check_operators(plan, own, folder)
-    with _moved(model, device=device, dtype=dtype or torch_dtype):
+    with _moved(model, device=device, dtype=dtype):
         with ContextManagers([no_init_weights()] if low_cpu_mem_usage else []):
             graft = build_blank(model, plan, config["history"])
         fill(model, graft, own, folder)

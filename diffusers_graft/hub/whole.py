@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
 
 from ..errors import StateError
 from ..graft import Graft
@@ -81,6 +82,13 @@ def _config_in(folder: Path) -> dict[str, Any]:
 
 def _others(config: dict[str, Any], variant: str | None) -> dict[str, Any]:
     return {name: told for name, told in described(config).items() if name != (variant or "")}
+
+
+def forget_description(model: ModelMixin) -> None:
+    """Drop what a model built `from_config` of a grafted one took over, which would tell of weights that are not its own."""
+    config = vars(model).get("_internal_dict", {})
+    if MARK in config:
+        model._internal_dict = FrozenDict({name: value for name, value in config.items() if name not in (MARK, AUTO)})
 
 
 def require_alone(folder: Path, variant: str | None) -> None:

@@ -96,6 +96,13 @@ def test_of_repositories(verb, hub, saves, tmp_path):  # noqa: F811
 
 
 @verbs
+@pytest.mark.parametrize("dtype", ["float16", torch.int8, torch.float8_e4m3fn], ids=str)
+def test_dtypes_are_those_that_models_compute_in(dtype, verb, saves):
+    with pytest.raises(StateError, match="A grafted model is loaded in one of"):
+        VERBS[verb](saves[0] / verb, subfolder="deep", dtype=dtype)
+
+
+@verbs
 def test_an_argument_that_nothing_takes(verb, saves):
     with pytest.raises(UnknownNameError, match="no argument of loading 'local_file_only'. Did you mean 'local_files_only'"):
         VERBS[verb](saves[0] / verb, subfolder="deep", local_file_only=True)

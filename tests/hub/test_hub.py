@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from huggingface_hub import HfApi, constants
 
 import diffusers_graft as dg
-from diffusers_graft.errors import FileError
+from diffusers_graft.errors import FileError, UnknownNameError
 from diffusers_graft.hub.push import push_graft
 
 from ..models import predict, tiny_dit
@@ -268,6 +268,35 @@ def test_a_whole_model_pushed_again_replaces_its_weights_and_no_others(hub, tmp_
     assert torch.equal(predict(dg.load_pretrained("owner/whole", **cached(tmp_path))), predict(model))
     other = dg.load_pretrained("owner/whole", variant="bf16", **cached(tmp_path))
     assert torch.equal(2 * other.proj_out_1.weight, model.proj_out_1.weight)
+
+
+@only_regular
+def test_pushing_takes_arguments_as_diffusers_does_and_passes_over_none(hub):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    model.push_to_hub(REPO, "my message", True, TOKEN["token"])
+    assert hub.repos[REPO].private
+    assert b"## Edits" in hub.repos[REPO].commits[hub.repos[REPO].refs["main"]]["README.md"]
+    before = len(hub.repos[REPO].commits)
+    for verb in (model.push_to_hub, lambda repo, **given: model.save_pretrained("graft", push_to_hub=True, repo_id=repo, **given)):
+        with pytest.raises(UnknownNameError, match="no argument of saving a grafted model 'revision'"):
+            verb(REPO, revision="dev", **TOKEN)
+    assert len(hub.repos[REPO].commits) == before
+
+
+@only_regular
+def test_only_what_is_read_is_downloaded(hub, graft, tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    for variant in (None, "other"):
+        model.save_graft(graft[0], variant=variant)
+        model.push_to_hub(REPO, variant=variant, **TOKEN)
+    push_graft(graft[0], REPO, **TOKEN)
+    for load, wanted in ((tiny_dit().load_graft, WEIGHTS), (dg.load_pretrained, "diffusion_pytorch_model.safetensors")):
+        hub.requests.clear()
+        load(REPO, cache_dir=tmp_path / wanted, **TOKEN)
+        names = {path.rpartition("/")[2] for _, path, _ in hub.requests}
+        assert {name for name in names if name.endswith(".safetensors")} - {"graft_proof.safetensors"} == {wanted}
 
 
 @only_regular

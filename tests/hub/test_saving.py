@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, GraftError
@@ -122,6 +123,25 @@ def test_what_could_not_be_read_again_replaces_nothing(name, tmp_path):
     with pytest.raises(GraftError, match=words):
         save(one_of(float("inf") if "finite" in words else 2.0), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("variant", ["a/b", "*", ".", 5], ids=str)
+def test_a_variant_is_a_word(variant, tmp_path):
+    """A star would sweep away every other variant."""
+    model = grafted(OTHER)
+    for verb in (model.save_graft, model.save_pretrained, tiny_dit().load_graft, dg.load_pretrained):
+        with pytest.raises(FileError, match="A variant is a word"):
+            verb(tmp_path, variant=variant)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_model_of_a_grafted_ones_configuration_is_saved_as_what_it_is(tmp_path):
+    grafted(OTHER).save_pretrained(tmp_path / "grafted")
+    plain = DiTTransformer2DModel.from_config(DiTTransformer2DModel.load_config(tmp_path / "grafted")).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    loaded = DiTTransformer2DModel.from_pretrained(tmp_path / "plain")
+    assert loaded.graft is None
+    assert torch.equal(predict(loaded), predict(plain))
 
 
 def test_processes_beside_the_main_one_write_nothing(tmp_path):
