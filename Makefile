@@ -39,7 +39,7 @@ test-diffusers-versions: $(READY) ## The zoo under diffusers 0.36, 0.40 and the 
 	done
 
 bench: $(READY) ## Forward latency of original and grafted models
-	$(BIN)/diffusers-graft bench
+	$(BIN)/diffusers-graft bench --output examples/benchmarks/forward-cpu.md
 
 bench-loading: $(READY) ## Loading a graft against reading its bytes and installing it
 	$(BIN)/python -m diffusers_graft.bench.loading --output examples/benchmarks/loading-cpu.md

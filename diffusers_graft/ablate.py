@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from . import testbed
 from .errors import GraftError
 from .evaluation.benchmark import compare, require_rounds, table
+from .evaluation.rows import read_rows, write_row
 from .evaluation.scores import evaluate
 from .graft import Graft, build_graft
 from .operators import OperatorConfig
@@ -64,7 +65,7 @@ class Ablation:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "seeds", "more", "samples", "sampling_steps"):
-            if (count := getattr(self, name)) < 1:
+            if type(count := getattr(self, name)) is not int or count < 1:
                 raise GraftError(f"An ablation counts its {name.replace('_', ' ')} from 1; got {count}.")
         require_rounds(self.rounds)
 
@@ -89,16 +90,14 @@ def ablate(ablation: Ablation, output: Path, *, say: Callable[[str], None] = lam
     path = output / "ablation.jsonl"
     rows = _read(path, ablation)
     if not rows:
-        rows.append({"ablation": asdict(ablation), "torch": torch.__version__, "seconds": prices(ablation)})
-        _write(path, rows[0])
+        head = {"ablation": asdict(ablation), "torch": torch.__version__, "seconds": prices(ablation)}
+        rows.append(write_row(path, head))
     done = {Arm(**row["arm"]) for row in rows[1:]}
     arms = list(_arms(ablation))
     with tqdm(arms, desc="ablation", unit="run", initial=len(done), total=len(arms), disable=not progress) as bar:
         for arm in arms:
             if arm not in done:
-                row = {"arm": asdict(arm), **_run(arm, ablation, rows[0]["seconds"])}
-                rows.append(row)
-                _write(path, row)
+                rows.append(write_row(path, {"arm": asdict(arm), **_run(arm, ablation, rows[0]["seconds"])}))
                 bar.update()
     report = _report(ablation, rows)
     (output / "ablation.md").write_text(report, encoding="utf-8")
@@ -140,10 +139,13 @@ def prices(ablation: Ablation) -> dict[str, float]:
 
 
 def steps_of(arm: Arm, ablation: Ablation, seconds: dict[str, float]) -> tuple[int, int]:
-    """Steps of stage one and of stage two that the arm's compute buys; "both" gets half of it for each."""
+    """Steps of stage one and of stage two that the arm's compute buys; "both" gets half of it for each.
+
+    None of either where a closed form alone costs as much.
+    """
     one, two, solving = (seconds[f"{arm.operator}: {name}"] for name in ("stage one", "stage two", "closed form"))
     left = ablation.steps * arm.times * seconds[f"{ablation.operator}: stage two"]
-    left -= solving if "closed form" in arm.start else 0
+    left = max(0.0, left - solving) if "closed form" in arm.start else left
     share = {"none": (0, 0), "stage one": (1, 0), "stage two": (0, 1), "both": (0.5, 0.5)}[arm.training]
     return round(share[0] * left / one), round(share[1] * left / two)
 
@@ -248,12 +250,7 @@ def _number(value: float, name: str) -> str:
 
 
 def _read(path: Path, ablation: Ablation) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    if rows and rows[0]["ablation"] != json.loads(json.dumps(asdict(ablation))):
-        raise GraftError(f"{path} holds rows of another ablation: {rows[0]['ablation']}. Give another --output.")
+    rows = read_rows(path)
+    if rows and rows[0].get("ablation") != json.loads(json.dumps(asdict(ablation))):
+        raise GraftError(f"{path} holds rows of another ablation: {rows[0].get('ablation')}. Give another --output.")
     return rows
-
-
-def _write(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")

@@ -63,7 +63,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     """Forward latency of the original and of grafts, alternating, as ratios."""
     from .bench.models import bench_models
 
-    bench_models(arguments.operators.split(","), sizes=arguments.sizes, rounds=arguments.rounds, say=say)
+    bench_models(arguments.output, arguments.operators.split(","), sizes=arguments.sizes, rounds=arguments.rounds, say=say)
 
 
 def run_bench_operators(arguments: argparse.Namespace) -> None:
@@ -150,6 +150,7 @@ def _add_benchmarks(verbs) -> None:
                        help="names with commas between them")  # fmt: skip
     bench.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128], help="sides of the latents (2 x 2 patches)")
     bench.add_argument("--rounds", type=int, default=7, help="measured, of each in turns; 2 or more")
+    bench.add_argument("--output", type=Path, help="Markdown file to store the table in")
     bench.set_defaults(run=run_bench)
 
     depth = verbs.add_parser("bench-depth", help=run_bench_depth.__doc__)

@@ -34,6 +34,12 @@ def test_the_ablation_at_tiny_size_and_again(tmp_path, monkeypatch):
     assert main(["ablate", "--output", str(tmp_path)]) == 2
 
 
+def test_a_closed_form_that_costs_more_than_an_arm_leaves_no_steps():
+    seconds = {f"neighborhood: {name}": price for name, price in (("stage one", 1.0), ("stage two", 1.0), ("closed form", 9.0))}
+    arm = ab.Arm("neighborhood", "warm + closed form", "both", 0)
+    assert ab.steps_of(arm, ab.Ablation(steps=1), seconds) == (0, 0)
+
+
 def test_arms_cost_the_same():
     names = ("stage one", "stage two", "closed form")
     seconds = {f"{operator}: {name}": price for operator in ("neighborhood", "hyena_x")

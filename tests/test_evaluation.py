@@ -10,25 +10,28 @@ import torch
 import diffusers_graft as dg
 from diffusers_graft.analysis.cost import count_flops, count_parameters
 from diffusers_graft.analysis.locality import locality, near_tokens
-from diffusers_graft.errors import GraftError, StateError
+from diffusers_graft.bench import models
+from diffusers_graft.cli import main
+from diffusers_graft.errors import FileError, GraftError, StateError
 from diffusers_graft.evaluation.benchmark import PeakMemory, benchmark, compare, table
 from diffusers_graft.evaluation.metrics import FeatureStatistics, frechet_distance
 from diffusers_graft.evaluation.operator_costs import operator_costs
 from diffusers_graft.evaluation.report import draw_locality
+from diffusers_graft.evaluation.rows import read_rows, write_row
 from diffusers_graft.site import Grid
 
 from .models import SCHEDULER, batches, predict, tiny_dit, tiny_pixart
 from .zoo.models import inputs_of, tiny
 
 
-@pytest.mark.parametrize(("n", "width"), [(50, 4), (30, 40), (500, 16)])
+@pytest.mark.parametrize(("n", "width"), [(50, 4), (30, 40), (500, 16), (9, 1)])
 def test_frechet_distance_is_scipys(n, width):
     generator = torch.Generator().manual_seed(n)
     mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
     one = torch.randn(n, width, generator=generator, dtype=torch.float64)
     other = torch.randn(n, width, generator=generator, dtype=torch.float64) @ mixing + 0.3
     a, b = FeatureStatistics.of(one), FeatureStatistics.of(other)
-    c1, c2 = np.cov(one.numpy(), rowvar=False), np.cov(other.numpy(), rowvar=False)
+    c1, c2 = (np.atleast_2d(np.cov(features.numpy(), rowvar=False)) for features in (one, other))
     root = scipy.linalg.sqrtm(c1 @ c2).real
     expected = ((one.mean(0) - other.mean(0)) ** 2).sum().item() + np.trace(c1 + c2 - 2 * root)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-4, abs=1e-4)
@@ -140,6 +143,37 @@ def test_parameters_that_run():
     assert count_parameters(model) == before + 2 * 16 * 32 + 32
 
 
+def test_the_forward_benchmark_is_stored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "SHAPE", {**models.SHAPE, "attention_head_dim": 8, "num_layers": 1})
+    path = tmp_path / "tables" / "forward.md"
+    assert main(["bench", "--operators", "identity", "--sizes", "4", "--rounds", "2", "--output", str(path)]) == 0
+    assert capsys.readouterr().out.strip() in path.read_text()
+    assert main(["bench", "--sizes", "1", "--rounds", "2"]) == 2
+    assert "hold no patch of 2 x 2" in capsys.readouterr().err
+
+
+def test_a_benchmark_starts_from_the_original():
+    model = tiny_dit()
+    model.set_graft({"self_attention[0]": "hyena_x"})
+    with pytest.raises(StateError, match="unset_graft"):
+        benchmark(model, {}, [8], rounds=2, progress=False)
+
+
+def test_half_a_row_is_cut_off_and_other_lines_are_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    first = write_row(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": ')
+    assert read_rows(path) == [first]
+    second = write_row(path, {"a": 2})
+    assert read_rows(path) == [first, second]
+    for line in ("no row", "[1]"):
+        path.write_text(f"{line}\n")
+        with pytest.raises(FileError, match="Give another --output"):
+            read_rows(path)
+
+
 def test_near_tokens():
     band, window = near_tokens(Grid(height=3, width=3), 2, 3)
     assert band[4].tolist() == [False, False, True, True, True, True, True, False, False]
@@ -208,4 +242,6 @@ def test_scores_as_data():
     scores = dg.evaluate(tiny_dit(), batches(1), noise_scheduler=SCHEDULER, metrics=[lambda model: {"answer": 42.0}])
     assert scores["answer"] == 42
     assert set(scores.to_dict()) == {"values", "protocol"}
+    inputs = {"hidden_states": torch.randn(2, 1, 8, 8), "timestep": torch.arange(2), "class_labels": torch.arange(2)}
+    assert "noise_scheduler" not in dg.evaluate(tiny_dit(), [{**inputs, "target": torch.randn(2, 1, 8, 8)}]).protocol
     assert "answer 42" in str(scores)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel, ModelMixin, PixArtTransformer2DModel
 
-from ..errors import ModelError
+from ..errors import GeometryError, ModelError
 from .geometry import Inputs
 
 
@@ -19,6 +19,7 @@ def example_inputs(model: ModelMixin, *, batch_size: int = 1, size: int | None =
 
     Raises:
         ModelError: a family whose arguments are not known here.
+        GeometryError: latents smaller than a patch.
     """
     make = next((_EXAMPLES[cls] for cls in type(model).__mro__ if cls in _EXAMPLES), None)
     if make is None:
@@ -27,8 +28,11 @@ def example_inputs(model: ModelMixin, *, batch_size: int = 1, size: int | None =
             f"No example inputs are known for {type(model).__name__}, only for {known}. Give inputs of your own, "
             "or add a row to diffusers_graft/anatomy/examples.py."
         )
+    size, patch = model.config.sample_size if size is None else size, model.config.patch_size
+    if size < patch:
+        raise GeometryError(f"Latents of {size} x {size} hold no patch of {patch} x {patch}. Ask for a size from {patch}.")
     generator = torch.Generator().manual_seed(seed)
-    inputs = make(model, batch_size, size or model.config.sample_size, generator)
+    inputs = make(model, batch_size, size, generator)
     return {name: _onto(value, model) for name, value in inputs.items()}
 
 

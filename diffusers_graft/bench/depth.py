@@ -18,6 +18,7 @@ from diffusers import DiTTransformer2DModel
 from .. import testbed
 from ..errors import GraftError
 from ..evaluation.benchmark import benchmark, compare
+from ..evaluation.rows import read_rows, write_row
 from ..evaluation.scores import evaluate
 from ..graft import Graft, build_graft
 from ..plan import plan_graft
@@ -77,14 +78,14 @@ def bench_depth(output: Path, budget: Budget | None = None, *, say: Callable[[st
     budget = budget or Budget()
     output.mkdir(parents=True, exist_ok=True)
     path = output / "depth.jsonl"
-    head, *rows = _read(path, budget) or [_write(path, _head(budget))]
+    head, *rows = _read(path, budget) or [write_row(path, _head(budget))]
     done = {(row["name"], row["seed"]) for row in rows}
     for seed in range(budget.seeds):  # seed by seed, so that an interrupted table is a whole one of fewer seeds
         for run in RUNS:
             names = {(name, seed) for name in run.rows.values()} if run.seeded or not seed else set()
             for row in _run(run, budget, seed, head["seconds"]) if names - done else ():
                 if (row["name"], seed) not in done:
-                    rows.append(_write(path, row))
+                    rows.append(write_row(path, row))
     report = report_of(head, rows, RULES, output)
     say(report)
     return report
@@ -160,13 +161,7 @@ def _measure(model: DiTTransformer2DModel, budget: Budget) -> dict[str, float]:
 
 
 def _read(path: Path, budget: Budget) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = read_rows(path)
     if rows and rows[0].get("budget") != json.loads(json.dumps(asdict(budget))) or rows and "models" not in rows[0]:
         raise GraftError(f"{path} holds rows of another budget. Give another --output.")
     return rows
-
-
-def _write(path: Path, row: dict[str, Any]) -> dict[str, Any]:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    return row

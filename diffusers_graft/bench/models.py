@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -13,8 +14,12 @@ SHAPE = dict(num_attention_heads=6, attention_head_dim=64, num_layers=4, sample_
              out_channels=4, num_embeds_ada_norm=10)  # fmt: skip
 
 
-def bench_models(operators: Iterable[str], *, sizes: Iterable[int], rounds: int = 7, say: Callable[[str], None]) -> None:
-    """Print forward latency with every self-attention replaced, as ratios to the original of the same round."""
+def bench_models(output: Path | None, operators: Iterable[str], *, sizes: Iterable[int], rounds: int = 7,
+                 say: Callable[[str], None]) -> None:  # fmt: skip
+    """Print forward latency with every self-attention replaced, as ratios to the original of the same round.
+
+    The table is stored where an output is named.
+    """
     torch.manual_seed(0)
     model = DiTTransformer2DModel(**SHAPE).eval()
     rules = {name: {"self_attention[:]": name} for name in operators}
@@ -23,5 +28,9 @@ def bench_models(operators: Iterable[str], *, sizes: Iterable[int], rounds: int 
         spread = "" if row["name"] == "original" else f"{row['low']:.2f} to {row['high']:.2f}"
         rows.append([str(row["tokens"]), row["name"], str(row["depth"]), f"{row['flops'] / 1e9:.2f}",
                      f"{row['milliseconds']:.1f}", f"{row['ratio']:.2f}", spread])  # fmt: skip
-    say(table(rows))
-    say(f"\nOne sample, {torch.get_num_threads()} threads, torch {torch.__version__}; width 384, 4 layers, all replaced.")
+    text = (f"{table(rows)}\n\nOne sample, {torch.get_num_threads()} threads, torch {torch.__version__}; width 384, 4 layers, "
+            "all replaced.")  # fmt: skip
+    say(text)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(f"# Forward of a model and of its grafts\n\n`make bench`\n\n```\n{text}\n```\n", encoding="utf-8")

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from ..analysis.cost import count_depth, count_flops, count_parameters
 from ..anatomy import evaluating, example_inputs, read_context
-from ..errors import GraftError
-from ..graft import Graft, build_graft
+from ..errors import GraftError, StateError
+from ..graft import Graft, build_graft, installed
 from ..plan import Rules, plan_graft
 from ..surgery import install, uninstall
 
@@ -69,7 +69,7 @@ def compare(
 
 def require_rounds(rounds: int) -> None:
     """Raise `GraftError` unless there are enough rounds for quartiles."""
-    if rounds < 2:
+    if type(rounds) is not int or rounds < 2:
         raise GraftError(f"Times are told with their spread, which takes 2 rounds or more; got {rounds}. Try 7.")
 
 
@@ -95,7 +95,7 @@ def benchmark(
         progress: show a bar.
 
     Raises:
-        GraftError: a contender of the name "original", or fewer than two rounds.
+        GraftError: a contender of the name "original", fewer than two rounds, or a size that holds no patch.
         RuleError, UnknownNameError, OperatorError, ModelError: as `plan_graft`.
         StateError: a model that wears a graft already.
 
@@ -104,6 +104,8 @@ def benchmark(
         `milliseconds`, and `ratio`, `low`, `high` of the time to the original's of the same round.
     """
     require_rounds(rounds)
+    if installed(model) is not None:
+        raise StateError("A benchmark compares grafts with the original: call model.unset_graft() first.")
     if "original" in rules:
         raise GraftError('"original" is the name of the model without a graft. Give these rules another name.')
     grafts = {"original": None} | {name: build_graft(model, plan_graft(model, rule)) for name, rule in rules.items()}

@@ -23,7 +23,7 @@ class FeatureStatistics:
         if not features.isfinite().all():
             raise GraftError("Some features are not finite: look at the images they were made from.")
         features = features.double()
-        return cls(features.mean(0), features.T.cov())
+        return cls(features.mean(0), torch.atleast_2d(features.T.cov()))
 
 
 def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:

@@ -66,7 +66,8 @@ def evaluate(
         if not samples:
             raise TrainingError("There were no batches to evaluate on.")
         values = {"denoising_loss": total / samples}
-        protocol = {"samples": samples, "seed": seed, "noise_scheduler": type(noise_scheduler).__name__}
+        protocol = {"samples": samples, "seed": seed}
+        protocol |= {} if noise_scheduler is None else {"noise_scheduler": type(noise_scheduler).__name__}
         for metric in metrics:
             values.update(metric(model))
             settings = asdict(metric) if is_dataclass(metric) else {}

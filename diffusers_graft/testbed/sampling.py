@@ -11,7 +11,7 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
 from ..anatomy import evaluating, predict
-from ..errors import MissingDependencyError
+from ..errors import GraftError, MissingDependencyError
 from ..evaluation.metrics import FeatureStatistics, frechet_distance
 from .classifier import load_classifier
 from .letters import IMAGE_SIZE, LETTERS, balanced_labels, draw_letters
@@ -76,12 +76,18 @@ class SampleQuality:
     """A metric for `dg.evaluate`: Frechet distance to the data and accuracy of class-balanced samples.
 
     Distances of different `count` are not comparable: the fewer samples, the larger the distance.
+
+    Raises `GraftError` for fewer than two samples, or no step.
     """
 
     count: int = 1000
     steps: int = 20
     guidance: float = 1.0
     seed: int = 5
+
+    def __post_init__(self):
+        if self.count < 2 or self.steps < 1:
+            raise GraftError(f"Samples are judged from 2 images and drawn in 1 step or more; got {self}.")
 
     def __call__(self, model: DiTTransformer2DModel) -> dict[str, float]:
         labels = balanced_labels(self.count)

@@ -6,6 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_graft import testbed
+from diffusers_graft.errors import GraftError
 from diffusers_graft.testbed import classifier, pretrain, sampling
 
 
@@ -110,3 +111,9 @@ def test_panels_of_samples_stay_apart(tmp_path):
     line = imread(tmp_path / "samples.png")[-40, :, 0]
     gap = (line[len(line) // 4 : -len(line) // 4] > 0.9).sum()
     assert gap > 20
+
+
+@pytest.mark.parametrize("settings", [{"count": 1}, {"count": -2}, {"steps": 0}])
+def test_samples_that_cannot_be_judged_are_refused(settings):
+    with pytest.raises(GraftError, match="2 images"):
+        sampling.SampleQuality(**settings)
