@@ -34,6 +34,8 @@ def set_graft(
         GraftError: one of its kinds, for anything that cannot be installed; the model is then as it was.
     """
     require_model(model)
+    if graft_name is not None and not (isinstance(graft_name, str) and graft_name):
+        raise StateError(f"A graft_name is a text of one letter or more; got {graft_name!r}.")
     there = named.held(model)
     if not there:
         graft = _set_alone(model, graft, revision, seed, loading)

@@ -31,11 +31,21 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: dict[str, str]) -> None:
     """A safetensors file that is on the disk when this returns."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in apart(tensors).items()}
     save_file(ready, path, metadata={"format": "pt", **header})
     with path.open("rb") as file:
         os.fsync(file.fileno())
     path.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
+def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors in memory of their own each, as safetensors wants them; tied ones are stored once for every name."""
+    seen, separate = set(), {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return separate
 
 
 def read_header(path: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from .cards import write_card
 from .code import describe_code, sources, unnamed_sources
 from .describing import describe_whole
 from .description import CONFIG, MARK, described, holds_graft, is_adapter, to_text
-from .files import checksum, read_json, require_finite, write_text
+from .files import apart, checksum, read_json, require_finite, write_text
 from .folders import replacing, settle
 from .full import AUTO, config_digest, weight_files
 from .self_contained import AUTO_MAP, FILE, library_file
@@ -108,7 +108,7 @@ def _weights(model: ModelMixin, graft: Graft) -> dict[str, torch.Tensor]:
             "those that dg.finetune trains are the graft's, and are saved with it."
         )
     plain = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items() if not is_adapter(name)}
-    return {**plain, **adapter_tensors(model, graft)}
+    return apart({**plain, **adapter_tensors(model, graft)})
 
 
 def _write_weights(original, model: ModelMixin, weights: dict[str, Any], folder: Path, **kwargs) -> None:

@@ -91,6 +91,8 @@ def test_what_is_refused_leaves_all_as_it_was(two, tmp_path):
         (lambda: model.set_graft({"self_attention[1]": "neighborhood"}, graft_name="third"), StateError, "'mix' and 'third' both"),
         (lambda: model.set_graft(HOOD, graft_name="mix"), StateError, "'mix' already"),
         (lambda: model.set_graft(HOOD), StateError, "grafted already"),
+        (lambda: model.set_graft(HOOD, graft_name=""), StateError, "a text of one letter or more; got ''"),
+        (lambda: model.load_graft(tmp_path, graft_name=3), StateError, "a text of one letter or more; got 3"),
         (lambda: model.set_graft({"self_attention[9]": "hyena_x"}, graft_name="third"), dg.GraftError, "matches nothing"),
         (lambda: model.load_graft(tmp_path, graft_name="third"), dg.GraftError, "There is no"),
         (lambda: model.set_active_graft("mixx"), UnknownNameError, "Did you mean 'mix'"),

@@ -144,6 +144,16 @@ def test_a_plain_model_of_a_grafted_ones_configuration_is_saved_as_what_it_is(tm
     assert torch.equal(predict(loaded), predict(plain))
 
 
+def test_tied_weights_are_stored_for_each_name(tmp_path):
+    model = grafted({"feed_forward[:2]": "mlp"})
+    first, second = model.graft.operators().values()
+    second.up.weight = first.up.weight
+    model.save_graft(tmp_path / "graft")
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(loaded(tmp_path / "graft"), predict(model))
+    assert torch.equal(predict(dg.load_pretrained(tmp_path / "whole")), predict(model))
+
+
 def test_processes_beside_the_main_one_write_nothing(tmp_path):
     one_of(1.0).save_pretrained(tmp_path / "none", is_main_process=False)
     assert not (tmp_path / "none").exists()
