@@ -183,6 +183,7 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     twin = object.__new__(type(module))
     containers = (dict, set, list)
     vars(twin).update({k: v.copy() if isinstance(v, containers) else v for k, v in vars(module).items()})
+    vars(twin).pop("_compiled_call_impl", None)  # of `module.compile()`: it would run the original
     return twin
 
 

@@ -75,6 +75,19 @@ def test_compiles_as_one_graph(name, rules):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(("rules", "path"), [
+    ("block_pair[0]=parallel", "transformer_blocks.0"), ("self_attention[0]=hyena_x", "transformer_blocks.0.attn1"),
+])  # fmt: skip
+def test_parts_that_were_compiled_by_themselves_are_replaced(rules, path):
+    model = tiny_dit(num_layers=2)
+    model.set_graft(rules)
+    wanted = predict(model)
+    model.unset_graft()
+    model.get_submodule(path).compile(backend="eager")
+    model.set_graft(rules)
+    assert torch.equal(predict(model), wanted)
+
+
 def test_by_name_beside_a_graft_of_other_blocks():
     model = tiny_dit()
     original = predict(model)
