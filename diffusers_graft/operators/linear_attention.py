@@ -20,6 +20,9 @@ from .base import Mixer
 
 FEATURE_MAPS = ("elu", "relu", "softmax")
 
+# Least sum of weights: below what features of e^-40 make, and its inverse square, which gradients take, is a float32.
+LEAST = 1e-18
+
 # Tokens at a time where nothing is kept for a backward pass: as many as stay in cache.
 TOGETHER = 128
 
@@ -109,14 +112,14 @@ class LinearAttention(WithBackends, Mixer):
     def _found(self, query: torch.Tensor, state: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """phi(q) phi(k)^T v, and what normalises it, [B, H, N, 1]."""
         features = self._features(query, 0).to(state.dtype)
-        return features @ state.transpose(-1, -2), (features @ weight).clamp(min=1e-6).reciprocal()
+        return features @ state.transpose(-1, -2), (features @ weight).clamp(min=LEAST).reciprocal()
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: all N x M weights, normalised row by row; the convolution tap by tap."""
         weights = self._features(query, 0) @ self._features(key, 1).transpose(-1, -2)
         visible = None if context.mask is None else key_weights(context.mask, key.shape[2], key.dtype)
         weights = weights if visible is None else weights * visible.transpose(-1, -2)
-        mixed = (weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)) @ value
+        mixed = (weights / weights.sum(-1, keepdim=True).clamp(min=LEAST)) @ value
         if self.value_convolution is None:
             return mixed
         return mixed + heads_first(self.value_convolution.by_taps(self._value_image(value, visible, context)), value)
