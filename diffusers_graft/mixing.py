@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from .errors import GeometryError, OperatorError
 from .operators import Mixer, OperatorConfig
+from .operators._backends import precision_of
 from .site import Context, Grid, Site
 
 FIELD = 64  # tokens that stand for a receptive field, at most
@@ -110,10 +111,11 @@ def _shared(mixed: torch.Tensor, seen: torch.Tensor, query: torch.Tensor, key: t
     That score is two channels that only this key looks at, what the query's precision holds of it and the rest. Its value is
     one more channel, which comes out as 1 - p. Eight channels in all, as kernels want them.
     """
-    limit = torch.finfo(query.dtype).max / 4
+    held = precision_of(query)  # autocast lowers queries that it has left in float32
+    limit = torch.finfo(held).max / 4
     score = (seen / scale).clamp(-limit, limit)
-    high = score.to(query.dtype)
-    query = F.pad(torch.cat([query, high, (score - high).to(query.dtype)], dim=-1), (0, 6))
+    high = score.to(held)
+    query = F.pad(torch.cat([query, high, (score - high).to(held)], dim=-1), (0, 6))
     key, value = _with_one_more(key, 2), _with_one_more(value, 1)
     mask = mask if mask is None else F.pad(mask, (0, 1), value=mask.dtype == torch.bool)
     found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import OperatorError, UnknownNameError
 from ..site import Context, Grid, Site
-from ._backends import COMPILED, HALF, Backend, WithBackends
+from ._backends import COMPILED, HALF, Backend, WithBackends, precision_of
 from ._depthwise import LAYOUTS, ShortConvolution, heads_first, tokens_last
 from .base import Mixer
 
@@ -21,8 +21,11 @@ def _causal_conv1d(operator: GatedConvolution, query, key, value, context: Conte
         taps = convolution.weight[:, 0, :, 0]
         return causal_conv1d_fn(image[:, :, 0].transpose(1, 2), taps, convolution.bias).transpose(1, 2)[:, :, None]
 
-    if operator.config.layout != "causal_1d":
-        raise OperatorError(f'{operator.name}: backend "causal_conv1d" is for the layout causal_1d. Choose backend="torch".')
+    if operator.config.layout != "causal_1d" or not 2 <= operator.config.kernel_size <= 4:
+        raise OperatorError(
+            f'{operator.name}: backend "causal_conv1d" is for the layout causal_1d and kernel sizes from 2 to 4. '
+            'Choose backend="torch".'
+        )
     return operator.gated(query, key, value, context, convolve)
 
 
@@ -95,7 +98,7 @@ class GatedConvolution(WithBackends, Mixer):
 
         def featurised(name: str, part: torch.Tensor) -> torch.Tensor:
             image = tokens_last(part, *layout)
-            return convolve(self.convolutions[name], image) if self.has_featurisers else image
+            return convolve(self.convolutions[name], image) if self.has_featurisers else image.to(precision_of(image))
 
         # One after the other, so that the next can have the memory of the last.
         product = _times(featurised("key", key), featurised("value", value), own=self.has_featurisers)

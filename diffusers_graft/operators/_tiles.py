@@ -173,12 +173,12 @@ def _mixed(
     queries, keys, window = cut.queries[some], cut.keys[some], cut.mask[some]
     batch, tiles = len(parts[0]), len(queries)
     gathered = (
-        part.index_select(1, index.flatten()).view(batch * tiles, -1, heads, part.shape[2] // heads).transpose(1, 2)
+        part.index_select(1, index.flatten()).view(batch * tiles, index.shape[1], heads, part.shape[2] // heads).transpose(1, 2)
         for part, index in zip(parts, (queries, keys, keys), strict=True)
     )
     visible = _both(window.repeat(batch, 1, 1, 1), None if mask is None else _gathered(mask, queries, keys, batch))
     mixed = F.scaled_dot_product_attention(*gathered, attn_mask=visible, scale=scale)
-    return mixed.transpose(1, 2).reshape(batch, -1, parts[2].shape[2])
+    return mixed.transpose(1, 2).reshape(batch, queries.numel(), parts[2].shape[2])
 
 
 def _gathered(mask: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, batch: int) -> torch.Tensor:

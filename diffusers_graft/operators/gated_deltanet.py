@@ -111,7 +111,7 @@ class GatedDeltanet(WithBackends, AttentionOperator):
     def output(self, mixed: list[torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
         """The mean of the ways, [B * H, N, E] each, through the output projection."""
         mean = sum(mixed) / len(mixed)
-        mean = mean.unflatten(0, (len(hidden_states), -1)).transpose(1, 2).flatten(2)
+        mean = mean.unflatten(0, (-1, self.site.heads)).transpose(1, 2).flatten(2)
         return self.o_proj(mean.to(hidden_states.dtype))
 
     def flops(self, tokens: int) -> int:

@@ -60,13 +60,13 @@ class PooledKeys(Mixer):
     def _pooled(self, name: str, part: torch.Tensor, context: Context) -> torch.Tensor:
         """[B, H, N, E] -> [B, H, M, E]."""
         grid, stride = context.require_grid(self.name, part.shape[2]), self.config.stride
-        batch, heads, _, width = part.shape
+        _, heads, _, width = part.shape
         image = tokens_last(part, grid.height, grid.width).permute(0, 3, 1, 2)
         right, below = -grid.width % stride, -grid.height % stride
         if right or below:
             image = F.pad(image, (0, right, 0, below), mode="replicate").contiguous(memory_format=torch.channels_last)
         pooled = self.convolutions[name](image).permute(0, 2, 3, 1)
-        return pooled.reshape(batch, -1, heads, width).transpose(1, 2)
+        return pooled.unflatten(0, (-1, grid.frames)).flatten(1, 3).unflatten(2, (heads, width)).transpose(1, 2)
 
     def flops(self, tokens: int) -> int:
         """Softmax over the pooled keys, and two convolutions; of a grid that the stride divides."""

@@ -137,6 +137,8 @@ def test_calls_of_causal_conv1d(monkeypatch, name):
     torch.testing.assert_close(mixed, operator(*qkv(30), Context()))
     with pytest.raises(OperatorError, match="is for the layout causal_1d"):
         _hyena._causal_conv1d(dg.operators.get(name).Config(layout="2d").build(SITE), *qkv(30), Context())
+    with pytest.raises(OperatorError, match="kernel sizes from 2 to 4"):
+        _hyena._causal_conv1d(dg.operators.get(name).Config(kernel_size=5).build(SITE), *qkv(30), Context())
 
 
 def tokens_in(number=30):

@@ -160,6 +160,32 @@ def test_hyena_x_and_its_gradients_tap_by_tap(layout, size):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["hyena_x", "hyena_se", "hyena_y"])
+def test_autocast_gives_one_precision_with_gradients_and_without(name):
+    operator, inputs = configure(name).build(ATTENTION), [part.float() for part in qkv(11)]
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+            assert operator(*inputs, Context()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["neighborhood", "pooled_keys", "gated_deltanet"])
+def test_a_batch_of_none(name):
+    operator, context = build(name), Context(grid=Grid(height=17, width=18))
+    inputs = [part[:0] for part in qkv(306)] if isinstance(operator, Mixer) else [torch.zeros(0, 306, 12, dtype=torch.float64)]
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert operator(*inputs, context).shape == inputs[0].shape
+
+
+def test_pooled_keys_of_a_video_are_those_of_its_frames():
+    operator, (query, key, value) = build("pooled_keys"), qkv(40)
+    grid, frame = Grid(frames=2, height=4, width=5), Context(grid=Grid(height=4, width=5))
+    pooled = [torch.cat([operator._pooled(name, part[:, :, own], frame) for own in (slice(20), slice(20, 40))], dim=2)
+              for name, part in (("key", key), ("value", value))]  # fmt: skip
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *pooled)
+    torch.testing.assert_close(operator(query, key, value, Context(grid=grid)), expected)
+
+
 def test_hyena_x_in_2d_refuses_a_video():
     with pytest.raises(OperatorError, match="grid is 2 x 4 x 5. Choose causal_1d or centered_1d for videos"):
         build({"operator": "hyena_x", "layout": "2d"})(*qkv(40), Context(grid=Grid(frames=2, height=4, width=5)))
@@ -190,6 +216,17 @@ def test_linear_attention_and_its_gradients_by_hand(feature_map):
     wanted = [*inputs, *operator.parameters()]
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (fast, plain)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("feature_map", "query", "key"), [("elu", [0, 0, 0, 0], [-36] * 4), ("softmax", [18, -18, 0, 0], [-18, 18, 0, 0])])
+def test_linear_attention_of_tiny_features(feature_map, query, key):
+    """Rows stay averages of the values, with finite gradients, where the weights of all keys are near e^-36."""
+    operator, value = configure({"operator": "linear_attention", "feature_map": feature_map}).build(ATTENTION), qkv(6)[2].float()
+    inputs = [torch.tensor(part).float().expand_as(value).clone().requires_grad_() for part in (query, key)] + [value]
+    mixed = operator(*inputs, Context())
+    torch.testing.assert_close(mixed, value.mean(2, keepdim=True).expand_as(value))
+    wanted = [*inputs[:2], *operator.parameters()]
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(mixed.square().sum(), wanted))
 
 
 def test_linear_attention_sums_in_float32():

@@ -145,6 +145,15 @@ def test_shares_in_half_precision(dtype):
     assert (mixed - exact).norm() < 0.01 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_shares_where_autocast_left_queries_in_float32(dtype):
+    operator, (query, key, value) = operator_of("identity", output="zero"), [part.float() for part in drawn(IMAGE + TEXT)]
+    with torch.autocast("cpu", dtype):
+        mixed = mix_with_others(operator, query, key, value, Context(grid=GRID), start=TEXT, image=IMAGE)[:, :, TEXT:]
+    text = F.scaled_dot_product_attention(query[:, :, TEXT:], key[:, :, :TEXT], value[:, :, :TEXT])
+    assert (mixed - text).norm() < 0.01 * text.norm()
+
+
 def test_of_large_fields_evenly_spaced_tokens_stand_for_all():
     fields, weights = fields_of(dg.operators.get("linear_attention").Config(), (8, 2, 4), Grid(height=16, width=16), torch.device("cpu"))
     assert fields.shape == weights.shape == (1, 64)
