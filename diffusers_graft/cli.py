@@ -51,7 +51,7 @@ def _pretrained(source: str, subfolder: str | None):
 
     try:
         return AutoModel.from_pretrained(source, subfolder=subfolder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever diffusers trips over in files of another kind
         reason = str(error).partition("\n")[0]
         raise FileError(
             f"There is no model of diffusers in {source}: {reason} Give a folder that save_pretrained wrote, "
@@ -105,6 +105,13 @@ def run_families(arguments: argparse.Namespace) -> None:
     say((full_table if arguments.full else short_table)(rows, diffusers.__version__))
 
 
+def side(text: str) -> int:
+    """A side of latents. Raises argparse's error for one without room for a patch."""
+    if (number := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"latents are 2 wide or more, a patch; got {number}")
+    return number
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The verbs and their options."""
     parser = argparse.ArgumentParser(prog="diffusers-graft", description="Edit the architecture of diffusion transformers.")
@@ -148,7 +155,7 @@ def _add_benchmarks(verbs) -> None:
     bench = verbs.add_parser("bench", help=run_bench.__doc__)
     bench.add_argument("--operators", default="neighborhood,sliding_window,linear_attention,hyena_x",
                        help="names with commas between them")  # fmt: skip
-    bench.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128], help="sides of the latents (2 x 2 patches)")
+    bench.add_argument("--sizes", type=side, nargs="+", default=[16, 32, 64, 128], help="sides of the latents (2 x 2 patches)")
     bench.add_argument("--rounds", type=int, default=7, help="measured, of each in turns; 2 or more")
     bench.add_argument("--output", type=Path, help="Markdown file to store the table in")
     bench.set_defaults(run=run_bench)
@@ -171,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except GraftError as error:
+    except (GraftError, OSError) as error:  # OSError: an output that cannot be written
         sys.stderr.write(f"diffusers-graft: {error}\n")
         return 2
     except KeyboardInterrupt:

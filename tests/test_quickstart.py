@@ -58,6 +58,16 @@ def test_refusals_of_other_verbs_are_one_line(arguments, words, capsys, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_files_that_cannot_be_read_or_written_are_one_line(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": 5}')
+    for arguments in (["sites", str(tmp_path)], ["quickstart", "--output", str(tmp_path / "config.json")]):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main(["bench", "--sizes", "0"])
+    assert "2 wide or more" in capsys.readouterr().err
+
+
 def test_the_package_is_a_command(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["diffusers_graft", "--version"])
     with pytest.raises(SystemExit):
