@@ -163,7 +163,8 @@ def _trained_parameters(model: ModelMixin, graft: Graft) -> dict[str, nn.Paramet
 
 def _follow(leaving: nn.Module, coming: nn.Module) -> None:
     """Move a part that waited off the tree to where the model went meanwhile, without touching what it shares."""
-    coming.train(leaving.training)
+    if coming.training != leaving.training:  # else parts of it may have modes of their own
+        coming.train(leaving.training)
     counterparts = dict(leaving.named_parameters())
     here = next((p for p in counterparts.values() if p.dtype in COMPUTE_DTYPES), None)
     if here is None:

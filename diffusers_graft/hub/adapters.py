@@ -11,25 +11,18 @@ from diffusers import ModelMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
-from ..errors import FileError, StateError
+from ..errors import FileError
 from ..graft import Graft
 from ..training.lora import add_lora, refuse_foreign_lora, remove_lora
 
 _SHARED = {"lora_dropout": float, "use_rslora": bool, "use_dora": bool, "fan_in_fan_out": bool}
-_FIXED = {"bias": "none", "modules_to_save": None, "target_parameters": None, "layer_replication": None}
 
 
 def describe_adapters(model: ModelMixin, graft: Graft) -> dict[str, Any] | None:
-    """The LoRA of a graft as data, resolved layer by layer; None without one.
-
-    Raises `StateError` for settings that a saved graft cannot carry.
-    """
+    """The LoRA of a graft as data, resolved layer by layer; None without one."""
     config = graft.adapter_config
     if config is None:
         return None
-    for name, usual in _FIXED.items():
-        if getattr(config, name, usual) != usual:
-            raise StateError(f"A saved graft carries plain LoRA layers; this one has {name}={getattr(config, name)!r}.")
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
     described = {path: {"r": layer.r["default"], "alpha": layer.lora_alpha["default"]} for path, layer in layers.items()}
     return {**{name: kind(getattr(config, name)) for name, kind in _SHARED.items()}, "layers": described}

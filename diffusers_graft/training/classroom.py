@@ -18,7 +18,7 @@ from ..errors import StateError, TrainingError
 from ..graft import Graft, is_enabled
 from ..site import Site
 from . import processes, ring
-from .data import Batch, Noising, Stream, first
+from .data import Batch, Noising, Stream
 from .learner import mixed
 from .losses import loss_for
 from .pupil import Pupil
@@ -60,9 +60,9 @@ class Classroom:
     """
 
     def __init__(self, model: ModelMixin, graft: Graft, pupils: dict[str, Pupil], config: DistillConfig, noising: Noising,
-                 held_out: Iterable[Batch] | None):  # fmt: skip
+                 held_out: list[Batch] | None):  # fmt: skip
         self.model, self.graft, self.pupils, self.config, self.noising = model, graft, pupils, config, noising
-        self.held_out = None if held_out is None else first(held_out, config.held_out_batches)
+        self.held_out = held_out
         self.watch, self.generator = Watch(model, graft), torch.Generator().manual_seed(config.seed)
         self.where = torch.device("cpu") if config.host else model.device
         self.groups, self.done, self.room, self.samples = [list(pupils)], [0], 0, 0

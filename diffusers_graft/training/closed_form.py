@@ -23,8 +23,8 @@ from ..graft import Graft, is_enabled
 from ..operators import Mixer
 from ..plan import Edit
 from ..site import Site
-from ..surgery import ContextReader
-from .data import Batch, Noising, repeated
+from ..surgery import ContextReader, require_built_beside
+from .data import Batch, Noising, Stream
 
 Run = Callable[[str], None]
 
@@ -39,7 +39,7 @@ class ClosedFormConfig:
         energy: first look which of the original's neurons are active, and start the narrower parts anew from those. Only
             parts that start warm and that nothing has trained yet.
         timesteps, seed: of the noise, see `diffusers_graft.training.data.Noising`.
-        progress: show a bar.
+        progress: show a bar, on a terminal.
     """
 
     steps: int = 16
@@ -50,7 +50,7 @@ class ClosedFormConfig:
     progress: bool = True
 
     def __post_init__(self):
-        if self.steps < 1 or not 0 < self.ridge < math.inf:
+        if type(self.steps) is not int or self.steps < 1 or not 0 < self.ridge < math.inf:
             raise TrainingError(f"A closed form needs at least one step and a positive ridge; got {self}.")
 
 
@@ -117,7 +117,7 @@ class _Regression:
         self.tokens += len(rows)
 
     def solve(self, ridge: float) -> SolvedSite:
-        """Add the solution to the layer's weights."""
+        """Find what is to be added to the layer's weights."""
         pulled = self.gram.clone()
         pulled.diagonal().add_((ridge * self.gram.trace() / len(self.gram)).clamp(min=1e-30))
         factor, failed = torch.linalg.cholesky_ex(pulled)
@@ -126,12 +126,15 @@ class _Regression:
                 f"Closed form: at {self.site.address} the features of {self.tokens} tokens are too much alike for a ridge of "
                 f"{ridge:g}. Take more batches, or a larger ridge such as 1e-4."
             )
-        solution = torch.cholesky_solve(self.cross, factor)
+        self.solution = solution = torch.cholesky_solve(self.cross, factor)
         left = self.missed + (solution * (self.gram @ solution - 2 * self.cross)).sum()
-        self.layer.weight += solution[: self.layer.in_features].T.to(self.layer.weight.dtype)
-        if self.layer.bias is not None:
-            self.layer.bias += solution[-1].to(self.layer.bias.dtype)
         return self._report(left.clamp(min=0))
+
+    def take(self) -> None:
+        """Add it."""
+        self.layer.weight += self.solution[: self.layer.in_features].T.to(self.layer.weight.dtype)
+        if self.layer.bias is not None:
+            self.layer.bias += self.solution[-1].to(self.layer.bias.dtype)
 
     def _report(self, left: torch.Tensor) -> SolvedSite:
         count, wanted = self.tokens * self.layer.out_features, self.wanted.clamp(min=1e-24)
@@ -158,6 +161,7 @@ class _Energy:
         return self.squares / self.tokens
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def closed_form(
     model: ModelMixin, graft: Graft, batches: Iterable[Batch], config: ClosedFormConfig | None = None, *,
@@ -178,13 +182,14 @@ def closed_form(
         A report for every site that was solved, by address; its errors are those on the batches it was solved for.
 
     Raises:
-        StateError: the graft is installed and running: its parts would then be compared with themselves.
+        StateError: the graft is running: its parts would be compared with themselves; or it is another model's.
         OperatorError: no part, or one whose output layer cannot be solved for.
         TrainingError: values that are not finite, or batches that ran out.
     """
     config = config or ClosedFormConfig()
     if is_enabled(model):
         raise StateError("A closed form watches the original parts: call model.unset_graft() or model.disable_graft() first.")
+    require_built_beside(model, graft)
     edits = [edit for edit in graft.plan.edits if paths is None or edit.site.path in paths]
     regressions = {edit.site.path: r for edit in edits if (r := _regression(graft, edit)) is not None}
     if not regressions:
@@ -195,18 +200,20 @@ def closed_form(
             _start_from_energy(model, graft, edits, run)
         _collect(model, regressions, run)
     reports = {r.site.address: r.solve(config.ridge) for r in regressions.values()}
-    rows = [report.to_dict() for report in reports.values()]
-    graft.history.append({"stage": "closed form", **asdict(config), "sites": rows})
+    for regression in regressions.values():  # only once all are solved
+        regression.take()
+    graft.history.append({"stage": "closed form", **asdict(config), "sites": [report.to_dict() for report in reports.values()]})
     return reports
 
 
 def _runner(model: ModelMixin, batches: Iterable[Batch], config: ClosedFormConfig, scheduler: SchedulerMixin | None) -> Run:
     """A function that runs the model on the next batches, under a name for the bar."""
-    stream, generator = repeated(batches), torch.Generator().manual_seed(config.seed)
+    stream, generator = Stream(batches), torch.Generator().manual_seed(config.seed)
     noising = Noising(scheduler=scheduler, timesteps=config.timesteps)
+    noising.require_usable(model, stream.peek())
 
     def run(name: str) -> None:
-        with tqdm(total=config.steps, desc=name, unit="step", disable=not config.progress) as bar:
+        with tqdm(total=config.steps, desc=name, unit="step", disable=None if config.progress else True) as bar:
             for _, batch in zip(range(config.steps), stream, strict=False):
                 model(**noising(model, batch, generator).inputs, return_dict=False)
                 bar.update()

@@ -23,7 +23,7 @@ class TrainingConfig:
 
     Attributes:
         steps: optimiser steps.
-        lr, warmup: peak learning rate, reached linearly.
+        lr, warmup: peak learning rate, reached linearly in so many steps.
         schedule, schedule_args: what follows the warm-up: a schedule of `diffusers.optimization` by name, and its settings.
         optimizer, optimizer_args: any optimiser of `torch.optim` by name, and its settings.
         max_grad_norm: clipping.
@@ -37,7 +37,7 @@ class TrainingConfig:
         save_every, keep: with an output folder, a checkpoint every so many steps, and how many of them stay.
         log_every: steps of a row of `training.jsonl`.
         trackers: of accelerate, by name; None takes tensorboard where it is installed and there is an output folder.
-        progress: show a bar.
+        progress: show a bar, on a terminal.
     """
 
     steps: int = 500

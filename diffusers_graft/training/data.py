@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.models.embeddings import LabelEmbedding
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..anatomy.families import argument_names
 from ..errors import TrainingError, UnknownNameError
@@ -105,10 +105,11 @@ class Noising:
         told, wanted = as_told(model, self.scheduler, timestep, target)
         return Noised({noisy: noised, _clock(model): told, **inputs}, wanted, sample, timestep)
 
-    def require_usable(self, model: ModelMixin, batch: Batch) -> None:
-        """Raise `TrainingError` for a batch that the model could not be called with, once it is noised."""
-        self._require_fit(model, batch)
-        if _label_embedding(model) is not None and not isinstance(batch.get("class_labels"), torch.Tensor):
+    def require_usable(self, model: ModelMixin, *batches: Batch) -> None:
+        """Raise `TrainingError` for batches that the model could not be called with, once they are noised."""
+        for batch in batches:
+            self._require_fit(model, batch)
+        if _label_embedding(model) is not None and not all("class_labels" in batch for batch in batches):
             raise TrainingError(f"The batch does not fit {type(model).__name__}: it needs class_labels, a tensor.")
 
     def _require_fit(self, model: ModelMixin, batch: Batch) -> None:
@@ -127,13 +128,17 @@ class Noising:
         for name in ("sample", *(self.null_prompt or ())) if clean else (noisy,):
             if not isinstance(batch.get(name), torch.Tensor if clean else torch.Tensor | list):
                 raise TrainingError(f"The {name} of a batch is a tensor; got {type(batch.get(name)).__name__}.")
+        noised = batch["sample" if clean else noisy]
+        if not len(noised) or (clean and not noised.is_floating_point()):
+            raise TrainingError(f"A batch holds samples, clean ones in floating point; got {noised}.")
+        if "class_labels" in batch:
+            _require_labels(model, batch["class_labels"], len(noised))
 
     def _shares(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Where in the noise schedule each sample lies, from 0 (clean) to 1: [B]."""
         logit_normal = self.timesteps == "logit_normal" or (self.timesteps == "auto" and is_flow(self.scheduler))
-        if logit_normal:
-            return torch.randn(count, generator=generator).sigmoid()
-        return torch.rand(count, generator=generator)
+        own = {"generator": generator}
+        return torch.randn(count, **own).sigmoid() if logit_normal else torch.rand(count, **own)
 
 
 def _clock(model: ModelMixin) -> str:
@@ -176,6 +181,16 @@ def dropped_labels(model: ModelMixin, labels: torch.Tensor, generator: torch.Gen
     return labels.masked_fill(dropped.to(labels.device), embedding.num_classes)
 
 
+def _require_labels(model: ModelMixin, labels: Any, count: int) -> None:
+    if (embedding := _label_embedding(model)) is None:
+        return
+    classes = embedding.embedding_table.num_embeddings
+    sound = isinstance(labels, torch.Tensor) and labels.dtype in (torch.int32, torch.int64) and labels.shape == (count,)
+    if not sound or not 0 <= labels.min() <= labels.max() < classes:
+        needs = f"it needs class_labels, a tensor of {count} whole numbers below {classes}"
+        raise TrainingError(f"The batch does not fit {type(model).__name__}: {needs}.")
+
+
 def _label_embedding(model: ModelMixin) -> LabelEmbedding | None:
     return next((module for module in model.modules() if isinstance(module, LabelEmbedding)), None)
 
@@ -211,7 +226,8 @@ class Shuffled:
         self._start = batch
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from DataLoader(self.dataset, batch_sampler=self._indices(self._start), num_workers=self.workers)
+        own = torch.Generator().manual_seed(self.seed)  # of workers' seeds, which would be drawn from torch's generator
+        yield from DataLoader(self.dataset, batch_sampler=self._indices(self._start), num_workers=self.workers, generator=own)
 
     def _indices(self, start: int) -> Iterator[list[int]]:
         full = len(self.dataset) // self.batch_size or 1
@@ -225,7 +241,7 @@ class Shuffled:
 
 def batches_of(dataset: Dataset | Iterable, batch_size: int, seed: int, *, workers: int = 0) -> Iterable[Batch]:
     """Batches of single samples of a map-style dataset; a list or any other iterable holds batches, passed on as they come."""
-    if hasattr(dataset, "__getitem__") and not isinstance(dataset, list | tuple):
+    if hasattr(dataset, "__getitem__") and not isinstance(dataset, list | tuple | IterableDataset):
         return Shuffled(dataset, batch_size, seed, workers=workers)
     return dataset
 

@@ -213,7 +213,7 @@ def _written(folder: Path, n: int, shard_size: int, made: dict[str, Any], make: 
             raise StateError(f"{folder} holds a set made with other settings ({', '.join(other)}). Give another folder.")
     _replace(path, lambda temporary: temporary.write_text(json.dumps({"samples": n, **facts}), encoding="utf-8"))
     spans = _spans(n, shard_size)
-    with tqdm(total=n, desc="training set", unit="sample", disable=not progress) as bar:
+    with tqdm(total=n, desc="training set", unit="sample", disable=None if progress else True) as bar:
         for span in spans:
             if not _path(folder, span).exists():
                 batches = []

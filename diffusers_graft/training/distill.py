@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin, SchedulerMixin
 
 from ..anatomy import evaluating
@@ -22,7 +23,7 @@ from ..surgery import require_built_beside
 from .classroom import Classroom, enroll
 from .closed_form import ClosedFormConfig, closed_form, output_layer
 from .config import TrainingConfig, one_of
-from .data import Batch, Noising, Stream
+from .data import Batch, Noising, Stream, first
 from .losses import LOSSES
 from .pupil import SiteReport
 from .run import is_resumable
@@ -81,6 +82,7 @@ class DistillConfig(TrainingConfig):
             raise TrainingError('reuse keeps what the intact model did, and mode="sequential" changes it: choose one of them.')
 
 
+@torch.inference_mode(False)
 def distill(
     model: ModelMixin, graft: Graft, batches: Iterable[Batch], config: DistillConfig | None = None, *,
     noise_scheduler: SchedulerMixin | None = None, held_out: Iterable[Batch] | None = None,
@@ -104,14 +106,14 @@ def distill(
     the model are spread over processes (see `training.sharding`), and every process holds the new parts whole.
 
     Raises:
-        StateError: the graft is installed and running, or a callback does that: its parts would then be taught by themselves;
-            or it was built beside another model.
+        StateError: the graft runs, or a callback makes it run: its parts would teach themselves; or it is another model's.
         TrainingError: a loss that is not finite, batches that ran out, or a launch that cannot be followed.
     """
     config = config or DistillConfig()
     _require_originals(model, graft)
     noising, stream, chosen = Noising.told(config, noise_scheduler, null_prompt), Stream(batches), _chosen(graft, config)
-    noising.require_usable(model, stream.peek())
+    held_out = None if held_out is None else first(held_out, config.held_out_batches)
+    noising.require_usable(model, stream.peek(), *(held_out or ()))
     with evaluating(model), spread(model, graft.sites) as teacher, beside(graft, model, teacher):
         if config.closed_form is not None and not (resume and is_resumable(output_dir, "one")):
             _solve(teacher, graft, stream, chosen, config.closed_form, noise_scheduler)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.models.embeddings import LabelEmbedding
 from peft import LoraConfig
@@ -83,6 +84,8 @@ class FinetuneConfig(TrainingConfig):
         return {**super().deciding(), "lora": None if self.lora is None else lora_settings(self.lora)}
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def finetune(
     model: ModelMixin, batches: Iterable[Batch], config: FinetuneConfig | None = None, *,
     noise_scheduler: SchedulerMixin | None = None, null_prompt: Mapping[str, Any] | None = None,

@@ -37,14 +37,16 @@ class Learner:
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig, *, lr_scale: float = 1.0,
                  ema_decay: float = 0.0):  # fmt: skip
         self.parameters, self.config, self.ema_decay, self.done = list(parameters), config, ema_decay, 0
-        if config.precision == "fp16" and any(parameter.dtype == torch.float16 for parameter in self.parameters):
+        if any(parameter.dtype == torch.float16 for parameter in self.parameters):
             raise TrainingError(
-                'precision="fp16" trains weights that are kept in float32, and these are in float16: call '
-                'model.to(torch.float32) first, or choose another precision.'
+                'Weights in float16 cannot be trained, since small steps and gradients are zero there: call '
+                'model.to(torch.float32) first, with precision="fp16" or "bf16" for speed.'
             )
         self.lr, self.factor = config.lr * lr_scale, config.lr_factors()
         self.optimizer = config.make_optimizer(self.parameters, self.lr)
-        self.average = [p.detach().clone() for p in self.parameters] if ema_decay else []
+        # In float32 at least: to bfloat16, which has three digits, a share of a thousandth would add nothing.
+        averaged = self.parameters if ema_decay else []
+        self.average = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in averaged]
         device = self.parameters[0].device.type if self.parameters else "cpu"
         self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
 
@@ -69,7 +71,8 @@ class Learner:
         self.done += 1
         if self.average:
             decay = min(self.ema_decay, self.done / (self.done + 9))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+            now = [p.detach().to(a.dtype) for p, a in zip(self.parameters, self.average, strict=True)]
+            torch._foreach_lerp_(self.average, now, 1 - decay)
 
     def clear(self) -> None:
         """Drop the gradients."""

@@ -10,19 +10,28 @@ from diffusers import ModelMixin
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..errors import StateError
+from ..errors import StateError, TrainingError
 from ..graft import Graft
+
+# What may differ from peft's own: these neither change the weights under a layer nor need more of a saved graft.
+_CARRIED = {"r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "use_rslora", "use_dora",
+            "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "task_type"}  # fmt: skip
+_STARTS = (True, False, "gaussian", "orthogonal")
 
 
 def add_lora(model: ModelMixin, graft: Graft, config: LoraConfig, *, resume: bool = False) -> None:
     """Put LoRA layers into the body of a grafted model; the graft remembers them.
 
     Works on models without diffusers' peft mixin, DiT and PixArt among them. Seats are left out unless
-    `config.exclude_modules` says otherwise: new parts are trained whole. To `resume`, layers that the graft got by the same
-    settings are kept.
+    `config.exclude_modules` says otherwise: new parts are trained whole. Without `config.target_modules`, all linear layers
+    get them. To `resume`, layers that the graft got by the same settings are kept.
 
-    Raises `StateError` where the model carries LoRA already.
+    Raises `StateError` where the model carries LoRA already, `TrainingError` for settings that a graft cannot save and take out
+    again, or that fit no layer.
     """
+    _require_plain(config)
+    if config.target_modules is None:
+        config = dataclasses.replace(config, target_modules="all-linear")
     if config.exclude_modules is None:
         seats = "|".join(re.escape(path) for path in graft.seats)
         config = dataclasses.replace(config, exclude_modules=rf"({seats})\..*")
@@ -31,12 +40,24 @@ def add_lora(model: ModelMixin, graft: Graft, config: LoraConfig, *, resume: boo
     if _layers(model):
         raise StateError("This model carries LoRA layers already. Fuse or unload them before training new ones.")
     vars(model).pop("peft_config", None)  # of layers that are gone
-    inject_adapter_in_model(copy.deepcopy(config), model)  # peft shortens long lists of targets in place
+    try:
+        inject_adapter_in_model(copy.deepcopy(config), model)  # peft shortens long lists of targets in place
+    except ValueError as error:
+        raise TrainingError(f"This LoRA does not fit {type(model).__name__}: {error}") from error
     graft.adapter_config = config
     inside = tuple(f"{path}." for path in graft.seats)
     for layer in _layers(model).values():
         layer.train(layer.get_base_layer().training)  # or its dropout would run in a model that evaluates
     graft.adapters = {path: layer for path, layer in _layers(model).items() if not path.startswith(inside)}
+
+
+def _require_plain(config: LoraConfig) -> None:
+    more = {name: value for name, value in lora_settings(config).items() if name not in _CARRIED}
+    if more.pop("init_lora_weights", True) not in _STARTS:
+        more["init_lora_weights"] = config.init_lora_weights
+    if more:
+        told = ", ".join(f"{name}={value!r}" for name, value in more.items())
+        raise TrainingError(f"The LoRA of a graft is plain, so that it can be saved and taken out again: leave out {told}.")
 
 
 def remove_lora(model: ModelMixin, graft: Graft) -> None:

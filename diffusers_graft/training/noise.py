@@ -19,8 +19,8 @@ _SHARE_BACK = ("Ideogram4Transformer2DModel", "Lumina2Transformer2DModel", "Lumi
 _SHARE = (  # of noise, from 0 to 1, in place of a timestep; that of the sample in those above
     "AuraFlowTransformer2DModel", "BriaFibo2Transformer2DModel", "ChromaTransformer2DModel", "CosmosTransformer3DModel",
     "FluxTransformer2DModel", "Flux2Transformer2DModel", "Krea2Transformer2DModel", "LongCatAudioDiTTransformer",
-    "LongCatImageTransformer2DModel", "NucleusMoEImageTransformer2DModel", "OvisImageTransformer2DModel", "PRXTransformer2DModel",
-    "QwenImageTransformer2DModel", "QwenImage21Transformer2DModel", *_SHARE_BACK,
+    "LongCatImageTransformer2DModel", "NucleusMoEImageTransformer2DModel", "OvisImageTransformer2DModel",
+    "PRXTransformer2DModel", "QwenImageTransformer2DModel", "QwenImage21Transformer2DModel", *_SHARE_BACK,
 )  # fmt: skip
 _TO_SAMPLE = ("HiDreamImageTransformer2DModel", "NucleusMoEImageTransformer2DModel", *_SHARE_BACK)  # predict sample - noise
 
@@ -32,7 +32,7 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
 
 
 def require_known(scheduler: SchedulerMixin) -> None:
-    """Raise `TrainingError` for a scheduler that does not tell how its model was trained, `UnknownNameError` for a prediction."""
+    """Raise `TrainingError` for a scheduler under which it is not known how models are trained, or what they predict."""
     if not isinstance(scheduler, SchedulerMixin):
         raise TrainingError(f"A noise_scheduler is a scheduler of diffusers, as pipe.scheduler is; got {scheduler!r}.")
     config = scheduler.config

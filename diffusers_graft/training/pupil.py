@@ -169,7 +169,8 @@ class Pupil:
         lists = {name: state[name].tolist() for name in ("losses", "errors", "cosines")}
         looks = [HeldOut(**look) for look in state["held_out"]]
         self.report = SiteReport(self.site, **lists, held_out=looks, best_step=state["best_step"], finished=state["finished"])
-        self.seat.train(self.report.finished is None)
+        if self.report.finished is not None:
+            self.seat.eval()
 
 
 def as_one(answer: torch.Tensor | tuple[torch.Tensor | None, ...]) -> torch.Tensor:

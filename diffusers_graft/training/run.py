@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from .config import TrainingConfig, one_of
 from .journal import FACTS, forget_after, write_row
 from .processes import hardware, is_main, smallest
 
+logger = logging.getLogger(__name__)
 PARTS = ("step", "seconds", "samples", "identity", "state")  # of a checkpoint
 STAGES = ("one", "two")  # the second goes on from the first
 CHECKPOINTS = ".checkpoints"  # of the machine that trains: a push to the Hub leaves out what begins with a dot
@@ -63,6 +65,10 @@ class Run:
         self.folder = None if folder is None else Path(folder)
         self.checkpoints = None if folder is None else Checkpoints(self.folder / CHECKPOINTS, stage, config.keep)
         self.trackers: list[Any] = []
+        self._wanted = () if folder is None else _wanted(config)
+        if config.warmup >= config.steps and is_main():
+            told = (config.warmup, config.steps, config.lr)
+            logger.warning("A warm-up of %d steps out of %d: the learning rate stays below %g.", *told)
         self._began, self._logged, self._saved = time.perf_counter(), 0, 0
 
     def resume(self, load: Callable[[dict[str, Any]], None]) -> bool:
@@ -95,14 +101,14 @@ class Run:
         """
         one, self.state.max_steps = self.state, steps
         self.bar = tqdm(total=one.max_steps, initial=one.global_step, desc=f"stage {one.stage}", unit="step",
-                        disable=not (self.config.progress and is_main()))  # fmt: skip
+                        disable=None if self.config.progress and is_main() else True)  # fmt: skip
         if self.folder is not None and is_main():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._forget_what_is_ahead()
             except OSError as error:
                 raise FileError(f"The output_dir {self.folder} cannot be written to: {error}. Give another one.") from error
-            self.trackers = list(_trackers(self.config, self.folder, f"stage-{one.stage}"))
+            self.trackers = [_tracker(name, self.config, self.folder, f"stage-{one.stage}") for name in self._wanted]
         self._tell("on_train_begin")
 
     def _forget_what_is_ahead(self) -> None:
@@ -214,15 +220,19 @@ def _differences(saved: Any, now: Any) -> str:
     return ", ".join(f"{name.removeprefix('run.')} was {one.get(name)!r} and is {other.get(name)!r}" for name in names[:3])
 
 
-def _trackers(config: TrainingConfig, folder: Path, name: str) -> Iterable[Any]:
+def _wanted(config: TrainingConfig) -> Iterable[str]:
+    """Names of trackers. Raises `UnknownNameError` for one that is not installed."""
     installed = [str(tracker) for tracker in get_available_trackers()]
-    wanted = config.trackers if config.trackers is not None else tuple({"tensorboard"} & set(installed))
-    for one in wanted:
+    for one in config.trackers or ():
         one_of("installed tracker", one, installed)
-        cls = LOGGER_TYPE_TO_CLASS[one]
-        tracker = cls(name, logging_dir=folder / "logs") if cls.requires_logging_directory else cls(name)
-        if hasattr(tracker, "start"):
-            tracker.start()
-        settings = flat(config.to_dict()).items()
-        tracker.store_init_configuration({key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings})
-        yield tracker
+    return {"tensorboard"} & set(installed) if config.trackers is None else config.trackers
+
+
+def _tracker(kind: str, config: TrainingConfig, folder: Path, name: str) -> Any:
+    cls = LOGGER_TYPE_TO_CLASS[kind]
+    tracker = cls(name, logging_dir=folder / "logs") if cls.requires_logging_directory else cls(name)
+    if hasattr(tracker, "start"):
+        tracker.start()
+    settings = flat(config.to_dict()).items()
+    tracker.store_init_configuration({key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings})
+    return tracker

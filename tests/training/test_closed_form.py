@@ -104,6 +104,7 @@ def test_the_ridge_pulls_towards_the_present_weights(bias):
         missed = target - layer(rows)
         system._add(rows, missed, target)
         report = system.solve(ridge=0.1)
+        system.take()
         wide = torch.cat([rows, torch.ones(4, 1)], 1) if bias else rows
         pull = 0.1 * wide.square().sum() / wide.shape[1]
         stacked = torch.cat([wide, pull.sqrt() * torch.eye(wide.shape[1])])
@@ -316,3 +317,26 @@ def test_it_is_on_the_card_and_comes_back(tmp_path):
     fresh.load_graft(tmp_path)
     assert torch.equal(predict(fresh), expected)
     assert fresh.graft.history == graft.history
+
+
+def test_where_one_part_cannot_be_solved_for_none_is_changed(monkeypatch):
+    model, solve = tiny_dit(), _Regression.solve
+
+    def fails(self, ridge):
+        if self.site.index == 2:
+            raise TrainingError("too much alike")
+        return solve(self, ridge)
+
+    graft = dg.build_graft(model, dg.plan_graft(model, {"feed_forward[1:3]": "mlp"}))
+    before = {name: tensor.clone() for name, tensor in graft.own_tensors(model).items()}
+    monkeypatch.setattr(_Regression, "solve", fails)
+    with pytest.raises(TrainingError, match="too much alike"):
+        dg.closed_form(model, graft, batches(), dg.ClosedFormConfig(steps=1, energy=False), noise_scheduler=SCHEDULER)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in graft.own_tensors(model).items())
+
+
+def test_only_the_model_that_a_graft_was_built_beside_is_watched():
+    model = tiny_dit()
+    graft = dg.build_graft(model, dg.plan_graft(model, {"feed_forward[1]": "mlp"}))
+    with pytest.raises(StateError, match="built beside another model"):
+        dg.closed_form(tiny_dit(), graft, batches(), noise_scheduler=SCHEDULER)

@@ -174,6 +174,10 @@ SAMPLE, LABELS = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
     ({"sample": SAMPLE, "class_labels": LABELS, "prompt": "a"}, "does not take prompt"), ({"sample": SAMPLE}, "needs class_labels"),
     ({"sample": SAMPLE, "class_labels": None}, "needs class_labels, a tensor"),
     ({"timestep": LABELS, "class_labels": LABELS}, "needs hidden_states"),
+    ({"sample": SAMPLE, "class_labels": LABELS + 6}, "of 2 whole numbers below 6"),
+    ({"sample": SAMPLE, "class_labels": LABELS[:1]}, "of 2 whole numbers"), ({"sample": SAMPLE, "class_labels": LABELS / 2}, "whole"),
+    ({"sample": SAMPLE.long(), "class_labels": LABELS}, "clean ones in floating point"),
+    ({"sample": SAMPLE[:0], "class_labels": LABELS[:0]}, "A batch holds samples"),
 ])  # fmt: skip
 def test_batches_that_do_not_fit_the_model(batch, words, tmp_path):
     model = tiny_dit()
@@ -181,6 +185,10 @@ def test_batches_that_do_not_fit_the_model(batch, words, tmp_path):
     before = tensors_of(model)
     with pytest.raises(TrainingError, match=words):
         dg.distill(model, graft, [batch], dg.DistillConfig(steps=1, progress=False), noise_scheduler=SCHEDULER)
+    with pytest.raises(TrainingError, match=words):
+        dg.distill(model, graft, batches(1), noise_scheduler=SCHEDULER, held_out=[batch], output_dir=tmp_path / "run")
+    with pytest.raises(TrainingError, match=words):
+        dg.closed_form(model, graft, [batch], noise_scheduler=SCHEDULER)
     with pytest.raises(TrainingError, match=words):
         dg.evaluate(model, [batch], noise_scheduler=SCHEDULER)
     assert same_tensors(model, before)

@@ -119,3 +119,23 @@ def test_a_checkpoint_of_other_lora_is_refused(other, tmp_path):
     changed = LoraConfig(**{"r": 2, "target_modules": ["to_q"], "lora_dropout": 0.5, **other})
     with pytest.raises(StateError, match="made by another run: config.lora"):
         settle(grafted(), lora=changed, output_dir=tmp_path, steps=1, resume=True)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"init_lora_weights": "pissa"}, "leave out init_lora_weights='pissa'"), ({"bias": "all"}, "leave out bias='all'"),
+    ({"lora_bias": True}, "leave out lora_bias=True"), ({"modules_to_save": ["proj_out_2"]}, "leave out modules_to_save"),
+    ({"target_modules": ["nothing"]}, "does not fit DiTTransformer2DModel: No modules were targeted"),
+])  # fmt: skip
+def test_lora_that_a_graft_could_not_carry_is_refused_before_it_is_trained(settings, words):
+    model = grafted()
+    before = tensors_of(model)
+    with pytest.raises(TrainingError, match=words):
+        settle(model, lora=LoraConfig(**{"target_modules": "all-linear", **settings}))
+    assert same_tensors(model, before)
+    settle(model, steps=1)
+
+
+def test_lora_goes_on_all_linear_layers_unless_told():
+    model = grafted()
+    settle(model, lora=LoraConfig(r=2), steps=1)
+    assert {"transformer_blocks.0.attn1.to_q", "transformer_blocks.3.ff.net.2"} <= model.graft.adapters.keys()

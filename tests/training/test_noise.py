@@ -38,8 +38,8 @@ def test_schedulers_of_sampling_noise_as_the_model_was_trained(kind):
 def test_solvers_of_flows_noise_as_flows(name):
     solver = getattr(diffusers, name)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     one, other = drawn(solver), drawn(FlowMatchEulerDiscreteScheduler(shift=3.0))
-    assert torch.equal(one.noisy, other.noisy) and torch.equal(one.target, other.target)
-    assert torch.equal(one.timestep, other.timestep)
+    for name in ("noisy", "target", "timestep"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
 
 
 @pytest.mark.parametrize("scheduler", [
@@ -64,7 +64,8 @@ def test_models_of_flows_are_told_noise_as_their_pipelines_tell_it(name, told, s
     scheduler, model = FlowMatchEulerDiscreteScheduler(shift=3.0), of_class(name)
     plain, own = drawn(scheduler), drawn(scheduler, model)
     torch.testing.assert_close(own.inputs["timestep"], told(plain.timestep / 1000))
-    assert torch.equal(own.noisy, plain.noisy) and torch.equal(own.target, sign * plain.target)
+    assert torch.equal(own.noisy, plain.noisy)
+    assert torch.equal(own.target, sign * plain.target)
     assert objective(own.target, own, scheduler, min_snr=5.0) == 0
     off = [objective(one.target + 1, one, scheduler, min_snr=5.0) for one in (plain, own)]
     torch.testing.assert_close(*off)

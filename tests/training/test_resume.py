@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 
 import diffusers_graft as dg
-from diffusers_graft.errors import FileError, StateError, TrainingError
+from diffusers_graft.errors import FileError, StateError, TrainingError, UnknownNameError
 from diffusers_graft.training import checkpoint
 from diffusers_graft.training.checkpoint import Checkpoints
 from diffusers_graft.training.journal import read_journal
@@ -287,3 +287,38 @@ def test_a_broken_loss_saves_the_last_good_state(stage, tmp_path):
         go([good, good, bad], tmp_path)
     assert Checkpoints(tmp_path / ".checkpoints", stage, 2).steps() == [2]
     assert same(go([good], tmp_path, resume=True), go([good], tmp_path / "whole"))
+
+
+class StopsAt:
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control):
+        state.should_training_stop = state.global_step == self.step
+
+
+def test_blocks_with_labels_go_on_without_dice_of_their_own(tmp_path):
+    def teach(**more):
+        model = tiny_dit()
+        graft = dg.build_graft(model, dg.plan_graft(model, {"block_pair[:]": "parallel"}))
+        config = dg.DistillConfig(steps=4, warmup=0, lr=1e-3, progress=False)
+        dg.distill(model, graft, batches(), config, noise_scheduler=SCHEDULER, output_dir=tmp_path, **more)
+        return graft.own_tensors(model)
+
+    whole = teach()
+    teach(callbacks=[StopsAt(2)])
+    assert same(teach(resume=True), whole)
+
+
+def test_a_tracker_that_is_missing_costs_no_checkpoint(tmp_path):
+    model = tiny_dit()
+    graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[1]": "hyena_x"}))
+
+    def teach(**settings):
+        config = dg.DistillConfig(steps=1, warmup=0, **settings)
+        dg.distill(model, graft, batches(1), config, noise_scheduler=SCHEDULER, output_dir=tmp_path)
+
+    teach()
+    with pytest.raises(UnknownNameError, match="no installed tracker 'none'"):
+        teach(trackers=("none",))
+    assert Checkpoints(tmp_path / ".checkpoints", "one", 2).steps() == [1]

@@ -176,3 +176,25 @@ def test_a_system_that_does_not_tell_its_memory_asks_for_a_limit(monkeypatch):
     with pytest.raises(TrainingError, match=r"set DistillConfig\.memory"):
         teach({"self_attention[0]": HYENA}, reuse=2)
     teach({"self_attention[0]": HYENA}, reuse=2, memory=10**6)
+
+
+def test_a_warm_up_that_takes_all_steps_is_told(caplog):
+    settle(grafted(), steps=2, warmup=1)
+    assert not caplog.records
+    settle(grafted(), steps=2, warmup=2)
+    assert "A warm-up of 2 steps out of 2: the learning rate stays below 0.001" in caplog.text
+
+
+def test_bars_are_for_terminals(capfd):
+    settle(grafted(), steps=2, progress=True)
+    assert not capfd.readouterr().err
+
+
+def test_the_average_moves_in_shares_that_bfloat16_cannot_hold():
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    learner = Learner([weight], TrainingConfig(), ema_decay=0.999)
+    learner.done = 10**6
+    learner.take([torch.full_like(weight, 1.25)])
+    for _ in range(100):
+        learner.step()
+    assert learner.average[0].mean().item() == pytest.approx(1.25 - 0.25 * 0.999**100, rel=1e-4)

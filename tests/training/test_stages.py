@@ -232,14 +232,15 @@ def test_a_body_that_lost_a_trained_weight_is_left_as_it_is():
     model.unset_graft()
 
 
-def test_weights_in_float16_are_not_trained_in_mixed_float16():
+@pytest.mark.parametrize("precision", ["fp16", "no"])
+def test_weights_in_float16_are_not_trained(precision):
     model = tiny_dit().half()
     graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[1]": RANDOM}))
-    with pytest.raises(TrainingError, match="kept in float32"):
-        dg.distill(model, graft, batches(1), quick(1, precision="fp16"), noise_scheduler=SCHEDULER)
+    with pytest.raises(TrainingError, match="first, with precision"):
+        dg.distill(model, graft, batches(1), quick(1, precision=precision), noise_scheduler=SCHEDULER)
     model.set_graft(graft)
-    with pytest.raises(TrainingError, match="kept in float32"):
-        dg.finetune(model, batches(1), settle(1, precision="fp16"), noise_scheduler=SCHEDULER)
+    with pytest.raises(TrainingError, match="first, with precision"):
+        dg.finetune(model, batches(1), settle(1, precision=precision), noise_scheduler=SCHEDULER)
 
 
 class StopsAtTheEnd:
@@ -451,3 +452,17 @@ def test_the_trainer_trains(tmp_path):
     assert [row["stage"] for row in trainer.graft.history] == ["one", "two"]
     with pytest.raises(StateError, match="eval_dataset"):
         trainer.evaluate()
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_both_stages_learn_whatever_is_around_them(around):
+    model, plain = tiny_dit(), tiny_dit()
+    for one, context in ((model, around), (plain, torch.enable_grad)):
+        graft = dg.build_graft(one, dg.plan_graft(one, {"self_attention[1]": "hyena_x", "feed_forward[0]": "mlp"}))
+        with context():
+            dg.closed_form(one, graft, batches(), dg.ClosedFormConfig(steps=1), noise_scheduler=SCHEDULER)
+            dg.distill(one, graft, batches(), quick(2), noise_scheduler=SCHEDULER)
+        one.set_graft(graft)
+        with context():
+            dg.finetune(one, batches(), settle(2), noise_scheduler=SCHEDULER)
+    assert same_tensors(model, tensors_of(plain))

@@ -41,8 +41,8 @@ def trainer(folder, **settings):
     common = {"steps": 4, "lr": 1e-3, "save_every": 1, "log_every": 1, "progress": False}
     arguments = dg.GraftTrainingArguments(output_dir=folder, distill=dg.DistillConfig(evaluate_every=2, **common),
                                           finetune=dg.FinetuneConfig(**common), per_device_train_batch_size=4)  # fmt: skip
-    return dg.GraftTrainer(model=tiny_dit(), plan={"self_attention[1::2]": "hyena_x"}, args=arguments, train_dataset=Singles(),
-                           eval_dataset=Singles(), noise_scheduler=SCHEDULER, **settings)  # fmt: skip
+    return dg.GraftTrainer(model=tiny_dit(), plan={"self_attention[1::2]": "hyena_x"}, args=arguments, noise_scheduler=SCHEDULER,
+                           **{"train_dataset": Singles(), "eval_dataset": Singles(), **settings})  # fmt: skip
 
 
 def test_a_callback_of_transformers_follows_both_stages(tmp_path):
@@ -137,3 +137,17 @@ def test_a_push_leaves_checkpoints_at_home(tmp_path, monkeypatch):
     one.push_to_hub("user/name")
     assert "training.jsonl" in pushed["files"]
     assert not any("checkpoint" in name for name in pushed["files"])
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(batches())
+
+
+@pytest.mark.parametrize("data", [Singles, Endless])
+def test_datasets_of_both_kinds_leave_randomness_alone(data, tmp_path):
+    own = trainer(tmp_path, train_dataset=data(), eval_dataset=data())
+    before = torch.get_rng_state()
+    own.train()
+    own.evaluate()
+    assert torch.equal(torch.get_rng_state(), before)
