@@ -119,11 +119,18 @@ class Sites(Sequence[Site]):
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """How tokens lie: frames x height x width, raster order, last axis fastest."""
+    """How tokens lie: frames x height x width, raster order, last axis fastest.
+
+    Raises `GeometryError` for a side that holds no token.
+    """
 
     frames: int = 1
     height: int
     width: int
+
+    def __post_init__(self):
+        if self.frames < 1 or self.height < 1 or self.width < 1:
+            raise GeometryError(f"A grid has 1 or more tokens on every side; got {self.frames} x {self.height} x {self.width}.")
 
     @property
     def tokens(self) -> int:

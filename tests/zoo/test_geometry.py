@@ -11,6 +11,7 @@ import diffusers_graft as dg
 from diffusers_graft.anatomy import families, read_context
 from diffusers_graft.errors import GeometryError
 from diffusers_graft.processor import grafted_class
+from diffusers_graft.site import Grid
 
 from .models import ROWS, Draw, exported, inputs_of, predict, tiny
 from .test_matrix import MIXERS, NAMES, NO_MAIN_SITE, NO_SOFTMAX, main_sites
@@ -197,3 +198,9 @@ def test_where_tokens_lie_on_no_grid_the_refusal_says_what_to_add(name):
 
 def test_the_tables_name_classes_that_exist():
     assert set(NO_GRID) | WAVEFORMS | set(ACROSS_FRAMES) <= set(ROWS)
+
+
+@pytest.mark.parametrize("sides", [{"height": 0, "width": 4}, {"height": -4, "width": -4}, {"frames": 0, "height": 4, "width": 4}], ids=str)
+def test_a_grid_has_tokens_on_every_side(sides):
+    with pytest.raises(GeometryError, match="1 or more tokens on every side"):
+        Grid(**sides)
