@@ -191,8 +191,7 @@ def closed_form(
         raise StateError("A closed form watches the original parts: call model.unset_graft() or model.disable_graft() first.")
     require_built_beside(model, graft)
     edits = [edit for edit in graft.plan.edits if paths is None or edit.site.path in paths]
-    regressions = {edit.site.path: r for edit in edits if (r := _regression(graft, edit)) is not None}
-    if not regressions:
+    if not (regressions := {edit.site.path: r for edit in edits if (r := _regression(graft, edit)) is not None}):
         raise OperatorError("No part of this graft ends in a linear layer, so there is nothing to solve for. Use dg.distill.")
     run = _runner(model, batches, config, noise_scheduler)
     with _untouched(model, graft, config.seed):

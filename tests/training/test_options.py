@@ -1,4 +1,6 @@
 """What stage one can be told, each by what it does."""
+import io
+
 import pytest
 import torch
 
@@ -297,9 +299,15 @@ def test_the_journal_says_how_it_went(tmp_path):
     assert rows[-1]["samples_per_second"] > 0
 
 
-def test_the_bar_tells_loss_throughput_and_time_left(capfd):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_tells_loss_throughput_and_time_left(monkeypatch):
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
     teach({"self_attention[1]": HYENA}, steps=3, log_every=1, progress=True)
-    said = capfd.readouterr().err
+    said = terminal.getvalue()
     assert "stage one: 100%" in said
     assert "loss=" in said
     assert "samples_per_second=" in said
