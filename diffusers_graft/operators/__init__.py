@@ -86,8 +86,8 @@ def configure(spec: str | OperatorConfig | dict[str, Any]) -> OperatorConfig:
         return spec
     if isinstance(spec, str):
         return parse_operator(spec) if "(" in spec else get(spec).Config()
-    if not isinstance(spec, dict) or "operator" not in spec:
-        raise OperatorError(f'An operator is a name, a Config, or a dict with the key "operator"; got {spec!r}.')
+    if not isinstance(spec, dict) or not isinstance(spec.get("operator"), str):
+        raise OperatorError(f'An operator is a name, a Config, or a dict with its name under "operator"; got {spec!r}.')
     return _configured(get(spec["operator"]), spec)
 
 

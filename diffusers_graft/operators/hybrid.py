@@ -49,9 +49,11 @@ class Hybrid(Mixer):
 
         def heads(self, site: Site) -> tuple[int, ...]:
             """The heads of the first mixer. Raises `OperatorError` where the split leaves a mixer without heads."""
+            if site.heads < 2:
+                raise OperatorError(f"hybrid: {site.path} has one head, and two mixers need two. Choose one of them there.")
             share = isinstance(self.split, float)
             count = min(max(1, round(self.split * site.heads)), site.heads - 1) if share else self.split
-            chosen = count if isinstance(count, tuple) else tuple(range(count))
+            chosen = count if isinstance(count, tuple) else tuple(range(min(count, site.heads)))
             if not 0 < len(chosen) < site.heads or max(chosen) >= site.heads:
                 raise OperatorError(
                     f"hybrid: split {self.split!r} of the {site.heads} heads of {site.path} leaves none for the second mixer. "

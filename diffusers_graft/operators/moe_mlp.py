@@ -68,7 +68,8 @@ class MoeMlp(FeedForwardOperator):
         self.router.weight.mul_(1e-3)
         kept = strongest(original, self.config.experts * self.hidden)
         hands = self._deal(len(kept))
-        holders = torch.bincount(torch.cat(hands), minlength=len(kept)).double()
+        dealt, none = torch.cat(hands), torch.zeros(len(kept), dtype=torch.float64)
+        holders = none.index_add(0, dealt, torch.ones_like(dealt, dtype=torch.float64))  # `bincount` has no meta
         scale = _scale(holders, self.config.experts, self.config.top_k).to(original.down)
         for up, down, hand in zip(self.up, self.down, hands, strict=True):
             copy_input(up, original, kept[hand])

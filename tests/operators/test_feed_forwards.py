@@ -202,6 +202,14 @@ def test_hyena_mlp_has_the_papers_parameters_and_cost():
     assert operator.flops(256) / mlp.flops(256) - 1 == pytest.approx(0.0028, abs=1e-4)  # with the convolution
 
 
+@pytest.mark.parametrize("name", ["mlp", "gated_mlp", "mix_ffn", "hyena_mlp", "low_rank_mlp", "linear_mlp", "moe_mlp"])
+def test_warm_starts_of_models_without_memory(name):
+    with torch.device("meta"):
+        operator = configure(name).resolved(SITE).build(SITE)
+        operator.init_from(linear_pair(FeedForward(SITE.width, inner_dim=SITE.hidden, activation_fn=SITE.activation)))
+    assert all(parameter.is_meta for parameter in operator.parameters())
+
+
 def test_mix_ffn_by_hand():
     operator = moved({"operator": "mix_ffn", "expansion": 1.5, "activation": "silu"})
     silu = lambda tensor: tensor / (1 + (-tensor).exp())  # noqa: E731

@@ -483,10 +483,20 @@ def test_a_hybrid_gives_each_head_its_own_mask(batch):
     torch.testing.assert_close(build(settings_)(*qkv(6), Context(mask=mask)), expected)
 
 
-@pytest.mark.parametrize("split", [0, 3, 0.0, 1.5, (0, 0), (3,), (), "half", True])
+@pytest.mark.parametrize("split", [0, 3, 10**30, 0.0, 1.5, (0, 0), (3,), (), "half", True])
 def test_a_split_that_is_none_is_refused(split):
     with pytest.raises(OperatorError, match="hybrid: split"):
         build({"operator": "hybrid", "split": split})
+
+
+def test_a_hybrid_needs_two_heads():
+    with pytest.raises(OperatorError, match="has one head, and two mixers need two"):
+        build("hybrid", replace(ATTENTION, heads=1))
+
+
+def test_an_operator_by_what_is_no_name():
+    with pytest.raises(OperatorError, match="a dict with its name under"):
+        configure({"operator": ["mlp"]})
 
 
 def test_a_hybrid_of_what_is_no_mixer_is_refused():
