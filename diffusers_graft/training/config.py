@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -69,9 +70,9 @@ class TrainingConfig:
         counts = (self.steps, self.accumulate, self.save_every, self.keep, self.log_every)
         if not all(isinstance(value, int | float) for value in (self.lr, self.max_grad_norm, self.prompt_dropout)):
             raise TrainingError(f"A learning rate, a norm and a rate are numbers; got {self}.")
-        if not all(isinstance(count, int) for count in (*counts, self.warmup)) or self.warmup < 0:
-            raise TrainingError(f"Steps are counted in whole numbers, those of the warm-up from zero; got {self}.")
-        if not (min(counts) >= 1 and self.lr > 0):
+        if not all(isinstance(count, int) for count in (*counts, self.warmup, self.seed)) or self.warmup < 0:
+            raise TrainingError(f"Steps and a seed are whole numbers, those of the warm-up from zero; got {self}.")
+        if not (min(counts) >= 1 and 0 < self.lr < math.inf):
             raise TrainingError(f"Training needs at least one step of everything and a positive learning rate; got {self}.")
         if not self.max_grad_norm > 0 or not 0 <= self.prompt_dropout <= 1:
             raise TrainingError(f"A gradient is clipped to a norm above zero, and a rate lies from 0 to 1; got {self}.")

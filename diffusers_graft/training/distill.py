@@ -73,11 +73,18 @@ class DistillConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in [self.loss] if isinstance(self.loss, str) else self.loss.values():
+        for name in self.loss.values() if isinstance(self.loss, Mapping) else [self.loss]:
             one_of("loss", name, ("auto", *LOSSES))
         one_of("mode", self.mode, MODES)
-        if min(self.reuse, self.evaluate_every, self.held_out_batches, self.patience or 1) < 1 or self.ring < 2:
-            raise TrainingError(f"Counts start at one, a ring at two batches; got {self}.")
+        counts = [self.reuse, self.evaluate_every, self.held_out_batches, self.ring]
+        counts += [count for count in (self.patience, self.memory) if count is not None]
+        if not all(isinstance(count, int) and count >= 1 for count in counts) or self.ring < 2:
+            raise TrainingError(f"Counts are whole numbers from one, a ring's from two; got {self}.")
+        scales = self.lr_scale.values() if isinstance(self.lr_scale, Mapping) else [self.lr_scale]
+        if not all(isinstance(scale, int | float) for scale in scales):
+            raise TrainingError(f"Factors on the learning rate are numbers; got {self.lr_scale!r}.")
+        if not isinstance(self.closed_form, ClosedFormConfig | None):
+            raise TrainingError(f"closed_form takes a dg.ClosedFormConfig(), or None; got {self.closed_form!r}.")
         if self.reuse > 1 and self.mode == "sequential":
             raise TrainingError('reuse keeps what the intact model did, and mode="sequential" changes it: choose one of them.')
 

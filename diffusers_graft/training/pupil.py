@@ -112,7 +112,15 @@ class Pupil:
         return loss
 
     def heard(self) -> torch.Tensor:
-        """Loss, relative error and cosine since the last time, averaged, on the device: [3]."""
+        """Loss, relative error and cosine since the last time, averaged, on the device: [3].
+
+        Raises `TrainingError` for a part that was not called upon.
+        """
+        if not self._heard:
+            raise TrainingError(
+                f"Stage one: with this batch the model does not call {self.site.address}, so nothing is to be learned there. "
+                "Give the arguments that it is for, or leave it out: of the plan, or of DistillConfig.sites."
+            )
         heard, self._heard = torch.stack(self._heard).mean(0), []
         return heard
 

@@ -1,5 +1,7 @@
 """Stage one and stage two."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -170,6 +172,24 @@ def test_bad_settings():
         dg.FinetuneConfig(train="everything")
     with pytest.raises(UnknownNameError, match="timesteps"):
         Noising(timesteps="sometimes")
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"patience": 0}, "Counts"), ({"patience": 1.5}, "Counts"), ({"reuse": 1.5}, "Counts"), ({"memory": -5}, "Counts"),
+    ({"ring": "a"}, "Counts"), ({"seed": 1.5}, "a seed are whole numbers"), ({"lr": float("inf")}, "positive learning rate"),
+    ({"lr_scale": "x"}, "Factors"), ({"lr_scale": {"self_attention[1]": "x"}}, "Factors"), ({"closed_form": True}, "ClosedFormConfig"),
+])  # fmt: skip
+def test_settings_that_mean_nothing(settings, words):
+    with pytest.raises(TrainingError, match=words):
+        dg.DistillConfig(**settings)
+
+
+def test_a_site_that_is_never_called_is_named():
+    model = tiny_dit()
+    model.spare = copy.deepcopy(model.transformer_blocks[0])
+    graft = dg.build_graft(model, dg.plan_graft(model, {"feed_forward[:]": "mlp"}))
+    with pytest.raises(TrainingError, match=r"does not call feed_forward\[4\]"):
+        dg.distill(model, graft, batches(1), quick(2), noise_scheduler=SCHEDULER)
 
 
 @pytest.mark.parametrize("settings", [
