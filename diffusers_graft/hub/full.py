@@ -56,10 +56,8 @@ def load_pretrained(
 
     Raises:
         FileError: missing, damaged, or not a whole grafted model.
-        StateError: a dtype that no model computes in.
-        UnknownNameError: an argument that nothing takes.
+        UnknownNameError, StateError: an argument that nothing takes, a dtype that no model computes in.
     """
-    require_dtype(dtype := dtype or torch_dtype or torch.float32)
     folder = local_folder(source, [*_BESIDES, *weight_files(variant)], subfolder=subfolder, revision=revision, **hub_arguments)
     description = _description(folder, variant)
     classes = trusted(description, folder, trust=trust_remote_code, pinned=is_pinned(source, revision))
@@ -78,7 +76,7 @@ def load_pretrained(
     apply_settings(model, description.get("settings", []))
     take(model, tensors, folder, assign=low_cpu_mem_usage)
     as_whole(model, graft, **{name: description.get(name) for name in CARRIED})
-    model = _cast(model, tensors, dtype, description.get("buffers"))
+    model = _cast(model, tensors, dtype or torch_dtype or torch.float32, description.get("buffers"))
     _adapt(model, graft, description.get("lora"), adapters)
     return model.to(device).eval() if device is not None else model.eval()
 
@@ -200,6 +198,7 @@ def _cast(model: ModelMixin, tensors: dict[str, torch.Tensor], dtype: torch.dtyp
     Buffers that are no weights (tables of positions) had a dtype of their own if the model was loaded in that dtype, and
     another if it was cast to it: where the model comes back as it was saved, so do they.
     """
+    require_dtype(dtype)
     kept = set(type(model)._keep_in_fp32_modules or ())
     for name, parameter in model.named_parameters():
         wanted = torch.float32 if kept & set(name.split(".")) else dtype

@@ -125,10 +125,8 @@ def load_graft(
         hub_arguments: `token`, `cache_dir`, `local_files_only` and the like, for `huggingface_hub.snapshot_download`.
 
     Raises `FileError` for files that are missing, damaged, edited, or of a newer format, `MismatchError` for those made for
-    another model, `StateError` where the model is grafted already or cannot compute in that dtype, `UnknownNameError` for an
-    argument that nothing takes.
+    another model, `StateError` for a grafted one and for odd dtypes, `UnknownNameError` for an argument that nothing takes.
     """
-    require_dtype(dtype := dtype or torch_dtype)
     folder = local_folder(source, [*names(variant), *_BESIDES], subfolder=subfolder, revision=revision, **hub_arguments)
     config, tensors = read_graft(folder, variant)
     classes = trusted(config, folder, trust=trust_remote_code, pinned=is_pinned(source, revision))
@@ -138,7 +136,7 @@ def load_graft(
         _check_base(model, config, allow_base_mismatch)
     own, adapters = _parted(model, config, tensors, folder)
     check_operators(plan, own, folder)
-    with _moved(model, device=device, dtype=dtype):
+    with _moved(model, device=device, dtype=dtype or torch_dtype):
         with ContextManagers([no_init_weights()] if low_cpu_mem_usage else []):
             graft = build_blank(model, plan, config["history"])
         fill(model, graft, own, folder)
@@ -152,6 +150,7 @@ def load_graft(
 @contextlib.contextmanager
 def _moved(model: ModelMixin, **where: Any) -> Iterator[None]:
     """Move a model, if asked to, and put its very tensors back should anything go wrong inside."""
+    require_dtype(where["dtype"])
     if all(value is None for value in where.values()):
         yield
         return
