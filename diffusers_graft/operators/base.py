@@ -57,9 +57,20 @@ class OperatorConfig:
         return f"{self.owner.name}({', '.join([*settings, *start])})"
 
 
+def _refuse_quantised(part: str, *weights: torch.Tensor) -> None:
+    """Raise `OperatorError` for weights whose numbers mean nothing without the scales beside them."""
+    if not all(weight.is_floating_point() for weight in weights):
+        raise OperatorError(
+            f'The weights of this {part} are quantised, so nothing can start from them: choose init="random", or graft first '
+            "and quantise what stays."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearPair:
     """A two-layer feed-forward as an operator sees the one it replaces: `down(activation(up(x)))`.
+
+    Raises `OperatorError` for quantised weights.
 
     Attributes:
         up, down: weights [hidden, D] and [D, hidden].
@@ -75,10 +86,15 @@ class LinearPair:
     activation: str
     energy: torch.Tensor | None = None
 
+    def __post_init__(self):
+        _refuse_quantised("feed-forward", self.up, self.down)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Projections:
     """The linear layers of an attention as an operator with projections of its own sees those it replaces.
+
+    Raises `OperatorError` for quantised weights.
 
     Attributes:
         query, key, value: weights [H * E, D].
@@ -94,6 +110,9 @@ class Projections:
     key_bias: torch.Tensor | None = None
     value_bias: torch.Tensor | None = None
     out_bias: torch.Tensor | None = None
+
+    def __post_init__(self):
+        _refuse_quantised("attention", self.query, self.key, self.value, self.out)
 
 
 class Operator(nn.Module):

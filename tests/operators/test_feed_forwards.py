@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from diffusers_graft.anatomy import linear_pair
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError, UnknownNameError
-from diffusers_graft.operators import LinearPair, configure
+from diffusers_graft.operators import LinearPair, Projections, configure
 from diffusers_graft.operators._activations import ACTIVATIONS, hermite_coefficients
 from diffusers_graft.operators.moe_mlp import _scale
 from diffusers_graft.site import Context, Grid, Site
@@ -208,6 +208,14 @@ def test_warm_starts_of_models_without_memory(name):
         operator = configure(name).resolved(SITE).build(SITE)
         operator.init_from(linear_pair(FeedForward(SITE.width, inner_dim=SITE.hidden, activation_fn=SITE.activation)))
     assert all(parameter.is_meta for parameter in operator.parameters())
+
+
+def test_nothing_starts_from_quantised_weights():
+    whole = torch.ones(3, 3, dtype=torch.int8)
+    with pytest.raises(OperatorError, match="this feed-forward are quantised.*init=\"random\""):
+        pair(up=whole)
+    with pytest.raises(OperatorError, match="this attention are quantised"):
+        Projections(query=whole, key=whole, value=whole, out=whole)
 
 
 def test_mix_ffn_by_hand():
