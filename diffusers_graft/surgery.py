@@ -17,6 +17,7 @@ from .graft import COMPUTE_DTYPES, Graft, installed, is_enabled
 from .processor import is_grafted
 
 _GRAFT, _ENABLED, _SKIPPED = "_graft", "_graft_enabled", "_skip_layerwise_casting_patterns"
+_THEN = "_graft_dtype_then"  # on a part that waits: what dtype the part in its place had when it came
 
 
 def install(model: ModelMixin, graft: Graft) -> None:
@@ -141,7 +142,7 @@ def _exchange(model: ModelMixin, graft: Graft, parts: dict[str, nn.Module], adap
     for path, part in sorted({**parts, **adapters}.items(), key=lambda item: item[0].count(".")):  # blocks before their parts
         parent, _, name = path.rpartition(".")
         holder = model.get_submodule(parent)
-        _follow(holder._modules[name], part)
+        _follow(model, holder._modules[name], part)
         holder._modules[name] = part
     for name, parameter in trained.items():
         waiting, graft.body[name] = graft.body[name], parameter.data
@@ -161,17 +162,25 @@ def _trained_parameters(model: ModelMixin, graft: Graft) -> dict[str, nn.Paramet
     return {name: parameters[name] for name in graft.body}
 
 
-def _follow(leaving: nn.Module, coming: nn.Module) -> None:
+def _follow(model: ModelMixin, leaving: nn.Module, coming: nn.Module) -> None:
     """Move a part that waited off the tree to where the model went meanwhile, without touching what it shares."""
     if coming.training != leaving.training:  # else parts of it may have modes of their own
         coming.train(leaving.training)
     counterparts = dict(leaving.named_parameters())
-    here = next((p for p in counterparts.values() if p.dtype in COMPUTE_DTYPES), None)
-    if here is None:
+    if (here := _anchor(model, leaving)) is None:
         return  # weights that are only stored, quantised or fp8, say nothing about where a part should go
+    cast = vars(coming).pop(_THEN, None) != here.dtype  # else parameters of several dtypes keep theirs
     shared = {id(parameter) for parameter in counterparts.values()}
     for name, parameter in coming.named_parameters():
         like = counterparts.get(name, here)
         like = like if like.dtype in COMPUTE_DTYPES else here
-        if id(parameter) not in shared and (parameter.device, parameter.dtype) != (like.device, like.dtype):
-            parameter.data = parameter.data.to(like.device, like.dtype)
+        dtype = like.dtype if cast or like is not here else parameter.dtype
+        if id(parameter) not in shared and (parameter.device, parameter.dtype) != (like.device, dtype):
+            parameter.data = parameter.data.to(like.device, dtype)
+    vars(leaving)[_THEN] = getattr(_anchor(model, coming), "dtype", None)
+
+
+def _anchor(model: ModelMixin, part: nn.Module) -> nn.Parameter | None:
+    """The parameter that tells where a part is; of what stands for a removed block, and has none, the model's."""
+    parameters = part.parameters() if any(True for _ in part.parameters()) else model.parameters()
+    return next((parameter for parameter in parameters if parameter.dtype in COMPUTE_DTYPES), None)

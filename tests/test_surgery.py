@@ -225,6 +225,28 @@ def test_parts_that_wait_follow_the_model():
     assert torch.equal(predict(model), predict(plain))
 
 
+def test_a_removed_block_follows_the_model():
+    model = tiny_dit()
+    plain = copy.deepcopy(model).to(torch.bfloat16)
+    model.set_graft("block[1:]=remove")
+    model.to(torch.bfloat16)
+    model.unset_graft()
+    assert torch.equal(predict(model), predict(plain))
+
+
+@pytest.mark.parametrize("rules", ["block[0]=linear_block", "block[:]=remove", "self_attention[0]=mamba2", "feed_forward[0]=mlp"])
+def test_parameters_of_several_dtypes_keep_theirs(rules):
+    model = tiny_dit().to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("to_k.weight", "net.2.bias", "norm1.linear.bias")):
+            parameter.data = parameter.data.float() + 1e-5
+    before = tensors_of(model)
+    model.set_graft(rules)
+    model.unset_graft()
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {name: t.dtype for name, t in before.items()}
+    assert same_tensors(model, before)
+
+
 def test_gradient_checkpointing():
     from diffusers_graft.anatomy import example_inputs
 
