@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..errors import MissingDependencyError, OperatorError, UnknownNameError
 from ..site import Context, Grid, Site
@@ -121,7 +122,8 @@ def precision_of(like: torch.Tensor) -> torch.dtype:
 
 
 def _in_compiled_torch(operator: WithBackends, *inputs_and_context: Any) -> torch.Tensor:
-    if torch.compiler.is_compiling():
+    # Under a counter, as in every save, torch would compile nothing, and never again.
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return operator.in_torch(*inputs_and_context)
     try:
         return _compiled(operator.config)(operator, *inputs_and_context)

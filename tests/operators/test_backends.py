@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffusers_graft as dg
 from diffusers_graft.errors import MissingDependencyError, OperatorError, UnknownNameError
@@ -267,6 +268,15 @@ def test_settings_do_not_use_up_each_others_compilations(compilations):
         with torch.set_grad_enabled(grad):
             operator(*qkv(30), Context(grid=Grid(height=5, width=6)))
     assert compilations.frame_count == 12
+
+
+def test_counting_leaves_it_compiled(compilations):
+    operator = dg.operators.configure({"operator": "hyena_x", "backend": "compiled"}).build(SITE)
+    inputs = (*qkv(30), Context())
+    with FlopCounterMode(display=False):
+        counted = operator(*inputs)
+    torch.testing.assert_close(operator(*inputs), counted)
+    assert compilations.frame_count == 1
 
 
 @torch._dynamo.config.patch(recompile_limit=2)
