@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.models.embeddings import LabelEmbedding
 from peft import LoraConfig
 
 import diffusers_graft as dg
@@ -284,3 +285,15 @@ def test_trackers_are_accelerates(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "get_available_trackers", list)
     with pytest.raises(UnknownNameError, match="installed tracker"):
         settle(grafted(), output_dir=tmp_path / "other", trackers=("wandb",))
+
+
+def test_a_teacher_does_not_bring_back_the_dice_of_labels_in_a_grafted_block():
+    model, training = grafted(rules={"block_pair[0]": "parallel"}), []
+
+    class Watcher:
+        def on_step_end(self, args, state, control):
+            training.extend(module.training for module in model.modules() if isinstance(module, LabelEmbedding))
+
+    settle(model, steps=2, distill_output=1.0, callbacks=[Watcher()])
+    assert training
+    assert not any(training)
