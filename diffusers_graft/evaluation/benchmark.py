@@ -104,12 +104,7 @@ def benchmark(
         `milliseconds`, and `ratio`, `low`, `high` of the time to the original's of the same round.
     """
     require_rounds(rounds)
-    if installed(model) is not None:
-        raise StateError("A benchmark compares grafts with the original: call model.unset_graft() first.")
-    if "original" in rules:
-        raise GraftError('"original" is the name of the model without a graft. Give these rules another name.')
-    grafts = {"original": None} | {name: build_graft(model, plan_graft(model, rule)) for name, rule in rules.items()}
-    rows = []
+    grafts, rows = _contenders(model, rules), []
     with evaluating(model):
         for size in tqdm(list(sizes), desc="benchmark", unit="size", disable=not progress):
             inputs = example_inputs(model, size=size)
@@ -122,6 +117,14 @@ def benchmark(
                 rows.append({"tokens": tokens, "name": timing.name, **shape, "milliseconds": 1000 * timing.seconds,
                              "ratio": timing.ratio, "low": timing.low, "high": timing.high})  # fmt: skip
     return rows
+
+
+def _contenders(model: ModelMixin, rules: Mapping[str, Rules]) -> dict[str, Graft | None]:
+    if installed(model) is not None:
+        raise StateError("A benchmark compares grafts with the original: call model.unset_graft() first.")
+    if "original" in rules:
+        raise GraftError('"original" is the name of the model without a graft. Give these rules another name.')
+    return {"original": None} | {name: build_graft(model, plan_graft(model, rule)) for name, rule in rules.items()}
 
 
 @contextmanager
