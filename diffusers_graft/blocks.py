@@ -16,6 +16,7 @@ from diffusers import ModelMixin
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from .anatomy import bind_arguments
 from .anatomy.blocks import block_class, streams_of
 from .anatomy.loops import read_from_outside
 from .errors import OperatorError
@@ -48,7 +49,7 @@ class _Call:
         return cls(block.forward, block.__name__, parameters_of(block), streams.names, streams.several)
 
     def given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        return bind_arguments(self.parameters, args, kwargs)
 
     def streams_in(self, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor | None]:
         given = self.given(args, kwargs)

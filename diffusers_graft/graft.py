@@ -17,7 +17,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from .anatomy import find_sites, linear_pair, projections
+from .anatomy import bind_arguments, find_sites, linear_pair, projections
 from .blocks import fill_block, removed, shallow_copy, side_by_side, unshare
 from .errors import OperatorError
 from .mixing import refuse_hiding, require_tokens
@@ -60,7 +60,7 @@ class AttentionSeat(nn.Module):
         self.graft_site, self.graft, self.names = site, operator, names
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = bind_arguments(self.names, args, kwargs)
         hidden_states, other = given[self.names[0]], given.get("encoder_hidden_states")
         require_tokens(self.graft.name, hidden_states.shape[1])
         if other is not None and other is not hidden_states:

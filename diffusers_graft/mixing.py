@@ -133,8 +133,7 @@ def _seen(operator: Mixer, query, key, mask: torch.Tensor | None, grid: Grid | N
     """log Z(image) of every image token, [B, H, N, 1]."""
     tokens = query.shape[2]
     grid = grid if grid is not None and grid.tokens == tokens else Grid(height=1, width=tokens)
-    site = operator.site
-    fields, weights = fields_of(operator.config, (site.width, site.heads, site.head_width), grid, query.device)
+    fields, weights = fields_of(operator, grid, query.device)
     if len(fields) == 1:
         scores = query @ key[:, :, fields[0]].transpose(-1, -2)
     else:
@@ -155,21 +154,26 @@ def _gathered_scores(query: torch.Tensor, fields: torch.Tensor, key: torch.Tenso
     return (seen @ query[..., None])[..., 0]
 
 
-@torch.compiler.assume_constant_result
-def fields_of(config: OperatorConfig, sizes: tuple[int, int, int], grid: Grid,
-              device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Indices and log weights of the tokens that stand for each token's receptive field: [N or 1, K], made once for a grid.
+def fields_of(operator: Mixer, grid: Grid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices and log weights of the tokens that stand for each token's receptive field: [N or 1, K], made once for a grid."""
+    site, sides = operator.site, (grid.frames, grid.height, grid.width)
+    sizes = site.width, site.heads, site.head_width  # not the site itself, which is another for each of the compiled blocks
+    return operator.constant(_fields_on, operator.settings, sizes, sides, device)
 
-    Args:
-        sizes: width, heads and head width; not the site itself, which would be another for each of the compiled blocks.
-    """
-    fields, weights = _fields(config, sizes, grid)
+
+def _fields_on(
+    config: OperatorConfig, sizes: tuple[int, int, int], sides: tuple[int, int, int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    fields, weights = _fields(config, sizes, sides)
     return fields.to(device), weights.to(device)
 
 
 @functools.lru_cache(maxsize=64)
-def _fields(config: OperatorConfig, sizes: tuple[int, int, int], grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    width, heads, head_width = sizes
+def _fields(
+    config: OperatorConfig, sizes: tuple[int, int, int], sides: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    (width, heads, head_width), (frames, height, columns) = sizes, sides
+    grid = Grid(frames=frames, height=height, width=columns)
     site = Site(kind="self_attention", index=0, path="", width=width, heads=heads, head_width=head_width)
     with torch.device("meta"):
         operator = config.build(site)

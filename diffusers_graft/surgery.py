@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from diffusers.hooks import group_offloading
 from torch import nn
 
-from .anatomy import argument_names, context_of, family_of
+from .anatomy import argument_names, bind_arguments, context_of, family_of
 from .checkpointing import forget_contexts, remember_contexts
 from .errors import StateError
 from .graft import COMPUTE_DTYPES, Graft, installed, is_enabled
@@ -109,7 +109,7 @@ class ContextReader:
 
     def __call__(self, model: ModelMixin, args: tuple, kwargs: dict) -> None:
         check_seats(self.graft)
-        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        inputs = bind_arguments(self.names, args, kwargs)
         self.graft.slot.current = context_of(model, self.family, inputs)
         if torch.compiler.is_compiling():
             return

@@ -100,7 +100,7 @@ def family_of(model: ModelMixin) -> Family:
 
 def read_context(model: ModelMixin, args: tuple, kwargs: Inputs) -> Context:
     """The context of the forward `model(*args, **kwargs)`; no grid where its arguments do not tell one."""
-    return context_of(model, family_of(model), bind_arguments(type(model), args, kwargs))
+    return context_of(model, family_of(model), bind_arguments(argument_names(type(model)), args, kwargs))
 
 
 def context_of(model: ModelMixin, family: Family, inputs: Inputs) -> Context:
@@ -118,6 +118,6 @@ def argument_names(cls: type[ModelMixin]) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
-def bind_arguments(cls: type[ModelMixin], args: tuple, kwargs: Inputs) -> dict[str, Any]:
+def bind_arguments(names: tuple[str, ...], args: tuple, kwargs: Inputs) -> dict[str, Any]:
     """Arguments of a forward by name, however they were passed; unknown ones are left for the model to refuse."""
-    return {**dict(zip(argument_names(cls), args, strict=False)), **kwargs}
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -32,6 +32,11 @@ def linear_pair(feed_forward: nn.Module) -> LinearPair:
             'choose init="random".'
         )
     up, down = feed_forward.net[0].proj, feed_forward.net[2]
+    if odd := sorted({type(layer).__name__ for layer in (up, down) if not isinstance(layer, nn.Linear)}):
+        raise OperatorError(
+            f"The layers of a feed-forward are {', '.join(odd)}, and not plain linear ones to start from. Fuse LoRA into the "
+            'weights first (pipe.fuse_lora, pipe.unload_lora_weights), or choose init="random".'
+        )
     return LinearPair(up=up.weight, up_bias=up.bias, down=down.weight, down_bias=down.bias, activation=activation)
 
 

@@ -102,7 +102,7 @@ class WithBackends(Operator):
             return None
         like, grad = inputs[0], torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters()))
         if asked == "auto":
-            return _best(type(self), self.config, like.shape[-1], like.device.type, like.dtype, grad)
+            return self.constant(_best, self.settings, like.shape[-1], like.device.type, like.dtype, grad)
         backend = next(backend for backend in self.backends if backend.name == asked)
         if obstacle := backend.obstacle(like.device.type, like.dtype, grad):
             raise OperatorError(f'{self.name}: backend {asked!r} was asked for, but {obstacle}. Choose "torch" or "auto".')
@@ -157,16 +157,14 @@ def _import(backend: Backend, operator: str) -> None:
         raise MissingDependencyError(f"Backend {backend.name!r} of {operator}", needs, extra="kernels") from error
 
 
-@torch.compiler.assume_constant_result
-def _best(*case) -> Backend | None:
-    return _kept_best(*case)
+def _best(config: OperatorConfig, *case: Any) -> Backend | None:
+    return _kept_best(config, *case)
 
 
 @functools.cache
-def _kept_best(
-    owner: type[WithBackends], config: OperatorConfig, width: int, device: str, dtype: torch.dtype, grad: bool
-) -> Backend | None:
+def _kept_best(config: OperatorConfig, width: int, device: str, dtype: torch.dtype, grad: bool) -> Backend | None:
     """The first backend that is there, allowed and right; said once, since the answer is kept."""
+    owner = config.owner
     for backend in owner.backends:
         if device not in backend.pays_on or backend.obstacle(device, dtype, grad):
             continue

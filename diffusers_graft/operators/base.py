@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -169,12 +169,20 @@ class Operator(nn.Module):
 
     def __init__(self, config: OperatorConfig, site: Site):
         super().__init__()
-        self.config, self.site, self.slot = config, site, ContextSlot()
+        self.config, self.settings, self.site, self.slot = config, str(config), site, ContextSlot()
         if site.kind not in self.kinds:
             raise OperatorError(f"{self.name} replaces {' or '.join(self.kinds)}; {site.path} is {site.address}.")
 
     def init_from(self, original: Any) -> None:
         """Start from the part that is replaced. The default keeps what `__init__` made."""
+
+    @torch.compiler.assume_constant_result
+    def constant(self, make: Callable[..., Any], settings: str, *asked: Any) -> Any:
+        """`make(config, *asked)`, as compiled code holds it for every operator of these `settings` (its own).
+
+        Of plain functions, texts, numbers and tuples: torch 2.11 cannot take a config along, or a grid.
+        """
+        return make(self.config, *asked)
 
     def flops(self, tokens: int) -> int:
         """Floating-point operations of one sample of `tokens` tokens, a multiply-add counting two."""

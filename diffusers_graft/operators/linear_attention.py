@@ -6,7 +6,6 @@ Papers: Transformers are RNNs, arXiv 2006.16236, Eq. 6 (elu + 1); The Hedgehog a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -91,11 +90,12 @@ class LinearAttention(WithBackends, Mixer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """v^T phi(k), [B, H, E, features], and the sum of phi(k), [B, H, features, 1]."""
         state = weight = 0
-        shown = repeat(None) if visible is None else _pieces(visible)
-        for keys, values, factor in zip(_pieces(key), _pieces(value), shown, strict=False):
-            features = self._features(keys, 1).to(value.dtype)
+        keys, values = _pieces(key), _pieces(value)
+        factors = (None,) * len(keys) if visible is None else _pieces(visible)
+        for key, value, factor in zip(keys, values, factors, strict=True):
+            features = self._features(key, 1).to(value.dtype)
             features = features if factor is None else features * factor
-            state = state + values.transpose(-1, -2) @ features
+            state = state + value.transpose(-1, -2) @ features
             weight = weight + features.sum(-2)
         return state, weight[..., None]
 

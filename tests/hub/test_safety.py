@@ -94,7 +94,7 @@ DAMAGE = {
     "operator is a dunder": (edited(OPERATOR, "__init__"), "no operator '__init__'"),
     "operator is a private module": (edited(OPERATOR, "_checks"), "no operator '_checks'"),
     "operator is the base": (edited(OPERATOR, "base"), "no operator 'base'"),
-    "operator is no name": (edited(OPERATOR, ["hyena_x"]), "not a graft plan"),
+    "operator is no name": (edited(OPERATOR, ["hyena_x"]), "An operator is a name"),
     "setting is a dunder": (edited(("plan", "edits", 0, "__class__"), "os"), "no setting"),
     "setting of another type": (edited(("plan", "edits", 0, "expansion"), "__import__('os')"), "expansion"),
     "site path leaves the model": (edited(("plan", "edits", 0, "site", "path"), "__class__.mro"), "The plan edits"),

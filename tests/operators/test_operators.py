@@ -427,7 +427,7 @@ def test_no_tokens_are_refused(name):
     site = example_site(get(name).kinds[0])
     operator = configure(name).resolved(site).build(site)
     if isinstance(operator, Mixer):
-        run = partial(mix, operator, *qkv(0), Context(grid=Grid(height=0, width=0)))
+        run = partial(mix, operator, *qkv(0), Context())
     else:
         whole = isinstance(operator, AttentionOperator)
         seat = AttentionSeat(site, operator, ("hidden_states",)) if whole else FeedForwardSeat(site, operator)

@@ -155,7 +155,7 @@ def test_shares_where_autocast_left_queries_in_float32(dtype):
 
 
 def test_of_large_fields_evenly_spaced_tokens_stand_for_all():
-    fields, weights = fields_of(dg.operators.get("linear_attention").Config(), (8, 2, 4), Grid(height=16, width=16), torch.device("cpu"))
+    fields, weights = fields_of(operator_of("linear_attention"), Grid(height=16, width=16), torch.device("cpu"))
     assert fields.shape == weights.shape == (1, 64)
     assert torch.equal(fields[0].diff(), torch.full((63,), 4))
     torch.testing.assert_close(weights.exp().sum(), torch.tensor(256.0))

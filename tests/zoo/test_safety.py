@@ -158,6 +158,16 @@ def test_lora_loaded_before_a_graft_stays():
     assert list(model.state_dict()) == keys
 
 
+def test_nothing_starts_from_layers_that_carry_lora():
+    from peft import LoraConfig
+
+    model = tiny(FLUX)
+    model.add_adapter(LoraConfig(r=2, target_modules=["ff.net.0.proj"], init_lora_weights=False))
+    with pytest.raises(OperatorError, match="Fuse LoRA into the weights first"):
+        model.set_graft({"feed_forward[:]": "mlp"})
+    model.set_graft({"feed_forward[:]": {"operator": "mlp", "init": "random"}})
+
+
 def test_quantised_projections_are_called_and_never_read():
     torchao = pytest.importorskip("torchao", reason="torchao is not installed")
     from torchao.quantization import Int8WeightOnlyConfig
