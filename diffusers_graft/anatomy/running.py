@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,12 +26,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def predict(model: ModelMixin, inputs: dict[str, Any]) -> torch.Tensor:
-    """The model's prediction for one set of arguments; of a list of them, the first."""
+def predict(model: ModelMixin, inputs: dict[str, Any], call: Callable[..., Any] | None = None) -> torch.Tensor:
+    """The model's prediction for one set of arguments; samples that come in a list are one batch, where they are of one size.
+
+    Args:
+        call: what runs the model, where something is wrapped around it.
+    """
     takes = inspect.signature(type(model).forward).parameters
-    output = model(**inputs, **({"return_dict": False} if "return_dict" in takes else {}))
+    output = (model if call is None else call)(**inputs, **({"return_dict": False} if "return_dict" in takes else {}))
     while not isinstance(output, torch.Tensor):
-        output = output[0]
+        alike = isinstance(output, list) and len({getattr(sample, "shape", None) for sample in output} - {None}) == 1
+        output = torch.stack(output) if alike else output[0]
     return output
 
 

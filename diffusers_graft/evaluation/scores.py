@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from ..anatomy import evaluating, predict
 from ..errors import TrainingError
-from ..training.data import Batch, Noising, denoising_loss
+from ..training.data import Batch, Noising
+from ..training.objective import denoising_loss
 
 Metric = Callable[[ModelMixin], dict[str, float]]
 

@@ -17,7 +17,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..anatomy import evaluating, linear_pair
+from ..anatomy import evaluating, linear_pair, predict
 from ..errors import OperatorError, StateError, TrainingError
 from ..graft import Graft, is_enabled
 from ..operators import Mixer
@@ -214,7 +214,7 @@ def _runner(model: ModelMixin, batches: Iterable[Batch], config: ClosedFormConfi
     def run(name: str) -> None:
         with tqdm(total=config.steps, desc=name, unit="step", disable=None if config.progress else True) as bar:
             for _, batch in zip(range(config.steps), stream, strict=False):
-                model(**noising(model, batch, generator).inputs, return_dict=False)
+                predict(model, noising(model, batch, generator).inputs)
                 bar.update()
 
     return run

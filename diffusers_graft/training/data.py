@@ -195,13 +195,6 @@ def _label_embedding(model: ModelMixin) -> LabelEmbedding | None:
     return next((module for module in model.modules() if isinstance(module, LabelEmbedding)), None)
 
 
-def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error; of a prediction with learned variance, the first half of the channels is the mean."""
-    if prediction.shape[1] == 2 * target.shape[1]:
-        prediction = prediction.chunk(2, dim=1)[0]
-    return (prediction.float() - target.float()).square().mean()
-
-
 def _onto(value: Any, model: ModelMixin) -> Any:
     if isinstance(value, Mapping):
         return {name: _onto(item, model) for name, item in value.items()}

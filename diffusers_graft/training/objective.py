@@ -27,17 +27,35 @@ def objective(prediction: torch.Tensor, noised: Noised, scheduler: SchedulerMixi
         variance: what becomes of predicted variances: `"vb"` teaches them, `"ignore"` leaves them alone, `"auto"` teaches
             those of models that predict noise under a DDPM scheduler.
         min_snr: gamma of min-SNR weighting; None weights all noise levels alike.
+
+    Raises `TrainingError` for a target of another shape.
     """
-    target, channels = noised.target, noised.target.shape[1]
-    learned = prediction.shape[1] == 2 * channels
-    mean = (prediction[:, :channels] if learned else prediction).float()
-    missed = (mean - target.float()).square().flatten(1).mean(1)
+    mean = mean_of(prediction, noised.target)
+    missed = (mean.float() - noised.target.float()).square().flatten(1).mean(1)
     if min_snr is not None:
         missed = missed * snr_weight(_asked(scheduler, noised, "min_snr"), noised.timestep, min_snr)
-    taught = learned and teaches_variance(scheduler, noised, variance)
-    if taught:
+    if mean is not prediction and teaches_variance(scheduler, noised, variance):
         missed = missed + variational_bound(prediction.float(), noised, scheduler)
     return missed.mean()
+
+
+def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error; of a prediction with learned variance, the first half of the channels is the mean.
+
+    Raises `TrainingError` for a target of another shape.
+    """
+    return (mean_of(prediction, target).float() - target.float()).square().mean()
+
+
+def mean_of(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """What of a prediction should be the target: all, or half of its channels. Raises `TrainingError` if neither fits."""
+    mean = prediction.chunk(2, dim=1)[0] if prediction.shape[1] == 2 * target.shape[1] else prediction
+    if mean.shape != target.shape:
+        raise TrainingError(
+            f"The model predicts {tuple(prediction.shape)}, and its target is {tuple(target.shape)}. Give batches the shape "
+            "that the model answers in, or a target of their own."
+        )
+    return mean
 
 
 def teaches_variance(scheduler: SchedulerMixin | None, noised: Noised, variance: str) -> bool:

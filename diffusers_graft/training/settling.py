@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import ModelMixin
 
+from ..anatomy import predict
 from ..errors import StateError, TrainingError
 from ..graft import installed, is_enabled
 from . import processes
@@ -103,7 +104,7 @@ class Settling:
         with mixed(device, precision):
             self.teacher.ask(noised.inputs)
             with listening:
-                prediction = self.call(**noised.inputs, return_dict=False)[0]
+                prediction = predict(self.model, noised.inputs, self.call)
         loss = objective(prediction, noised, self.noising.scheduler, variance=self.config.variance, min_snr=self.config.min_snr)
         terms = {"denoising": loss, **self.teacher.loss(prediction)}
         total = sum(terms.values())

@@ -12,6 +12,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..anatomy import predict
 from ..errors import TrainingError
 from ..graft import Graft
 from ..site import Context
@@ -62,7 +63,7 @@ class Watch:
         stop = self._known and not self._whole
         self._last = max(self._chosen, key=self._order.index) if stop else None
         with torch.no_grad(), suppress(_Enough):
-            self.model(**inputs, return_dict=False)
+            predict(self.model, inputs)
         self._known = True
 
     @contextmanager

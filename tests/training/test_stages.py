@@ -10,9 +10,11 @@ from peft import LoraConfig
 import diffusers_graft as dg
 from diffusers_graft.errors import StateError, TrainingError, UnknownNameError
 from diffusers_graft.evaluation.benchmark import PeakMemory
-from diffusers_graft.training.data import Noising, denoising_loss, dropped_labels
+from diffusers_graft.training.data import Noising, dropped_labels
+from diffusers_graft.training.objective import denoising_loss
 
 from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
+from ..zoo.models import inputs_of, tiny
 
 RANDOM = {"operator": "self_attention", "init": "random"}
 
@@ -382,6 +384,28 @@ def test_pixart_both_stages():
     assert all(sum(report.losses[-10:]) < sum(report.losses[:10]) for report in reports.values())
     model.set_graft(graft)
     assert len(dg.finetune(model, [batch], settle(), noise_scheduler=SCHEDULER)) == 3
+
+
+def test_both_stages_of_a_model_that_answers_in_lists():
+    model, inputs = tiny("ZImageTransformer2DModel"), inputs_of("ZImageTransformer2DModel")
+    batch = {"sample": torch.stack(inputs["x"]), "cap_feats": inputs["cap_feats"]}
+    graft, flow = dg.build_graft(model, dg.plan_graft(model, {"self_attention[:]": "hyena_x"})), FlowMatchEulerDiscreteScheduler()
+    reports = dg.distill(model, graft, [batch], quick(20), noise_scheduler=flow)
+    assert all(sum(report.losses[-5:]) < sum(report.losses[:5]) for report in reports.values())
+    model.set_graft(graft)
+    assert len(dg.finetune(model, [batch], settle(), noise_scheduler=flow)) == 3
+    one = {**batch, "sample": batch["sample"][:1], "cap_feats": batch["cap_feats"][:1]}
+    alone = dg.evaluate(model, [one], noise_scheduler=flow)
+    assert alone.values["denoising_loss"] != dg.evaluate(model, [batch], noise_scheduler=flow).values["denoising_loss"]
+
+
+def test_a_target_of_another_shape_is_refused():
+    (model, graft), batch = grafted({"self_attention[:]": "hyena_x"}), batches(1)[0]
+    model.set_graft(graft)
+    odd = {**{name: value for name, value in batch.items() if name != "sample"}, "hidden_states": batch["sample"],
+           "timestep": torch.zeros(len(batch["sample"]), dtype=torch.long), "target": batch["sample"][:, :, :1]}  # fmt: skip
+    with pytest.raises(TrainingError, match="The model predicts"):
+        dg.finetune(model, [odd], settle())
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
