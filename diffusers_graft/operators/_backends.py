@@ -114,6 +114,11 @@ def piece_by_piece(like: torch.Tensor) -> bool:
     return like.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
+def plain(number: int) -> int:
+    """A number where code compiled for changing sizes holds a symbol: it is compiled anew for another."""
+    return len([None] * number)
+
+
 def precision_of(like: torch.Tensor) -> torch.dtype:
     """What torch's products and convolutions of it give: autocast's precision where that is on, else its own."""
     device = like.device.type

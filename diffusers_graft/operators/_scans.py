@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..site import Grid
-from ._backends import piece_by_piece
+from ._backends import piece_by_piece, plain
 
 ORDERS = ("raster", "column", "zigzag")
 
@@ -51,7 +51,7 @@ def carried(added: torch.Tensor, kept: torch.Tensor, *, backwards: bool, matrice
         backwards: whether the last chunk comes first.
         matrices: whether `kept` are matrices.
     """
-    chunks, start = added.shape[1], torch.zeros_like(added[:, 0])
+    chunks, start = plain(added.shape[1]), torch.zeros_like(added[:, 0])
     cheap = added.device.type == "cpu" and not torch.compiler.is_compiling()
     if cheap or chunks < 8:
         return _one_by_one(added, kept, start, backwards, matrices)[0]

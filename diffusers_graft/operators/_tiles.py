@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ._backends import piece_by_piece, precision_of
+from ._backends import piece_by_piece, plain, precision_of
 
 # An axis is its length and the settings of a rule; the rule lists, for each place, the places it sees.
 Axis = tuple[int, ...]
@@ -125,13 +125,14 @@ def tiled_attention(
         mask: as `scaled_dot_product_attention` takes it, broadcastable to [B, H, N, M]; each tile gathers its part. A query
             all of whose keys are hidden gives zeros.
     """
-    # Plain numbers again where compiled code holds symbols: a tiling belongs to one grid.
-    axes = tuple(tuple(len([None] * setting) for setting in axis) for axis in axes)
+    # A tiling belongs to one grid.
+    axes = tuple(tuple(plain(setting) for setting in axis) for axis in axes)
     # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind; it must not be kept for real ones.
-    others = len([None] * (key.shape[2] - query.shape[2]))
+    others = plain(key.shape[2] - query.shape[2])
     tile = max(tile, round((others / 4) ** (1 / len(axes))))  # each tile gathers the others anew: fewer tiles then
     cut = (tiling if type(query) is torch.Tensor else _made)(rule, axes, tile, others, query.device)
-    tiles, mask = cut.queries.shape[0], mask if mask is None else mask[(None,) * (4 - mask.dim())]
+    # Code compiled for changing sizes knows the `size()` of such constants, and not their `shape`.
+    tiles, mask = cut.queries.size(0), mask if mask is None else mask[(None,) * (4 - mask.dim())]
     if tiles == 1:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=_both(cut.mask, mask), scale=scale)
     whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
@@ -139,7 +140,7 @@ def tiled_attention(
         return _in_turns(query, key, value, cut, others, scale, mask)
     # Whole tokens [B, N, H * E] are gathered fastest, and without gradients a few tiles at a time, which stay in cache.
     parts = tuple(part.transpose(1, 2).flatten(2) for part in (query, key, value))
-    step = tiles if whole else max(1, GATHERED_TOKENS // cut.keys.shape[1])
+    step = tiles if whole else max(1, GATHERED_TOKENS // cut.keys.size(1))
     some = [slice(start, start + step) for start in range(0, tiles, step)]
     mixed = [_mixed(parts, cut, few, query.shape[1], scale, mask) for few in some]
     mixed = (torch.cat(mixed, dim=1) if len(mixed) > 1 else mixed[0]).index_select(1, cut.inverse)
@@ -173,7 +174,7 @@ def _mixed(
     queries, keys, window = cut.queries[some], cut.keys[some], cut.mask[some]
     batch, tiles = len(parts[0]), len(queries)
     gathered = (
-        part.index_select(1, index.flatten()).view(batch * tiles, index.shape[1], heads, part.shape[2] // heads).transpose(1, 2)
+        part.index_select(1, index.flatten()).view(batch * tiles, index.size(1), heads, part.shape[2] // heads).transpose(1, 2)
         for part, index in zip(parts, (queries, keys, keys), strict=True)
     )
     visible = _both(window.repeat(batch, 1, 1, 1), None if mask is None else _gathered(mask, queries, keys, batch))

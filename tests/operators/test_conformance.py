@@ -1,8 +1,12 @@
 """One line a case; a registered operator without a line fails."""
 import pytest
+import torch
 
 from diffusers_graft import check_operator, operators
 from diffusers_graft.operators import configure
+from diffusers_graft.operators._subject import Subject
+from diffusers_graft.operators.conformance import example_site
+from diffusers_graft.site import Grid
 
 CASES = [
     "self_attention",
@@ -94,6 +98,19 @@ def test_operator_conforms(case):
 @pytest.mark.parametrize("name", ["self_attention", "linear_attention"])
 def test_on_cross_attention(name):
     assert "shape_and_dtype" in check_operator(name, kind="cross_attention").passed
+
+
+@pytest.mark.parametrize("name", ["neighborhood", "sliding_window", "gated_deltanet", "hyena_x"])
+def test_compiles_for_changing_sizes(name):
+    config = configure(name)
+    subject = Subject(config, example_site(config.owner.kinds[0]))
+    operator = subject.build()
+    torch._dynamo.reset()
+    compiled = torch.compile(operator, fullgraph=True, dynamic=True, backend="eager")
+    for grid in (Grid(height=12, width=23), Grid(height=20, width=15)):
+        inputs, context = subject.on(grid).inputs(batch=1), subject.on(grid).context
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*inputs, context), operator(*inputs, context))
 
 
 def test_every_operator_has_a_case():
