@@ -7,7 +7,6 @@ first one's. Weights are shared until something trains or loads them.
 """
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 from dataclasses import dataclass, field
@@ -167,8 +166,8 @@ def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
     originals = {path: _original(model, path) for edit in plan.edits for path in edit.site.paths}
     seats: dict[str, nn.Module] = {}
     for number, edit in enumerate(plan.edits):
-        with torch.random.fork_rng(devices=[]), _without_memory(originals[edit.site.path]):
-            torch.manual_seed(seed + number)
+        with torch.random.fork_rng(devices=[]), _made_where(originals[edit.site.path]):
+            torch.default_generator.manual_seed(seed + number)  # alone: those of GPUs are not forked
             if edit.site.kind in BLOCK_KINDS:
                 seats |= _block_seats(model, edit, originals, slot, sites)
             else:
@@ -179,10 +178,9 @@ def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
     return Graft(plan, seats, originals, slot, sites)
 
 
-def _without_memory(original: nn.Module) -> contextlib.AbstractContextManager:
-    """Parts of a model on the meta device are built there too: no memory, and nothing to start from."""
-    on_meta = any(parameter.is_meta for parameter in original.parameters())
-    return torch.device("meta") if on_meta else contextlib.nullcontext()
+def _made_where(original: nn.Module) -> torch.device:
+    """On the CPU, where random starts are the same for every device; without memory where the model has none."""
+    return torch.device("meta" if any(parameter.is_meta for parameter in original.parameters()) else "cpu")
 
 
 def _original(model: ModelMixin, path: str) -> nn.Module:

@@ -31,7 +31,7 @@ class Subject:
     def build(self, seed: int = 0) -> Operator:
         """In float64, with every parameter moved off its start, so that gates that start closed hide nothing."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             operator = self.config.resolved(self.site).build(self.site).double().eval()
             with torch.no_grad():
                 for parameter in operator.parameters():

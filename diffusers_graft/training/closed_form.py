@@ -242,7 +242,7 @@ def _regression(graft: Graft, edit: Edit) -> _Regression | None:
 def _untouched(model: ModelMixin, graft: Graft, seed: int) -> Iterator[None]:
     """Everything in evaluation mode, the context of each forward read, and no trace of it afterwards."""
     with ExitStack() as stack, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # alone: those of GPUs are not forked
         for module in (model, *graft.seats.values()):
             stack.enter_context(evaluating(module))
         stack.callback(model.register_forward_pre_hook(ContextReader(graft, model), with_kwargs=True).remove)
