@@ -62,7 +62,7 @@ def compare(
     rows = []
     for name, own in seconds.items():
         ratios = sorted(one / other for one, other in zip(own, base, strict=True))
-        low, _, high = statistics.quantiles(ratios, n=4)
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
         rows.append(Timing(name, statistics.median(own), statistics.median(ratios), low, high))
     return rows
 
