@@ -125,6 +125,14 @@ def test_flops_of_a_self_graft_are_the_originals(model):
     assert count_flops(model) == original - attention + 4 * 16 * 16 * 32
 
 
+def test_flops_of_linear_attention_on_a_prompt():
+    """16 queries, 12 keys, 2 heads of 8, 3 layers: two products with the state and one with its normaliser."""
+    model = tiny_pixart()
+    original = count_flops(model)
+    model.set_graft({"cross_attention[:]": "linear_attention"})
+    assert count_flops(model) == original + 3 * 2 * (2 * 12 * 8 * 8 + 2 * 16 * 8 * 8 + 2 * 16 * 8 - 4 * 16 * 12 * 8)
+
+
 @pytest.mark.parametrize("name", [
     "FluxTransformer2DModel", "LatteTransformer3DModel", "PixArtTransformer2DModel", "ZImageTransformer2DModel", "PriorTransformer",
 ])  # fmt: skip

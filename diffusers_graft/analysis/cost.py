@@ -67,7 +67,7 @@ class _Price:
     """
 
     def __init__(self, operator: Operator, counter: FlopCounterMode):
-        self.operator, self.counter, self.difference = operator, counter, 0
+        self.operator, self.counter, self.seen_before, self.difference = operator, counter, 0, 0
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
@@ -80,11 +80,13 @@ class _Price:
                 handle.remove()
 
     def _begin(self, operator: Operator, args: tuple) -> None:
-        self.difference += self.counter.get_total_flops()
+        self.seen_before = self.counter.get_total_flops()
 
     def _end(self, operator: Operator, args: tuple, output: torch.Tensor) -> None:
         batch, tokens = len(args[0]), args[0].shape[-2]
-        price = operator.flops(tokens)
-        if isinstance(operator, Mixer):  # keys of other tokens, such as a prompt's, stand in one softmax with their own
-            price += 4 * tokens * (args[1].shape[-2] - tokens) * operator.site.inner_width
-        self.difference += batch * price - self.counter.get_total_flops()
+        others = args[1].shape[-2] - tokens if isinstance(operator, Mixer) else 0
+        if others and not operator.honours_others:
+            return  # keys of another sequence, of which its words do not tell: as the counter saw it
+        softmax = 4 * tokens * others * operator.site.inner_width if others else 0
+        seen = self.counter.get_total_flops() - self.seen_before
+        self.difference += batch * (operator.flops(tokens) + softmax) - seen

@@ -56,11 +56,16 @@ def bench_operators(
         side: of the grid of the first table; the second has four times the tokens, on two heads.
         heads: of the model.
         only: text that the titles of the tables to measure begin with; several, with a bar between them.
+
+    Raises `GraftError` where no title begins so.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        chosen = [part for part in _parts(rounds, side, heads) if part[0].startswith(tuple(only.split("|")))]
+        titled = dict(_parts(rounds, side, heads))
+        chosen = [(title, titled[title]) for title in titled if title.startswith(tuple(only.split("|")))]
+        if not chosen:
+            raise GraftError(f"No table begins with {only!r}. There are:\n" + "\n".join(titled))
         parts = [(title, measured()) for title, measured in chosen]
     finally:
         torch.set_num_threads(threads)

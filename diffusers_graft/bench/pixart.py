@@ -5,7 +5,6 @@ Random weights, since speed does not depend on them. Layers as in arXiv 2506.053
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..anatomy import example_inputs
 from ..errors import GraftError
 from ..evaluation.benchmark import compare, table
-from ..operators import OperatorConfig, parse_operator
 
 SHAPE = dict(num_attention_heads=16, attention_head_dim=72, num_layers=28, sample_size=256, patch_size=2, in_channels=4,
              out_channels=8, cross_attention_dim=1152, caption_channels=4096)  # fmt: skip
@@ -84,17 +82,11 @@ def pixart_table(model: PixArtTransformer2DModel, layers: dict[str, str], *, sof
 
 
 def _grafted(model: PixArtTransformer2DModel, items: str, inputs: dict, make: Callable) -> Iterator[tuple[str, Callable]]:
-    for name, config in zip(CONTENDERS, _configs(), strict=True):
+    for name in CONTENDERS:
         twin = copy.deepcopy(model)
-        twin.set_graft({f"self_attention[{items}]": config})
+        twin.set_graft({f"self_attention[{items}]": name})
         twin(**inputs, return_dict=False)  # `auto` tries its backends here, and not while it is compiled
         yield name, make(twin)
-
-
-@functools.cache
-def _configs() -> list[OperatorConfig]:
-    """The same objects for all models, which compiled graphs recognise."""
-    return [parse_operator(name) for name in CONTENDERS]
 
 
 def _fastest_softmax(call: Callable, inputs: dict, softmax: tuple[SDPBackend, ...]) -> SDPBackend | None:

@@ -190,6 +190,11 @@ def test_the_pixart_benchmark_needs_a_gpu(tmp_path):
     assert not (tmp_path / "t.md").exists()
 
 
+def test_tables_that_there_are_not_are_refused():
+    with pytest.raises(GraftError, match="No table begins with 'Nope'. There are:\nMixers"):
+        bench_operators_module.bench_operators(None, only="Nope", say=lambda text: None)
+
+
 def test_the_pixart_table_at_tiny_size():
     """Blocks of all models are compiled once a kind, the original's and one for each operator; and so is each first block."""
     torch.manual_seed(0)
