@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import DiTTransformer2DModel
 
-from ..evaluation.benchmark import benchmark, table
+from ..evaluation.benchmark import benchmark, publish, table
 
 # Wide enough for attention to weigh as it does in real models, small enough for two cores.
 SHAPE = dict(num_attention_heads=6, attention_head_dim=64, num_layers=4, sample_size=32, patch_size=2, in_channels=4,
@@ -30,7 +30,4 @@ def bench_models(output: Path | None, operators: Iterable[str], *, sizes: Iterab
                      f"{row['milliseconds']:.1f}", f"{row['ratio']:.2f}", spread])  # fmt: skip
     text = (f"{table(rows)}\n\nOne sample, {torch.get_num_threads()} threads, torch {torch.__version__}; width 384, 4 layers, "
             "all replaced.")  # fmt: skip
-    say(text)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(f"# Forward of a model and of its grafts\n\n`make bench`\n\n```\n{text}\n```\n", encoding="utf-8")
+    publish(text, output, title="Forward of a model and of its grafts", command="make bench", say=say)

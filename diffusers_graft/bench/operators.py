@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 
 from ..errors import GeometryError, GraftError, OperatorError
-from ..evaluation.benchmark import benchmark, compare, table
+from ..evaluation.benchmark import benchmark, compare, publish, table
 from ..evaluation.operator_costs import example_part, operator_costs, peak_memory, run_of
 from ..mixing import mix_with_others
 from ..operators import Operator, OperatorConfig, available, get
@@ -73,11 +73,8 @@ def bench_operators(
     text += (f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios and speed-ups are medians over {rounds} "
              "rounds in turns,\neach of one round; so is ms, on its own. FLOPs is the ratio of operations: what the time would "
              "be at the\nbaseline's density.")  # fmt: skip
-    say(text)
     command = f"diffusers-graft bench-operators --only {only!r}" if only else "make bench-operators"
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(f"# Operators on a CPU\n\n`{command}`\n\n```\n{text}\n```\n", encoding="utf-8")
+    publish(text, output, title="Operators on a CPU", command=command, say=say)
 
 
 def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], None]) -> None:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..anatomy import example_inputs
 from ..errors import GraftError
-from ..evaluation.benchmark import compare, table
+from ..evaluation.benchmark import compare, publish, table
 
 SHAPE = dict(num_attention_heads=16, attention_head_dim=72, num_layers=28, sample_size=256, patch_size=2, in_channels=4,
              out_channels=8, cross_attention_dim=1152, caption_channels=4096)  # fmt: skip
@@ -36,10 +36,7 @@ def bench_pixart(output: Path | None, *, rounds: int = 7, say: Callable[[str], N
     with torch._dynamo.config.patch(recompile_limit=64):
         text = pixart_table(model, LAYERS, softmax=SOFTMAX, rounds=rounds, make=compiled)
     text += f"\n\nOne sample, bf16, compiled, {torch.cuda.get_device_name()}, torch {torch.__version__}."
-    say(text)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(f"# PixArt-Sigma, 2,048 x 2,048\n\n`make bench-pixart`\n\n```\n{text}\n```\n", encoding="utf-8")
+    publish(text, output, title="PixArt-Sigma, 2,048 x 2,048", command="make bench-pixart", say=say)
 
 
 def compiled(model: PixArtTransformer2DModel, **settings) -> PixArtTransformer2DModel:

@@ -15,7 +15,7 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, Mo
 
 from .. import testbed
 from ..anatomy import evaluating, example_inputs
-from ..evaluation.benchmark import PeakMemory, compare, table
+from ..evaluation.benchmark import PeakMemory, compare, publish, table
 from ..evaluation.scores import evaluate
 from ..graft import Graft, build_graft
 from ..plan import plan_graft
@@ -46,10 +46,7 @@ def bench_training(output: Path | None, *, rounds: int = 7, steps: int = 200, sa
         f"{reuse_table(steps)}\n\nThe testbed, hyena_x at self_attention[1::2], {steps} steps of 32 samples for every site, "
         "rings of up to 16 batches."
     )
-    say(text)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(f"# Stage one\n\n`make bench-training`\n\n```\n{text}\n```\n", encoding="utf-8")
+    publish(text, output, title="Stage one", command="make bench-training", say=say)
 
 
 def cost_table(model: ModelMixin, cases: dict[str, str], *, rounds: int, batch_size: int = 4, steps: int = 4) -> str:

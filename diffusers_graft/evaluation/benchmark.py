@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,3 +185,11 @@ def table(rows: list[list[str]]) -> str:
     lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
              for row in rows]  # fmt: skip
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def publish(text: str, output: Path | None, *, title: str, command: str, say: Callable[[str], None]) -> None:
+    """Print what a command measured, and store it as Markdown where an output is named."""
+    say(text)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(f"# {title}\n\n`{command}`\n\n```\n{text}\n```\n", encoding="utf-8")
