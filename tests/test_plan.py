@@ -59,7 +59,7 @@ def test_interleaving_is_the_papers():
     assert [site.index for site in select(attentions(28), dg.interleaved("self_attention", 0.5))] == list(range(1, 28, 2))
 
 
-@pytest.mark.parametrize(("count", "ratio", "chosen"), [(3, 1 / 3, [2]), (12, 1 / 3, [2, 5, 8, 11]), (6, Fraction(2, 3), [1, 2, 4, 5])])
+@pytest.mark.parametrize(("count", "ratio", "chosen"), [(3, 1 / 3, [2]), (12, 1 / 3, [2, 5, 8, 11]), (6, Fraction(2, 3), [1, 2, 4, 5]), (28, 1 / 28, [27])])
 def test_thirds_are_thirds(count, ratio, chosen):
     assert [site.index for site in select(attentions(count), dg.interleaved("self_attention", ratio))] == chosen
 
@@ -118,6 +118,12 @@ def test_plan_files(tmp_path):
     assert plan.edits[0].config.activation == "gelu-approximate"  # resolved from the replaced part
 
 
+def test_a_plan_prints_a_table():
+    plan = dg.plan_graft(MODEL, {"self_attention[0]": "hyena_x", "feed_forward[0]": "mlp"})
+    rows = str(plan).splitlines()
+    assert len({row.index("transformer_blocks") for row in rows}) == len({row.index(str(e.config)) for row, e in zip(rows, plan.edits, strict=True)}) == 1
+
+
 def test_plans_are_resolved():
     """A plan lists sites; it says nothing of patterns."""
     text = json.dumps(dg.plan_graft(MODEL, {"self_attention[:]": "hyena_x"}).to_dict())
@@ -136,6 +142,7 @@ def test_plans_are_resolved():
     ({"self_attention[0]": "hyena_x", "self_attention[:2]": "sliding_window"}, RuleError, "Two rules claim self_attention"),
     ({"self_attention[0,9]": "hyena_x"}, RuleError, "'self_attention[9]' matches nothing"),
     ({"self_attention": "hyena_x"}, RuleError, "not a rule key"),
+    ({0: "hyena_x"}, RuleError, "0 is not a rule key"),
     ({"self_attention[a]": "hyena_x"}, RuleError, "not an index"),
     ({"self_attention[0%]": "hyena_x"}, RuleError, "share"),
     ({"self_attention[0]": 3}, OperatorError, "name, a Config, or a dict"),
@@ -190,7 +197,7 @@ def test_files_that_are_no_plans(data, tmp_path):
         dg.GraftPlan.load(tmp_path / "plan.json")
 
 
-@pytest.mark.parametrize("entries", [{"path": []}, {"path": None}, {"path": "x"}, {"blocks": "2"}, {"blocks": 10**12}, {"index": 0.5}])
+@pytest.mark.parametrize("entries", [{"path": []}, {"path": None}, {"path": "x"}, {"path": "transformer_blocks.3"}, {"blocks": "2"}, {"blocks": 10**12}, {"index": 0.5}])
 def test_sites_edited_by_hand_are_refused(entries):
     data = dg.plan_graft(MODEL, "block_run[0:2]=parallel").to_dict()
     data["edits"][0]["site"].update(entries)
