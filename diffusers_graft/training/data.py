@@ -103,7 +103,7 @@ class Noising:
             inputs |= {name: _replaced(name, inputs[name], null, dropped) for name, null in self.null_prompt.items()}
         noised, timestep, target = noise(self.scheduler, sample, epsilon, share)
         told, wanted = as_told(model, self.scheduler, timestep, target)
-        return Noised({noisy: noised, _clock(model): told, **inputs}, wanted, sample, timestep)
+        return Noised({noisy: noised, clock(model): told, **inputs}, wanted, sample, timestep)
 
     def require_usable(self, model: ModelMixin, *batches: Batch) -> None:
         """Raise `TrainingError` for batches that the model could not be called with, once they are noised."""
@@ -121,7 +121,7 @@ class Noising:
                 'Batches hold clean samples (the key "sample"), which need noise: pass noise_scheduler=, the scheduler of '
                 "the model's pipeline."
             )
-        given = {*batch} - {"sample"} | {noisy, _clock(model)} if clean else {*batch} - {"target"}
+        given = {*batch} - {"sample"} | {noisy, clock(model)} if clean else {*batch} - {"target"}
         misfits = zip(("needs", "does not take"), _misfit(model, given), strict=True)
         if words := [f"it {verb} {', '.join(sorted(map(str, names)))}" for verb, names in misfits if names]:
             raise TrainingError(f"The batch does not fit {type(model).__name__}: {'; '.join(words)}.")
@@ -141,14 +141,14 @@ class Noising:
         return torch.randn(count, **own).sigmoid() if logit_normal else torch.rand(count, **own)
 
 
-def _clock(model: ModelMixin) -> str:
+def clock(model: ModelMixin) -> str:
     """What a model calls its timestep."""
     return next((name for name in argument_names(type(model)) if name in ("timesteps", "t")), "timestep")
 
 
 def _is_clean(model: ModelMixin, batch: Batch) -> bool:
     """Whether a batch holds a clean sample; beside a timestep, it is the noised one of a model that calls it so."""
-    return "sample" in batch and _clock(model) not in batch
+    return "sample" in batch and clock(model) not in batch
 
 
 def _misfit(model: ModelMixin, given: set[str]) -> tuple[set[str], set[str]]:

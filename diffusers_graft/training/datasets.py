@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..anatomy.families import argument_names, bind_arguments
 from ..errors import FileError, StateError, TrainingError
+from .data import clock
 
 Conditions = Sequence[str] | Sequence[int] | torch.Tensor
 TextEncoder = Callable[[list[str]], Mapping[str, Any]]
@@ -78,12 +80,14 @@ def from_pipeline(
     Raises:
         StateError: the folder holds a set made with other settings.
         FileError: a shard that cannot be written.
+        TrainingError: no list of conditions, or latents that are no clean sample of the transformer.
     """
+    if isinstance(conditions, str) or not len(conditions):
+        raise TrainingError(f"Conditions are a list of prompts or of class labels; got {conditions!r}.")
     texts = isinstance(conditions[0], str)
     names = list(conditions) if texts else [int(label) for label in conditions]
     made = {"pipeline": type(pipe).__name__, "seed": seed, "batch_size": batch_size, "conditions": names,
             "arguments": json.loads(json.dumps(arguments, default=str))}  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
 
     def make(span: range) -> Iterator[dict[str, Any]]:
         generator = torch.Generator().manual_seed(seed + span.start)
@@ -98,23 +102,34 @@ def _draw(pipe: DiffusionPipeline, some: list[str] | list[int], generator: torch
     """Latents and conditioning of one call of a pipeline."""
     texts = isinstance(some[0], str)
     call = {"prompt": some, "output_type": "latent"} if texts else {"class_labels": some, "output_type": "np"}
-    with _heard(pipe) as heard:
+    with _heard(pipe) as heard, _quiet(pipe):
         result = pipe(**call, generator=generator, **arguments)
-    if texts:
-        return {"sample": result.images, **_for_prompts(heard["conditioning"], len(some))}
-    return {"sample": heard["latents"], "class_labels": torch.tensor(some)}
+    if not texts:
+        return {"sample": heard["latents"], "class_labels": torch.tensor(some)}
+    sample, taken = result[0], heard["taken"]
+    if getattr(taken, "shape", sample.shape)[1:] != sample.shape[1:]:
+        raise TrainingError(
+            f"{type(pipe).__name__} gives latents {tuple(sample.shape)}, its transformer takes {tuple(taken.shape)}: they "
+            "are no clean sample of it. Make the batches yourself, as dicts of a sample and conditioning."
+        )
+    return {"sample": sample, **_for_prompts(heard["conditioning"], len(some), len(taken))}
 
 
 @contextmanager
 def _heard(pipe: DiffusionPipeline) -> Iterator[dict[str, Any]]:
-    """The conditioning of the transformer's last call, and the latents that reached the decoder, where it was asked."""
+    """What the transformer took first, its conditioning, and the latents that reached the decoder, where it was asked.
+
+    With guidance in two calls the prompts' own come first, and what stands for no prompt second.
+    """
     heard: dict[str, Any] = {}
-    vae, decode = pipe.vae, pipe.vae.decode
+    vae, decode, names = pipe.vae, pipe.vae.decode, argument_names(type(pipe.transformer))
     before = vars(vae).get("decode")
 
     def listen(module: ModelMixin, args: tuple, kwargs: dict) -> None:
-        besides = ("hidden_states", "timestep", "return_dict")
-        heard["conditioning"] = {name: value for name, value in kwargs.items() if name not in besides and value is not None}
+        given = bind_arguments(names, args, kwargs)
+        besides = (names[0], clock(module), "return_dict")
+        heard.setdefault("taken", given[names[0]])
+        heard.setdefault("conditioning", {name: value for name, value in given.items() if name not in besides})
 
     def listening(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         heard["latents"] = _scaled(vae, latents)
@@ -131,12 +146,28 @@ def _heard(pipe: DiffusionPipeline) -> Iterator[dict[str, Any]]:
             vae.decode = before
 
 
-def _for_prompts(conditioning: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Of the prompts themselves: with guidance, those without a prompt come first."""
-    return {
-        name: _for_prompts(value, count) if isinstance(value, Mapping) else value[-count:]
-        for name, value in conditioning.items() if isinstance(value, torch.Tensor | Mapping)
-    }  # fmt: skip
+@contextmanager
+def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Without the pipeline's own bar, one a call."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+def _for_prompts(conditioning: Mapping[str, Any], count: int, rows: int) -> dict[str, Any]:
+    """Of the prompts themselves: with guidance in one call of more rows, those without a prompt come first.
+
+    What all samples share, such as Flux's ids of tokens, goes to each.
+    """
+    def own(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _for_prompts(value, count, rows)
+        return value[-count:] if value.ndim and len(value) == rows else value.expand(count, *value.shape)
+
+    return {name: own(value) for name, value in conditioning.items() if isinstance(value, torch.Tensor | Mapping)}
 
 
 def prompt_encoder(pipe: DiffusionPipeline) -> TextEncoder:
@@ -187,7 +218,9 @@ def encode(
         for first in range(span.start, span.stop, batch_size):
             some = range(first, min(first + batch_size, span.stop))
             pixels = torch.stack([images[i] for i in some]).to(vae.device, vae.dtype)
-            batch = {"sample": _scaled(vae, vae.encode(pixels).latent_dist.sample(generator))}
+            encoded = vae.encode(pixels)  # a distribution, or of deep compression autoencoders (DC) the latents
+            latents = encoded.latent_dist.sample(generator) if "latent_dist" in encoded else encoded.latent
+            batch = {"sample": _scaled(vae, latents)}
             if prompts is not None:
                 batch |= text_encoder([prompts[i] for i in some])
             if class_labels is not None:
@@ -199,7 +232,10 @@ def encode(
 
 def _scaled(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     """Latents as the transformer has them: of unit scale. DiT's pipeline divides by the scale before it decodes."""
-    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.get("scaling_factor", 1.0)
+    mean, std = (torch.tensor(vae.config.get(name) or (usual,)).view(-1, *[1] * (latents.ndim - 2)).to(latents)
+                 for name, usual in (("latents_mean", 0.0), ("latents_std", 1.0)))  # fmt: skip
+    shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.get("scaling_factor", 1.0)
+    return (latents - mean - shift) * scale / std
 
 
 def _written(folder: Path, n: int, shard_size: int, made: dict[str, Any], make: Callable[[range], Iterator[dict[str, Any]]],

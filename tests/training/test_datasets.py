@@ -3,7 +3,18 @@ import itertools
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, PixArtSigmaPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    DiTPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    PixArtSigmaPipeline,
+    UNet2DConditionModel,
+    WanPipeline,
+)
 from safetensors.torch import load_file, save_file
 
 import diffusers_graft as dg
@@ -12,6 +23,7 @@ from diffusers_graft.training import datasets
 from diffusers_graft.training.data import Noising, Shuffled, Stream, batches_of
 
 from ..models import SCHEDULER, batches, same_tensors, tensors_of, tiny_dit, tiny_pixart
+from ..zoo.models import tiny
 
 
 def tiny_vae():
@@ -62,6 +74,51 @@ def test_a_prompt_pipeline_gives_the_conditioning_of_the_prompt_itself(tmp_path)
     batch = next(iter(Shuffled(found, 2, 0)))
     graft = dg.build_graft(pipe.transformer, dg.plan_graft(pipe.transformer, {"self_attention[1]": "hyena_x"}))
     dg.distill(pipe.transformer, graft, [batch], dg.DistillConfig(steps=1, progress=False), noise_scheduler=SCHEDULER)
+
+
+def wan_vae():
+    mean, std = [0.5] * 4, [2.0] * 4
+    return AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1] * 4, num_res_blocks=1, latents_mean=mean, latents_std=std).eval()
+
+
+def flow_pipeline(name):
+    """Flux tells all samples the same ids; Wan asks in two calls, first for the prompt, then for none."""
+    model, flow, rest = tiny(f"{name}Model"), FlowMatchEulerDiscreteScheduler(), {"text_encoder": None, "tokenizer": None}
+    text = lambda prompt, value, width: torch.stack([torch.full((5, width), float(value or len(one))) for one in prompt])  # noqa: E731
+    if name.startswith("Wan"):
+        pipe = WanPipeline(vae=wan_vae(), scheduler=flow, transformer=model, **rest)
+        pipe.encode_prompt = lambda prompt, **_: (text(prompt, None, 16), text(prompt, 9, 16))
+        return pipe, flow, {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 3.0}
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=1, shift_factor=0.1)
+    pipe = FluxPipeline(vae=vae, scheduler=flow, transformer=model, text_encoder_2=None, tokenizer_2=None, **rest)
+    pipe.encode_prompt = lambda prompt, **_: (text(prompt, None, 8), torch.zeros(len(prompt), 8), torch.zeros(5, 3))
+    return pipe, flow, {"height": 8, "width": 8}
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2D", "WanTransformer3D"])
+def test_sets_of_flow_pipelines_are_what_their_models_train_on(name, tmp_path):
+    pipe, flow, arguments = flow_pipeline(name)
+    pipe.set_progress_bar_config(desc="mine")
+    found = dg.data.from_pipeline(pipe, ["one", "three"], 3, tmp_path, **SETTINGS, **arguments)
+    assert pipe._progress_bar_config == {"desc": "mine"}
+    assert [found[i]["encoder_hidden_states"].unique().tolist() for i in range(3)] == [[3.0], [5.0], [3.0]]
+    pipe.transformer.set_graft({"block_pair[0]": "parallel"})
+    dg.finetune(pipe.transformer, batches_of(found, 3, 0), dg.FinetuneConfig(steps=1, progress=False), noise_scheduler=flow)
+
+
+def test_a_pipeline_whose_model_takes_more_than_latents_is_refused(tmp_path):
+    pipe = pixart_pipeline()
+    forward = pipe.transformer.forward
+    pipe.transformer.forward = lambda hidden_states, **kwargs: forward(hidden_states[:, :4], **kwargs)
+    pipe.scheduler.scale_model_input = lambda latents, timestep: torch.cat([latents, latents], dim=1)
+    with pytest.raises(TrainingError, match="no clean sample"):
+        dg.data.from_pipeline(pipe, ["one"], 1, tmp_path, height=8, width=8, use_resolution_binning=False, **SETTINGS)
+
+
+@pytest.mark.parametrize("conditions", ["one", []])
+def test_conditions_are_a_list(conditions, tmp_path):
+    with pytest.raises(TrainingError, match="a list of prompts"):
+        dg.data.from_pipeline(None, conditions, 1, tmp_path)
 
 
 class CutError(Exception):
@@ -134,6 +191,19 @@ class Numbers(torch.utils.data.Dataset):
 
 def taken(batches, count):
     return [batch["sample"].flatten().tolist() for batch in itertools.islice(batches, count)]
+
+
+def test_latents_of_every_autoencoder_are_scaled_as_its_pipelines_do(tmp_path):
+    vae, video = wan_vae(), torch.randn(3, 5, 16, 16)
+    expected = (vae.encode(video[None]).latent_dist.sample(torch.Generator().manual_seed(0)) - 0.5) / 2
+    torch.testing.assert_close(dg.data.encode([video], vae, folder=tmp_path / "wan", progress=False)[0]["sample"], expected[0])
+    blocks = {f"{side}coder_{name}": (value, value) for side in ("en", "de")
+              for name, value in {"block_out_channels": 4, "layers_per_block": 1, "qkv_multiscales": ()}.items()}  # fmt: skip
+    deep = AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.4, encoder_block_types="ResBlock",
+                         decoder_block_types="ResBlock", **blocks)  # fmt: skip
+    image = torch.randn(3, 8, 8)
+    found = dg.data.encode([image], deep, folder=tmp_path / "deep", progress=False)
+    torch.testing.assert_close(found[0]["sample"], 0.4 * deep.encode(image[None]).latent[0].detach())
 
 
 def test_shuffled_batches_hold_every_sample_once_an_epoch():
