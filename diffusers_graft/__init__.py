@@ -31,3 +31,13 @@ __all__ = [
 ]  # fmt: skip
 
 attach_verbs()
+
+
+def __getattr__(name: str):
+    """The models of diffusers too: `model_index.json` of a grafted pipeline asks for them here, so that grafts are known."""
+    import diffusers
+
+    found = getattr(diffusers, name, None) if name[:1].isupper() else None
+    if isinstance(found, type) and issubclass(found, diffusers.ModelMixin):
+        return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

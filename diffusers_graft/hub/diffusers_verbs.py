@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from ..errors import StateError, UnknownNameError
 from ..graft import installed, is_enabled
@@ -15,10 +16,11 @@ from .description import described
 from .folders import settle
 from .full import FETCHING, load_as_diffusers
 from .push import fetch_config, push_whole
-from .self_contained import name_code
+from .self_contained import CODE
 from .whole import forget_description, require_alone, save_whole
 
 _PUSHING = ("private", "token", "commit_message", "create_pr")
+_LIBRARY = __name__.partition(".")[0]  # which `model_index.json` names: stock diffusers would read grafts as if they were none
 _MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")  # which a model that is read at all has none of
 
 
@@ -28,6 +30,7 @@ def attach_saving() -> None:
     ModelMixin.push_to_hub = _pushing(ModelMixin.push_to_hub)
     ModelMixin.from_pretrained = classmethod(_loading(ModelMixin.from_pretrained.__func__))
     DiffusionPipeline.save_pretrained = _saving_all(DiffusionPipeline.save_pretrained)
+    LOADABLE_CLASSES[_LIBRARY] = {}
 
 
 def _saving(original):
@@ -64,21 +67,21 @@ def _arguments(verb) -> list[str]:
 def _saving_all(original):
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, self_contained: bool = False, **kwargs):
-        if not self_contained:
-            return original(self, save_directory, *args, **kwargs)
-        grafted = [part for part in self.components.values() if isinstance(part, ModelMixin) and is_enabled(part)]
-        if not grafted or kwargs.get("push_to_hub"):
-            raise StateError(
-                "A self-contained pipeline has a grafted model, and is saved to a folder first; upload that folder as it is."
-            )
-        for part in grafted:
-            vars(part)["save_pretrained"] = functools.partial(part.save_pretrained, self_contained=True)
+        parts = {name: getattr(part, "_orig_mod", part) for name, part in self.components.items()}  # compiled ones are wrapped
+        grafted = {name: part for name, part in parts.items() if isinstance(part, ModelMixin) and is_enabled(part)}
+        if self_contained and not grafted:
+            raise StateError("Only a pipeline that has a grafted model has code to bring along. Leave self_contained out.")
+        config = self._internal_dict
+        self.register_to_config(**{name: CODE if self_contained else (_LIBRARY, type(part).__name__)
+                                   for name, part in grafted.items()})  # fmt: skip
         try:
-            original(self, save_directory, *args, **kwargs)
+            for part in grafted.values() if self_contained else ():
+                vars(part)["save_pretrained"] = functools.partial(part.save_pretrained, self_contained=True)
+            return original(self, save_directory, *args, **kwargs)
         finally:
-            for part in grafted:
-                del vars(part)["save_pretrained"]
-        return name_code(Path(save_directory))
+            self._internal_dict = config
+            for part in grafted.values():
+                vars(part).pop("save_pretrained", None)
 
     return save_pretrained
 

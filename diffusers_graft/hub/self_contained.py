@@ -12,7 +12,6 @@ import ast
 import hashlib
 import inspect
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -22,13 +21,13 @@ from .._version import __version__
 from ..plan import GraftPlan
 from . import full, unpacking
 from .code import owners
-from .files import read_json, write_text
 
 _ROOT = Path(__file__).parents[1]
 _NAME = _ROOT.name
 _STEM, _CLASS = "graft_code", unpacking.GraftedModel.__name__
 FILE = f"{_STEM}.py"
-AUTO_MAP = {"AutoModel": f"{_STEM}.{_CLASS}"}
+CODE = (_STEM, _CLASS)  # as `model_index.json` names it
+AUTO_MAP = {"AutoModel": ".".join(CODE)}
 
 
 def library_file(plan: GraftPlan) -> str:
@@ -87,18 +86,3 @@ def _files(name: str) -> list[str]:
             if part and (_ROOT / candidate).is_file():
                 return [candidate]
     return []
-
-
-def name_code(folder: Path) -> None:
-    """Have the description of a saved pipeline name the code that its grafted models bring."""
-    index = read_json(folder / "model_index.json")
-    for name, value in index.items():
-        if isinstance(value, list) and (folder / name / FILE).is_file():
-            index[name] = [_STEM, _CLASS]
-    _replace_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}.new")
-    write_text(fresh, text)
-    os.replace(fresh, path)

@@ -371,9 +371,7 @@ def test_pipelines(hub, tmp_path):
     pipe = pipeline()
     pipe.transformer.set_graft(RULES)
     expected = draw(pipe)
-    pipe.save_pretrained(tmp_path / "pipe")
-    HfApi(**TOKEN).create_repo("owner/pipe")
-    HfApi(**TOKEN).upload_folder(repo_id="owner/pipe", folder_path=tmp_path / "pipe")
+    pipe.save_pretrained(str(tmp_path / "pipe"), push_to_hub=True, repo_id="owner/pipe", **TOKEN)
     assert (draw(DiffusionPipeline.from_pretrained("owner/pipe", **cached(tmp_path))) == expected).all()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_ENDPOINT": hub.url,
                    "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}  # fmt: skip

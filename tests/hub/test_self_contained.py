@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline, DiTTransformer2DModel
 from diffusers.utils import dynamic_modules_utils
-from huggingface_hub import HfApi
 
 import diffusers_graft as dg
 from diffusers_graft.anatomy import example_inputs
@@ -137,9 +136,7 @@ def test_over_the_hub(hub, tmp_path):  # noqa: F811
     assert torch.equal(predict(AutoModel.from_pretrained("owner/contained", trust_remote_code=True, **cached(tmp_path))), predict(model))
     pipe = pipeline()
     pipe.transformer.set_graft({"self_attention[0]": "hyena_x"})
-    pipe.save_pretrained(tmp_path / "pipe", self_contained=True)
-    HfApi(**TOKEN).create_repo("owner/pipe")
-    HfApi(**TOKEN).upload_folder(repo_id="owner/pipe", folder_path=tmp_path / "pipe")
+    pipe.save_pretrained(str(tmp_path / "pipe"), self_contained=True, push_to_hub=True, repo_id="owner/pipe", **TOKEN)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         DiffusionPipeline.from_pretrained("owner/pipe", **cached(tmp_path))
     loaded = DiffusionPipeline.from_pretrained("owner/pipe", trust_remote_code=True, **cached(tmp_path))

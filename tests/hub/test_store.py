@@ -367,6 +367,12 @@ def test_pipelines(tmp_path):
     expected = draw(pipe)
     pipe.save_pretrained(tmp_path)
     assert (draw(DiffusionPipeline.from_pretrained(tmp_path)) == expected).all()
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers_graft", "DiTTransformer2DModel"], "diffusers alone would draw without the graft"
+    assert pipe.config["transformer"] == ("diffusers", "DiTTransformer2DModel")
+    pipe.transformer.unset_graft()
+    pipe.save_pretrained(tmp_path)
+    assert "diffusers_graft" not in (tmp_path / "model_index.json").read_text()
 
 
 @pytest.mark.parametrize("how", ["cast", "loaded"])
