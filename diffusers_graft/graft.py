@@ -218,8 +218,8 @@ def _build_seat(model: ModelMixin, edit: Edit, original: nn.Module, slot: Contex
         seat = AttentionSeat(edit.site, operator, tuple(inspect.signature(original.forward).parameters))
     else:
         seat = _attention_seat(edit, original, operator)
-    like = next((p for p in original.parameters() if p.dtype in COMPUTE_DTYPES), None)
-    operator.to(device=model.device if like is None else like.device, dtype=model.dtype if like is None else like.dtype)
+    like = next((p for p in original.parameters() if p.dtype in COMPUTE_DTYPES), model)
+    operator.to(like.device, like.dtype)
     return seat.train(original.training)
 
 
@@ -231,8 +231,8 @@ def _block_seats(model: ModelMixin, edit: Edit, originals: dict[str, nn.Module],
         _refuse_hooked(block, edit.site)
     operator = build_operator(edit.config, edit.site)
     operator.slot = slot
-    like = next((p for p in blocks[0].parameters() if p.dtype in COMPUTE_DTYPES), None)
-    operator.to(device=model.device if like is None else like.device, dtype=model.dtype if like is None else like.dtype)
+    like = next((p for p in blocks[0].parameters() if p.dtype in COMPUTE_DTYPES), model)
+    operator.to(like.device, like.dtype)
     if operator.runs_blocks:
         seats = side_by_side([shallow_copy(block) for block in blocks], operator)
         operator.train(blocks[0].training)

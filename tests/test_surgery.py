@@ -81,7 +81,7 @@ def test_a_mask_that_hides_is_refused_by_operators_that_cannot_honour_it():
     mask = torch.ones(1, 16)
     model(**example_inputs(model), attention_mask=mask)
     with pytest.raises(GeometryError, match="cannot honour an attention mask"):
-        model(**example_inputs(model), attention_mask=mask.tril(-3))
+        model(**example_inputs(model), attention_mask=mask.tril(12))
 
 
 @pytest.mark.parametrize("rules", [
@@ -97,6 +97,15 @@ def test_a_refused_graft_leaves_the_model_untouched(rules):
     assert model.graft is None
     assert torch.equal(predict(model), before)
     assert same_tensors(model, tensors)
+
+
+def test_hooks_of_others_stay():
+    model, calls = tiny_dit(), []
+    model.register_forward_pre_hook(lambda *given: calls.append(given))
+    model.set_graft({"self_attention[0]": "hyena_x"})
+    model.unset_graft()
+    predict(model)
+    assert len(calls) == 1
 
 
 def test_grafting_twice_is_refused_and_names_the_sites():
@@ -170,12 +179,12 @@ def test_processors_that_multiply_scores_themselves_are_rewritten_too():
 
 
 def test_without_source_the_softmax_is_caught_on_its_way(monkeypatch):
-    model = tiny_dit()
+    model = tiny_pixart()
     before = predict(model)
     original = type(model.transformer_blocks[0].attn1.processor)
     cls = grafted_class(original)
     monkeypatch.setattr(cls, "__call__", _intercepted_call(original))
-    model.set_graft({"self_attention[:]": "self_attention"})
+    model.set_graft({"self_attention[:]": "self_attention", "cross_attention[:]": "self_attention"})
     assert torch.equal(predict(model), before)
     model.unset_graft()
     model.set_graft({"self_attention[:]": "neighborhood"})

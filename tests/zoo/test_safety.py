@@ -142,6 +142,21 @@ def test_layerwise_casting_leaves_grafts_in_the_dtype_they_compute_in(before):
         assert first(model(**inputs)).isfinite().all()
 
 
+def test_layerwise_casting_skips_what_it_skips_without_a_graft():
+    model = tiny("WanTransformer3DModel")
+    model.set_graft({"self_attention[:]": "hyena_x"})
+    assert {*model._skip_layerwise_casting_patterns} > {*type(model)._skip_layerwise_casting_patterns}
+
+
+def test_parts_that_wait_are_not_stored_as_their_trained_copies_are():
+    model = tiny(FLUX).to(torch.bfloat16)
+    model.set_graft({"joint_attention[0]": "neighborhood"})
+    model.graft.unshare("transformer_blocks.0.attn")
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    model.unset_graft()
+    assert {parameter.dtype for parameter in model.transformer_blocks[0].attn.parameters()} == {torch.bfloat16}
+
+
 def test_lora_loaded_before_a_graft_stays():
     from peft import LoraConfig
 
