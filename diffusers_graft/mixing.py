@@ -36,7 +36,7 @@ NONE = torch.finfo(torch.float32).min  # log weight of a token that is not there
 def mix(operator: Mixer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
     """The operator's output, [B, H, N, E]. Raises where the replaced attention hides what the operator would show."""
     require_tokens(operator.name, query.shape[2])
-    if context.causal and not (operator.honours_causal or operator.causal_operator):
+    if context.causal and not operator.stays_causal:
         raise OperatorError(f"{operator.name} looks ahead, and this attention is causal. Leave it as it is.")
     if context.mask is not None and not operator.honours_mask:
         refuse_hiding(context.mask, operator.name)

@@ -92,7 +92,7 @@ def configure(spec: str | OperatorConfig | dict[str, Any]) -> OperatorConfig:
 
 
 def parse_operator(text: str) -> OperatorConfig:
-    """A config from `name` or `name(setting=value, ...)`, values being Python literals or operators. Raises as `configure`."""
+    """A config from `name` or `name(setting=value, ...)`, values being Python literals, words or operators. Raises as `configure`."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
@@ -108,7 +108,7 @@ def parse_operator(text: str) -> OperatorConfig:
 
 
 def _value(node: ast.expr) -> Any:
-    return ast.unparse(node) if isinstance(node, ast.Call) else ast.literal_eval(node)
+    return ast.unparse(node) if isinstance(node, ast.Call | ast.Name) else ast.literal_eval(node)
 
 
 def _configured(operator: type[Operator], spec: dict[str, Any]) -> OperatorConfig:

@@ -6,8 +6,9 @@ import dataclasses
 import torch
 
 from ..errors import GraftError
+from ..site import Context
 from ._subject import Subject, fail, run
-from .base import BlockOperator, FeedForwardOperator
+from .base import BlockOperator, FeedForwardOperator, Operator
 
 
 def check_honours_mask(subject: Subject) -> bool | None:
@@ -71,17 +72,25 @@ def check_sees_ahead(subject: Subject) -> bool | None:
     operator, inputs = subject.build(), subject.inputs(batch=1)
     if isinstance(operator, FeedForwardOperator | BlockOperator):
         return False
-    expected, ahead = run(operator, inputs, subject.context), False
-    for later in range(1, subject.grid.tokens):  # one by one: an operator may keep to the rows of the grid
-        changed = [tensor.clone() for tensor in inputs]
-        for tensor in changed:
-            tensor[..., later:, :] += 1
-        difference = run(operator, changed, subject.context) - expected
-        ahead = ahead or bool(difference[..., :later, :].abs().max() > 1e-9)
+    ahead = _sees_ahead(operator, inputs, subject.context)
     if ahead == operator.causal_operator:
         seen = "see later ones" if ahead else "see none after them"
         fail("sees_ahead", f"causal_operator is {operator.causal_operator}, but tokens {seen}")
+    if operator.stays_causal and _sees_ahead(operator, inputs, dataclasses.replace(subject.context, causal=True)):
+        fail("sees_ahead", "honours_causal is True, but tokens see later ones where attention is causal")
     return None
+
+
+def _sees_ahead(operator: Operator, inputs: list[torch.Tensor], context: Context) -> bool:
+    expected = run(operator, inputs, context)
+    for later in range(1, expected.shape[-2]):  # one by one: an operator may keep to the rows of the grid
+        changed = [tensor.clone() for tensor in inputs]
+        for tensor in changed:
+            tensor[..., later:, :] += 1
+        difference = run(operator, changed, context) - expected
+        if difference[..., :later, :].abs().max() > 1e-9:
+            return True
+    return False
 
 
 def check_receptive_field(subject: Subject) -> None:

@@ -196,6 +196,11 @@ class Operator(nn.Module):
         """The tokens that the output at `token` depends on, in raster order: all, or those up to it of a causal operator."""
         return range(token + 1 if self.causal_operator else grid.tokens)
 
+    @property
+    def stays_causal(self) -> bool:
+        """Whether no token sees later ones where the replaced attention was causal."""
+        return self.honours_causal or self.causal_operator
+
     def extra_repr(self) -> str:
         return str(self.config)
 

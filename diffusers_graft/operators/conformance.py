@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ..errors import GraftError
+from ..errors import GraftError, OperatorError
 from ..site import Site
 from . import configure
 from ._checks import CHECKS
@@ -50,10 +50,16 @@ def check_operator(config: OperatorConfig | str | dict, *, kind: str | None = No
 
     Raises:
         ConformanceError: naming the first check that failed, and what was seen.
+        OperatorError: an operator that declares no kinds, or not this one.
         GraftError: where the operator cannot be built on a site of that kind.
     """
     config = configure(config)
-    subject = Subject(config, example_site(kind or config.owner.kinds[0]))
+    name, kinds = config.owner.name, config.owner.kinds
+    if not kinds:
+        raise OperatorError(f'{name} declares no kinds of site. Set kinds, such as ("self_attention",), or derive from Mixer.')
+    if kind is not None and kind not in kinds:
+        raise OperatorError(f"{name} replaces {' or '.join(kinds)}, and was to be checked on {kind!r}. Leave kind out, or name one.")
+    subject = Subject(config, example_site(kind or kinds[0]))
     with _named("build", letting=GraftError):
         subject.build()
     with _named("every_grid"):

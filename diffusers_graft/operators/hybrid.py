@@ -56,7 +56,7 @@ class Hybrid(Mixer):
             chosen = count if isinstance(count, tuple) else tuple(range(min(count, site.heads)))
             if not 0 < len(chosen) < site.heads or max(chosen) >= site.heads:
                 raise OperatorError(
-                    f"hybrid: split {self.split!r} of the {site.heads} heads of {site.path} leaves none for the second mixer. "
+                    f"hybrid: split {self.split!r} does not share the {site.heads} heads of {site.path} between two mixers. "
                     f"Give a count from 1 to {site.heads - 1}, or a tuple of heads up to {site.heads - 1}."
                 )
             return chosen
@@ -78,6 +78,10 @@ class Hybrid(Mixer):
     @property
     def parts(self) -> tuple[Mixer, Mixer]:
         return self.first, self.second
+
+    @property
+    def stays_causal(self) -> bool:
+        return all(part.stays_causal for part in self.parts)
 
     def init_from(self, original: nn.Module) -> None:
         for part in self.parts:

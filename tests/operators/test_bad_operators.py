@@ -246,6 +246,10 @@ class SaysNothingOfCausal(Good):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True) * self.gate
 
 
+class LooksAheadAnyway(Good):
+    honours_causal = True
+
+
 class Understates(Good):
     def flops(self, tokens):
         return 2 * tokens**2 * self.site.inner_width
@@ -288,7 +292,7 @@ BAD = {
     "checkpointing": [Uncheckpointable], "agrees_with_reference": [WrongFastPath],
     "trains_after_inference": [KeepsInferenceTensors], "honours_mask": [IgnoresMask, MasksByTheFirstQuery],
     "honours_others": [LeavesOthersOut, AddsOthersUp],
-    "sees_ahead": [SaysCausal, RowMeanSaysCausal, SaysNothingOfCausal], "receptive_field": [MixingFeedForward, ClaimsTooMuch],
+    "sees_ahead": [SaysCausal, RowMeanSaysCausal, SaysNothingOfCausal, LooksAheadAnyway], "receptive_field": [MixingFeedForward, ClaimsTooMuch],
     "flops": [Understates, FractionalFlops],
 }  # fmt: skip
 
@@ -327,8 +331,17 @@ def test_whatever_goes_wrong_is_named(operator, message):
 
 
 def test_what_cannot_be_built_is_refused_as_anywhere():
-    with pytest.raises(OperatorError, match="replaces self_attention"):
-        check_operator(Good.Config(), kind="feed_forward")
+    for kind in ("feed_forward", "attention"):
+        with pytest.raises(OperatorError, match=f"good replaces self_attention, and was to be checked on '{kind}'"):
+            check_operator(Good.Config(), kind=kind)
+
+
+def test_an_operator_without_kinds_is_told_so():
+    class OfNoKind(Good):
+        kinds = ()
+
+    with pytest.raises(OperatorError, match="declares no kinds of site"):
+        check_operator(OfNoKind.Config())
 
 
 def test_a_report_is_a_table_of_promises():

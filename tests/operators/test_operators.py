@@ -483,6 +483,24 @@ def test_a_hybrid_gives_each_head_its_own_mask(batch):
     torch.testing.assert_close(build(settings_)(*qkv(6), Context(mask=mask)), expected)
 
 
+@pytest.mark.parametrize(("second", "refused"), [("hyena_x", False), ("sliding_window(window=(2, 0))", False), ("hyena_x(layout='2d')", True)])
+def test_a_hybrid_is_causal_where_both_mixers_are(second, refused):
+    operator, context = build(f"hybrid(first='self_attention', second={second!r}, split=1)"), Context(grid=Grid(height=3, width=4), causal=True)
+    if refused:
+        with pytest.raises(OperatorError, match="hybrid looks ahead"):
+            mix(operator, *qkv(12), context)
+        return
+    inputs, changed = qkv(12), qkv(12)
+    changed[2][:, :, 7:] += 1
+    assert torch.equal(mix(operator, *inputs, context)[:, :, :7], mix(operator, *changed, context)[:, :, :7])
+
+
+def test_an_operator_within_an_operator_may_go_without_quotes():
+    assert configure("hybrid(first=hyena_x, second=identity)") == configure({"operator": "hybrid", "first": "hyena_x", "second": "identity"})
+    with pytest.raises(UnknownNameError, match="There is no operator 'hyena'"):
+        configure("hybrid(first=hyena)")
+
+
 @pytest.mark.parametrize("split", [0, 3, 10**30, 0.0, 1.5, (0, 0), (3,), (), "half", True])
 def test_a_split_that_is_none_is_refused(split):
     with pytest.raises(OperatorError, match="hybrid: split"):
