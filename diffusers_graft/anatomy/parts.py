@@ -41,13 +41,21 @@ def linear_pair(feed_forward: nn.Module) -> LinearPair:
 
 
 def projections(attention: nn.Module) -> Projections:
-    """The four linear layers of an attention. Raises `OperatorError` where they are not four plain linear layers."""
+    """The four linear layers of an attention. Raises `OperatorError` where they are not four plain ones of one width."""
     layers = {name: getattr(attention, f"to_{name[0]}", None) for name in ("query", "key", "value")}
-    layers["out"] = (getattr(attention, "to_out", None) or [None])[0]
+    out = getattr(attention, "to_out", None)
+    layers["out"] = out[0] if isinstance(out, nn.ModuleList | nn.Sequential) else out
     if odd := sorted(name for name, layer in layers.items() if not isinstance(layer, nn.Linear)):
         raise OperatorError(
             f"{type(attention).__name__} has no plain linear layer for {', '.join(odd)}, so nothing can start from its "
             'projections: choose init="random".'
+        )
+    widths = {name: layer.in_features if name == "out" else layer.out_features for name, layer in layers.items()}
+    if len(set(widths.values())) > 1:
+        told = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise OperatorError(
+            f"The projections of {type(attention).__name__} differ in width ({told}), as where heads share keys, so nothing "
+            'can start from them: choose init="random".'
         )
     biases = {f"{name}_bias": layer.bias for name, layer in layers.items()}
     return Projections(**{name: layer.weight for name, layer in layers.items()}, **biases)

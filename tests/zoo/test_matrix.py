@@ -160,6 +160,24 @@ def test_whole_attentions_are_refused_where_text_shares_the_stream():
         model.set_graft({"joint_attention[0]": "gated_deltanet"})
 
 
+@pytest.mark.parametrize(("name", "words"), [
+    ("Lumina2Transformer2DModel", "differ in width .query 32, key 16, value 16, out 32."), ("Flux2Transformer2DModel", "no plain linear layer for key"),
+])  # fmt: skip
+def test_whole_attentions_start_from_four_layers_of_one_width(name, words):
+    with pytest.raises(OperatorError, match=words):
+        model_of(name).set_graft({"self_attention[-1]": "gated_deltanet"})
+
+
+def test_an_output_projection_need_not_stand_in_a_list():
+    name = "MiniMaxMusic3RVQDepthDecoder"
+    if name not in NAMES:
+        pytest.skip(f"this diffusers has no {name}")
+    model = model_of(name)
+    model.set_graft({"self_attention[0]": {"operator": "gated_deltanet", "bidirectional": False}})
+    graft, original = model.graft.operators()["layers.0.attn"], model.graft.originals["layers.0.attn"]
+    assert torch.equal(graft.o_proj.weight, original.to_out.weight)
+
+
 FEED_FORWARD = {"operator": "mlp", "init": "random", "activation": "gelu", "expansion": 1}
 
 
