@@ -82,8 +82,8 @@ def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], 
 
     Raises `GeometryError` for tokens that are no square, `OperatorError` for heads that do not divide the width.
     """
-    side = math.isqrt(tokens)
-    if tokens < 1 or side * side != tokens:
+    side = math.isqrt(max(0, tokens))
+    if side < 1 or side * side != tokens:
         raise GeometryError(f"Costs are measured on a square of tokens; {tokens} is none. Try {max(1, side) ** 2}.")
     if heads < 1 or width < heads or width % heads:
         raise OperatorError(f"{heads} heads do not divide a width of {width}. Try --width {64 * max(1, heads)}.")

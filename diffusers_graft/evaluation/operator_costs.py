@@ -76,13 +76,13 @@ def operator_costs(
         width, heads: of the model (D, H).
         backward: forward and backward, instead of forward alone.
         rounds: runs of each that are measured.
-        progress: show a bar.
+        progress: show a bar, where there is a terminal.
 
     Raises `GraftError` for fewer than two rounds; what an operator refuses stands in its row.
     """
     require_rounds(rounds)
     rows = []
-    for config in tqdm(list(configs), desc="operators", unit="operator", disable=not progress):
+    for config in tqdm(list(configs), desc="operators", unit="operator", disable=None if progress else True):
         operator = example_part(config, width=width, heads=heads)
         name, baseline = _baseline(operator)
         inputs, context = example_tensors(operator, grid.tokens), Context(grid=grid)

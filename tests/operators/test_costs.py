@@ -160,13 +160,19 @@ def test_an_operator_that_refuses_a_shape_is_listed_so():
 
 def test_the_list_of_operators(capsys):
     assert main(["operators", "--tokens", "64", "--width", "32", "--heads", "4"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert not err  # a bar is for terminals
     for name in dg.operators.available():
         assert out.count(f"\n{name}: ") == 1
         assert f"\n{name} " in out
-    assert main(["operators", "--tokens", "65"]) == 2
-    assert main(["operators", "--heads", "5"]) == 2
-    assert "Try 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("shape", "words"), [
+    ("--tokens 65", "65 is none. Try 64"), ("--tokens -4", "-4 is none. Try 1"), ("--heads 5", "Try --width 320"),
+])  # fmt: skip
+def test_shapes_that_costs_cannot_be_measured_at(shape, words, capsys):
+    assert main(["operators", *shape.split()]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_the_operator_benchmark_at_tiny_size(tmp_path, monkeypatch):
