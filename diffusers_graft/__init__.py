@@ -5,10 +5,12 @@ load_graft, and the property graft.
 """
 from . import operators
 from ._version import __version__
+from .analysis.planner import Survey
 from .anatomy import find_sites
 from .errors import GraftError
 from .evaluation.benchmark import benchmark
 from .evaluation.scores import Scores, evaluate
+from .evaluation.survey import survey
 from .graft import Graft, build_graft
 from .hub.cards import card
 from .hub.full import load_pretrained
@@ -25,9 +27,9 @@ from .training.trainer import GraftTrainer, GraftTrainingArguments
 
 __all__ = [
     "ClosedFormConfig", "Context", "DistillConfig", "FinetuneConfig", "Graft", "GraftError", "GraftPlan", "GraftTrainer",
-    "GraftTrainingArguments", "Grid", "Scores", "Site", "Sites", "__version__", "benchmark", "build_graft", "card",
+    "GraftTrainingArguments", "Grid", "Scores", "Site", "Sites", "Survey", "__version__", "benchmark", "build_graft", "card",
     "check_operator", "closed_form", "data", "distill", "evaluate", "find_sites", "finetune", "import_upstream", "interleaved",
-    "load_pretrained", "operators", "plan_graft", "set_graft",
+    "load_pretrained", "operators", "plan_graft", "set_graft", "survey",
 ]  # fmt: skip
 
 attach_verbs()

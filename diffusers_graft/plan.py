@@ -5,7 +5,6 @@ cannot silently change what an old plan means.
 """
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from diffusers import ModelMixin
 from .anatomy import find_sites
 from .anatomy.blocks import refusals, require_alike, require_one_width, run_of
 from .errors import FileError, MismatchError, OperatorError, RuleError, UnknownNameError
+from .json_file import read_json, write_json
 from .operators import Mixer, Operator, OperatorConfig, configure, parse_operator
 from .site import BLOCK_KINDS, KINDS, Site, Sites
 
@@ -72,21 +72,12 @@ class GraftPlan:
 
     def save(self, path: str | Path) -> None:
         """Raises `FileError` for a path that cannot be written."""
-        try:
-            Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise FileError(f"The plan cannot be written to {path}: {error}.") from error
+        write_json(path, self.to_dict(), "plan")
 
     @classmethod
     def load(cls, path: str | Path) -> GraftPlan:
         """Raises `FileError` for a file that is missing or no plan."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise FileError(f"There is no plan at {path}: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            raise FileError(f"{path} is not JSON: {error}") from error
-        return cls.from_dict(data)
+        return cls.from_dict(read_json(path, "plan"))
 
     def check(self, model: ModelMixin, sites: Sites | None = None) -> None:
         """Raise `MismatchError` unless every site of this plan is there in `model`, with the same sizes.

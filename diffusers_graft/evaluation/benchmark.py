@@ -111,8 +111,8 @@ def benchmark(
             inputs = example_inputs(model, size=size)
             tokens = read_context(model, (), inputs).grid.tokens
             contenders = dict.fromkeys(grafts, partial(model, **inputs))
-            for timing in compare(contenders, rounds=rounds, around=lambda name: _worn(model, grafts[name])):
-                with _worn(model, grafts[timing.name]):
+            for timing in compare(contenders, rounds=rounds, around=lambda name: worn(model, grafts[name])):
+                with worn(model, grafts[timing.name]):
                     shape = {"depth": count_depth(model), "parameters": count_parameters(model),
                              "flops": count_flops(model, inputs)}  # fmt: skip
                 rows.append({"tokens": tokens, "name": timing.name, **shape, "milliseconds": 1000 * timing.seconds,
@@ -129,7 +129,7 @@ def _contenders(model: ModelMixin, rules: Mapping[str, Rules]) -> dict[str, Graf
 
 
 @contextmanager
-def _worn(model: ModelMixin, graft: Graft | None) -> Iterator[None]:
+def worn(model: ModelMixin, graft: Graft | None) -> Iterator[None]:
     """The model with a graft, or without one, so that they can take turns without a second copy."""
     if graft is None:
         yield

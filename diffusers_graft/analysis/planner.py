@@ -1,0 +1,200 @@
+"""Which operator goes where: the best design under a budget, from what every choice does and saves by itself.
+
+A choice is an operator at a site. Its *harm* is how far the model's answer moves when this part alone is replaced, as a
+squared error, so harms add up as long as parts err independently. The best plan under a budget is then a multiple-choice
+knapsack, solved exactly: site by site, every total that no other beats is kept (Nemhauser and Ullmann, 1969). Scores of one
+part at a time and a knapsack are how Puzzle (arXiv 2411.19146) designs language models.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+
+from ..errors import FileError, GraftError, StateError, UnknownNameError
+from ..graft import Graft, build_graft
+from ..json_file import read_json, write_json
+from ..plan import Edit, GraftPlan
+from ..site import Site
+
+MEASURES = ("latency", "flops", "parameters")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One operator at one site.
+
+    Attributes:
+        edit: the site and the operator.
+        harm: squared error of the model's answer with this part alone replaced, relative to the answer's square.
+        saved: shares of the whole model's `MEASURES` that it saves; below zero where it costs more.
+    """
+
+    edit: Edit
+    harm: float
+    saved: dict[str, float]
+
+
+class _Totals:
+    """Plans that no other beats in harm and in what is saved, from the one that saves most; none at first but the original.
+
+    Attributes:
+        saved: in billionths of the original's, [plans]: whole numbers, so that equal sums are equal in every order.
+        harm: [plans].
+        steps: for every site the plan that each of its plans goes on from, and the choice it takes there, if any.
+    """
+
+    def __init__(self):
+        self.saved, self.harm = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+        self.steps: list[tuple[torch.Tensor, torch.Tensor, list[Choice | None]]] = []
+
+    @property
+    def left(self) -> torch.Tensor:
+        """Shares of the original's, [plans]."""
+        return 1 - self.saved.double() / 10**9
+
+    def add(self, choices: list[Choice], measure: str) -> None:
+        """Every plan so far, with each of the choices at one more site and without."""
+        more = torch.tensor([0, *(round(10**9 * choice.saved[measure]) for choice in choices)])
+        worse = torch.tensor([0.0, *(choice.harm for choice in choices)], dtype=torch.float64)
+        saved, harm = (more[:, None] + self.saved).flatten(), (worse[:, None] + self.harm).flatten()
+        order = harm.argsort(stable=True)
+        order = order[saved[order].argsort(descending=True, stable=True)]
+        least = torch.cat([torch.tensor([torch.inf]), harm[order].cummin(0).values[:-1]])
+        kept = order[harm[order] < least]
+        self.steps.append((kept % len(self.saved), kept // len(self.saved), [None, *choices]))
+        self.saved, self.harm = saved[kept], harm[kept]
+
+    def choices_of(self, plan: int) -> list[Choice]:
+        """What a plan takes, site by site."""
+        taken = []
+        for before, chosen, choices in reversed(self.steps):
+            taken.append(choices[chosen[plan]])
+            plan = before[plan]
+        return [choice for choice in reversed(taken) if choice is not None]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What every choice does and saves: measured once (`dg.survey`), solved for any budget in no time.
+
+    Attributes:
+        model_class: name of the diffusers class.
+        choices: site by site.
+        protocol: how it was measured.
+        grafts: the very parts that were judged; not saved.
+    """
+
+    model_class: str
+    choices: tuple[Choice, ...]
+    protocol: dict[str, Any] = field(default_factory=dict)
+    grafts: tuple[Graft, ...] = field(default=(), repr=False, compare=False)
+
+    def plan(self, *, latency: float | None = None, flops: float | None = None, parameters: float | None = None) -> GraftPlan:
+        """The plan of least harm that leaves at most a share of the original's latency, FLOPs or parameters.
+
+        Args:
+            latency, flops, parameters: the budget, one of them: 0.8 is 80 % of the original's.
+
+        Raises `GraftError` for a budget that is none, or that no plan meets.
+        """
+        budgets = {"latency": latency, "flops": flops, "parameters": parameters}
+        asked = {measure: share for measure, share in budgets.items() if share is not None}
+        if len(asked) != 1:
+            raise GraftError(f"A plan has one budget, such as latency=0.8; got {asked or 'none'}.")
+        ((measure, share),) = asked.items()
+        if not isinstance(share, Real) or not 0 < share < 1:
+            raise GraftError(f"A budget is a share of the original's {measure}, between 0 and 1; got {share!r}.")
+        totals = self._totals(measure)
+        enough = (totals.saved >= round(10**9 * (1 - share))).nonzero().flatten().tolist()
+        if not enough:
+            raise GraftError(
+                f"No plan leaves {share:g} of the {measure}: with these choices {totals.left[0]:.4f} is the least."
+            )
+        return GraftPlan(self.model_class, tuple(choice.edit for choice in totals.choices_of(enough[-1])))
+
+    def front(self, measure: str = "latency") -> list[tuple[float, float]]:
+        """What is to be had: shares of the original's that plans leave, falling to the least, and the least harm of each.
+
+        Raises `UnknownNameError` for a measure that there is not.
+        """
+        totals = self._totals(measure)
+        return list(zip(totals.left.tolist(), totals.harm.tolist(), strict=True))[::-1]
+
+    def predicted(self, plan: GraftPlan) -> dict[str, float]:
+        """`harm` of a plan, and what it leaves of the `MEASURES`: sums over its choices.
+
+        Raises `GraftError` for an edit that was not surveyed.
+        """
+        known = {choice.edit: choice for choice in self.choices}
+        if missing := [edit for edit in plan.edits if edit not in known]:
+            raise GraftError(f"The survey did not try {missing[0]}.")
+        chosen = [known[edit] for edit in plan.edits]
+        left = {measure: 1 - sum(choice.saved[measure] for choice in chosen) for measure in MEASURES}
+        return {"harm": sum(choice.harm for choice in chosen), **left}
+
+    def graft(self, model: ModelMixin, plan: GraftPlan) -> Graft:
+        """A graft of the parts that were judged, copied: what `dg.survey` taught them is not lost.
+
+        Raises `StateError` for a survey that was read from a file, `GraftError` for an edit that was not surveyed, and what
+        `build_graft` raises.
+        """
+        if not self.grafts:
+            raise StateError("A survey from a file holds no parts: call dg.build_graft(model, plan), and distil the graft.")
+        self.predicted(plan)
+        graft, addresses = build_graft(model, plan), {edit.site.address for edit in plan.edits}
+        for judged in self.grafts:
+            edits = [edit for edit in plan.edits if edit in judged.plan.edits]
+            for path in (edit.site.path for edit in edits):
+                own = judged.own_tensors_of(path)
+                graft.unshare(path, {name.partition(".")[0] for name in own})
+                for name, tensor in graft.own_tensors_of(path).items():
+                    tensor.data.copy_(own[name])
+            for row in judged.history if edits else ():
+                here = [told for told in row["sites"] if told["site"] in addresses & {edit.site.address for edit in edits}]
+                graft.history.append({**row, "sites": here})
+        return graft
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, without the parts. Raises `FileError` for a path that cannot be written."""
+        tried = GraftPlan(self.model_class, tuple(choice.edit for choice in self.choices))
+        scores = [{"harm": choice.harm, "saved": choice.saved} for choice in self.choices]
+        write_json(path, {**tried.to_dict(), "scores": scores, "protocol": self.protocol}, "survey")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Survey:
+        """Raises `FileError` for a file that is missing or no survey."""
+        data = read_json(path, "survey")
+        tried = GraftPlan.from_dict(data)
+        try:
+            scores = zip(tried.edits, data["scores"], strict=True)
+            choices = tuple(Choice(edit, float(row["harm"]), {name: float(row["saved"][name]) for name in MEASURES})
+                            for edit, row in scores)  # fmt: skip
+            return cls(tried.model_class, choices, dict(data["protocol"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(f"{path} is no survey: {error!r}. A survey is what Survey.save wrote.") from error
+
+    def _totals(self, measure: str) -> _Totals:
+        """Raises `UnknownNameError` for a measure that there is not."""
+        if measure not in MEASURES:
+            raise UnknownNameError("measure", measure, MEASURES)
+        by_site: dict[Site, list[Choice]] = {}
+        for choice in self.choices:
+            by_site.setdefault(choice.edit.site, []).append(choice)
+        totals = _Totals()
+        for choices in by_site.values():
+            totals.add(choices, measure)
+        return totals
+
+    def __str__(self) -> str:
+        head = ["site", "operator", "harm", *MEASURES]
+        rows = [[choice.edit.site.address, str(choice.edit.config), f"{choice.harm:.2e}",
+                 *(f"{-choice.saved[measure]:+.2%}" for measure in MEASURES)] for choice in self.choices]  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [[cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+                 for row in [head, *rows]]  # fmt: skip
+        return "\n".join("  ".join(line) for line in lines)

@@ -1,0 +1,156 @@
+"""Measuring choices one by one, for a plan under a budget (`analysis/planner.py`)."""
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+from tqdm.auto import tqdm
+
+from ..analysis.cost import count_flops, count_parameters
+from ..analysis.planner import MEASURES, Choice, Survey
+from ..anatomy import evaluating, predict
+from ..errors import RuleError, StateError, TrainingError
+from ..graft import Graft, build_graft, installed
+from ..plan import Edit, GraftPlan, plan_graft
+from ..site import BLOCK_KINDS
+from ..training.data import Batch, Noising
+from ..training.distill import DistillConfig, distill
+from ..training.objective import mean_of
+from .benchmark import compare, require_rounds, worn
+
+logger = logging.getLogger(__name__)
+
+
+def survey(
+    model: ModelMixin, candidates: Mapping[str, Any], held_out: Iterable[Batch], *, batches: Iterable[Batch] | None = None,
+    config: DistillConfig | None = None, noise_scheduler: SchedulerMixin | None = None, rounds: int = 7, seed: int = 0,
+    progress: bool = True,
+) -> Survey:  # fmt: skip
+    """What every candidate does and saves at every site, each replaced alone; `Survey.plan(latency=0.8)` chooses among them.
+
+    Args:
+        model: without a graft; it is as it was afterwards.
+        candidates: a list of operators by rule key, as in `{"self_attention[:]": ["hyena_x", "neighborhood"]}`.
+        held_out: batches to judge on, a finite number; time and FLOPs are those of the first.
+        batches, config: of stage one, which the first candidates of all sites go through, then the second, and so on. Without
+            them parts are judged as they start, which favours those that start from most.
+        noise_scheduler: of the model's pipeline, where batches hold clean samples.
+        rounds: timed runs of each operator, at all the sites of one shape together.
+        seed: of random starts and of the noise that parts are judged under.
+        progress: show bars, on a terminal.
+
+    Raises:
+        StateError: a model that wears a graft.
+        RuleError: no candidates, or some that take the place of blocks; and what `plan_graft` and `build_graft` raise.
+        TrainingError: batches without settings or the other way round, held-out batches that do not fit, or none.
+    """
+    if installed(model) is not None:
+        raise StateError("A survey starts from the original: call model.unset_graft() first.")
+    if (batches is None) != (config is None):
+        raise TrainingError("Stage one needs both batches= and config=, such as dg.DistillConfig(steps=100).")
+    require_rounds(rounds)
+    grafts = [build_graft(model, plan, seed=seed) for plan in _plans(model, candidates)]
+    exam = _Exam(model, held_out, noise_scheduler, seed)
+    with evaluating(model), torch.no_grad():
+        saved = _savings(model, grafts, exam.inputs[0], rounds)  # before anything is taught: a part that cannot run is found
+    for graft in grafts if config else ():
+        distill(model, graft, batches, config, noise_scheduler=noise_scheduler)
+    singles = [(edit, _part(graft, [edit])) for graft in grafts for edit in graft.plan.edits]
+    bar = tqdm(singles, desc="survey", unit="choice", disable=None if progress else True)
+    choices = [Choice(edit, exam.harm(model, part), saved[edit]) for edit, part in bar]
+    protocol = {"samples": exam.samples, "seed": seed, "rounds": rounds, "device": str(model.device)}
+    protocol |= {"torch": torch.__version__, "stage one": config and config.to_dict()}
+    return Survey(type(model).__name__, _usable(choices, grafts[0].plan), protocol, tuple(grafts))
+
+
+def _plans(model: ModelMixin, candidates: Mapping[str, Any]) -> list[GraftPlan]:
+    """One of the first candidates of all sites, one of the second, and so on."""
+    lists = list(candidates.values()) if isinstance(candidates, Mapping) else []
+    if not lists or not all(isinstance(some, list | tuple) and some for some in lists):
+        example = {"self_attention[:]": ["hyena_x", "identity"]}
+        raise RuleError(f"Candidates are a list of operators by rule key, such as {example}; got {candidates!r}.")
+    turns = range(max(map(len, lists)))
+    rules = [{key: some[turn] for key, some in candidates.items() if turn < len(some)} for turn in turns]
+    plans = [plan_graft(model, rule) for rule in rules]
+    if blocks := [edit for edit in plans[0].edits if edit.site.kind in BLOCK_KINDS]:
+        raise RuleError(f"A survey tries parts of blocks, and {blocks[0]} takes whole ones. Plan those by hand.")
+    return plans
+
+
+def _part(graft: Graft, edits: list[Edit]) -> Graft:
+    """Some of a graft's parts by themselves."""
+    seats, originals = ({edit.site.path: parts[edit.site.path] for edit in edits} for parts in (graft.seats, graft.originals))
+    return replace(graft, plan=GraftPlan(graft.plan.model_class, tuple(edits)), seats=seats, originals=originals)
+
+
+class _Exam:
+    """Held-out inputs under fixed noise, and what the intact model answers."""
+
+    def __init__(self, model: ModelMixin, held_out: Iterable[Batch], noise_scheduler: SchedulerMixin | None, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        noising = Noising(scheduler=noise_scheduler, timesteps="uniform", drop_labels=False)
+        noised = []
+        for batch in held_out:
+            noising.require_usable(model, batch)
+            noised.append(noising(model, batch, generator))
+        if not noised:
+            raise TrainingError("There were no held-out batches to judge on.")
+        self.inputs, self.targets = [one.inputs for one in noised], [one.target for one in noised]
+        self.samples = sum(one.count for one in noised)
+        self.answers = self._answers(model)
+        self.square = sum(answer.square().sum() for answer in self.answers).item()
+
+    @torch.no_grad()
+    def _answers(self, model: ModelMixin) -> list[torch.Tensor]:
+        with evaluating(model):
+            predictions = [predict(model, inputs) for inputs in self.inputs]
+        return [(answer if target is None else mean_of(answer, target)).float()
+                for answer, target in zip(predictions, self.targets, strict=True)]  # fmt: skip
+
+    def harm(self, model: ModelMixin, graft: Graft) -> float:
+        """Squared error of the model with a graft, relative to the square of the intact model's answer."""
+        with worn(model, graft):
+            pairs = zip(self._answers(model), self.answers, strict=True)
+            return sum((new - old).square().sum() for new, old in pairs).item() / self.square
+
+
+def _savings(model: ModelMixin, grafts: list[Graft], inputs: dict[str, Any], rounds: int) -> dict[Edit, dict[str, float]]:
+    """Shares of time, FLOPs and parameters that every edit saves: those of its operator at all sites of one shape, shared out.
+
+    A single part is too small a share of a model to be timed by itself.
+    """
+    alike: dict[Any, tuple[Graft, list[Edit]]] = {}
+    for number, graft in enumerate(grafts):
+        for edit in graft.plan.edits:
+            shape = number, edit.config, replace(edit.site, index=0, path="")
+            alike.setdefault(shape, (graft, []))[1].append(edit)
+    groups = {str(number): (edits, _part(graft, edits)) for number, (graft, edits) in enumerate(alike.values())}
+    contenders = {"original": None} | {name: part for name, (_, part) in groups.items()}
+    timings = compare(dict.fromkeys(contenders, partial(predict, model, inputs)), rounds=rounds,
+                      around=lambda name: worn(model, contenders[name]))  # fmt: skip
+    whole, saved = _counts(model, None, inputs), {}
+    for timing in timings[1:]:
+        edits, part = groups[timing.name]
+        left = (timing.ratio, *(count / all_ for count, all_ in zip(_counts(model, part, inputs), whole, strict=True)))
+        saved |= dict.fromkeys(edits, {name: (1 - share) / len(edits) for name, share in zip(MEASURES, left, strict=True)})
+    return saved
+
+
+def _counts(model: ModelMixin, graft: Graft | None, inputs: dict[str, Any]) -> tuple[int, int]:
+    with worn(model, graft):
+        return count_flops(model, inputs), count_parameters(model)
+
+
+def _usable(choices: list[Choice], plan: GraftPlan) -> tuple[Choice, ...]:
+    """Those whose answers are finite, site by site in forward order; the first plan has all sites."""
+    for choice in choices:
+        if not math.isfinite(choice.harm):
+            logger.warning("%s gives answers that are not finite: it is left out of the survey.", choice.edit)
+    order = {edit.site: place for place, edit in enumerate(plan.edits)}
+    return tuple(sorted((c for c in choices if math.isfinite(c.harm)), key=lambda choice: order[choice.edit.site]))

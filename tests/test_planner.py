@@ -1,0 +1,233 @@
+"""Plans under a budget: the knapsack against brute force, and what a survey measures against measuring it by hand."""
+import itertools
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import diffusers_graft as dg
+from diffusers_graft.analysis.cost import count_flops, count_parameters
+from diffusers_graft.analysis.planner import MEASURES, Choice, Survey
+from diffusers_graft.errors import FileError, GraftError, RuleError, StateError, TrainingError, UnknownNameError
+from diffusers_graft.plan import Edit
+from diffusers_graft.site import Site
+from diffusers_graft.training.data import Noising
+
+from .models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
+
+CANDIDATES = {"self_attention[:2]": ["neighborhood", "self_attention"], "feed_forward[1:]": ["linear_mlp", "mlp(expansion=2)"]}
+TAUGHT = dg.DistillConfig(steps=3, lr=1e-3, progress=False)
+
+
+@pytest.fixture(scope="module")
+def surveyed():
+    model = tiny_dit()
+    found = dg.survey(model, CANDIDATES, batches(2), batches=batches(3), config=TAUGHT, noise_scheduler=SCHEDULER, rounds=2,
+                      progress=False)  # fmt: skip
+    return model, found
+
+
+def choice(place, operator, harm, saved):
+    site = Site(kind="feed_forward", index=place, path=f"blocks.{place}.ff", width=8, hidden=32, activation="gelu")
+    return Choice(Edit(site, dg.operators.get(operator).Config()), harm, dict.fromkeys(MEASURES, saved))
+
+
+@st.composite
+def surveys(draw):
+    share = st.integers(-3, 12).map(lambda percent: percent / 100)
+    harm = st.one_of(st.just(0.0), st.floats(0, 10))
+    sites = range(draw(st.integers(1, 4)))
+    names = ("linear_mlp", "mlp", "mix_ffn")
+    return Survey("Some", tuple(choice(place, name, draw(harm), draw(share)) for place in sites
+                                for name in names[: draw(st.integers(1, 3))]))  # fmt: skip
+
+
+@given(surveys(), st.integers(50, 99).map(lambda percent: percent / 100))
+def test_the_plan_is_the_best_there_is(survey, budget):
+    by_site = itertools.groupby(survey.choices, key=lambda one: one.edit.site)
+    designs = [[one for one in design if one] for design in itertools.product(*([None, *own] for _, own in by_site))]
+    within = [sum(one.harm for one in design) for design in designs
+              if sum(round(100 * one.saved["flops"]) for one in design) >= round(100 * (1 - budget))]  # fmt: skip
+    if not within:
+        with pytest.raises(GraftError, match="is the least"):
+            survey.plan(flops=budget)
+        return
+    plan = survey.plan(flops=budget)
+    assert len({edit.site for edit in plan.edits}) == len(plan.edits)
+    told = survey.predicted(plan)
+    assert told["flops"] <= budget + 1e-9
+    assert told["harm"] == pytest.approx(min(within))
+    front = survey.front("flops")
+    assert front[0][1] == 0
+    assert front == sorted(front, reverse=True)
+    assert [harm for _, harm in front] == sorted({harm for _, harm in front})
+    assert min(harm for share, harm in front if share <= budget + 1e-9) == pytest.approx(min(within))
+
+
+def test_a_survey_leaves_the_model_as_it_was():
+    model = tiny_dit()
+    before, answer, state = tensors_of(model), predict(model), torch.get_rng_state()
+    dg.survey(model, CANDIDATES, batches(1), noise_scheduler=SCHEDULER, rounds=2, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same_tensors(model, before)
+    assert model.graft is None
+    assert torch.equal(predict(model), answer)
+
+
+def test_every_candidate_is_tried_at_every_site(surveyed):
+    _, found = surveyed
+    tried = [(one.edit.site.address, one.edit.config.owner.name) for one in found.choices]
+    assert tried == [
+        ("self_attention[0]", "neighborhood"), ("self_attention[0]", "self_attention"),
+        ("self_attention[1]", "neighborhood"), ("self_attention[1]", "self_attention"),
+        ("feed_forward[1]", "linear_mlp"), ("feed_forward[1]", "mlp"), ("feed_forward[2]", "linear_mlp"),
+        ("feed_forward[2]", "mlp"), ("feed_forward[3]", "linear_mlp"), ("feed_forward[3]", "mlp"),
+    ]  # fmt: skip
+    assert (found.protocol["samples"], found.protocol["stage one"]["steps"]) == (16, 3)
+    assert all(text in str(found) for text in ("feed_forward[3]", "linear_mlp()", "latency"))
+
+
+def test_what_a_plan_saves_is_what_is_counted(surveyed):
+    model, found = surveyed
+    plan = dg.plan_graft(model, {"self_attention[0]": "neighborhood", "feed_forward[1,3]": "linear_mlp"})
+    inputs = {"hidden_states": torch.randn(8, 1, 8, 8), "timestep": torch.zeros(8, dtype=torch.long),
+              "class_labels": torch.zeros(8, dtype=torch.long)}  # fmt: skip
+    whole = count_flops(model, inputs), count_parameters(model)
+    model.set_graft(found.graft(model, plan))
+    left = count_flops(model, inputs) / whole[0], count_parameters(model) / whole[1]
+    model.unset_graft()
+    told = found.predicted(plan)
+    assert (told["flops"], told["parameters"]) == (pytest.approx(left[0]), pytest.approx(left[1]))
+
+
+@torch.no_grad()
+def test_harm_is_how_far_the_answer_moves():
+    model, rules = tiny_dit(), {"feed_forward[2]": "linear_mlp", "self_attention[1]": "self_attention"}
+    found = dg.survey(model, {site: [operator] for site, operator in rules.items()}, batches(2), noise_scheduler=SCHEDULER,
+                      rounds=2, progress=False)  # fmt: skip
+    noising, generator = Noising(scheduler=SCHEDULER, timesteps="uniform", drop_labels=False), torch.Generator().manual_seed(0)
+    inputs = [noising(model, batch, generator).inputs for batch in batches(2)]
+    before = torch.cat([model(**one).sample for one in inputs])
+    model.set_graft({"feed_forward[2]": "linear_mlp"})
+    moved = torch.cat([model(**one).sample for one in inputs]) - before
+    attention, feed_forward = (one.harm for one in found.choices)
+    assert attention == 0  # it starts as what it replaces
+    assert feed_forward == pytest.approx((moved.square().sum() / before.square().sum()).item(), rel=1e-5)
+
+
+def test_stage_one_comes_before_the_judgement(surveyed):
+    model, found = surveyed
+    untaught = dg.survey(model, CANDIDATES, batches(2), noise_scheduler=SCHEDULER, rounds=2, progress=False)
+    both = list(zip(found.choices, untaught.choices, strict=True))
+    assert all(one.harm != other.harm for one, other in both if other.harm)
+    assert sum(other.harm == 0 for _, other in both) == 2  # self-grafts have nothing to learn
+
+
+def test_parts_come_as_they_were_judged(surveyed):
+    model, found = surveyed
+    plan = dg.plan_graft(model, {"self_attention[0]": "neighborhood", "feed_forward[2]": "mlp(expansion=2)"})
+    graft = found.graft(model, plan)
+    for edit in plan.edits:
+        judged = next(one for one in found.grafts if edit in one.plan.edits)
+        own, copied = judged.own_tensors_of(edit.site.path), graft.own_tensors_of(edit.site.path)
+        assert len(own) == len(copied) > 0
+        assert all(torch.equal(own[name], copied[name]) for name in own)
+        assert all(own[name].data_ptr() != copied[name].data_ptr() for name in own)
+    told = [[row["site"] for row in stage["sites"]] for stage in graft.history]
+    assert told == [["self_attention[0]"], ["feed_forward[2]"]]
+    model.set_graft(graft)
+    assert not torch.equal(predict(model), predict(tiny_dit()))
+    model.unset_graft()
+
+
+def test_a_survey_is_kept_and_solved_again(surveyed, tmp_path):
+    model, found = surveyed
+    found.save(tmp_path / "survey.json")
+    again = Survey.load(tmp_path / "survey.json")
+    assert again == found
+    plan = again.plan(parameters=0.95)
+    assert plan.edits == found.plan(parameters=0.95).edits != ()
+    plan.check(model)
+    with pytest.raises(StateError, match="holds no parts"):
+        again.graft(model, plan)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "model_class": "A", "edits": []}', "no json"])
+def test_a_file_that_is_no_survey(tmp_path, text):
+    (tmp_path / "survey.json").write_text(text, encoding="utf-8")
+    with pytest.raises(FileError):
+        Survey.load(tmp_path / "survey.json")
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [({}, "one budget"), ({"flops": 0.9, "latency": 0.9}, "one budget"), ({"flops": 1.5}, "between 0 and 1"),
+     ({"flops": "half"}, "between 0 and 1"), ({"parameters": 0.01}, "is the least")],
+)  # fmt: skip
+def test_a_budget_that_is_none(surveyed, budget, said):
+    with pytest.raises(GraftError, match=said):
+        surveyed[1].plan(**budget)
+
+
+def test_what_was_not_surveyed(surveyed):
+    model, found = surveyed
+    other = dg.plan_graft(model, {"self_attention[3]": "neighborhood"})
+    with pytest.raises(GraftError, match=r"did not try self_attention\[3\]"):
+        found.predicted(other)
+    with pytest.raises(GraftError, match="did not try"):
+        found.graft(model, other)
+    with pytest.raises(UnknownNameError, match="latency"):
+        found.front("time")
+
+
+@pytest.mark.parametrize(
+    ("candidates", "settings", "error", "said"),
+    [({}, {}, RuleError, "by rule key"), ({"self_attention[:]": "hyena_x"}, {}, RuleError, "list of operators"),
+     ({"self_attention[:]": []}, {}, RuleError, "list of operators"), ({"block[1]": ["remove"]}, {}, RuleError, "whole ones"),
+     ({"self_attention[:]": ["nope"]}, {}, UnknownNameError, "nope"),
+     ({"self_attention[:]": ["identity"]}, {"batches": []}, TrainingError, "config="),
+     ({"self_attention[:]": ["identity"]}, {"config": TAUGHT}, TrainingError, "batches="),
+     ({"self_attention[:]": ["identity"]}, {"held_out": []}, TrainingError, "no held-out batches"),
+     ({"self_attention[:]": ["identity"]}, {"rounds": 1}, GraftError, "2 rounds")],
+)  # fmt: skip
+def test_a_survey_of_nonsense(candidates, settings, error, said):
+    with pytest.raises(error, match=said):
+        dg.survey(tiny_dit(2), candidates, **{"held_out": batches(1), "noise_scheduler": SCHEDULER, **settings})
+
+
+def test_a_survey_starts_from_the_original():
+    model = tiny_dit(2)
+    model.set_graft({"self_attention[0]": "identity"})
+    with pytest.raises(StateError, match="unset_graft"):
+        dg.survey(model, {"self_attention[:]": ["identity"]}, batches(1), noise_scheduler=SCHEDULER)
+
+
+class Broken(dg.operators.Mixer):
+    """Answers that are not finite."""
+
+    name = "broken"
+
+    def forward(self, query, key, value, context):
+        return value / 0
+
+    def flops(self, tokens):
+        return 0
+
+
+def test_parts_that_break_are_left_out(caplog):
+    candidates = {"self_attention[0]": [Broken.Config(), "identity"], "feed_forward[0]": ["linear_mlp"]}
+    with caplog.at_level(logging.WARNING):
+        found = dg.survey(tiny_dit(2), candidates, batches(1), noise_scheduler=SCHEDULER, rounds=2, progress=False)
+    assert [one.edit.config.owner.name for one in found.choices] == ["identity", "linear_mlp"]
+    assert "self_attention[0]" in caplog.text
+
+
+def test_models_with_prompts_are_surveyed():
+    model = tiny_pixart(2)
+    prompted = {"encoder_hidden_states": torch.randn(2, 5, 10), "sample": torch.randn(2, 4, 8, 8)}
+    found = dg.survey(model, {"cross_attention[:]": ["linear_attention"], "feed_forward[0]": ["linear_mlp"]}, [prompted],
+                      noise_scheduler=SCHEDULER, rounds=2, progress=False)  # fmt: skip
+    assert [one.edit.site.address for one in found.choices] == ["cross_attention[0]", "feed_forward[0]", "cross_attention[1]"]
+    assert all(one.harm > 0 for one in found.choices)
