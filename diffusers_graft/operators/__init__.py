@@ -92,7 +92,7 @@ def configure(spec: str | OperatorConfig | dict[str, Any]) -> OperatorConfig:
 
 
 def parse_operator(text: str) -> OperatorConfig:
-    """A config from `name` or `name(setting=value, ...)`, values being Python literals, words or operators. Raises as `configure`."""
+    """A config from `name` or `name(setting=value, ...)`, values being literals, words or operators. Raises as `configure`."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
