@@ -69,8 +69,7 @@ def trusted(config: dict[str, Any], folder: Path, *, trust: bool, pinned: bool) 
 
     Raises `FileError` unless that is trusted and pinned, and the source is the one that was saved.
     """
-    edits = config["plan"].get("edits")
-    asked = {str(edit.get("operator")) for edit in edits if isinstance(edit, dict)} if isinstance(edits, list) else set()
+    asked = _operators_in(config["plan"].get("edits"))
     code = config.get("code") if isinstance(config.get("code"), dict) else {}
     classes = {}
     for name in sorted(name for name in asked & code.keys() if name not in operators.available()):
@@ -83,6 +82,13 @@ def trusted(config: dict[str, Any], folder: Path, *, trust: bool, pinned: bool) 
             )
         classes[name] = _operator(name, code[name], folder)
     return classes
+
+
+def _operators_in(edits: Any) -> set[str]:
+    """Names of the operators of a plan that was read, and of those that they are made of."""
+    within = edits.values() if isinstance(edits, dict) else edits if isinstance(edits, list) else ()
+    own = {str(edits["operator"])} if isinstance(edits, dict) and "operator" in edits else set()
+    return own.union(*map(_operators_in, within))
 
 
 def _operator(name: str, row: Any, folder: Path) -> type[Operator]:

@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 
 from ..errors import FileError
 from ..graft import Graft
-from ..operators import Operator, _configured
+from ..operators import Operator, _configured, configure
 from ..plan import Edit, GraftPlan
 from ..site import Site
 from .files import checksum, digest, parse_json, read_header, read_json, read_tensors
@@ -124,17 +124,20 @@ def read_plan(data: Any, classes: dict[str, type[Operator]] | None = None) -> Gr
 
 
 def _plan_with(data: Any, classes: dict[str, type[Operator]]) -> GraftPlan:
-    edits = []
-    for edit in data["edits"]:
-        if isinstance(edit, dict) and edit.get("operator") in classes:
-            settings = {name: value for name, value in edit.items() if name != "site"}
-            try:
-                edits.append(Edit(Site.from_dict(edit["site"]), _configured(classes[edit["operator"]], settings)))
-            except (KeyError, TypeError, AttributeError) as error:
-                raise FileError(f"This is not a graft plan: {error!r}.") from error
-        else:
-            edits += GraftPlan.from_dict({**data, "edits": [edit]}).edits
-    return replace(GraftPlan.from_dict({**data, "edits": []}), edits=tuple(edits))
+    plan = GraftPlan.from_dict({**data, "edits": []})
+    try:
+        edits = [{**edit} for edit in data["edits"]]
+        return replace(plan, edits=tuple(Edit(Site.from_dict(edit.pop("site")), _config(edit, classes)) for edit in edits))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"This is not a graft plan: {error!r}.") from error
+
+
+def _config(spec: Any, classes: dict[str, type[Operator]]) -> Any:
+    """The config of an operator that came as code, or that is made of some that did; any other setting as it is."""
+    if not isinstance(spec, dict) or "operator" not in spec:
+        return spec
+    settings = {name: _config(value, classes) for name, value in spec.items()}
+    return _configured(classes[spec["operator"]], settings) if spec["operator"] in classes else configure(settings)
 
 
 def check_kinds(config: dict[str, Any], kinds: dict[str, type], where: str) -> None:

@@ -84,6 +84,19 @@ def test_a_trusted_folder(graft):
     assert torch.equal(predict(other), expected)
 
 
+def test_an_operator_inside_another(graft, tmp_path):
+    """A hybrid is made of mixers, one of which came as code."""
+    model, other = tiny_dit(), tiny_dit()
+    model.load_graft(graft[0], trust_remote_code=True)
+    shifted = model.unset_graft().plan.edits[1].config
+    model.set_graft({"self_attention[0]": dg.operators.Hybrid.Config(first=shifted, second="neighborhood"), "self_attention[1]": "hyena_x"})
+    model.save_graft(tmp_path / "hybrid", self_contained=True)
+    with pytest.raises(FileError, match="'shifted' as code"):
+        other.load_graft(tmp_path / "hybrid")
+    other.load_graft(tmp_path / "hybrid", trust_remote_code=True)
+    assert torch.equal(predict(other), predict(model))
+
+
 @pytest.mark.parametrize("hub", [False], indirect=True)
 def test_a_repository_is_trusted_at_one_commit(graft, hub, tmp_path):  # noqa: F811
     folder, expected = graft
