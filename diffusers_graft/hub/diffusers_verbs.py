@@ -93,12 +93,15 @@ def _pushing(original):
     def push_to_hub(self, repo_id, *args, **kwargs):
         graft = installed(self)
         kwargs |= dict(zip(names, args, strict=False))
-        if graft is None or not is_enabled(self) or kwargs.get("subfolder"):
+        if kwargs.get("subfolder"):
             return original(self, repo_id, **kwargs)
-        kwargs.pop("subfolder", None)
-        pushing = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
         with tempfile.TemporaryDirectory() as folder:
-            fetch_config(repo_id, folder, pushing.get("token"))
+            fetch_config(repo_id, folder, kwargs.get("token"))
+            if graft is None or not is_enabled(self):
+                require_alone(Path(folder), kwargs.get("variant"), where=repo_id)
+                return original(self, repo_id, **kwargs)
+            kwargs.pop("subfolder", None)
+            pushing = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
             self.save_pretrained(folder, **kwargs)
             return push_whole(Path(folder), repo_id, variant=kwargs.get("variant"), **pushing)
 

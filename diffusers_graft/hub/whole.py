@@ -91,11 +91,12 @@ def forget_description(model: ModelMixin) -> None:
         model._internal_dict = FrozenDict({name: value for name, value in config.items() if name not in (MARK, AUTO)})
 
 
-def require_alone(folder: Path, variant: str | None) -> None:
+def require_alone(folder: Path, variant: str | None, *, where: str | None = None) -> None:
     """Raise `StateError` where diffusers' `config.json` of a plain model would leave grafted variants without description."""
     if others := _others(_config_in(folder), variant):
         there = ", ".join(repr(name or None) for name in others)
-        raise StateError(f"{folder} holds a grafted model (variant {there}). Save the plain one to a folder of its own.")
+        own = "Give the plain one a repository or a folder of its own."
+        raise StateError(f"{where or folder} holds a grafted model (variant {there}). {own}")
 
 
 def _weights(model: ModelMixin, graft: Graft) -> dict[str, torch.Tensor]:

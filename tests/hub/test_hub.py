@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from huggingface_hub import HfApi, constants
 
 import diffusers_graft as dg
-from diffusers_graft.errors import FileError, UnknownNameError
+from diffusers_graft.errors import FileError, StateError, UnknownNameError
 from diffusers_graft.hub.push import push_graft
 
 from ..models import predict, tiny_dit
@@ -306,6 +306,18 @@ def test_plain_models_go_as_ever(hub, tmp_path):
     assert torch.equal(predict(DiTTransformer2DModel.from_pretrained("owner/plain", **cached(tmp_path))), predict(model))
     with pytest.raises(FileError, match="no graft_config"):
         dg.load_pretrained("owner/plain", **cached(tmp_path))
+
+
+@only_regular
+def test_a_plain_model_takes_no_description_from_grafted_variants(hub, tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    model.push_to_hub("owner/whole", variant="bf16", **TOKEN)
+    expected = predict(model)
+    with pytest.raises(StateError, match="owner/whole holds a grafted model .variant 'bf16'"):
+        tiny_dit().push_to_hub("owner/whole", **TOKEN)
+    assert torch.equal(predict(dg.load_pretrained("owner/whole", variant="bf16", **cached(tmp_path))), expected)
+    tiny_dit().push_to_hub("owner/whole", variant="bf16", **TOKEN)
 
 
 @only_regular
