@@ -89,6 +89,8 @@ class Classroom:
 
     def _every_lesson(self, run: Run) -> None:
         for number, group in enumerate(self.groups):
+            if not self.done[number]:
+                self._look(number, self._active(group), -1)  # the start may be the best
             while self.done[number] < self.config.steps and (active := self._active(group)):
                 before = self.done[number]
                 self._stream(number, active) if self.config.reuse == 1 else self._reuse(number, active)

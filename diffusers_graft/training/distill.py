@@ -45,9 +45,9 @@ class DistillConfig(TrainingConfig):
         mode: `"parallel"` shows every part what the intact model would; `"sequential"` what reaches it through the new parts
             before it, whose errors it can then make up for.
         closed_form: solve for output layers first, where parts have one (see `dg.closed_form`); a start that costs seconds.
-        evaluate_every, patience, held_out_batches: with held-out batches, so many of them are looked at every so many steps,
-            and the best weights are kept; a site that has not got better for `patience` looks is finished, and costs nothing
-            more. None lets every site use all its steps, which a falling learning rate rewards.
+        evaluate_every, patience, held_out_batches: with held-out batches, so many of them are looked at before the first step
+            and every so many steps, and the best weights are kept; a site that has not got better for `patience` looks is
+            finished, and costs nothing more. None lets every site use all its steps, which a falling learning rate rewards.
         reuse, ring, memory: each batch of the teacher is used `reuse` times, out of a ring of up to `ring` batches that takes
             at most `memory` bytes (half of what is free, unless given); sites learn in groups whose activations fit. On the
             testbed 4 takes half the time of 1 and is as good (examples/benchmarks/training-cpu.md); 1 keeps nothing in memory,

@@ -122,7 +122,7 @@ def test_held_out_batches_choose_the_weights():
                                   held_out=batches(1, seed=9))  # fmt: skip
     for report in reports.values():
         errors = [look.error for look in report.held_out]
-        assert len(errors) == 60
+        assert [look.step for look in report.held_out] == list(range(61))
         assert report.best_step == report.held_out[errors.index(min(errors))].step < 60
         row = report.to_dict()
         assert row["held_out_error"] == min(errors)
@@ -131,6 +131,17 @@ def test_held_out_batches_choose_the_weights():
                        noise_scheduler=SCHEDULER, held_out=batches(1, seed=9))  # fmt: skip
     for address, report in again.items():
         assert report.held_out[0].error == pytest.approx(min(look.error for look in reports[address].held_out), rel=1e-4)
+
+
+def test_what_training_makes_worse_keeps_its_start():
+    model = tiny_dit()
+    graft = dg.build_graft(model, dg.plan_graft(model, {"feed_forward[0]": "mlp"}))  # the original itself
+    config = dg.DistillConfig(steps=3, lr=0.1, warmup=0, evaluate_every=1, progress=False)
+    (report,) = dg.distill(model, graft, batches(), config, noise_scheduler=SCHEDULER, held_out=batches(1, seed=9)).values()
+    assert report.best_step == 0
+    before = predict(model)
+    model.set_graft(graft)
+    torch.testing.assert_close(predict(model), before)
 
 
 def test_a_finished_site_costs_nothing_more():
