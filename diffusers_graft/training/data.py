@@ -232,11 +232,16 @@ class Shuffled:
             epoch, skipped = epoch + 1, 0
 
 
-def batches_of(dataset: Dataset | Iterable, batch_size: int, seed: int, *, workers: int = 0) -> Iterable[Batch]:
-    """Batches of single samples of a map-style dataset; a list or any other iterable holds batches, passed on as they come."""
-    if hasattr(dataset, "__getitem__") and not isinstance(dataset, list | tuple | IterableDataset):
-        return Shuffled(dataset, batch_size, seed, workers=workers)
-    return dataset
+def batches_of(dataset: Dataset | Iterable, batch_size: int | None, seed: int = 0, *, workers: int = 0) -> Iterable[Batch]:
+    """Batches of single samples of a map-style dataset; a list or any other iterable holds batches, passed on as they come.
+
+    Raises `TrainingError` for single samples without a `batch_size`.
+    """
+    if not hasattr(dataset, "__getitem__") or isinstance(dataset, list | tuple | Mapping | IterableDataset):
+        return dataset
+    if batch_size is None:
+        raise TrainingError("Stages take batches, this holds single samples: pass a DataLoader of it, or use a GraftTrainer.")
+    return Shuffled(dataset, batch_size, seed, workers=workers)
 
 
 class Stream:
@@ -247,7 +252,7 @@ class Stream:
     """
 
     def __init__(self, batches: Iterable[Batch]):
-        self.batches, self.position, self._next = batches, 0, repeated(batches)
+        self.batches, self.position, self._next = batches_of(batches, None), 0, repeated(batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -274,7 +279,7 @@ class Stream:
 
 def first(batches: Iterable[Batch], count: int) -> list[Batch]:
     """The first batches, fewer where there are fewer. Raises `TrainingError` where there is none."""
-    if not (found := list(itertools.islice(batches, count))):
+    if not (found := list(itertools.islice(batches_of(batches, None), count))):
         raise TrainingError("There are no held-out batches: give some, or None.")
     return found
 

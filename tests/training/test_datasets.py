@@ -223,6 +223,18 @@ def test_batches_of_nothing_are_refused():
             Shuffled(samples, size, seed=0)
 
 
+def test_stages_take_batches_and_say_so_of_single_samples(tmp_path):
+    found = dg.data.from_pipeline(dit_pipeline(), [0], 2, tmp_path, **SETTINGS)
+    model = tiny_dit(in_channels=4)
+    graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[0]": "hyena_x"}))
+    for batches_given, held_out in ((found, None), (batches(1, channels=4), found)):
+        with pytest.raises(TrainingError, match="pass a DataLoader"):
+            dg.distill(model, graft, batches_given, noise_scheduler=SCHEDULER, held_out=held_out)
+    model.set_graft(graft)
+    with pytest.raises(TrainingError, match="pass a DataLoader"):
+        dg.finetune(model, found, noise_scheduler=SCHEDULER)
+
+
 def test_seeking_reads_nothing_of_a_dataset_and_all_of_an_iterator():
     expected = taken(Shuffled(Numbers(), 3, seed=0), 9)
     data = Numbers()
