@@ -116,12 +116,10 @@ def _patches(model: ModelMixin, sides: Any) -> Grid | None:
 
 def _from_shapes(shapes: Any) -> Grid | None:
     """`(f, h, w)`, or a list of it for each sample, or of lists of it: one image each, all alike."""
-    if isinstance(shapes, tuple) and len(shapes) == 3 and all(type(side) is int for side in shapes):
+    if len(shapes) == 3 and all(type(side) is int for side in shapes):
         return Grid(frames=shapes[0], height=shapes[1], width=shapes[2])
-    grids = [_from_shapes(tuple(shape) if len(shape) == 3 else shape) for shape in shapes]
-    alike = len(grids) > 0 and all(grid == grids[0] for grid in grids)
-    nested = isinstance(shapes, list | tuple) and isinstance(shapes[0], list | tuple)
-    return grids[0] if alike and nested and not (len(grids) > 1 and isinstance(shapes[0], int)) else None
+    grids = [_from_shapes(shape) for shape in shapes]
+    return grids[0] if grids and all(grid == grids[0] for grid in grids) else None
 
 
 def _from_ids(ids: torch.Tensor) -> Grid | None:

@@ -142,8 +142,10 @@ def test_min_snr_of_flow_matching():
     sigma = torch.tensor([0.1, 0.5, 0.9])
     weight = snr_weight(scheduler, 1000 * sigma, gamma)
     torch.testing.assert_close(weight, ((1 - sigma) / sigma).square().clamp(max=gamma) * sigma.square())
-    with pytest.raises(TrainingError, match="noise_scheduler="):
-        objective(torch.ones(1, 1, 2, 2), Noised({}, torch.ones(1, 1, 2, 2)), None, min_snr=5.0)
+    ones = torch.ones(1, 1, 2, 2)
+    for noised, known in ((Noised({}, ones), scheduler), (Noised({}, ones, ones), None)):
+        with pytest.raises(TrainingError, match="noise_scheduler="):
+            objective(ones, noised, known, min_snr=5.0)
 
 
 SCHEDULERS = {"flow": FlowMatchEulerDiscreteScheduler(), "v": DDPMScheduler(prediction_type="v_prediction"), "epsilon": SCHEDULER}

@@ -3,12 +3,13 @@
 A wrong order of text and image, or rows and columns swapped, would let tokens notice that have no right to.
 """
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import diffusers_graft as dg
-from diffusers_graft.anatomy import families, read_context
+from diffusers_graft.anatomy import families, geometry, read_context
 from diffusers_graft.errors import GeometryError
 from diffusers_graft.processor import grafted_class
 from diffusers_graft.site import Grid
@@ -198,6 +199,20 @@ def test_where_tokens_lie_on_no_grid_the_refusal_says_what_to_add(name):
 
 def test_the_tables_name_classes_that_exist():
     assert set(NO_GRID) | WAVEFORMS | set(ACROSS_FRAMES) <= set(ROWS)
+
+
+IDEOGRAM = {"position_ids": torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(3)), "indicator": torch.full((2, 6), 2)}
+
+
+@pytest.mark.parametrize(("reader", "inputs", "grid"), [
+    ("read_grid", {"img_shapes": [[(1, 2, 3)], [[1, 2, 3]]]}, Grid(height=2, width=3)),
+    ("read_grid", {"img_shapes": [[(1, 2, 3)], [(1, 3, 2)]]}, None), ("read_grid", {"img_shapes": []}, None),
+    ("read_grid", {"hidden_states": torch.zeros(1, 1, 3, 4, 0)}, None), ("read_grid", {"hidden_states": torch.zeros(1, 1, 3)}, None),
+    ("from_marked_positions", IDEOGRAM, Grid(height=2, width=3)),
+    ("from_marked_positions", {**IDEOGRAM, "indicator": torch.arange(12).view(2, 6)}, None),
+])  # fmt: skip
+def test_a_grid_is_read_or_left_open(reader, inputs, grid):
+    assert getattr(geometry, reader)(SimpleNamespace(config=None), inputs) == grid
 
 
 @pytest.mark.parametrize("sides", [{"height": 0, "width": 4}, {"height": -4, "width": -4}, {"frames": 0, "height": 4, "width": 4}], ids=str)
