@@ -94,6 +94,13 @@ def run_bench_depth(arguments: argparse.Namespace) -> None:
     bench_depth(arguments.output, say=say)
 
 
+def run_bench_planner(arguments: argparse.Namespace) -> None:
+    """Plans under a budget of FLOPs on the testbed, against one operator at interleaved sites and against chance."""
+    from .bench.planner import bench_planner
+
+    bench_planner(arguments.output, say=say)
+
+
 def run_families(arguments: argparse.Namespace) -> None:
     """What works in which transformer class of diffusers, measured on tiny models, as Markdown."""
     import diffusers
@@ -160,9 +167,10 @@ def _add_benchmarks(verbs) -> None:
     bench.add_argument("--output", type=Path, help="Markdown file to store the table in")
     bench.set_defaults(run=run_bench)
 
-    depth = verbs.add_parser("bench-depth", help=run_bench_depth.__doc__)
-    depth.add_argument("--output", type=Path, default=Path("depth"), help="folder; rows that are there are not run again")
-    depth.set_defaults(run=run_bench_depth)
+    for name, run in {"depth": run_bench_depth, "planner": run_bench_planner}.items():
+        verb = verbs.add_parser(f"bench-{name}", help=run.__doc__)
+        verb.add_argument("--output", type=Path, default=Path(name), help="folder; rows that are there are not run again")
+        verb.set_defaults(run=run)
 
     for name, run in {"operators": run_bench_operators, "pixart": run_bench_pixart, "training": run_bench_training}.items():
         verb = verbs.add_parser(f"bench-{name}", help=run.__doc__)

@@ -101,3 +101,30 @@ def draw_rows(path: Path, measures: dict[str, dict[str, Sequence[float]]], *, lo
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     figure.savefig(path, dpi=150)
+
+
+def draw_front(
+    path: Path, fronts: Sequence[Sequence[tuple[float, float]]], designs: dict[str, Sequence[tuple[float, float]]], *,
+    measure: str,
+) -> None:  # fmt: skip
+    """The least harm predicted at every share of a measure, a line for each survey, and the harm of designs that were tried.
+
+    Args:
+        fronts: as `Survey.front` gives them.
+        designs: (share, harm) of the designs of one name.
+        measure: that shares are of, in words.
+    """
+    figure = _figure("Drawing a front", 7, 4.4)
+    axis = figure.subplots()
+    for number, front in enumerate(fronts):
+        shares, harms = zip(*(point for point in front if point[1] > 0), strict=True)
+        axis.plot(shares, harms, color="#888888", linewidth=1, drawstyle="steps-pre",
+                  label=None if number else "predicted, best plans")  # fmt: skip
+    for (name, points), colour in zip(designs.items(), ("#d1704a", "#4878a8", "#333333", "#6a9955"), strict=False):
+        axis.plot(*zip(*points, strict=True), "o", color=colour, markersize=5, alpha=0.75, label=f"measured, {name}")
+    axis.set(xlabel=f"share of the original's {measure}", ylabel="harm (logarithmic)", yscale="log")
+    axis.invert_xaxis()
+    axis.legend(frameon=False, fontsize=8)
+    axis.grid(linewidth=0.5, alpha=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

@@ -56,7 +56,7 @@ def survey(
         raise TrainingError("Stage one needs both batches= and config=, such as dg.DistillConfig(steps=100).")
     require_rounds(rounds)
     grafts = [build_graft(model, plan, seed=seed) for plan in _plans(model, candidates)]
-    exam = _Exam(model, held_out, noise_scheduler, seed)
+    exam = Exam(model, held_out, noise_scheduler, seed)
     with evaluating(model), torch.no_grad():
         saved = _savings(model, grafts, exam.inputs[0], rounds)  # before anything is taught: a part that cannot run is found
     for graft in grafts if config else ():
@@ -89,7 +89,7 @@ def _part(graft: Graft, edits: list[Edit]) -> Graft:
     return replace(graft, plan=GraftPlan(graft.plan.model_class, tuple(edits)), seats=seats, originals=originals)
 
 
-class _Exam:
+class Exam:
     """Held-out inputs under fixed noise, and what the intact model answers."""
 
     def __init__(self, model: ModelMixin, held_out: Iterable[Batch], noise_scheduler: SchedulerMixin | None, seed: int):
