@@ -119,9 +119,14 @@ def plain(number: int) -> int:
     return len([None] * number)
 
 
+def autocast_device(like: torch.Tensor) -> str:
+    """The device type whose autocast concerns a tensor; there is none for tensors without memory."""
+    return "cpu" if like.is_meta else like.device.type
+
+
 def precision_of(like: torch.Tensor) -> torch.dtype:
     """What torch's products and convolutions of it give: autocast's precision where that is on, else its own."""
-    device = like.device.type
+    device = autocast_device(like)
     cast = torch.is_autocast_enabled(device) and like.dtype != torch.float64
     return torch.get_autocast_dtype(device) if cast else like.dtype
 

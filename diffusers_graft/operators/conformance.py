@@ -58,7 +58,7 @@ def check_operator(config: OperatorConfig | str | dict, *, kind: str | None = No
     if not kinds:
         raise OperatorError(f'{name} declares no kinds of site. Set kinds, such as ("self_attention",), or derive from Mixer.')
     if kind is not None and kind not in kinds:
-        raise OperatorError(f"{name} replaces {' or '.join(kinds)}, and was to be checked on {kind!r}. Leave it out, or name one.")
+        raise OperatorError(f"{name} replaces {' or '.join(kinds)}, and was to be checked on {kind!r}. Leave it out.")
     subject = Subject(config, example_site(kind or kinds[0]))
     with _named("build", letting=GraftError):
         subject.build()

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import OperatorError
 from ..site import Context, Site
 from ._activations import ACTIVATIONS
+from ._backends import autocast_device
 from ._feed_forward import HiddenConfig, copy_input, hidden_width, require_count, strongest
 from .base import FeedForwardOperator, LinearPair
 
@@ -21,8 +22,8 @@ from .base import FeedForwardOperator, LinearPair
 class MoeMlp(FeedForwardOperator):
     """Every token runs through `top_k` experts only, with weights that sum to one; experts share one output bias.
 
-    Compiled, all experts run on all tokens, to the same result: a graph cannot know how many tokens an expert gets. There
-    is no loss that balances experts.
+    Compiled, or without memory, all experts run on all tokens, to the same result: a graph cannot know how many tokens an
+    expert gets. There is no loss that balances experts.
     """
 
     paper = "Outrageously Large Neural Networks, arXiv 1701.06538"
@@ -85,7 +86,7 @@ class MoeMlp(FeedForwardOperator):
         return [torch.arange(first, first + room) % neurons for first in range(0, self.config.experts * room, room)]
 
     def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or hidden_states.is_meta:
             return self.reference(hidden_states, context)
         tokens = hidden_states.flatten(0, -2)
         weights, chosen = self._route(tokens)
@@ -107,7 +108,7 @@ class MoeMlp(FeedForwardOperator):
     def _route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights that sum to one and indices of each token's experts, [..., top_k]; scores in float32 at least."""
         precise = torch.promote_types(tokens.dtype, torch.float32)
-        with torch.autocast(tokens.device.type, enabled=False):
+        with torch.autocast(autocast_device(tokens), enabled=False):
             scores = F.linear(tokens.to(precise), self.router.weight.to(precise))
         best, chosen = scores.topk(self.config.top_k, dim=-1)
         return best.softmax(-1).to(tokens.dtype), chosen

@@ -13,6 +13,7 @@ from diffusers_graft.errors import GeometryError, GraftError, OperatorError, Unk
 from diffusers_graft.graft import AttentionSeat, FeedForwardSeat
 from diffusers_graft.mixing import mix
 from diffusers_graft.operators import AttentionOperator, LinearPair, Mixer, available, configure, get
+from diffusers_graft.operators._subject import Subject
 from diffusers_graft.operators.base import BlockOperator
 from diffusers_graft.operators.conformance import example_site
 from diffusers_graft.site import Context, Grid, Site
@@ -505,6 +506,16 @@ def test_an_operator_within_an_operator_may_go_without_quotes():
 def test_a_split_that_is_none_is_refused(split):
     with pytest.raises(OperatorError, match="hybrid: split"):
         build({"operator": "hybrid", "split": split})
+
+
+@pytest.mark.parametrize("name", available())
+def test_runs_without_memory(name):
+    config = configure(name)
+    subject = Subject(config, example_site(config.owner.kinds[0]))
+    with torch.device("meta"):
+        operator = config.resolved(subject.site).build(subject.site)
+    inputs = [tensor.float().to("meta") for tensor in subject.inputs()]
+    assert operator(*inputs, subject.context).shape == inputs[0].shape
 
 
 def test_a_hybrid_needs_two_heads():
