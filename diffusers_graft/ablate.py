@@ -45,8 +45,8 @@ class Ablation:
         operator, sites: of the table.
         steps: of stage two that a run of the table may cost.
         seeds: of random starts and of data; every row is run with each.
-        papers_operator, more: the paper's recipe (random start, causal 1-D Hyena-X, both stages) with `more` times the
-            compute, for comparison.
+        papers_operator, more: the paper's recipe (random start, its Hyena-X for attention or for feed-forwards unless given,
+            both stages) with `more` times the compute, for comparison.
         samples, sampling_steps: of the Frechet distance and the accuracy.
         rounds: of the measurement of prices.
     """
@@ -57,13 +57,16 @@ class Ablation:
     batch_size: int = 32
     lr: tuple[float, float] = (2e-3, 5e-4)
     seeds: int = 3
-    papers_operator: str = "hyena_x"
+    papers_operator: str | None = None
     more: int = 10
     samples: int = 200
     sampling_steps: int = 8
     rounds: int = 7
 
     def __post_init__(self):
+        if self.papers_operator is None:
+            usual = "hyena_mlp" if self.sites.startswith("feed_forward") else "hyena_x"
+            object.__setattr__(self, "papers_operator", usual)
         for name in ("steps", "batch_size", "seeds", "more", "samples", "sampling_steps"):
             if type(count := getattr(self, name)) is not int or count < 1:
                 raise GraftError(f"An ablation counts its {name.replace('_', ' ')} from 1; got {count}.")
@@ -94,7 +97,7 @@ def ablate(ablation: Ablation, output: Path, *, say: Callable[[str], None] = lam
         rows.append(write_row(path, head))
     done = {Arm(**row["arm"]) for row in rows[1:]}
     arms = list(_arms(ablation))
-    with tqdm(arms, desc="ablation", unit="run", initial=len(done), total=len(arms), disable=not progress) as bar:
+    with tqdm(arms, desc="ablation", unit="run", initial=len(done), total=len(arms), disable=None if progress else True) as bar:
         for arm in arms:
             if arm not in done:
                 rows.append(write_row(path, {"arm": asdict(arm), **_run(arm, ablation, rows[0]["seconds"])}))

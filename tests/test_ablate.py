@@ -10,12 +10,13 @@ from diffusers_graft.cli import main
 TINY = ab.Ablation(steps=4, seeds=1, samples=20, sampling_steps=1, rounds=2, more=2, batch_size=4)
 
 
-def test_the_ablation_at_tiny_size_and_again(tmp_path, monkeypatch):
+def test_the_ablation_at_tiny_size_and_again(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(ab, "_measure", lambda model, ablation: dict.fromkeys(ab.MEASURES, float(model.graft is not None)))
     lines = []
-    report = ab.ablate(TINY, tmp_path, say=lines.append, progress=False)
+    report = ab.ablate(TINY, tmp_path, say=lines.append)
     assert lines == [report]
     assert (tmp_path / "ablation.md").read_text() == report
+    assert not capfd.readouterr().err  # bars are for terminals
     head, *rows = map(json.loads, (tmp_path / "ablation.jsonl").read_text().splitlines())
     assert len(rows) == 13
     for start in ab.STARTS:
@@ -38,6 +39,14 @@ def test_a_closed_form_that_costs_more_than_an_arm_leaves_no_steps():
     seconds = {f"neighborhood: {name}": price for name, price in (("stage one", 1.0), ("stage two", 1.0), ("closed form", 9.0))}
     arm = ab.Arm("neighborhood", "warm + closed form", "both", 0)
     assert ab.steps_of(arm, ab.Ablation(steps=1), seconds) == (0, 0)
+
+
+def test_the_papers_recipe_is_that_of_the_same_sites():
+    ablation = ab.Ablation(operator="mlp", sites="feed_forward[:]")
+    paper = list(ab._arms(ablation))[-1]
+    _, graft = ab._start(paper, ablation)
+    assert {seat.graft.name for seat in graft.seats.values()} == {paper.operator} == {"hyena_mlp"}
+    assert ab.Ablation().papers_operator == "hyena_x"
 
 
 def test_arms_cost_the_same():

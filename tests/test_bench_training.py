@@ -2,6 +2,7 @@
 import pytest
 
 from diffusers_graft.bench import training as bench
+from diffusers_graft.cli import main
 
 from .models import tiny_dit
 
@@ -22,6 +23,12 @@ def test_the_tables_have_what_they_promise():
     for words in ("bound, ms", "ratio", "quartiles", "one site, MB"):
         assert words in text
     assert bench.reuse_table(2).count("\n") == 5
+
+
+@pytest.mark.parametrize("verb", ["bench", "bench-operators", "bench-training"])
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(verb, tmp_path, capsys):
+    assert main([verb, "--output", str(tmp_path)]) == 2
+    assert "Give another --output" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import DiTTransformer2DModel
 
-from ..evaluation.benchmark import benchmark, publish, table
+from ..evaluation.benchmark import benchmark, publish, require_writable, table
 
 # Wide enough for attention to weigh as it does in real models, small enough for two cores.
 SHAPE = dict(num_attention_heads=6, attention_head_dim=64, num_layers=4, sample_size=32, patch_size=2, in_channels=4,
@@ -20,6 +20,7 @@ def bench_models(output: Path | None, operators: Iterable[str], *, sizes: Iterab
 
     The table is stored where an output is named.
     """
+    require_writable(output)
     torch.manual_seed(0)
     model = DiTTransformer2DModel(**SHAPE).eval()
     rules = {name: {"self_attention[:]": name} for name in operators}

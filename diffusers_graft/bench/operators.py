@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 
 from ..errors import GeometryError, GraftError, OperatorError
-from ..evaluation.benchmark import benchmark, compare, publish, table
+from ..evaluation.benchmark import benchmark, compare, publish, require_writable, table
 from ..evaluation.operator_costs import example_part, operator_costs, peak_memory, run_of
 from ..mixing import mix_with_others
 from ..operators import Operator, OperatorConfig, available, get
@@ -66,6 +66,7 @@ def bench_operators(
         chosen = [(title, titled[title]) for title in titled if title.startswith(tuple(only.split("|")))]
         if not chosen:
             raise GraftError(f"No table begins with {only!r}. There are:\n" + "\n".join(titled))
+        require_writable(output)
         parts = [(title, measured()) for title, measured in chosen]
     finally:
         torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..anatomy import example_inputs
 from ..errors import GraftError
-from ..evaluation.benchmark import compare, publish, table
+from ..evaluation.benchmark import compare, publish, require_writable, table
 
 SHAPE = dict(num_attention_heads=16, attention_head_dim=72, num_layers=28, sample_size=256, patch_size=2, in_channels=4,
              out_channels=8, cross_attention_dim=1152, caption_channels=4096)  # fmt: skip
@@ -31,6 +31,7 @@ def bench_pixart(output: Path | None, *, rounds: int = 7, say: Callable[[str], N
             "This benchmark times 16,384 tokens through 28 layers on one CUDA device, and torch sees none here. "
             "On a CPU run: make bench-operators"
         )
+    require_writable(output)
     torch.manual_seed(0)
     model = PixArtTransformer2DModel(**SHAPE).to("cuda", torch.bfloat16).eval()
     with torch._dynamo.config.patch(recompile_limit=64):

@@ -15,7 +15,7 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, Mo
 
 from .. import testbed
 from ..anatomy import evaluating, example_inputs
-from ..evaluation.benchmark import PeakMemory, compare, publish, table
+from ..evaluation.benchmark import PeakMemory, compare, publish, require_writable, table
 from ..evaluation.scores import evaluate
 from ..graft import Graft, build_graft
 from ..plan import plan_graft
@@ -37,6 +37,7 @@ CASES = {
 
 def bench_training(output: Path | None, *, rounds: int = 7, steps: int = 200, say: Callable[[str], None]) -> None:
     """Print the cost of stage one against its bound, and quality and seconds for several settings of reuse."""
+    require_writable(output)
     torch.manual_seed(0)
     model = DiTTransformer2DModel(**SHAPE).eval()
     text = (

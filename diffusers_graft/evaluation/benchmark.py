@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..analysis.cost import count_depth, count_flops, count_parameters
 from ..anatomy import evaluating, example_inputs, read_context
-from ..errors import GraftError, StateError
+from ..errors import FileError, GraftError, StateError
 from ..graft import Graft, build_graft, installed
 from ..plan import Rules, plan_graft
 from ..surgery import install, uninstall
@@ -93,7 +93,7 @@ def benchmark(
         rules: rules by name of the contender; `"original"` is the model without a graft.
         sizes: height and width of the latents.
         rounds: runs of each contender that are measured.
-        progress: show a bar.
+        progress: show a bar, on a terminal.
 
     Raises:
         GraftError: a contender of the name "original", fewer than two rounds, or a size that holds no patch.
@@ -107,7 +107,7 @@ def benchmark(
     require_rounds(rounds)
     grafts, rows = _contenders(model, rules), []
     with evaluating(model):
-        for size in tqdm(list(sizes), desc="benchmark", unit="size", disable=not progress):
+        for size in tqdm(list(sizes), desc="benchmark", unit="size", disable=None if progress else True):
             inputs = example_inputs(model, size=size)
             tokens = read_context(model, (), inputs).grid.tokens
             contenders = dict.fromkeys(grafts, partial(model, **inputs))
@@ -187,9 +187,18 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def require_writable(output: Path | None) -> None:
+    """Raise `FileError` where `publish` could not store its text; called before minutes of measuring."""
+    try:
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise FileError(f"{output} cannot be written: {error.strerror}. Give another --output.") from error
+
+
 def publish(text: str, output: Path | None, *, title: str, command: str, say: Callable[[str], None]) -> None:
     """Print what a command measured, and store it as Markdown where an output is named."""
     say(text)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(f"# {title}\n\n`{command}`\n\n```\n{text}\n```\n", encoding="utf-8")

@@ -56,7 +56,7 @@ def evaluate(
     noising = Noising(scheduler=noise_scheduler, timesteps="uniform", drop_labels=False)
     total, samples = 0.0, 0
     with evaluating(model):
-        for batch in tqdm(batches, desc="evaluating", unit="batch", disable=not progress):
+        for batch in tqdm(batches, desc="evaluating", unit="batch", disable=None if progress else True):
             noising.require_usable(model, batch)
             noised = noising(model, batch, generator)
             if noised.target is None:

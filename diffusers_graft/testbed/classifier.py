@@ -67,7 +67,7 @@ def train_classifier(
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     batches = letter_batches(batch_size, seed, steps=steps)
-    for batch in tqdm(batches, total=steps, desc="classifier", unit="step"):
+    for batch in tqdm(batches, total=steps, desc="classifier", unit="step", disable=None):
         images = batch["sample"] + 0.1 * torch.randn(batch["sample"].shape)
         F.cross_entropy(classifier(images), batch["class_labels"], label_smoothing=0.05).backward()
         optimizer.step()

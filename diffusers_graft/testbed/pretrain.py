@@ -142,7 +142,7 @@ def pretrain(recipe: Recipe, output: Path, *, save_every: int = 500) -> DiTTrans
     log = (output / "training.jsonl").open("a", encoding="utf-8")
     log.write(json.dumps({"recipe": asdict(recipe), "model": MODEL, "torch": torch.__version__}) + "\n")
     started, losses = time.monotonic(), []
-    with tqdm(total=recipe.steps, initial=run.step, desc="pretraining", unit="step") as bar:
+    with tqdm(total=recipe.steps, initial=run.step, desc="pretraining", unit="step", disable=None) as bar:
         while run.step < recipe.steps:
             losses.append(run.train_step())
             bar.update()

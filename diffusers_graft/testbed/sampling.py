@@ -42,7 +42,8 @@ def sample(
     euler = scheduler()
     euler.set_timesteps(steps)
     images = []
-    with evaluating(model), tqdm(total=len(labels), desc="sampling", unit="image", disable=not progress, leave=False) as bar:
+    bar = tqdm(total=len(labels), desc="sampling", unit="image", leave=False, disable=None if progress else True)
+    with evaluating(model), bar:
         for image, label in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
             image, label = image.to(model.device, model.dtype), label.to(model.device)
             for level, following in zip(euler.sigmas[:-1], euler.sigmas[1:], strict=True):
