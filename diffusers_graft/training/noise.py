@@ -22,6 +22,7 @@ _SHARE = (  # of noise, from 0 to 1, in place of a timestep; that of the sample 
     "LongCatImageTransformer2DModel", "NucleusMoEImageTransformer2DModel", "OvisImageTransformer2DModel",
     "PRXTransformer2DModel", "QwenImageTransformer2DModel", "QwenImage21Transformer2DModel", *_SHARE_BACK,
 )  # fmt: skip
+_ONE_LESS = ("GlmImageTransformer2DModel",)  # counts timesteps from 0, schedulers of flows from 1
 _TO_SAMPLE = ("HiDreamImageTransformer2DModel", "NucleusMoEImageTransformer2DModel", *_SHARE_BACK)  # predict sample - noise
 
 
@@ -70,7 +71,7 @@ def as_told(model: ModelMixin, scheduler: SchedulerMixin, timestep: torch.Tensor
     if not is_flow(scheduler):
         return timestep, target
     back, steps = scheduler.config.get("invert_sigmas", False), scheduler.config.num_train_timesteps
-    told = steps - timestep if back or _is(model, _SHARE_BACK) else timestep
+    told = steps - timestep if back or _is(model, _SHARE_BACK) else timestep - int(_is(model, _ONE_LESS))
     return told / steps if _is(model, _SHARE) else told, -target if back or _is(model, _TO_SAMPLE) else target
 
 

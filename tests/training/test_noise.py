@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusers_graft.errors import TrainingError
 from diffusers_graft.training.data import Noising
-from diffusers_graft.training.noise import _SHARE, _TO_SAMPLE
+from diffusers_graft.training.noise import _ONE_LESS, _SHARE, _TO_SAMPLE
 from diffusers_graft.training.objective import objective
 
 from ..models import batches, tiny_dit
@@ -58,6 +58,7 @@ def of_class(name):
 
 @pytest.mark.parametrize(("name", "told", "sign"), [
     ("DiTTransformer2DModel", lambda sigma: 1000 * sigma, 1), ("FluxTransformer2DModel", lambda sigma: sigma, 1),
+    ("GlmImageTransformer2DModel", lambda sigma: 1000 * sigma - 1, 1),
     ("NucleusMoEImageTransformer2DModel", lambda sigma: sigma, -1), ("Lumina2Transformer2DModel", lambda sigma: 1 - sigma, -1),
 ])  # fmt: skip
 def test_models_of_flows_are_told_noise_as_their_pipelines_tell_it(name, told, sign):
@@ -86,4 +87,4 @@ def test_the_timestep_has_the_name_that_the_model_gives_it():
 
 
 def test_the_tables_name_classes_that_exist():
-    assert {*_SHARE, *_TO_SAMPLE} <= set(exported())
+    assert {*_SHARE, *_ONE_LESS, *_TO_SAMPLE} <= set(exported())
