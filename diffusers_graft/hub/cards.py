@@ -88,8 +88,7 @@ def write_card(
     present, picture = _present(folder / CARD), _PICTURE if (folder / _PICTURE).exists() else None
     curves = draw_curves(stage, folder, graft.history)
     fresh = render_card(model, graft, config, source=folder.name, whole=whole, picture=picture, curves=curves, journal=folder)
-    text = finished(fresh) if present is None else merged(fresh, present)
-    write_text(stage / CARD, text)
+    write_text(stage / CARD, finished(fresh) if present is None else merged(finished(fresh), present))
 
 
 def _present(path: Path) -> str | None:

@@ -3,19 +3,22 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
 from ..errors import FileError
 from .asking import HUB_ERRORS, explained
+from .cards import CARD
 from .description import ALL_WEIGHTS, CONFIG, WEIGHTS
 from .folders import settle
 from .full import STEM, weight_files
+from .sections import OURS, merged, moved
 from .self_contained import FILE
 from .store import read_graft
 
-_SHOWN = ["README.md", "training.png", "samples.png", "locality.png"]
+_SHOWN = [CARD, "training.png", "samples.png", "locality.png"]
 _GRAFT = ["graft_config*.json", ALL_WEIGHTS, "graft_proof*.safetensors", "graft_operator_*.py",
           "adapter_config.json", "adapter_model.safetensors", *_SHOWN]  # fmt: skip
 _WHOLE = ["config.json", f"{STEM}*.json", f"{STEM}*.safetensors", FILE, "graft_operator_*.py", *_SHOWN]
@@ -52,7 +55,7 @@ def push_whole(folder: Path, repo_id: str, *, variant: str | None = None, **hub_
 def _has_graft(repo_id: str, token: str | bool | None) -> bool:
     """Whether a repository holds a graft of its own, beside a whole model or without one."""
     with contextlib.suppress(*HUB_ERRORS):
-        return any(fnmatch.fnmatch(name, ALL_WEIGHTS) for name in HfApi(token=token).list_repo_files(repo_id))
+        return any(_is_any(name, [ALL_WEIGHTS]) for name in HfApi(token=token).list_repo_files(repo_id))
     return False
 
 
@@ -63,18 +66,35 @@ def fetch_config(repo_id: str, folder: str, token: str | bool | None) -> None:
 
 
 def _push(
-    folder: Path, repo_id: str, files: list[str], *, stale: list[str] | None = None, private: bool | None = None,
+    folder: Path, repo_id: str, files: list[str], *, stale: Sequence[str] = (), private: bool | None = None,
     token: str | None = None, commit_message: str = "Upload graft", create_pr: bool = False, revision: str | None = None,
 ) -> str:  # fmt: skip
     """Upload what this library writes, in one commit; nothing else that lies there."""
     api = HfApi(token=token)
+    ours = {path.name: path for path in folder.iterdir() if path.is_file() and _is_any(path.name, files)}
     try:
         if not create_pr:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr, revision=revision,
-            allow_patterns=files, ignore_patterns=["*/*"], delete_patterns=stale,
-        )  # fmt: skip
+        there = api.list_repo_files(repo_id, revision=revision)
+        contents = ours | ({CARD: _card(api, folder, repo_id, revision, there)} if CARD in ours else {})
+        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        operations += [CommitOperationDelete(name) for name in there if name not in ours and _is_any(name, stale)]
+        commit = api.create_commit(
+            repo_id, operations, commit_message=commit_message, create_pr=create_pr, revision=revision
+        )
     except HUB_ERRORS as error:
         raise explained(error, repo_id, revision) from error
     return (commit.pr_url if create_pr else None) or commit.commit_url
+
+
+def _is_any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def _card(api: HfApi, folder: Path, repo_id: str, revision: str | None, there: list[str]) -> bytes:
+    """The card of a folder as it stands in a repository: it names that, and what a person wrote there is kept."""
+    card = moved((folder / CARD).read_text(encoding="utf-8"), folder.name, repo_id)
+    if CARD in there:
+        present = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8", errors="replace")
+        card = merged(card, present) if OURS in present else card
+    return card.encode()

@@ -15,8 +15,20 @@ _NOTE = f"<!-- {OURS}: sections you edit are kept when it is saved again. State:
 
 def finished(text: str) -> str:
     """A freshly rendered card with the note of what we wrote, by which later edits are told apart."""
-    state = {name: _digest(body) for name, body in _parts(text).items()}
+    return _noted(text, {name: _digest(body) for name, body in _parts(text).items()})
+
+
+def _noted(text: str, state: dict[str, str]) -> str:
     return text.rstrip() + "\n\n" + _NOTE.format(state=json.dumps(state, separators=(",", ":"))) + "\n"
+
+
+def _written(card: str) -> tuple[str, dict[str, str] | None]:
+    """A card without our note, and what that says we wrote; None without a note that can be read."""
+    note = re.search(rf"\n*<!-- {OURS}.*?State: (\{{.*?\}}) -->\s*$", card, re.DOTALL)
+    try:
+        return (card[: note.start()], json.loads(note[1])) if note else (card, None)
+    except ValueError:
+        return card, None
 
 
 def merged(fresh: str, present: str) -> str:
@@ -24,24 +36,30 @@ def merged(fresh: str, present: str) -> str:
 
     A card without our note is a person's own altogether.
     """
-    note = re.search(rf"\n*<!-- {OURS}.*?State: (\{{.*?\}}) -->\s*$", present, re.DOTALL)
-    if note is None:
+    (fresh, new), (body, written) = _written(fresh), _written(present)
+    if written is None or new is None:
         return present
-    try:
-        written = json.loads(note[1])
-    except ValueError:
-        return present
-    theirs, ours = _parts(present[: note.start()]), _parts(fresh)
+    theirs, ours = _parts(body), _parts(fresh)
     parts = {}
     for name in dict.fromkeys([*ours, *theirs]):
         if name in theirs and written.get(name) != _digest(theirs[name]):
             parts[name] = theirs[name]  # changed, or added
         elif name in ours and (name in theirs or name not in written):
             parts[name] = ours[name]  # left alone, or new; what was removed stays so
-    text = _joined(parts)
-    state = {name: _digest(body) for name, body in ours.items() if parts.get(name, body) == body}
+    state = {name: digest for name, digest in new.items() if _digest(parts.get(name, "")) == digest}
     state |= {name: digest for name, digest in written.items() if name not in theirs}  # removed, and not to come back
-    return text.rstrip() + "\n\n" + _NOTE.format(state=json.dumps(state, separators=(",", ":"))) + "\n"
+    return _noted(_joined(parts), state)
+
+
+def moved(card: str, source: str, repo_id: str) -> str:
+    """A card whose lines on loading name a repository in place of a folder; what a person wrote stays as it is."""
+    body, written = _written(card)
+    parts, ours = _parts(body), written or {}
+    for name in [name for name, text in parts.items() if ours.get(name) == _digest(text)]:
+        parts[name] = parts[name].replace(f'("{source}"', f'("{repo_id}"')
+        parts[name] = parts[name].replace(f"- name: {source}\n", f"- name: {repo_id.rpartition('/')[2]}\n")
+        ours[name] = _digest(parts[name])
+    return card if written is None else _noted(_joined(parts), ours)
 
 
 def _digest(text: str) -> str:

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, constants
 
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, StateError, UnknownNameError
+from diffusers_graft.evaluation.scores import Scores
 from diffusers_graft.hub.push import push_graft
 
 from ..models import predict, tiny_dit
@@ -306,6 +307,29 @@ def test_plain_models_go_as_ever(hub, tmp_path):
     assert torch.equal(predict(DiTTransformer2DModel.from_pretrained("owner/plain", **cached(tmp_path))), predict(model))
     with pytest.raises(FileError, match="no graft_config"):
         dg.load_pretrained("owner/plain", **cached(tmp_path))
+
+
+def _card(hub, repo_id):
+    return hub.repos[repo_id].commits[hub.repos[repo_id].refs["main"]]["README.md"].decode()
+
+
+@only_regular
+def test_a_card_on_the_hub_names_its_repository_and_keeps_what_was_written_there(hub, graft):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    model.save_graft(graft[0], scores={"grafted": Scores({"loss": 0.5})})
+    for repo_id, lines, push in (
+        (REPO, 'model.set_graft("owner/graft")', lambda: push_graft(graft[0], REPO, **TOKEN)),
+        ("owner/whole", 'dg.load_pretrained("owner/whole")', lambda: model.push_to_hub("owner/whole", **TOKEN)),
+    ):
+        push()
+        assert lines in _card(hub, repo_id)
+        huggingface_hub.ModelCard(_card(hub, repo_id).replace("## Edits", "A word of mine.\n\n## Edits")).push_to_hub(repo_id, **TOKEN)
+        push()
+        assert "A word of mine." in _card(hub, repo_id)
+        assert _card(hub, repo_id).count(lines) == 1
+    assert "model-index:\n- name: graft\n" in _card(hub, REPO)
+    assert 'model.set_graft("graft")' in (graft[0] / "README.md").read_text()
 
 
 @only_regular
