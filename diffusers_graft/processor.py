@@ -74,7 +74,7 @@ class _Grafted:
             attn_mask = attn_mask.expand(*attn_mask.shape[:-1], keys)  # one for all keys
         context = operator.slot.with_attention(mask=attn_mask, scale=scale, causal=is_causal).at(site, tokens)
         image = self._image_tokens(site, context, stream, tokens, keys)
-        if image is None or operator.honours_mask and operator.honours_causal:
+        if image is None or operator.honours_others and operator.honours_causal:  # softmax over all as it is
             return mix(operator, query, key, value, context)
         first = self._text_first if site.kind == "joint_attention" else context.text_first
         start = keys - image if first else 0

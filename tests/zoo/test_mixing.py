@@ -7,6 +7,8 @@ import diffusers_graft as dg
 from diffusers_graft.mixing import fields_of, mix_with_others
 from diffusers_graft.site import Context, Grid, Site
 
+from .models import predict, tiny
+
 GRID = Grid(height=4, width=6)
 SITE = Site(kind="self_attention", index=0, path="attn", width=8, heads=2, head_width=4)
 IMAGE, TEXT = GRID.tokens, 5
@@ -43,6 +45,21 @@ def test_a_softmax_window_and_the_text_are_one_softmax(name, start):
     operator, (query, key, value) = operator_of(name, **WINDOWS[name]), drawn(IMAGE + TEXT)
     mixed = mix_with_others(operator, query, key, value, Context(grid=GRID), start=start, image=IMAGE)
     torch.testing.assert_close(mixed, dense(operator, query, key, value, start), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("spec", ["hyena_x", {"operator": "self_attention", "heads": 1}], ids=str)
+def test_text_keeps_the_softmax_it_had(spec):
+    name, outputs = "FluxTransformer2DModel", []
+    model = tiny(name)
+    for rules in ({}, {"joint_attention[0]": spec}):
+        if rules:
+            model.set_graft(rules)
+        handle = model.transformer_blocks[0].attn.register_forward_hook(lambda *call: outputs.append(call[-1]))
+        predict(model, name)
+        handle.remove()
+    (image, text), (grafted_image, grafted_text) = outputs
+    torch.testing.assert_close(grafted_text, text)
+    assert not torch.allclose(grafted_image, image, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", WINDOWS)
