@@ -47,8 +47,7 @@ class Learner:
         # In float32 at least: to bfloat16, which has three digits, a share of a thousandth would add nothing.
         averaged = self.parameters if ema_decay else []
         self.average = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in averaged]
-        device = self.parameters[0].device.type if self.parameters else "cpu"
-        self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=config.precision == "fp16")
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of one batch."""

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,10 +99,9 @@ class Settling:
         """Gradients of one batch; its loss, and the terms it is made of."""
         noised = self._draw()
         device, precision = self.model.device, self.config.precision
-        listening = self.teacher.listening(self.model) if self.teacher.features else nullcontext()
         with mixed(device, precision):
             self.teacher.ask(noised.inputs)
-            with listening:
+            with self.teacher.listening(self.model):
                 prediction = predict(self.model, noised.inputs, self.call)
         loss = objective(prediction, noised, self.noising.scheduler, variance=self.config.variance, min_snr=self.config.min_snr)
         terms = {"denoising": loss, **self.teacher.loss(prediction)}

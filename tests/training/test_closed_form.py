@@ -270,6 +270,13 @@ def test_values_that_are_not_finite_are_refused(spec):
     assert graft.history == []
 
 
+def test_an_original_that_overflows_is_told_apart():
+    model, graft = grafted({"feed_forward[2]": {"operator": "linear_mlp", "init": "random"}})
+    model.transformer_blocks[2].ff.net[2].bias.data[0] = float("inf")
+    with pytest.raises(TrainingError, match=r"feed_forward\[2\] are not finite"):
+        dg.closed_form(model, graft, batches(), quick(), noise_scheduler=SCHEDULER)
+
+
 def test_it_needs_the_intact_model_and_enough_batches():
     model, graft = grafted({"feed_forward[0]": "linear_mlp"})
     with pytest.raises(TrainingError, match="ran out"):

@@ -249,7 +249,22 @@ def test_what_distillation_costs_stands_in_the_journal(tmp_path):
     settle(grafted(), output_dir=tmp_path, log_every=1, distill_output=1.0, distill_features=1.0)
     rows = read_journal(tmp_path)
     assert [set(row["terms"]) for row in rows] == [{"denoising", "output", "features"}] * 3
+    assert all(term > 0 for row in rows for term in row["terms"].values())
     assert rows[0]["loss"] == pytest.approx(sum(rows[0]["terms"].values()), rel=1e-5)
+    assert all(0 < row["lr"] <= 1e-3 for row in rows)
+
+
+def test_the_compiled_model_is_the_one_that_runs(monkeypatch):
+    backends, calls = [], []
+
+    def compiled(model, **backend):
+        backends.append(backend)
+        return lambda *args, **kwargs: calls.append(1) or model(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for choice in (True, "eager"):
+        settle(grafted(), compile=choice, steps=1)
+    assert (backends, calls) == ([{}, {"backend": "eager"}], [1, 1])
 
 
 def test_trackers_are_accelerates(tmp_path, monkeypatch):

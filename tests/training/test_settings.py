@@ -74,6 +74,17 @@ def test_every_schedule_of_diffusers(schedule):
     assert (factors[-1] < 0.5) == (schedule not in ("constant", "constant_with_warmup"))
 
 
+def test_every_step_has_the_learning_rate_of_its_place():
+    weight, lengths = torch.nn.Parameter(torch.zeros(1)), []
+    config = TrainingConfig(steps=STEPS, optimizer="SGD", lr=0.1, schedule="linear", warmup=WARMUP)
+    learner = Learner([weight], config)
+    for _ in range(STEPS):
+        before, weight.grad = weight.item(), torch.ones(1)
+        learner.step()
+        lengths.append(before - weight.item())
+    assert lengths == pytest.approx([0.1 * config.lr_factors()(step) for step in range(STEPS)], rel=1e-3)
+
+
 def test_gradients_are_clipped_to_their_norm():
     """A step of plain descent is as long as the clipped gradient."""
     model = grafted()
