@@ -178,6 +178,7 @@ def _prepare(model: ModelMixin, graft: Graft, config: FinetuneConfig, resume: bo
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     model.train()
+    model.training = False  # its modules train; the model itself answers as in its pipeline, where HiDream would not
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
             module.eval()  # labels are dropped for whole samples, in `data`

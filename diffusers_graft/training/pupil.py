@@ -185,7 +185,10 @@ def as_one(answer: torch.Tensor | tuple[torch.Tensor | None, ...]) -> torch.Tens
     """What a part gave, in float32; several streams of a block in one, [B, N, D] and [B, M, D] as [B, (N + M) * D]."""
     if isinstance(answer, torch.Tensor):
         return answer.float()
-    return torch.cat([stream.flatten(1) for stream in answer if stream is not None], dim=1).float()
+    streams = [stream for stream in answer if stream is not None]
+    if len({len(stream) for stream in streams}) > 1:  # packed ones, [N, D] and [M, D]
+        streams = [stream[None] for stream in streams]
+    return torch.cat([stream.flatten(1) for stream in streams], dim=1).float()
 
 
 def tail(values: list[float]) -> float:

@@ -8,6 +8,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 
 import diffusers_graft as dg
+from diffusers_graft.anatomy import predict as answer
 from diffusers_graft.errors import StateError, TrainingError, UnknownNameError
 from diffusers_graft.evaluation.benchmark import PeakMemory
 from diffusers_graft.training.data import Noising, dropped_labels
@@ -397,6 +398,22 @@ def test_both_stages_of_a_model_that_answers_in_lists():
     one = {**batch, "sample": batch["sample"][:1], "cap_feats": batch["cap_feats"][:1]}
     alone = dg.evaluate(model, [one], noise_scheduler=flow)
     assert alone.values["denoising_loss"] != dg.evaluate(model, [batch], noise_scheduler=flow).values["denoising_loss"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("HiDreamImageTransformer2DModel", "joint_attention"),  # which answers otherwise in training
+    ("Cosmos3OmniTransformer", "joint_attention"),  # whose streams are packed
+    ("T5FilmDecoder", "self_attention"), ("MiniMaxMusic3RVQDepthDecoder", "self_attention"),  # whose forwards have no return_dict
+])  # fmt: skip
+def test_both_stages_of_models_with_ways_of_their_own(name, kind):
+    model, inputs = tiny(name), inputs_of(name)
+    graft = dg.build_graft(model, dg.plan_graft(model, {f"{kind}[0]": "self_attention"}))
+    with torch.no_grad():
+        batch = {**inputs, "target": torch.zeros_like(answer(model, inputs))}
+    (report,) = dg.distill(model, graft, [batch], quick(1)).values()
+    model.set_graft(graft)
+    losses = dg.finetune(model, [batch], settle(1, distill_output=1.0))
+    assert torch.tensor([*report.losses, *losses]).isfinite().all()
 
 
 def test_a_target_of_another_shape_is_refused():
