@@ -86,8 +86,8 @@ def write_card(
 ) -> None:
     """Write the card of a graft that is saved to `folder`; what a person changed in the one that is there is kept."""
     present, picture = _present(folder / CARD), _PICTURE if (folder / _PICTURE).exists() else None
-    curves = draw_curves(stage, folder, graft.history)
-    fresh = render_card(model, graft, config, source=folder.name, whole=whole, picture=picture, curves=curves, journal=folder)
+    curves, source = draw_curves(stage, folder, graft.history), folder.resolve().name
+    fresh = render_card(model, graft, config, source=source, whole=whole, picture=picture, curves=curves, journal=folder)
     write_text(stage / CARD, finished(fresh) if present is None else merged(finished(fresh), present))
 
 

@@ -93,7 +93,7 @@ def _is_any(name: str, patterns: Sequence[str]) -> bool:
 
 def _card(api: HfApi, folder: Path, repo_id: str, revision: str | None, there: list[str]) -> bytes:
     """The card of a folder as it stands in a repository: it names that, and what a person wrote there is kept."""
-    card = moved((folder / CARD).read_text(encoding="utf-8"), folder.name, repo_id)
+    card = moved((folder / CARD).read_text(encoding="utf-8"), folder.resolve().name, repo_id)
     if CARD in there:
         present = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8", errors="replace")
         card = merged(card, present) if OURS in present else card

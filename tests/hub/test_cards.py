@@ -157,6 +157,14 @@ def test_a_card_without_our_note_is_somebody_elses(tmp_path):
     assert (tmp_path / "README.md").read_text() == "my words"
 
 
+def test_the_folder_one_is_in_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_dit()
+    model.set_graft(RULES)
+    model.save_graft(".")
+    assert f'model.set_graft("{tmp_path.name}")' in (tmp_path / "README.md").read_text()
+
+
 def test_a_card_that_cannot_be_read_is_left_alone(tmp_path):
     (tmp_path / "README.md").write_bytes(b"\xff\xfe")
     with pytest.raises(FileError, match=r"README\.md is no UTF-8 text"):
