@@ -52,11 +52,14 @@ class AttentionSeat(nn.Module):
     """An operator with projections of its own, behind the call of the self-attention it replaces.
 
     Rotary embeddings and whatever else the original was given besides its tokens go with it.
+
+    Attributes:
+        processor: the original's, which nothing calls; some models look at it.
     """
 
-    def __init__(self, site: Site, operator: AttentionOperator, names: tuple[str, ...]):
+    def __init__(self, site: Site, operator: AttentionOperator, names: tuple[str, ...], processor: Any = None):
         super().__init__()
-        self.graft_site, self.graft, self.names = site, operator, names
+        self.graft_site, self.graft, self.names, self.processor = site, operator, names, processor
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
         given = bind_arguments(self.names, args, kwargs)
@@ -64,8 +67,9 @@ class AttentionSeat(nn.Module):
         require_tokens(self.graft.name, hidden_states.shape[1])
         if other is not None and other is not hidden_states:
             raise OperatorError(f"{self.graft.name} mixes a sequence with itself; {self.graft_site.path} was given another.")
-        if isinstance(given.get("attention_mask"), torch.Tensor):
-            refuse_hiding(given["attention_mask"], self.graft.name)
+        for mask in (given.get(name) for name in ("attention_mask", "attn_mask", "mask")):
+            if isinstance(mask, torch.Tensor):
+                refuse_hiding(mask, self.graft.name)
         context = self.graft.slot.current.at(self.graft_site, hidden_states.shape[1])
         if context.text_first is not None and context.grid is not None and hidden_states.shape[1] > context.grid.tokens:
             raise OperatorError(
@@ -215,7 +219,7 @@ def _build_seat(model: ModelMixin, edit: Edit, original: nn.Module, slot: Contex
         _refuse_more_than_projections(original, edit)
         if edit.config.init == "warm":
             operator.init_from(projections(original))
-        seat = AttentionSeat(edit.site, operator, tuple(inspect.signature(original.forward).parameters))
+        seat = AttentionSeat(edit.site, operator, tuple(inspect.signature(original.forward).parameters), original.processor)
     else:
         seat = _attention_seat(edit, original, operator)
     like = next((p for p in original.parameters() if p.dtype in COMPUTE_DTYPES), model)

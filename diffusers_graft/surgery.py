@@ -13,7 +13,7 @@ from torch import nn
 from .anatomy import argument_names, bind_arguments, context_of, family_of
 from .checkpointing import forget_contexts, remember_contexts
 from .errors import StateError
-from .graft import COMPUTE_DTYPES, Graft, installed, is_enabled
+from .graft import COMPUTE_DTYPES, AttentionSeat, Graft, installed, is_enabled
 from .processor import is_grafted
 
 _GRAFT, _ENABLED, _SKIPPED = "_graft", "_graft_enabled", "_skip_layerwise_casting_patterns"
@@ -93,7 +93,7 @@ def check_seats(graft: Graft) -> None:
     """Raise `StateError` where something else has thrown a graft's processor away."""
     for path, seat in graft.seats.items():
         processor = getattr(seat, "processor", None)
-        if processor is not None and not is_grafted(processor):
+        if processor is not None and not isinstance(seat, AttentionSeat) and not is_grafted(processor):
             raise StateError(
                 f"The graft at {path} was lost: its processor is now {type(processor).__name__}. Calls such as "
                 "fuse_qkv_projections and set_attn_processor replace processors; make them first, then graft."

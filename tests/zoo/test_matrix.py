@@ -160,6 +160,28 @@ def test_whole_attentions_are_refused_where_text_shares_the_stream():
         model.set_graft({"joint_attention[0]": "gated_deltanet"})
 
 
+def test_models_that_look_at_processors_find_them_beside_whole_attentions():
+    name = "AceStepTransformer1DModel"
+    if name not in NAMES:
+        pytest.skip(f"this diffusers has no {name}")
+    model = model_of(name)
+    model.set_graft({"self_attention[0]": {"operator": "gated_deltanet", "init": "random"}})
+    assert predict(model, name).isfinite().all()
+
+
+def test_whole_attentions_refuse_masks_by_any_name():
+    name = "RFD4ProteinaTransformer"
+    if name not in NAMES:
+        pytest.skip(f"this diffusers has no {name}")
+    model = model_of(name)
+    model.set_graft({"self_attention[0]": {"operator": "gated_deltanet", "init": "random"}})
+    attention, site = model.get_submodule(model.graft.plan.edits[0].site.path), model.graft.plan.edits[0].site
+    tokens, shown = torch.randn(1, 4, site.width), torch.ones(1, 4, dtype=torch.bool)
+    attention(tokens, None, shown)
+    with pytest.raises(GraftError, match="cannot honour an attention mask"):
+        attention(tokens, None, torch.tensor([[True, True, False, True]]))
+
+
 @pytest.mark.parametrize(("name", "words"), [
     ("Lumina2Transformer2DModel", "differ in width .query 32, key 16, value 16, out 32."), ("Flux2Transformer2DModel", "no plain linear layer for key"),
 ])  # fmt: skip
