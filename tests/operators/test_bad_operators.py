@@ -282,6 +282,14 @@ class Uncheckpointable(Good):
         return super().forward(query * (2.0 if self.runs == 3 else 1.0), key, value, context)
 
 
+class NeedsHeadsFirst(Good):
+    """Runs on tensors as `torch.randn` makes them, and in no model."""
+
+    def forward(self, query, key, value, context):
+        heads = [part.view(-1, *part.shape[2:]) for part in (query, key, value)]
+        return F.scaled_dot_product_attention(*heads).view(query.shape) * self.gate
+
+
 BAD = {
     "config_round_trip": [ForgetsSetting, WritesAnotherName], "shape_and_dtype": [WrongShape, WrongDtype], "bfloat16_close": [Imprecise],
     "finite_on_large_inputs": [Overflows], "every_grid": [EightByEight], "needs_grid": [HidesItsGrid, ClaimsAGrid],
@@ -323,7 +331,7 @@ def test_a_good_operator_passes_the_same_checks_before_it_is_registered():
 @pytest.mark.parametrize(("operator", "message"), [
     (RefusesEveryGrid, "^every_grid: it refuses 8 x 8, 9 x 13, 25 x 23; the last of them so: never"),
     (CrashesOnOddGrids, "^every_grid: RuntimeError: "), (RefusesItsMask, "^honours_mask: OperatorError: no masks here"),
-    (WrongShape, "^shape_and_dtype: "), (FractionalFlops, "^flops: "),
+    (WrongShape, "^shape_and_dtype: "), (NeedsHeadsFirst, "^shape_and_dtype: RuntimeError: view size is not compatible"), (FractionalFlops, "^flops: "),
 ])  # fmt: skip
 def test_whatever_goes_wrong_is_named(operator, message):
     with pytest.raises(conformance.ConformanceError, match=message):
