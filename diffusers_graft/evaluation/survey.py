@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 def survey(
     model: ModelMixin, candidates: Mapping[str, Any], held_out: Iterable[Batch], *, batches: Iterable[Batch] | None = None,
-    config: DistillConfig | None = None, noise_scheduler: SchedulerMixin | None = None, rounds: int = 7, seed: int = 0,
-    progress: bool = True,
+    config: DistillConfig | None = None, noise_scheduler: SchedulerMixin | None = None, output_dir: str | Path | None = None,
+    resume: bool = False, rounds: int = 7, seed: int = 0, progress: bool = True,
 ) -> Survey:  # fmt: skip
     """What every candidate does and saves at every site, each replaced alone; `Survey.plan(latency=0.8)` chooses among them.
 
@@ -41,6 +42,7 @@ def survey(
         batches, config: of stage one, which the first candidates of all sites go through, then the second, and so on. Without
             them parts are judged as they start, which favours those that start from most.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
+        output_dir, resume: of stage one, as in `dg.distill`, a folder in it for each turn of candidates.
         rounds: timed runs of each operator, at all the sites of one shape together.
         seed: of random starts and of the noise that parts are judged under.
         progress: show bars, on a terminal.
@@ -59,8 +61,9 @@ def survey(
     exam = Exam(model, held_out, noise_scheduler, seed)
     with evaluating(model), torch.no_grad():
         saved = _savings(model, grafts, exam.inputs[0], rounds)  # before anything is taught: a part that cannot run is found
-    for graft in grafts if config else ():
-        distill(model, graft, batches, config, noise_scheduler=noise_scheduler)
+    for turn, graft in enumerate(grafts if config else ()):
+        folder = None if output_dir is None else Path(output_dir) / f"candidates-{turn}"
+        distill(model, graft, batches, config, noise_scheduler=noise_scheduler, output_dir=folder, resume=resume)
     singles = [(edit, _part(graft, [edit])) for graft in grafts for edit in graft.plan.edits]
     bar = tqdm(singles, desc="survey", unit="choice", disable=None if progress else True)
     choices = [Choice(edit, exam.harm(model, part), saved[edit]) for edit, part in bar]
