@@ -1,15 +1,17 @@
 """Metrics against scipy, timing, memory, cost, locality and pictures."""
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch.nn.functional as F
 
 import diffusers_graft as dg
 from diffusers_graft.analysis.cost import count_flops, count_parameters
-from diffusers_graft.analysis.locality import locality, near_tokens
+from diffusers_graft.analysis.locality import _Probe, locality, near_tokens
 from diffusers_graft.bench import models
 from diffusers_graft.cli import main
 from diffusers_graft.errors import FileError, GraftError, StateError
@@ -18,7 +20,7 @@ from diffusers_graft.evaluation.metrics import FeatureStatistics, frechet_distan
 from diffusers_graft.evaluation.operator_costs import operator_costs
 from diffusers_graft.evaluation.report import draw_locality
 from diffusers_graft.evaluation.rows import read_rows, write_row
-from diffusers_graft.site import Grid
+from diffusers_graft.site import Context, Grid, Site
 
 from .models import SCHEDULER, batches, predict, tiny_dit, tiny_pixart
 from .zoo.models import inputs_of, tiny
@@ -42,6 +44,10 @@ def test_frechet_distance_is_scipys(n, width):
 def test_features_without_statistics(features):
     with pytest.raises(GraftError):
         FeatureStatistics.of(features)
+
+
+def test_two_images_have_statistics_in_float64():
+    assert FeatureStatistics.of(torch.randn(2, 4)).covariance.dtype == torch.float64
 
 
 def test_features_of_different_widths():
@@ -123,6 +129,10 @@ def test_flops_of_a_self_graft_are_the_originals(model):
     model.set_graft({"self_attention[:]": "neighborhood", "feed_forward[0]": {"operator": "mlp", "expansion": 6}})
     attention = 4 * 16 * (16 - 9) * 16 * len(model.transformer_blocks)
     assert count_flops(model) == original - attention + 4 * 16 * 16 * 32
+    model.unset_graft()
+    model.set_graft({"self_attention[0]": "hyena_x"})
+    (operator,) = model.graft.operators().values()
+    assert count_flops(model) == original - 4 * 16 * 16 * 16 + operator.flops(16)
 
 
 def test_flops_of_linear_attention_on_a_prompt():
@@ -187,6 +197,19 @@ def test_near_tokens():
     assert band[4].tolist() == [False, False, True, True, True, True, True, False, False]
     assert window[0].nonzero().flatten().tolist() == [0, 1, 3, 4]
     assert window[4].all()
+    assert near_tokens(Grid(height=1, width=7), 0, 5)[1][3].tolist() == [False, *[True] * 5, False]
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_the_probe_is_softmax_under_masks_and_scales(additive):
+    site = Site(kind="self_attention", index=0, path="", width=8, heads=2, head_width=4)
+    probe, (query, key, value) = _Probe.Config(band=0, kernel=1).build(site), torch.randn(3, 2, 2, 9, 4)
+    hidden = torch.arange(9) == 8
+    mask = torch.zeros(9).masked_fill(hidden, -torch.inf) if additive else ~hidden
+    mixed = probe(query, key, value, Context(grid=Grid(height=3, width=3), mask=mask.expand(9, 9), scale=0.1))
+    mass = (0.1 * query @ key.transpose(-1, -2)).masked_fill(hidden, -torch.inf).softmax(-1)
+    torch.testing.assert_close(mixed, mass @ value)
+    torch.testing.assert_close(probe.shares[0], mass.diagonal(dim1=-2, dim2=-1).mean(-1).expand(2, 2, 2))
 
 
 def test_locality_against_attention_by_hand(tmp_path):
@@ -246,10 +269,35 @@ def test_tables():
         table([])
 
 
+@dataclass
+class Answer:
+    samples: int = 7
+
+    def __call__(self, model):
+        return {"answer": 42.0}
+
+
 def test_scores_as_data():
-    scores = dg.evaluate(tiny_dit(), batches(1), noise_scheduler=SCHEDULER, metrics=[lambda model: {"answer": 42.0}])
+    scores = dg.evaluate(tiny_dit(), batches(1), noise_scheduler=SCHEDULER, metrics=[Answer()])
     assert scores["answer"] == 42
     assert set(scores.to_dict()) == {"values", "protocol"}
-    inputs = {"hidden_states": torch.randn(2, 1, 8, 8), "timestep": torch.arange(2), "class_labels": torch.arange(2)}
-    assert "noise_scheduler" not in dg.evaluate(tiny_dit(), [{**inputs, "target": torch.randn(2, 1, 8, 8)}]).protocol
+    assert scores.protocol == {"samples": 8, "seed": 0, "noise_scheduler": "DDPMScheduler", "Answer.samples": 7}
     assert "answer 42" in str(scores)
+
+
+def test_the_denoising_loss_is_the_mean_over_samples():
+    model = tiny_dit()
+    inputs = {"hidden_states": torch.randn(3, 1, 8, 8), "timestep": torch.arange(3), "class_labels": torch.arange(3)}
+    batch = {**inputs, "target": torch.randn(3, 1, 8, 8)}
+    scores = dg.evaluate(model, [{name: value[some] for name, value in batch.items()} for some in (slice(0, 1), slice(1, 3))])
+    with torch.no_grad():
+        assert scores["denoising_loss"] == pytest.approx(F.mse_loss(model(**inputs).sample, batch["target"]).item())
+    assert scores.protocol == {"samples": 3, "seed": 0}
+
+
+@pytest.mark.parametrize("measure", [dg.evaluate, locality])
+def test_what_is_measured_is_told_every_label(measure):
+    model, (batch,), seen = tiny_dit(), batches(1, size=64), {}
+    model.register_forward_pre_hook(lambda model, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    measure(model, [batch], noise_scheduler=SCHEDULER)
+    assert torch.equal(seen["class_labels"], batch["class_labels"])
