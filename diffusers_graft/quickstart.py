@@ -89,14 +89,15 @@ class Run:
             finetune(self.model, self.batches(), self.budget.finetune, noise_scheduler=scheduler())
 
     def stages(self, plan: GraftPlan) -> Graft:
-        """Start, stage one, stage two; measured after each. Leaves the graft installed."""
+        """Start, stage one where there is something to learn, stage two; measured after each. Leaves the graft installed."""
         graft = self.start(plan)
         install(self.model, graft)
         self.measure("start")
-        uninstall(self.model)
-        self.distill(graft)
-        install(self.model, graft)
-        self.measure("after stage one")
+        if any(list(part.parameters()) for part in graft.seats.values()):  # a removed block has nothing to learn
+            uninstall(self.model)
+            self.distill(graft)
+            install(self.model, graft)
+            self.measure("after stage one")
         self.finetune()
         self.measure("after stage two")
         return graft

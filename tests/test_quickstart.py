@@ -33,6 +33,20 @@ def test_the_quick_start_at_tiny_size(tmp_path):
     assert json.loads((tmp_path / "graft_config.json").read_text())["plan"]["model_class"] == "DiTTransformer2DModel"
 
 
+@pytest.mark.parametrize(("rules", "stages"), [
+    ({"block[1]": "remove"}, ["start", "after stage two"]),
+    ({"self_attention[1]": "neighborhood"}, ["start", "distill", "after stage one", "after stage two"]),
+])  # fmt: skip
+def test_what_has_nothing_to_learn_goes_on_to_stage_two(rules, stages, monkeypatch):
+    told, model = [], testbed.load()
+    monkeypatch.setattr(qs.Run, "measure", lambda run, name: told.append(name))
+    monkeypatch.setattr(qs.Run, "distill", lambda run, graft: told.append("distill"))
+    monkeypatch.setattr(qs.Run, "finetune", lambda run: None)
+    qs.Run(model, TINY).stages(dg.plan_graft(model, rules))
+    assert told == stages
+    assert model.graft is not None
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--operator", "neighbourhood"], "Did you mean 'neighborhood'"), (["--sites", "self_attention[9]"], "matches nothing"),
     (["--operator", "neighborhood(kernel=4)"], "odd"), (["--sites", "feed_forward[0]"], "replaces self_attention"),
