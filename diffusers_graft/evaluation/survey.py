@@ -52,11 +52,7 @@ def survey(
         RuleError: no candidates, or some that take the place of blocks; and what `plan_graft` and `build_graft` raise.
         TrainingError: batches without settings or the other way round, held-out batches that do not fit, or none.
     """
-    if installed(model) is not None:
-        raise StateError("A survey starts from the original: call model.unset_graft() first.")
-    if (batches is None) != (config is None):
-        raise TrainingError("Stage one needs both batches= and config=, such as dg.DistillConfig(steps=100).")
-    require_rounds(rounds)
+    _require_ready(model, batches, config, rounds)
     grafts = [build_graft(model, plan, seed=seed) for plan in _plans(model, candidates)]
     exam = Exam(model, held_out, noise_scheduler, seed)
     with evaluating(model), torch.no_grad():
@@ -70,6 +66,14 @@ def survey(
     protocol = {"samples": exam.samples, "seed": seed, "rounds": rounds, "device": str(model.device)}
     protocol |= {"torch": torch.__version__, "stage one": config and config.to_dict()}
     return Survey(type(model).__name__, _usable(choices, grafts[0].plan), protocol, tuple(grafts))
+
+
+def _require_ready(model: ModelMixin, batches: Iterable[Batch] | None, config: DistillConfig | None, rounds: int) -> None:
+    if installed(model) is not None:
+        raise StateError("A survey starts from the original: call model.unset_graft() first.")
+    if (batches is None) != (config is None):
+        raise TrainingError("Stage one needs both batches= and config=, such as dg.DistillConfig(steps=100).")
+    require_rounds(rounds)
 
 
 def _plans(model: ModelMixin, candidates: Mapping[str, Any]) -> list[GraftPlan]:
