@@ -191,6 +191,13 @@ def test_without_source_the_softmax_is_caught_on_its_way(monkeypatch):
     assert not torch.equal(predict(model), before)
 
 
+def test_what_a_processor_was_told_stays():
+    model = tiny_dit()
+    model.transformer_blocks[0].attn1.processor.told = 7
+    model.set_graft({"self_attention[0]": "hyena_x"})
+    assert model.transformer_blocks[0].attn1.processor.told == 7
+
+
 def test_one_generated_class_for_each_processor_class():
     model = tiny_dit()
     model.set_graft({"self_attention[:]": "hyena_x"})

@@ -70,15 +70,15 @@ def _to_prove_by(model: ModelMixin) -> Iterator[tuple[dict[str, Any], dict[str, 
 
 
 @torch.no_grad()
-def replay(model: ModelMixin, path: Path) -> float | None:
-    """Largest difference from the proven output, logged; None for a graft without proof.
+def replay(model: ModelMixin, path: Path) -> None:
+    """Log the largest difference from the proven output, as a warning where it is large or there is no proof.
 
     Raises `FileError` for a proof that is damaged, or of other inputs than the model takes.
     """
     saved = read_tensors(path) if path.exists() else {}
     if not saved:
         logger.warning(f"{path.parent} carries no proof; its outputs were not checked.")
-        return None
+        return
     if "output" not in saved:
         raise FileError(f"{path} is no proof: it holds {sorted(saved)}, and no output.")
     inputs = _proven(model, saved, path)
@@ -93,7 +93,6 @@ def replay(model: ModelMixin, path: Path) -> float | None:
     difference = (output - expected).abs().max().item()
     level = logging.INFO if difference <= 1e-3 * expected.abs().max().item() else logging.WARNING
     logger.log(level, f"proof replayed: largest difference {difference:.3g}")
-    return difference
 
 
 def _proven(model: ModelMixin, saved: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, GraftError, MismatchError, StateError
-from diffusers_graft.hub.files import fingerprint
+from diffusers_graft.hub.files import checksum, fingerprint, parse_json, read_header, write_tensors
 
 from ..models import FAMILIES, SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
 from .pipelines import draw, pipeline
@@ -170,6 +170,26 @@ def test_which_changes_of_a_base_its_fingerprint_sees(change):
     tensors = {"big": torch.randn(300, 300, generator=generator), "few": torch.randn(40, generator=generator)}
     same = fingerprint({**SEEN, **UNSEEN}[change](tensors)) == fingerprint(tensors)
     assert same == (change in UNSEEN)
+
+
+def test_saved_grafts_know_their_base_and_their_weights_by_the_same_numbers_forever():
+    tensors = {"large": torch.arange(20_000, dtype=torch.float32), "small": torch.arange(3).half()}
+    assert fingerprint(tensors) == "9f5fc2ccb31b9787b7a2105f51a3ce4faec87a05f9d8afee5178e959ac704ebb"
+    assert checksum(tensors) == "64f0f0f6ffe3d0cb976f4242629d770fd832a6da59d1f95a8f3c3114193423ae"
+
+
+def test_files_of_weights_are_like_others(tmp_path):
+    write_tensors(tmp_path / "weights", {"a": torch.ones(2)}, {"made": "here"})
+    assert read_header(tmp_path / "weights") == {"format": "pt", "made": "here"}
+    assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o644
+    with pytest.raises(FileError, match="There is no others in"):
+        read_header(tmp_path / "others")
+
+
+@pytest.mark.parametrize(("text", "words"), [("[1]", "no JSON object"), ("{", "not JSON"), ('{"a": NaN}', "not JSON"), ("[" * 99 + "]" * 99, "nested deeper")])
+def test_a_description_is_an_object_in_json(text, words):
+    with pytest.raises(FileError, match=words):
+        parse_json(text, "there")
 
 
 def test_what_the_fingerprint_does_not_see_the_proof_does(tmp_path, caplog):

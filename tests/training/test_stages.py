@@ -284,6 +284,16 @@ def test_the_average_is_taken_before_a_callback_can_fail():
     assert torch.equal(*outputs)
 
 
+def test_settings_are_those_of_the_library_unless_given():
+    model, graft = grafted({"self_attention[0]": RANDOM})
+    for verb in (dg.distill, dg.closed_form):
+        with pytest.raises(TrainingError, match="ran out"):
+            verb(model, graft, [], noise_scheduler=SCHEDULER)
+    model.set_graft(graft)
+    with pytest.raises(TrainingError, match="ran out"):
+        dg.finetune(model, [], noise_scheduler=SCHEDULER)
+
+
 def test_stage_two_lowers_the_loss():
     model, graft = grafted({"self_attention[:]": RANDOM})
     model.set_graft(graft)
