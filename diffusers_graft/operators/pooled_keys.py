@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import OperatorError
+from ..errors import GeometryError, OperatorError
 from ..site import Context, Site
 from ._depthwise import tokens_last
 from .base import Mixer
@@ -60,6 +60,8 @@ class PooledKeys(Mixer):
     def _pooled(self, name: str, part: torch.Tensor, context: Context) -> torch.Tensor:
         """[B, H, N, E] -> [B, H, M, E]."""
         grid, stride = context.require_grid(self.name, part.shape[2]), self.config.stride
+        if stride > max(grid.height, grid.width):
+            raise GeometryError(f"pooled_keys: stride {stride} is beyond the grid, which is {grid}. Choose a smaller one.")
         _, heads, _, width = part.shape
         image = tokens_last(part, grid.height, grid.width).permute(0, 3, 1, 2)
         right, below = -grid.width % stride, -grid.height % stride

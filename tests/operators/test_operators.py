@@ -533,6 +533,11 @@ def test_a_hybrid_of_what_is_no_mixer_is_refused():
         configure({"operator": "hybrid", "first": "mlp"})
 
 
+def test_a_stride_beyond_the_grid_is_refused():
+    with pytest.raises(GeometryError, match="stride 5 is beyond the grid, which is 3 x 4"):
+        build({"operator": "pooled_keys", "stride": 5})(*qkv(12), Context(grid=Grid(height=3, width=4)))
+
+
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 7)])
 def test_pooled_keys_start_as_averages(height, width):
     operator = build("pooled_keys")
