@@ -13,7 +13,7 @@ from diffusers_graft.analysis.cost import _UNCOUNTED
 from diffusers_graft.anatomy import example_inputs
 from diffusers_graft.errors import FileError, GraftError, UnknownNameError
 from diffusers_graft.hub.cards import card, speed_table
-from diffusers_graft.hub.edits import edit_rows
+from diffusers_graft.hub.edits import _ranges, edit_rows
 
 from ..models import FAMILIES, SCHEDULER, batches, tiny_dit
 from .forging import RULES, saved
@@ -219,3 +219,19 @@ def test_break_even_is_the_size_from_which_on_it_is_faster():
     assert speed_table(rows(1.5, 0.9, 1.1, 0.8, 0.7))["break_even"] == "g breaks even by 64 tokens"
     assert "not the faster one" in speed_table(rows(1.5, 1.2))["break_even"]
     assert speed_table([]) is None
+
+
+@pytest.mark.parametrize(("indices", "text"), [
+    ([3], "3"), ([1, 2], "1,2"), ([0, 1, 2, 3], "0:4"), ([1, 3, 5], "1:6:2"), ([0, 1, 3], "0,1,3"),
+])  # fmt: skip
+def test_sites_are_named_as_a_rule_names_them(indices, text):
+    assert ",".join(_ranges(indices)) == text
+
+
+def test_rows_of_edits_tell_where_each_starts():
+    model = tiny_dit()
+    model.set_graft({"self_attention[0]": "hyena_x", "self_attention[1]": {"operator": "hyena_x", "init": "random"}})
+    _, rows = edit_rows(model, model.graft)
+    first = model.graft.operators()["transformer_blocks.0.attn1"]
+    assert [(row["sites"], row["start"]) for row in rows] == [("self_attention[0]", first.start), ("self_attention[1]", "random weights")]
+    assert all(row["flops_before"] and row["flops_after"] for row in rows)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, GraftError, MismatchError, StateError
-from diffusers_graft.hub.files import checksum, fingerprint, parse_json, read_header, write_tensors
+from diffusers_graft.hub.files import checksum, fingerprint, parse_json, read_header, require_finite, write_tensors
 
 from ..models import FAMILIES, SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
 from .pipelines import draw, pipeline
@@ -186,7 +186,13 @@ def test_files_of_weights_are_like_others(tmp_path):
         read_header(tmp_path / "others")
 
 
-@pytest.mark.parametrize(("text", "words"), [("[1]", "no JSON object"), ("{", "not JSON"), ('{"a": NaN}', "not JSON"), ("[" * 99 + "]" * 99, "nested deeper")])
+def test_values_are_finite_though_their_sum_may_not_be():
+    require_finite({"large": torch.full((4,), 3e38)}, "there")
+    with pytest.raises(FileError, match="a in there holds values that are not finite"):
+        require_finite({"a": torch.tensor([1.0, torch.nan])}, "there")
+
+
+@pytest.mark.parametrize(("text", "words"), [("[1]", "no JSON object"), ("{", "not JSON"), ('{"a": NaN}', "not JSON"), ("[1, " + "[" * 99 + "]" * 100, "nested deeper")])
 def test_a_description_is_an_object_in_json(text, words):
     with pytest.raises(FileError, match=words):
         parse_json(text, "there")
