@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, GraftError, MismatchError, StateError
 from diffusers_graft.hub.files import checksum, fingerprint, parse_json, read_header, require_finite, write_tensors
+from diffusers_graft.hub.store import fill
 
 from ..models import FAMILIES, SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
 from .pipelines import draw, pipeline
@@ -184,6 +185,13 @@ def test_files_of_weights_are_like_others(tmp_path):
     assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o644
     with pytest.raises(FileError, match="There is no others in"):
         read_header(tmp_path / "others")
+
+
+def test_a_tensor_of_no_part_is_refused(tmp_path):
+    model = tiny_dit()
+    graft = dg.build_graft(model, dg.plan_graft(model, RULES))
+    with pytest.raises(FileError, match="it holds nothing.weight, which this model does not have"):
+        fill(model, graft, {"nothing.weight": torch.ones(1)}, tmp_path)
 
 
 def test_values_are_finite_though_their_sum_may_not_be():
