@@ -18,7 +18,7 @@ from torch import nn
 
 from .anatomy import bind_arguments, find_sites, linear_pair, projections
 from .blocks import fill_block, removed, shallow_copy, side_by_side, unshare
-from .errors import OperatorError
+from .errors import OperatorError, RuleError
 from .mixing import refuse_hiding, require_tokens
 from .operators import AttentionOperator, Operator
 from .plan import Edit, GraftPlan, build_operator
@@ -162,9 +162,12 @@ def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
         seed: decides random starts; the part of site i draws from `seed + i`, and torch's own generators are left alone.
 
     Raises:
+        RuleError: rules in place of a plan.
         MismatchError: a plan for another model.
         OperatorError: a part that no seat can be built for.
     """
+    if not isinstance(plan, GraftPlan):
+        raise RuleError(f"A graft is built from a plan: dg.plan_graft(model, rules) makes one; got {plan!r}.")
     sites, slot = find_sites(model, blocks=True), ContextSlot()
     plan.check(model, sites)
     originals = {path: _original(model, path) for edit in plan.edits for path in edit.site.paths}

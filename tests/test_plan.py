@@ -233,3 +233,8 @@ def test_a_plan_for_another_model_is_refused(other):
     plan = dg.plan_graft(MODEL, {"self_attention[:]": "hyena_x"})
     with pytest.raises(MismatchError):
         dg.build_graft(other(), plan)
+
+
+def test_a_graft_is_built_from_a_plan():
+    with pytest.raises(RuleError, match="dg.plan_graft"):
+        dg.build_graft(MODEL, {"self_attention[:]": "hyena_x"})
