@@ -17,8 +17,10 @@ from diffusers_graft.hub.files import checksum, fingerprint, parse_json, read_he
 from diffusers_graft.hub.store import fill
 
 from ..models import FAMILIES, SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
+from ..zoo.models import inputs_of, tiny
 from .pipelines import draw, pipeline
 
+FLUX = "FluxTransformer2DModel"
 RULES = {"self_attention[1::2]": {"operator": "hyena_x", "init": "random"}, "feed_forward[0]": {"operator": "mlp", "expansion": 6}}
 
 
@@ -278,6 +280,17 @@ def test_what_needs_many_tokens_is_proved_on_as_many(config, tmp_path, caplog):
         again.load_graft(tmp_path)
     assert "largest difference 0" in caplog.text
     assert torch.equal(predict(again), predict(model))
+
+
+def test_without_example_inputs_the_last_forward_is_the_proof(tmp_path, caplog):
+    model = tiny(FLUX)
+    model.set_graft({"joint_attention[0]": "hyena_x"})
+    with torch.no_grad():
+        model(**inputs_of(FLUX))
+    model.save_graft(tmp_path)
+    with caplog.at_level("INFO"):
+        tiny(FLUX).load_graft(tmp_path)
+    assert "largest difference 0" in caplog.text
 
 
 def test_an_operator_that_breaks_on_few_tokens_is_proved_on_more(tmp_path, monkeypatch, caplog):
