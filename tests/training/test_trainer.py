@@ -117,26 +117,25 @@ def test_stage_one_takes_a_disabled_graft_and_enables_it(tmp_path):
 
 
 def test_a_push_leaves_checkpoints_at_home(tmp_path, monkeypatch):
-    pushed = {}
+    pushed = []
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import filter_repo_objects
 
     class Done:
         repo_id, commit_url = "user/name", "https://example.invalid/commit"
 
-    def upload(self, *, folder_path, ignore_patterns=None, **_):
-        files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
-        pushed["files"] = list(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+    def commit(self, repo_id, operations, **_):
+        pushed.extend(operation.path_in_repo for operation in operations)
         return Done()
 
     monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: Done())
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: [])
+    monkeypatch.setattr(HfApi, "create_commit", commit)
     one = trainer(tmp_path)
     one.train()
     assert list((tmp_path / ".checkpoints").iterdir())
     one.push_to_hub("user/name")
-    assert "training.jsonl" in pushed["files"]
-    assert not any("checkpoint" in name for name in pushed["files"])
+    assert "training.jsonl" in pushed
+    assert not any("checkpoint" in name for name in pushed)
 
 
 class Endless(torch.utils.data.IterableDataset):
