@@ -134,8 +134,8 @@ def test_a_push_leaves_checkpoints_at_home(tmp_path, monkeypatch):
     one.train()
     assert list((tmp_path / ".checkpoints").iterdir())
     one.push_to_hub("user/name")
-    assert "training.jsonl" in pushed
-    assert not any("checkpoint" in name for name in pushed)
+    assert {"README.md", "graft_config.json", "graft_model.safetensors", "training.png"} <= set(pushed)
+    assert not any("checkpoint" in name or "logs" in name for name in pushed)
 
 
 class Endless(torch.utils.data.IterableDataset):
