@@ -21,12 +21,11 @@ from . import testbed
 from .errors import GraftError
 from .evaluation.benchmark import compare, require_rounds, table
 from .evaluation.rows import read_rows, write_row
-from .evaluation.scores import evaluate
 from .graft import Graft, build_graft
 from .operators import OperatorConfig
 from .plan import parse_operator, plan_graft
 from .surgery import install, uninstall
-from .testbed.sampling import SampleQuality, scheduler
+from .testbed.sampling import SampleQuality, measure, scheduler
 from .training.closed_form import ClosedFormConfig, closed_form
 from .training.distill import DistillConfig, distill
 from .training.finetune import FinetuneConfig, finetune
@@ -177,11 +176,7 @@ def _start(arm: Arm, ablation: Ablation) -> tuple[Any, Graft]:
 
 
 def _measure(model, ablation: Ablation) -> dict[str, float]:
-    labels = testbed.balanced_labels(1000)
-    images = testbed.draw_letters(labels, torch.Generator().manual_seed(1), testbed.HELD_OUT_FONTS)
-    held_out = [{"sample": s, "class_labels": c} for s, c in zip(images.split(250), labels.split(250), strict=True)]
-    quality = SampleQuality(count=ablation.samples, steps=ablation.sampling_steps)
-    return evaluate(model, held_out, noise_scheduler=scheduler(), metrics=[quality]).values
+    return measure(model, SampleQuality(count=ablation.samples, steps=ablation.sampling_steps)).values
 
 
 def _report(ablation: Ablation, rows: list[dict[str, Any]]) -> str:

@@ -20,14 +20,14 @@ from .anatomy import evaluating, predict
 from .errors import GraftError
 from .evaluation.benchmark import compare, table
 from .evaluation.report import draw_locality
-from .evaluation.scores import Scores, evaluate
+from .evaluation.scores import Scores
 from .graft import Graft, build_graft
 from .hub.files import digest
 from .hub.store import load_graft, save_graft
 from .operators import OperatorConfig
 from .plan import Edit, GraftPlan, plan_graft
 from .surgery import install, uninstall
-from .testbed.sampling import SampleQuality, sample, save_sample_grid, scheduler
+from .testbed.sampling import SampleQuality, measure, sample, save_sample_grid, scheduler
 from .training.distill import DistillConfig, distill
 from .training.finetune import FinetuneConfig, finetune
 
@@ -58,12 +58,8 @@ class Run:
 
     def measure(self, name: str) -> Scores:
         """Scores and cost of the model as it is now."""
-        generator = torch.Generator().manual_seed(1)
-        labels = testbed.balanced_labels(1000)
-        images = testbed.draw_letters(labels, generator, testbed.HELD_OUT_FONTS)
-        held_out = [{"sample": s, "class_labels": c} for s, c in zip(images.split(250), labels.split(250), strict=True)]
         quality = SampleQuality(count=self.budget.samples, steps=self.budget.sampling_steps)
-        self.scores[name] = evaluate(self.model, held_out, noise_scheduler=scheduler(), metrics=[quality])
+        self.scores[name] = measure(self.model, quality)
         self.costs[name] = {"parameters": count_parameters(self.model), "flops": count_flops(self.model)}
         return self.scores[name]
 

@@ -19,11 +19,10 @@ from .. import testbed
 from ..errors import GraftError
 from ..evaluation.benchmark import benchmark, compare
 from ..evaluation.rows import read_rows, write_row
-from ..evaluation.scores import evaluate
 from ..graft import Graft, build_graft
 from ..plan import plan_graft
 from ..surgery import install, uninstall
-from ..testbed.sampling import SampleQuality, scheduler
+from ..testbed.sampling import SampleQuality, measure, scheduler
 from ..training.distill import DistillConfig, distill
 from ..training.finetune import FinetuneConfig, finetune
 from .depth_report import report_of
@@ -153,11 +152,7 @@ def _run(run: Run, budget: Budget, seed: int, seconds: dict[str, float]) -> Iter
 
 
 def _measure(model: DiTTransformer2DModel, budget: Budget) -> dict[str, float]:
-    labels = testbed.balanced_labels(1000)
-    images = testbed.draw_letters(labels, torch.Generator().manual_seed(1), testbed.HELD_OUT_FONTS)
-    held_out = [{"sample": s, "class_labels": c} for s, c in zip(images.split(250), labels.split(250), strict=True)]
-    quality = SampleQuality(count=budget.samples, steps=budget.sampling_steps)
-    return evaluate(model, held_out, noise_scheduler=scheduler(), metrics=[quality]).values
+    return measure(model, SampleQuality(count=budget.samples, steps=budget.sampling_steps)).values
 
 
 def _read(path: Path, budget: Budget) -> list[dict[str, Any]]:

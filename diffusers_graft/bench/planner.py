@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,20 @@ from diffusers import DiTTransformer2DModel
 
 from .. import testbed
 from ..analysis.planner import Survey
+from ..anatomy import evaluating, predict
 from ..errors import GraftError
+from ..evaluation.benchmark import compare, worn
 from ..evaluation.rows import read_rows, write_row
-from ..evaluation.scores import evaluate
 from ..evaluation.survey import Exam, survey
 from ..graft import Graft
 from ..plan import Edit, GraftPlan, interleaved, parse_operator, plan_graft
 from ..site import Site
 from ..surgery import install, uninstall
-from ..testbed.sampling import scheduler
+from ..testbed.sampling import measure, scheduler
 from ..training.closed_form import ClosedFormConfig
 from ..training.distill import DistillConfig
 from ..training.finetune import FinetuneConfig, finetune
+from .models import SHAPE
 from .planner_report import CHANCE, PLANNED, report_of
 
 CANDIDATES = {"self_attention[:]": ["neighborhood", "hyena_x(layout='2d')", "identity"],
@@ -44,7 +47,7 @@ class Spending:
         stage_one, stage_two: steps.
         judged: batches of the survey, of 100 samples.
         samples: of held-out fonts, for the denoising loss.
-        rounds: of timing.
+        rounds: of timing, where budgets are of latency.
     """
 
     flops: tuple[float, ...] = (0.8, 0.6)
@@ -55,7 +58,7 @@ class Spending:
     seeds: int = 3
     judged: int = 2
     samples: int = 1000
-    rounds: int = 3
+    rounds: int = 7
 
 
 def bench_planner(output: Path, spending: Spending | None = None, *, say: Callable[[str], None]) -> str:
@@ -70,11 +73,11 @@ def bench_planner(output: Path, spending: Spending | None = None, *, say: Callab
     asked = json.loads(json.dumps(asdict(spending)))
     if rows and rows[0].get("spending") != asked:
         raise GraftError(f"{path} holds rows of another spending: {rows[0].get('spending')}. Give another --output.")
-    _, *seeds = rows or [write_row(path, {"spending": asked, "torch": torch.__version__})]
+    head, *seeds = rows or [write_row(path, {"spending": asked, "torch": torch.__version__, "latency": _promises(spending)})]
     for seed in range(len(seeds), spending.seeds):
         say(f"seed {seed}: stage one of every candidate, then {spending.stage_two} steps of stage two for every design")
         seeds.append(write_row(path, _run(spending, seed)))
-    report = report_of(spending.flops, _facts(spending), seeds, output)
+    report = report_of(spending.flops, _facts(spending), head["latency"], seeds, output)
     say(report)
     return report
 
@@ -85,7 +88,7 @@ def _run(spending: Spending, seed: int) -> dict[str, Any]:
     solved = ClosedFormConfig(steps=8, progress=False)
     taught = DistillConfig(steps=spending.stage_one, lr=spending.lr[0], closed_form=solved, seed=seed)
     found = survey(model, CANDIDATES, judged, batches=batches, config=taught, noise_scheduler=scheduler(), seed=seed,
-                   rounds=spending.rounds)  # fmt: skip
+                   rounds=2)  # fmt: skip
     exam, designs = Exam(model, judged, scheduler(), seed), []
     for budget in spending.flops:
         for name, plan in _designs(model, found, budget, seed):
@@ -93,7 +96,8 @@ def _run(spending: Spending, seed: int) -> dict[str, Any]:
             row = {"budget": budget, "name": name, "edits": len(plan.edits), "flops": told["flops"], "predicted": told["harm"]}
             row["harm"] = exam.harm(model, graft)  # before stage two
             designs.append(row | _losses(model, graft, batches, spending, seed))
-    return {"seed": seed, "original": _loss(model, spending), "front": found.front("flops"), "designs": designs}
+    original = measure(model, count=spending.samples)["denoising_loss"]
+    return {"seed": seed, "original": original, "front": found.front("flops"), "designs": designs}
 
 
 def _designs(model: DiTTransformer2DModel, found: Survey, budget: float, seed: int) -> Iterator[tuple[str, GraftPlan]]:
@@ -123,19 +127,29 @@ def _chance(found: Survey, budget: float, dice: random.Random) -> GraftPlan:
 
 def _losses(model: DiTTransformer2DModel, graft: Graft, batches, spending: Spending, seed: int) -> dict[str, float]:
     install(model, graft)
-    before = _loss(model, spending)
+    before = measure(model, count=spending.samples)
     config = FinetuneConfig(steps=spending.stage_two, lr=spending.lr[1], ema_decay=0.98, seed=seed)
     finetune(model, batches, config, noise_scheduler=scheduler())
-    after = _loss(model, spending)
+    after = measure(model, count=spending.samples)
     uninstall(model)
-    return {"before": before, "after": after}
+    return {"before": before["denoising_loss"], "after": after["denoising_loss"]}
 
 
-def _loss(model: DiTTransformer2DModel, spending: Spending) -> float:
-    labels = testbed.balanced_labels(spending.samples)
-    images = testbed.draw_letters(labels, torch.Generator().manual_seed(1), testbed.HELD_OUT_FONTS)
-    held_out = [{"sample": s, "class_labels": c} for s, c in zip(images.split(250), labels.split(250), strict=True)]
-    return evaluate(model, held_out, noise_scheduler=scheduler()).values["denoising_loss"]
+def _promises(spending: Spending) -> list[dict[str, float]]:
+    """Plans under budgets of latency, at 1,024 tokens of a wider model with random weights: what is promised and measured."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(**SHAPE).eval()
+    batch = {"sample": torch.randn(1, 4, 64, 64), "class_labels": torch.zeros(1, dtype=torch.long)}
+    found = survey(model, CANDIDATES, [batch], noise_scheduler=scheduler(), rounds=spending.rounds)
+    least = found.front("latency")[-1][0]
+    plans = {str(share): found.plan(latency=1 - share * (1 - least)) for share in (0.25, 0.5, 0.75, 1)}
+    grafts = {"original": None} | {name: found.graft(model, plan) for name, plan in plans.items()}
+    inputs = Exam(model, [batch], scheduler(), 0).inputs[0]
+    with evaluating(model), torch.no_grad():
+        timings = compare(dict.fromkeys(grafts, partial(predict, model, inputs)), rounds=spending.rounds,
+                          around=lambda name: worn(model, grafts[name]))  # fmt: skip
+    return [{"edits": len(plans[timing.name].edits), "promised": found.predicted(plans[timing.name])["latency"],
+             "measured": timing.ratio, "low": timing.low, "high": timing.high} for timing in timings[1:]]  # fmt: skip
 
 
 def _facts(spending: Spending) -> str:

@@ -16,12 +16,15 @@ def _kind(design: dict[str, Any]) -> str:
     return design["name"] if design["name"] in (PLANNED, CHANCE) else "one operator"
 
 
-def report_of(budgets: Sequence[float], facts: str, seeds: list[dict[str, Any]], output: Path) -> str:
+def report_of(
+    budgets: Sequence[float], facts: str, latency: list[dict[str, float]], seeds: list[dict[str, Any]], output: Path
+) -> str:
     """The report, written to `planner.md` of the folder with the picture `planner.png` beside it.
 
     Args:
         budgets: of FLOPs.
         facts: how it was made.
+        latency: rows of plans under a budget of latency.
         seeds: the rows.
     """
     original = _spread([row["original"] for row in seeds], 4)
@@ -29,6 +32,8 @@ def report_of(budgets: Sequence[float], facts: str, seeds: list[dict[str, Any]],
     text += f"Mean +- standard deviation over {len(seeds)} seeds.\n\n"
     for budget in budgets:
         text += f"## {budget:.0%} of the FLOPs\n\n```\n{_table(seeds, budget)}\n```\n\n{_verdict(seeds, budget)}\n\n"
+    text += f"## Budgets of latency\n\n```\n{_promises(latency)}\n```\n\n"
+    text += "One sample of 1,024 tokens, a model of width 384 with random weights; as a share of the original's, in turns.\n\n"
     text += f"## Whether harms add up\n\n{_additive(seeds)}\n\n![Harm against FLOPs](planner.png)\n"
     (output / "planner.md").write_text(text, encoding="utf-8")
     designs = [design for row in seeds for design in row["designs"]]
@@ -46,6 +51,13 @@ def _table(seeds: list[dict[str, Any]], budget: float) -> str:
         columns = [_spread([design[key] for design in same], digits)
                    for key, digits in (("flops", 3), ("predicted", 4), ("harm", 4), ("before", 4), ("after", 4))]  # fmt: skip
         lines.append([name, edits, *columns])
+    return table(lines)
+
+
+def _promises(rows: list[dict[str, float]]) -> str:
+    lines = [["edits", "promised", "measured", "quartiles"]]
+    lines += [[str(row["edits"]), f"{row['promised']:.3f}", f"{row['measured']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
+              for row in rows]  # fmt: skip
     return table(lines)
 
 

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from ..anatomy import evaluating, predict
 from ..errors import GraftError, MissingDependencyError
 from ..evaluation.metrics import FeatureStatistics, frechet_distance
+from ..evaluation.scores import Scores, evaluate
 from .classifier import load_classifier
-from .letters import IMAGE_SIZE, LETTERS, balanced_labels, draw_letters
+from .letters import HELD_OUT_FONTS, IMAGE_SIZE, LETTERS, balanced_labels, draw_letters
 
 REFERENCE_IMAGES = 10_000
 
@@ -93,6 +94,14 @@ class SampleQuality:
     def __call__(self, model: DiTTransformer2DModel) -> dict[str, float]:
         labels = balanced_labels(self.count)
         return judge(sample(model, labels, seed=self.seed, steps=self.steps, guidance=self.guidance), labels)
+
+
+def measure(model: DiTTransformer2DModel, *metrics: SampleQuality, count: int = 1000) -> Scores:
+    """Denoising loss on `count` letters of held-out fonts, the same ones every time, and what the metrics say."""
+    labels = balanced_labels(count)
+    images = draw_letters(labels, torch.Generator().manual_seed(1), HELD_OUT_FONTS)
+    held_out = [{"sample": s, "class_labels": c} for s, c in zip(images.split(250), labels.split(250), strict=True)]
+    return evaluate(model, held_out, noise_scheduler=scheduler(), metrics=metrics)
 
 
 @torch.no_grad()
