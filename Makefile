@@ -5,7 +5,7 @@ OUTPUT ?= quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help quickstart test test-all test-diffusers-versions ablate bench bench-loading bench-operators bench-depth bench-pixart bench-training testbed lint clean
+.PHONY: help quickstart test test-all test-diffusers-versions ablate bench bench-loading bench-operators bench-depth bench-pixart bench-planner bench-training testbed lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -55,6 +55,9 @@ bench-training: $(READY) ## Stage one against the least it could cost, and reuse
 
 bench-depth: $(READY) ## Half the depth on the testbed: side by side, removed, from scratch (half an hour on one core; goes on where it stopped)
 	$(BIN)/diffusers-graft bench-depth --output examples/benchmarks/depth
+
+bench-planner: $(READY) ## Plans under a budget on the testbed (half an hour on one core; goes on where it stopped)
+	$(BIN)/diffusers-graft bench-planner --output examples/benchmarks/planner
 
 ablate: $(READY) ## What starts and stages buy, at equal compute (half an hour on one core; goes on where it stopped)
 	$(BIN)/diffusers-graft ablate --output examples/ablation

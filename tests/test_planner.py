@@ -1,6 +1,9 @@
 """Plans under a budget: the knapsack against brute force, and what a survey measures against measuring it by hand."""
 import itertools
 import logging
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,14 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diffusers_graft as dg
+from diffusers_graft import testbed
 from diffusers_graft.analysis.cost import count_flops, count_parameters
 from diffusers_graft.analysis.planner import MEASURES, Choice, Survey
+from diffusers_graft.bench.planner import Spending, bench_planner
 from diffusers_graft.errors import FileError, GraftError, RuleError, StateError, TrainingError, UnknownNameError
 from diffusers_graft.plan import Edit
 from diffusers_graft.site import Site
+from diffusers_graft.testbed.sampling import scheduler
 from diffusers_graft.training.data import Noising
 
 from .models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
+from .zoo.models import inputs_of, tiny
 
 CANDIDATES = {"self_attention[:2]": ["neighborhood", "self_attention"], "feed_forward[1:]": ["linear_mlp", "mlp(expansion=2)"]}
 TAUGHT = dg.DistillConfig(steps=3, lr=1e-3, progress=False)
@@ -204,6 +211,32 @@ def test_a_survey_starts_from_the_original():
         dg.survey(model, {"self_attention[:]": ["identity"]}, batches(1), noise_scheduler=SCHEDULER)
 
 
+class Dying:
+    """Batches that end in an interruption after so many."""
+
+    def __init__(self, count):
+        self.left = count
+
+    def __iter__(self):
+        for batch in batches(3):
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield batch
+
+
+def test_a_survey_goes_on_where_it_was_killed(tmp_path):
+    def harms(**more):
+        config = dg.DistillConfig(steps=4, lr=1e-3, warmup=0, save_every=2, progress=False)
+        settings = {"config": config, "noise_scheduler": SCHEDULER, "rounds": 2, "progress": False, "batches": batches(3)}
+        return [one.harm for one in dg.survey(tiny_dit(), CANDIDATES, batches(1), **{**settings, **more}).choices]
+
+    with pytest.raises(KeyboardInterrupt):
+        harms(batches=Dying(7), output_dir=tmp_path)
+    assert list((tmp_path / "candidates-1" / ".checkpoints").iterdir())  # within the second candidates
+    assert harms(output_dir=tmp_path, resume=True) == harms()
+
+
 class Broken(dg.operators.Mixer):
     """Answers that are not finite."""
 
@@ -231,3 +264,48 @@ def test_models_with_prompts_are_surveyed():
                       noise_scheduler=SCHEDULER, rounds=2, progress=False)  # fmt: skip
     assert [one.edit.site.address for one in found.choices] == ["cross_attention[0]", "feed_forward[0]", "cross_attention[1]"]
     assert all(one.harm > 0 for one in found.choices)
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "SD3Transformer2DModel", "WanTransformer3DModel",
+                                  "ZImageTransformer2DModel"])  # fmt: skip
+def test_other_families_are_surveyed_on_their_own_arguments(name):
+    model = tiny(name)
+    kinds = {site.kind for site in dg.find_sites(model)} & {"self_attention", "joint_attention"}
+    found = dg.survey(model, {f"{kind}[0]": ["identity", "linear_attention"] for kind in kinds}, [inputs_of(name)], rounds=2,
+                      progress=False)  # fmt: skip
+    assert len(found.choices) == 2 * len(kinds)
+    assert all(one.harm > 0 for one in found.choices)
+    assert found.predicted(found.plan(flops=0.999))["flops"] <= 0.999
+
+
+ROOT = Path(__file__).parents[1]
+STORED = ROOT / "examples" / "benchmarks" / "planner"
+
+
+def test_the_readmes_survey_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    example = next(block for block in blocks if "dg.survey(" in block)
+    monkeypatch.chdir(tmp_path)
+    scope = {"dg": dg, "testbed": testbed, "scheduler": scheduler, "batches": testbed.letter_batches(4, seed=0)}
+    exec(example.replace("steps=100", "steps=1, warmup=0").replace("letter_batches(100", "letter_batches(4"), scope)
+    assert scope["model"].graft.plan == scope["plan"] == Survey.load("survey.json").plan(flops=0.8)
+
+
+def test_the_stored_report_is_what_its_rows_say(tmp_path):
+    shutil.copy(STORED / "planner.jsonl", tmp_path)
+    assert bench_planner(tmp_path, say=[].append) == (STORED / "planner.md").read_text(encoding="utf-8")
+    assert (tmp_path / "planner.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
+def test_the_bench_goes_on_where_it_stopped(tmp_path):
+    spending = Spending(flops=(0.8,), stage_one=1, stage_two=1, batch_size=2, seeds=2, judged=1, samples=20, rounds=2)
+    report = bench_planner(tmp_path, spending, say=[].append)
+    assert all(name in report for name in ("planned", "linear_mlp()", "chance", "80% of the FLOPs"))
+    head, first, second = (tmp_path / "planner.jsonl").read_text().splitlines()
+    (tmp_path / "planner.jsonl").write_text(f"{head}\n{first}\n{second[:100]}")  # killed within a row
+    bench_planner(tmp_path, spending, say=[].append)
+    assert (tmp_path / "planner.jsonl").read_text().splitlines()[1] == first
+    assert len((tmp_path / "planner.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(GraftError, match="another spending"):
+        bench_planner(tmp_path, Spending(seeds=1), say=[].append)
