@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from diffusers.hooks import group_offloading
 from torch import nn
 
-from .anatomy import argument_names, bind_arguments, context_of, family_of
+from .anatomy import argument_names, bind_arguments, context_of, family_of, require_model
 from .checkpointing import forget_contexts, remember_contexts
 from .errors import StateError
 from .graft import COMPUTE_DTYPES, AttentionSeat, Graft, installed, is_enabled
@@ -71,15 +71,20 @@ def disable(model: ModelMixin) -> None:
 
 
 def require_graft(model: ModelMixin) -> Graft:
-    """The installed graft. Raises `StateError` where there is none."""
+    """The installed graft. Raises `StateError` where there is none, `ModelError` for a pipeline."""
     graft = installed(model)
     if graft is None:
+        require_model(model)
         raise StateError("This model has no graft. Install one with model.set_graft(...) or model.load_graft(...).")
     return graft
 
 
 def require_built_beside(model: ModelMixin, graft: Graft) -> None:
-    """Raise `StateError` unless the parts that a graft replaces are those of this very model, in their places."""
+    """Raise `StateError` unless the parts that a graft replaces are those of this very model, in their places.
+
+    And `ModelError` for a pipeline.
+    """
+    require_model(model)
     parts = dict(model.named_modules(remove_duplicate=False))
     for path, original in graft.originals.items():
         if parts.get(path) is not original:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
+from torch import nn
 from tqdm.auto import tqdm
 
-from ..anatomy import evaluating, predict
+from ..anatomy import evaluating, predict, require_model
 from ..errors import TrainingError
 from ..training.data import Batch, Noising
 from ..training.objective import denoising_loss
@@ -50,8 +51,11 @@ def evaluate(
         metrics: callables from the model to named values, such as `testbed.SampleQuality()`.
         progress: show a bar.
 
-    Raises `TrainingError` for batches that do not fit the model, or without a target, or none at all.
+    Raises `TrainingError` for batches that do not fit the model, or without a target, or none at all; `ModelError` for a
+    pipeline.
     """
+    if not isinstance(model, nn.Module):  # a compiled model is one
+        require_model(model)
     generator = torch.Generator().manual_seed(seed)
     noising = Noising(scheduler=noise_scheduler, timesteps="uniform", drop_labels=False)
     total, samples = 0.0, 0

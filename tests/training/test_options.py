@@ -3,9 +3,10 @@ import io
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 import diffusers_graft as dg
-from diffusers_graft.errors import TrainingError, UnknownNameError
+from diffusers_graft.errors import ModelError, TrainingError, UnknownNameError
 from diffusers_graft.evaluation.benchmark import PeakMemory
 from diffusers_graft.training.journal import read_journal
 from diffusers_graft.training.losses import LOSSES, relative_l2
@@ -377,3 +378,17 @@ def test_impossible_settings_are_refused():
         dg.DistillConfig(reuse=2, mode="sequential")
     with pytest.raises(TrainingError, match="does not take these settings"):
         teach({"self_attention[0]": HYENA}, optimizer_args={"momentum": 2})
+
+
+@pytest.mark.parametrize("verb", ["distill", "closed_form", "finetune", "evaluate", "survey"])
+def test_a_pipeline_is_told_apart_from_its_transformer(verb):
+    class Pipeline(DiffusionPipeline):
+        def __init__(self, transformer):
+            super().__init__()
+            self.register_modules(transformer=transformer)
+
+    model = tiny_dit()
+    graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[0]": "hyena_x"}))
+    given = {"distill": [graft], "closed_form": [graft], "survey": [{"self_attention[0]": ["hyena_x"]}]}.get(verb, [])
+    with pytest.raises(ModelError, match="pass its transformer, pipe.transformer"):
+        getattr(dg, verb)(Pipeline(model), *given, batches(1), noise_scheduler=SCHEDULER)
