@@ -110,6 +110,11 @@ class Graft:
         """The new parts by the path they stand at, in forward order."""
         return {edit.site.path: self.seats[edit.site.path].graft for edit in self.plan.edits}
 
+    @property
+    def learns(self) -> bool:
+        """Whether any new part has weights: where blocks are removed alone, there is nothing to teach."""
+        return any(True for seat in self.seats.values() for _ in seat.parameters())
+
     def own_tensors(self, model: ModelMixin) -> dict[str, torch.Tensor]:
         """Every tensor the graft adds or changes, by its name in the model: parameters and buffers, not copied."""
         trained = _tensors(model) if is_enabled(model) else self.body

@@ -89,7 +89,7 @@ class Run:
         graft = self.start(plan)
         install(self.model, graft)
         self.measure("start")
-        if any(list(part.parameters()) for part in graft.seats.values()):  # a removed block has nothing to learn
+        if graft.learns:
             uninstall(self.model)
             self.distill(graft)
             install(self.model, graft)

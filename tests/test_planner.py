@@ -36,8 +36,12 @@ def surveyed():
     return model, found
 
 
-def choice(place, operator, harm, saved):
-    site = Site(kind="feed_forward", index=place, path=f"blocks.{place}.ff", width=8, hidden=32, activation="gelu")
+def choice(block, operator, harm, saved):
+    """In the feed-forward of a block, or in place of the block."""
+    whole = "block" in operator
+    kind, path = ("block", f"blocks.{block}") if whole else ("feed_forward", f"blocks.{block}.ff")
+    sizes = {"blocks": 1} if whole else {"hidden": 32, "activation": "gelu"}
+    site = Site(kind=kind, index=block, path=path, width=8, **sizes)
     return Choice(Edit(site, dg.operators.get(operator).Config()), harm, dict.fromkeys(MEASURES, saved))
 
 
@@ -45,24 +49,33 @@ def choice(place, operator, harm, saved):
 def surveys(draw):
     share = st.integers(-3, 12).map(lambda percent: percent / 100)
     harm = st.one_of(st.just(0.0), st.floats(0, 10))
-    sites = range(draw(st.integers(1, 4)))
-    names = ("linear_mlp", "mlp", "mix_ffn")
-    return Survey("Some", tuple(choice(place, name, draw(harm), draw(share)) for place in sites
-                                for name in names[: draw(st.integers(1, 3))]))  # fmt: skip
+    counts = draw(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=4))
+    names = [(block, name) for block, (parts, _) in enumerate(counts) for name in ("linear_mlp", "mlp", "mix_ffn")[:parts]]
+    names += [(block, "linear_block") for block, (_, whole) in enumerate(counts) if whole]
+    return Survey("Some", tuple(choice(block, name, draw(harm), draw(share)) for block, name in names))
+
+
+def designs_of(survey):
+    """Every design there is, by trying all: one choice a site at most, and none within a block that is taken whole."""
+    by_site = [list(own) for _, own in itertools.groupby(survey.choices, key=lambda one: one.edit.site)]
+    for design in itertools.product(*([None, *own] for own in by_site)):
+        taken = [one for one in design if one]
+        paths = [one.edit.site.path for one in taken]
+        if not any(inner.startswith(f"{outer}.") for inner in paths for outer in paths):
+            yield taken
 
 
 @given(surveys(), st.integers(50, 99).map(lambda percent: percent / 100))
 def test_the_plan_is_the_best_there_is(survey, budget):
-    by_site = itertools.groupby(survey.choices, key=lambda one: one.edit.site)
-    designs = [[one for one in design if one] for design in itertools.product(*([None, *own] for _, own in by_site))]
-    within = [sum(one.harm for one in design) for design in designs
+    within = [sum(one.harm for one in design) for design in designs_of(survey)
               if sum(round(100 * one.saved["flops"]) for one in design) >= round(100 * (1 - budget))]  # fmt: skip
     if not within:
         with pytest.raises(GraftError, match="is the least"):
             survey.plan(flops=budget)
         return
     plan = survey.plan(flops=budget)
-    assert len({edit.site for edit in plan.edits}) == len(plan.edits)
+    assert [choice.edit for choice in survey.choices if choice.edit in plan.edits] == list(plan.edits)
+    assert plan.edits in [tuple(one.edit for one in design) for design in designs_of(survey)]
     told = survey.predicted(plan)
     assert told["flops"] <= budget + 1e-9
     assert told["harm"] == pytest.approx(min(within))
@@ -71,6 +84,21 @@ def test_the_plan_is_the_best_there_is(survey, budget):
     assert front == sorted(front, reverse=True)
     assert [harm for _, harm in front] == sorted({harm for _, harm in front})
     assert min(harm for share, harm in front if share <= budget + 1e-9) == pytest.approx(min(within))
+
+
+def test_blocks_are_taken_whole_or_left_to_their_parts():
+    model = tiny_dit()
+    found = dg.survey(model, {**CANDIDATES, "block[1:3]": ["linear_block", "remove"]}, batches(1), batches=batches(3),
+                      config=TAUGHT, noise_scheduler=SCHEDULER, rounds=2, progress=False)  # fmt: skip
+    assert [one.edit.site.address for one in found.choices][-4:] == ["block[1]"] * 2 + ["block[2]"] * 2
+    whole = count_parameters(model)
+    plans = [found.plan(parameters=share) for share in (0.95, 0.8, 0.62)]
+    assert {edit.site.kind for plan in plans for edit in plan.edits} >= {"feed_forward", "block"}
+    for plan in plans:
+        model.set_graft(found.graft(model, plan))
+        assert count_parameters(model) / whole == pytest.approx(found.predicted(plan)["parameters"])
+        assert torch.isfinite(predict(model)).all()
+        model.unset_graft()
 
 
 def test_a_survey_leaves_the_model_as_it_was():
@@ -192,7 +220,7 @@ def test_what_was_not_surveyed(surveyed):
 @pytest.mark.parametrize(
     ("candidates", "settings", "error", "said"),
     [({}, {}, RuleError, "by rule key"), ({"self_attention[:]": "hyena_x"}, {}, RuleError, "list of operators"),
-     ({"self_attention[:]": []}, {}, RuleError, "list of operators"), ({"block[1]": ["remove"]}, {}, RuleError, "whole ones"),
+     ({"self_attention[:]": []}, {}, RuleError, "list of operators"), ({"block_pair[0]": ["parallel"]}, {}, RuleError, "several"),
      ({"self_attention[:]": ["nope"]}, {}, UnknownNameError, "nope"),
      ({"self_attention[:]": ["identity"]}, {"batches": []}, TrainingError, "config="),
      ({"self_attention[:]": ["identity"]}, {"config": TAUGHT}, TrainingError, "batches="),

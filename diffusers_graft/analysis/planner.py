@@ -26,7 +26,7 @@ MEASURES = ("latency", "flops", "parameters")
 
 @dataclass(frozen=True)
 class Choice:
-    """One operator at one site.
+    """One operator at one site, which may be a block.
 
     Attributes:
         edit: the site and the operator.
@@ -39,43 +39,51 @@ class Choice:
     saved: dict[str, float]
 
 
+_Option = tuple[int, float, tuple[Choice, ...]]  # saved in billionths, harm, what it takes
+
+
 class _Totals:
     """Plans that no other beats in harm and in what is saved, from the one that saves most; none at first but the original.
 
     Attributes:
         saved: in billionths of the original's, [plans]: whole numbers, so that equal sums are equal in every order.
         harm: [plans].
-        steps: for every site the plan that each of its plans goes on from, and the choice it takes there, if any.
+        steps: for every place the plan that each of its plans goes on from, and what it takes there.
     """
 
     def __init__(self):
         self.saved, self.harm = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-        self.steps: list[tuple[torch.Tensor, torch.Tensor, list[Choice | None]]] = []
+        self.steps: list[tuple[torch.Tensor, torch.Tensor, list[tuple[Choice, ...]]]] = []
 
     @property
     def left(self) -> torch.Tensor:
         """Shares of the original's, [plans]."""
         return 1 - self.saved.double() / 10**9
 
-    def add(self, choices: list[Choice], measure: str) -> None:
-        """Every plan so far, with each of the choices at one more site and without."""
-        more = torch.tensor([0, *(round(10**9 * choice.saved[measure]) for choice in choices)])
-        worse = torch.tensor([0.0, *(choice.harm for choice in choices)], dtype=torch.float64)
+    def add(self, options: list[_Option]) -> None:
+        """Every plan so far, with each of the options at one more place and without."""
+        more = torch.tensor([0, *(saved for saved, _, _ in options)])
+        worse = torch.tensor([0.0, *(harm for _, harm, _ in options)], dtype=torch.float64)
         saved, harm = (more[:, None] + self.saved).flatten(), (worse[:, None] + self.harm).flatten()
         order = harm.argsort(stable=True)
         order = order[saved[order].argsort(descending=True, stable=True)]
         least = torch.cat([torch.tensor([torch.inf]), harm[order].cummin(0).values[:-1]])
         kept = order[harm[order] < least]
-        self.steps.append((kept % len(self.saved), kept // len(self.saved), [None, *choices]))
+        self.steps.append((kept % len(self.saved), kept // len(self.saved), [(), *(choices for _, _, choices in options)]))
         self.saved, self.harm = saved[kept], harm[kept]
 
-    def choices_of(self, plan: int) -> list[Choice]:
-        """What a plan takes, site by site."""
-        taken = []
+    def choices_of(self, plan: int) -> tuple[Choice, ...]:
+        """What a plan takes."""
+        taken: tuple[Choice, ...] = ()
         for before, chosen, choices in reversed(self.steps):
-            taken.append(choices[chosen[plan]])
+            taken = choices[chosen[plan]] + taken
             plan = before[plan]
-        return [choice for choice in reversed(taken) if choice is not None]
+        return taken
+
+    def options(self) -> list[_Option]:
+        """The plans, as options at a place of a larger one."""
+        return [(saved, harm, self.choices_of(plan))
+                for plan, (saved, harm) in enumerate(zip(self.saved.tolist(), self.harm.tolist(), strict=True))]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,8 @@ class Survey:
             raise GraftError(
                 f"No plan leaves {share:g} of the {measure}: with these choices {totals.left[0]:.4f} is the least."
             )
-        return GraftPlan(self.model_class, tuple(choice.edit for choice in totals.choices_of(enough[-1])))
+        taken = {choice.edit for choice in totals.choices_of(enough[-1])}
+        return GraftPlan(self.model_class, tuple(choice.edit for choice in self.choices if choice.edit in taken))
 
     def front(self, measure: str = "latency") -> list[tuple[float, float]]:
         """What is to be had: shares of the original's that plans leave, falling to the least, and the least harm of each.
@@ -182,12 +191,18 @@ class Survey:
         """Raises `UnknownNameError` for a measure that there is not."""
         if measure not in MEASURES:
             raise UnknownNameError("measure", measure, MEASURES)
-        by_site: dict[Site, list[Choice]] = {}
+        places: dict[Site, list[_Option]] = {}
         for choice in self.choices:
-            by_site.setdefault(choice.edit.site, []).append(choice)
+            option = round(10**9 * choice.saved[measure]), choice.harm, (choice,)
+            places.setdefault(choice.edit.site, []).append(option)
+        for block in [site for site in places if site.kind == "block"]:  # taken as a whole, or parts of it
+            within = _Totals()
+            for site in [site for site in places if site.path.startswith(f"{block.path}.")]:
+                within.add(places.pop(site))
+            places[block] += within.options()
         totals = _Totals()
-        for choices in by_site.values():
-            totals.add(choices, measure)
+        for options in places.values():
+            totals.add(options)
         return totals
 
     def __str__(self) -> str:

@@ -14,12 +14,11 @@ from diffusers import ModelMixin, SchedulerMixin
 from tqdm.auto import tqdm
 
 from ..analysis.cost import count_flops, count_parameters
-from ..analysis.planner import MEASURES, Choice, Survey
+from ..analysis.planner import Choice, Survey
 from ..anatomy import evaluating, predict
 from ..errors import RuleError, StateError, TrainingError
 from ..graft import Graft, build_graft, installed
 from ..plan import Edit, GraftPlan, plan_graft
-from ..site import BLOCK_KINDS
 from ..training.data import Batch, Noising
 from ..training.distill import DistillConfig, distill
 from ..training.objective import mean_of
@@ -37,7 +36,8 @@ def survey(
 
     Args:
         model: without a graft; it is as it was afterwards.
-        candidates: a list of operators by rule key, as in `{"self_attention[:]": ["hyena_x", "neighborhood"]}`.
+        candidates: a list of operators by rule key, as in `{"self_attention[:]": ["hyena_x", "neighborhood"]}`; of blocks,
+            too (`"block[:]": ["remove"]`), which a plan takes as a whole or leaves to their parts' candidates.
         held_out: batches to judge on, a finite number; time and FLOPs are those of the first.
         batches, config: of stage one, which the first candidates of all sites go through, then the second, and so on. Without
             them parts are judged as they start, which favours those that start from most.
@@ -49,7 +49,7 @@ def survey(
 
     Raises:
         StateError: a model that wears a graft.
-        RuleError: no candidates, or some that take the place of blocks; and what `plan_graft` and `build_graft` raise.
+        RuleError: no candidates, or some that take the place of several blocks; and what `plan_graft` and `build_graft` raise.
         TrainingError: batches without settings or the other way round, held-out batches that do not fit, or none.
     """
     _require_ready(model, batches, config, rounds)
@@ -57,7 +57,7 @@ def survey(
     exam = Exam(model, held_out, noise_scheduler, seed)
     with evaluating(model), torch.no_grad():
         saved = _savings(model, grafts, exam.inputs[0], rounds)  # before anything is taught: a part that cannot run is found
-    for turn, graft in enumerate(grafts if config else ()):
+    for turn, graft in enumerate(graft for graft in grafts if config and graft.learns):
         folder = None if output_dir is None else Path(output_dir) / f"candidates-{turn}"
         distill(model, graft, batches, config, noise_scheduler=noise_scheduler, output_dir=folder, resume=resume)
     singles = [(edit, _part(graft, [edit])) for graft in grafts for edit in graft.plan.edits]
@@ -65,7 +65,7 @@ def survey(
     choices = [Choice(edit, exam.harm(model, part), saved[edit]) for edit, part in bar]
     protocol = {"samples": exam.samples, "seed": seed, "rounds": rounds, "device": str(model.device)}
     protocol |= {"torch": torch.__version__, "stage one": config and config.to_dict()}
-    return Survey(type(model).__name__, _usable(choices, grafts[0].plan), protocol, tuple(grafts))
+    return Survey(type(model).__name__, _usable(choices), protocol, tuple(grafts))
 
 
 def _require_ready(model: ModelMixin, batches: Iterable[Batch] | None, config: DistillConfig | None, rounds: int) -> None:
@@ -77,16 +77,18 @@ def _require_ready(model: ModelMixin, batches: Iterable[Batch] | None, config: D
 
 
 def _plans(model: ModelMixin, candidates: Mapping[str, Any]) -> list[GraftPlan]:
-    """One of the first candidates of all sites, one of the second, and so on."""
+    """One of the first candidates of all sites, one of the second, and so on; then the same of blocks."""
     lists = list(candidates.values()) if isinstance(candidates, Mapping) else []
     if not lists or not all(isinstance(some, list | tuple) and some for some in lists):
         example = {"self_attention[:]": ["hyena_x", "identity"]}
         raise RuleError(f"Candidates are a list of operators by rule key, such as {example}; got {candidates!r}.")
-    turns = range(max(map(len, lists)))
-    rules = [{key: some[turn] for key, some in candidates.items() if turn < len(some)} for turn in turns]
-    plans = [plan_graft(model, rule) for rule in rules]
-    if blocks := [edit for edit in plans[0].edits if edit.site.kind in BLOCK_KINDS]:
-        raise RuleError(f"A survey tries parts of blocks, and {blocks[0]} takes whole ones. Plan those by hand.")
+    plans = []
+    for blocks in (False, True):  # apart, since parts of a block that is taken away have no place in one plan with it
+        some = {key: each for key, each in candidates.items() if str(key).strip().startswith("block") == blocks}
+        for turn in range(max(map(len, some.values()), default=0)):
+            plans.append(plan_graft(model, {key: each[turn] for key, each in some.items() if turn < len(each)}))
+    if overlapping := [edit for plan in plans for edit in plan.edits if edit.site.kind in ("block_pair", "block_run")]:
+        raise RuleError(f"A survey tries single blocks, and {overlapping[0]} takes several. Plan those by hand.")
     return plans
 
 
@@ -128,7 +130,7 @@ class Exam:
 
 
 def _savings(model: ModelMixin, grafts: list[Graft], inputs: dict[str, Any], rounds: int) -> dict[Edit, dict[str, float]]:
-    """Shares of time, FLOPs and parameters that every edit saves: those of its operator at all sites of one shape, shared out.
+    """Shares of FLOPs and parameters that every edit saves, and of time: that of its operator at all sites of one shape.
 
     A single part is too small a share of a model to be timed by itself.
     """
@@ -144,8 +146,10 @@ def _savings(model: ModelMixin, grafts: list[Graft], inputs: dict[str, Any], rou
     whole, saved = _counts(model, None, inputs), {}
     for timing in timings[1:]:
         edits, part = groups[timing.name]
-        left = (timing.ratio, *(count / all_ for count, all_ in zip(_counts(model, part, inputs), whole, strict=True)))
-        saved |= dict.fromkeys(edits, {name: (1 - share) / len(edits) for name, share in zip(MEASURES, left, strict=True)})
+        for edit in edits:
+            counts = _counts(model, _part(part, [edit]), inputs)
+            flops, parameters = (1 - left / all_ for left, all_ in zip(counts, whole, strict=True))
+            saved[edit] = {"latency": (1 - timing.ratio) / len(edits), "flops": flops, "parameters": parameters}
     return saved
 
 
@@ -154,10 +158,10 @@ def _counts(model: ModelMixin, graft: Graft | None, inputs: dict[str, Any]) -> t
         return count_flops(model, inputs), count_parameters(model)
 
 
-def _usable(choices: list[Choice], plan: GraftPlan) -> tuple[Choice, ...]:
-    """Those whose answers are finite, site by site in forward order; the first plan has all sites."""
+def _usable(choices: list[Choice]) -> tuple[Choice, ...]:
+    """Those whose answers are finite, site by site in forward order, blocks behind their parts."""
     for choice in choices:
         if not math.isfinite(choice.harm):
             logger.warning("%s gives answers that are not finite: it is left out of the survey.", choice.edit)
-    order = {edit.site: place for place, edit in enumerate(plan.edits)}
-    return tuple(sorted((c for c in choices if math.isfinite(c.harm)), key=lambda choice: order[choice.edit.site]))
+    order = list(dict.fromkeys(choice.edit.site for choice in choices))  # the first candidates name all sites
+    return tuple(sorted((c for c in choices if math.isfinite(c.harm)), key=lambda choice: order.index(choice.edit.site)))
