@@ -294,16 +294,19 @@ def test_models_with_prompts_are_surveyed():
     assert all(one.harm > 0 for one in found.choices)
 
 
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "SD3Transformer2DModel", "WanTransformer3DModel",
-                                  "ZImageTransformer2DModel"])  # fmt: skip
+@pytest.mark.parametrize("name", ["BriaFibo2Transformer2DModel", "FluxTransformer2DModel", "SD3Transformer2DModel",
+                                  "WanTransformer3DModel", "ZImageTransformer2DModel"])  # fmt: skip
 def test_other_families_are_surveyed_on_their_own_arguments(name):
     model = tiny(name)
     kinds = {site.kind for site in dg.find_sites(model)} & {"self_attention", "joint_attention"}
-    found = dg.survey(model, {f"{kind}[0]": ["identity", "linear_attention"] for kind in kinds}, [inputs_of(name)], rounds=2,
-                      progress=False)  # fmt: skip
-    assert len(found.choices) == 2 * len(kinds)
+    candidates = {f"{kind}[0]": ["identity", "linear_attention"] for kind in kinds} | {"block[1]": ["remove"]}
+    found = dg.survey(model, candidates, [inputs_of(name)], rounds=2, progress=False)
+    assert len(found.choices) == 2 * len(kinds) + 1
     assert all(one.harm > 0 for one in found.choices)
-    assert found.predicted(found.plan(flops=0.999))["flops"] <= 0.999
+    whole = count_flops(model, inputs_of(name))
+    plan = found.plan(flops=(1 + found.front("flops")[-1][0]) / 2)
+    model.set_graft(found.graft(model, plan))
+    assert count_flops(model, inputs_of(name)) / whole == pytest.approx(found.predicted(plan)["flops"])
 
 
 ROOT = Path(__file__).parents[1]

@@ -51,6 +51,7 @@ def count_flops(model: ModelMixin, inputs: dict[str, Any] | None = None) -> int:
     """
     inputs = inputs or example_inputs(model)
     counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    counter.mod_tracker = _NoModules()
     operators = installed(model).operators().values() if is_enabled(model) else ()
     prices = [_Price(operator, counter) for operator in operators if not isinstance(operator, BlockOperator)]
     with evaluating(model), counter, contextlib.ExitStack() as hooks:
@@ -58,6 +59,12 @@ def count_flops(model: ModelMixin, inputs: dict[str, Any] | None = None) -> int:
             hooks.enter_context(price.hooks())
         predict(model, inputs)
     return counter.get_total_flops() + sum(price.difference for price in prices)
+
+
+class _NoModules(contextlib.nullcontext):
+    """In place of torch's tracker of modules, which nobody asks here, and which trips over views of parameters in no_grad."""
+
+    parents = ("Global",)
 
 
 class _Price:
