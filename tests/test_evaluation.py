@@ -8,6 +8,9 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
 
 import diffusers_graft as dg
 from diffusers_graft.analysis.cost import count_flops, count_parameters
@@ -301,3 +304,19 @@ def test_what_is_measured_is_told_every_label(measure):
     model.register_forward_pre_hook(lambda model, args, kwargs: seen.update(kwargs), with_kwargs=True)
     measure(model, [batch], noise_scheduler=SCHEDULER)
     assert torch.equal(seen["class_labels"], batch["class_labels"])
+
+
+class LearnedQueries(ModelMixin, ConfigMixin):
+    """A model whose part is given a view of a parameter, as the perceiver of Bria's second Fibo."""
+
+    @register_to_config
+    def __init__(self):
+        super().__init__()
+        self.queries, self.part = nn.Parameter(torch.zeros(4, 8)), nn.Linear(8, 8)
+
+    def forward(self, sample):
+        return sample + self.part(self.queries[:2].unsqueeze(0).expand(3, -1, -1))
+
+
+def test_views_of_parameters_are_counted():
+    assert count_flops(LearnedQueries(), {"sample": torch.zeros(3, 2, 8)}) == 2 * 3 * 2 * 8 * 8
