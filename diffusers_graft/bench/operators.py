@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 
+from ..anatomy import example_inputs
 from ..errors import GeometryError, GraftError, OperatorError
-from ..evaluation.benchmark import benchmark, compare, publish, require_writable, table
+from ..evaluation.benchmark import compare, publish, require_writable, table, worn
 from ..evaluation.operator_costs import example_part, operator_costs, peak_memory, run_of
+from ..graft import Graft, build_graft
 from ..mixing import mix_with_others
 from ..operators import Operator, OperatorConfig, available, get
 from ..operators.base import BlockOperator
-from ..plan import parse_operator
+from ..plan import parse_operator, plan_graft
 from ..site import Context, Grid
 
 # (operator, most of softmax's time it should take: forward at 4,096 tokens, forward and backward at 16,384)
@@ -71,10 +73,10 @@ def bench_operators(
     finally:
         torch.set_num_threads(threads)
     text = "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in parts)
-    text += (f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios and speed-ups are medians over {rounds} "
+    text += (f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios and shares are medians over {rounds} "
              "rounds in turns,\neach of one round; so is ms, on its own. FLOPs is the ratio of operations: what the time would "
              "be at the\nbaseline's density.")  # fmt: skip
-    command = f"diffusers-graft bench-operators --only {only!r}" if only else "make bench-operators"
+    command = f"diffusers-graft bench-operators --only {only!r} --rounds {rounds}" if only else "make bench-operators"
     publish(text, output, title="Operators on a CPU", command=command, say=say)
 
 
@@ -185,18 +187,22 @@ def _scans(target: float, grid: Grid, heads: int, rounds: int, *, backward: bool
 
 
 def _in_a_block(size: int, heads: int, rounds: int) -> list[list[str]]:
-    """Speed-ups, and what share of the `identity` mixer's each is: the yardstick that travels between machines."""
+    """Speed-ups, and what share of the `identity` mixer's each is, round by round: the yardstick that travels."""
     torch.manual_seed(0)
     model = PixArtTransformer2DModel(**{**BLOCK, "sample_size": size, "num_attention_heads": heads,
                                         "cross_attention_dim": heads * WIDTH}).eval()  # fmt: skip
-    rules = {name: {"self_attention[:]": config} for name, config in zip(IN_A_BLOCK, _configs(IN_A_BLOCK), strict=True)}
-    measured = {row["name"]: row for row in benchmark(model, rules, [size], rounds=rounds)}
-    free = measured["identity"]["ratio"]
-    rows = [["model", "ms", "speed-up", "quartiles", "share of identity's"]]
-    for name, row in measured.items():
-        original = name == "original"
-        share, spread = "" if original else f"{free / row['ratio']:.3f}", f"{1 / row['high']:.2f} to {1 / row['low']:.2f}"
-        rows.append([name, f"{row['milliseconds']:.0f}", f"{1 / row['ratio']:.2f}", "" if original else spread, share])
+    grafts: dict[str, Graft | None] = {
+        name: build_graft(model, plan_graft(model, {"self_attention[:]": name})) for name in IN_A_BLOCK
+    }
+    grafts["original"] = None
+    with torch.no_grad():
+        timings = compare(dict.fromkeys(grafts, partial(model, **example_inputs(model, size=size))), rounds=rounds,
+                          around=lambda name: worn(model, grafts[name]))  # fmt: skip
+    original = timings[-1].ratio
+    rows = [["model", "ms", "speed-up", "share of identity's", "quartiles"]]
+    for one in timings:
+        spread = f"{1 / one.high:.3f} to {1 / one.low:.3f}"
+        rows.append([one.name, f"{1000 * one.seconds:.0f}", f"{original / one.ratio:.2f}", f"{1 / one.ratio:.3f}", spread])
     return rows
 
 
