@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ from .errors import FileError
 
 
 def write_json(path: str | Path, data: dict[str, Any], what: str) -> None:
-    """Raises `FileError` for a path that cannot be written."""
+    """In place of what is there, whole or not at all. Raises `FileError` for a path that cannot be written."""
+    text, path = json.dumps(data, indent=2) + "\n", Path(path)
+    fresh = path.parent / f".{path.name}.new"
     try:
-        Path(path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, path)
     except OSError as error:
+        fresh.unlink(missing_ok=True)
         raise FileError(f"The {what} cannot be written to {path}: {error}.") from error
 
 

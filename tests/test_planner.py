@@ -189,6 +189,28 @@ def test_a_survey_is_kept_and_solved_again(surveyed, tmp_path):
         again.graft(model, plan)
 
 
+def test_a_save_that_fails_leaves_what_is_there(surveyed, tmp_path, monkeypatch):
+    def full(path, text, **settings):
+        path.write_bytes(text[:9].encode())
+        raise OSError("No space left on device")
+
+    surveyed[1].save(tmp_path / "survey.json")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(FileError, match="No space left"):
+        surveyed[1].save(tmp_path / "survey.json")
+    assert Survey.load(tmp_path / "survey.json") == surveyed[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["survey.json"]
+
+
+@pytest.mark.parametrize(("weight", "said"), [(0.0, "nothing but zeros"), (torch.nan, "NaN")])
+def test_a_model_that_answers_nothing_cannot_be_judged(weight, said):
+    model = tiny_dit(2)
+    torch.nn.init.constant_(model.proj_out_2.weight, weight)
+    torch.nn.init.zeros_(model.proj_out_2.bias)
+    with pytest.raises(TrainingError, match=said):
+        dg.survey(model, {"self_attention[:]": ["identity"]}, batches(1), noise_scheduler=SCHEDULER)
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "model_class": "A", "edits": []}', "no json"])
 def test_a_file_that_is_no_survey(tmp_path, text):
     (tmp_path / "survey.json").write_text(text, encoding="utf-8")

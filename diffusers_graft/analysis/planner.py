@@ -155,17 +155,17 @@ class Survey:
         if not self.grafts:
             raise StateError("A survey from a file holds no parts: call dg.build_graft(model, plan), and distil the graft.")
         self.predicted(plan)
-        graft, addresses = build_graft(model, plan), {edit.site.address for edit in plan.edits}
+        graft = build_graft(model, plan)
         for judged in self.grafts:
-            edits = [edit for edit in plan.edits if edit in judged.plan.edits]
-            for path in (edit.site.path for edit in edits):
+            sites = [edit.site for edit in plan.edits if edit in judged.plan.edits]
+            addresses = {site.address for site in sites}
+            for path in (site.path for site in sites):
                 own = judged.own_tensors_of(path)
                 graft.unshare(path, {name.partition(".")[0] for name in own})
                 for name, tensor in graft.own_tensors_of(path).items():
                     tensor.data.copy_(own[name])
-            for row in judged.history if edits else ():
-                here = [told for told in row["sites"] if told["site"] in addresses & {edit.site.address for edit in edits}]
-                graft.history.append({**row, "sites": here})
+            for row in judged.history if sites else ():
+                graft.history.append({**row, "sites": [told for told in row["sites"] if told["site"] in addresses]})
         return graft
 
     def save(self, path: str | Path) -> None:

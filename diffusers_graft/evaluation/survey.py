@@ -50,7 +50,8 @@ def survey(
     Raises:
         StateError: a model that wears a graft.
         RuleError: no candidates, or some that take the place of several blocks; and what `plan_graft` and `build_graft` raise.
-        TrainingError: batches without settings or the other way round, held-out batches that do not fit, or none.
+        TrainingError: batches without settings or the other way round, held-out batches that do not fit, or none, or to
+            which the model answers zeros or NaN.
     """
     _require_ready(model, batches, config, rounds)
     grafts = [build_graft(model, plan, seed=seed) for plan in _plans(model, candidates)]
@@ -114,6 +115,12 @@ class Exam:
         self.samples = sum(one.count for one in noised)
         self.answers = self._answers(model)
         self.square = sum(answer.square().sum() for answer in self.answers).item()
+        if not 0 < self.square < math.inf:
+            answer = "nothing but zeros" if self.square == 0 else "NaN"
+            raise TrainingError(
+                f"{type(model).__name__} answers the held-out batches with {answer}, so no change of it can be judged: load "
+                "trained weights, in a precision that holds its answers."
+            )
 
     @torch.no_grad()
     def _answers(self, model: ModelMixin) -> list[torch.Tensor]:
