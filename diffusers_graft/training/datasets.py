@@ -9,7 +9,6 @@ import bisect
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..anatomy.families import argument_names, bind_arguments
 from ..errors import FileError, StateError, TrainingError
-from .data import clock
+from .pipelines import draw, scaled
 
 Conditions = Sequence[str] | Sequence[int] | torch.Tensor
 TextEncoder = Callable[[list[str]], Mapping[str, Any]]
@@ -79,8 +77,9 @@ def from_pipeline(
 
     Raises:
         StateError: the folder holds a set made with other settings.
-        FileError: a shard that cannot be written.
-        TrainingError: no list of conditions, or latents that are no clean sample of the transformer.
+        FileError: a folder or a shard that cannot be written.
+        TrainingError: no list of conditions, latents that are no clean sample of the transformer, or conditioning that is no
+            tensor.
     """
     if isinstance(conditions, str) or not len(conditions):
         raise TrainingError(f"Conditions are a list of prompts or of class labels; got {conditions!r}.")
@@ -93,81 +92,9 @@ def from_pipeline(
         generator = torch.Generator().manual_seed(seed + span.start)
         for first in range(span.start, span.stop, batch_size):
             some = [names[i % len(names)] for i in range(first, min(first + batch_size, span.stop))]
-            yield _draw(pipe, some, generator, arguments)
+            yield draw(pipe, some, generator, arguments)
 
     return _written(Path(folder), n, shard_size, made, make, progress=progress)
-
-
-def _draw(pipe: DiffusionPipeline, some: list[str] | list[int], generator: torch.Generator, arguments: dict) -> dict[str, Any]:
-    """Latents and conditioning of one call of a pipeline."""
-    texts = isinstance(some[0], str)
-    call = {"prompt": some, "output_type": "latent"} if texts else {"class_labels": some, "output_type": "np"}
-    with _heard(pipe) as heard, _quiet(pipe):
-        result = pipe(**call, generator=generator, **arguments)
-    if not texts:
-        return {"sample": heard["latents"], "class_labels": torch.tensor(some)}
-    sample, taken = result[0], heard["taken"]
-    if getattr(taken, "shape", sample.shape)[1:] != sample.shape[1:]:
-        raise TrainingError(
-            f"{type(pipe).__name__} gives latents {tuple(sample.shape)}, its transformer takes {tuple(taken.shape)}: they "
-            "are no clean sample of it. Make the batches yourself, as dicts of a sample and conditioning."
-        )
-    return {"sample": sample, **_for_prompts(heard["conditioning"], len(some), len(taken))}
-
-
-@contextmanager
-def _heard(pipe: DiffusionPipeline) -> Iterator[dict[str, Any]]:
-    """What the transformer took first, its conditioning, and the latents that reached the decoder, where it was asked.
-
-    With guidance in two calls the prompts' own come first, and what stands for no prompt second.
-    """
-    heard: dict[str, Any] = {}
-    vae, decode, names = pipe.vae, pipe.vae.decode, argument_names(type(pipe.transformer))
-    before = vars(vae).get("decode")
-
-    def listen(module: ModelMixin, args: tuple, kwargs: dict) -> None:
-        given = bind_arguments(names, args, kwargs)
-        besides = (names[0], clock(module), "return_dict")
-        heard.setdefault("taken", given[names[0]])
-        heard.setdefault("conditioning", {name: value for name, value in given.items() if name not in besides})
-
-    def listening(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        heard["latents"] = _scaled(vae, latents)
-        return decode(latents, *args, **kwargs)
-
-    handle = pipe.transformer.register_forward_pre_hook(listen, with_kwargs=True)
-    vae.decode = listening
-    try:
-        yield heard
-    finally:
-        handle.remove()
-        del vae.decode
-        if before is not None:
-            vae.decode = before
-
-
-@contextmanager
-def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Without the pipeline's own bar, one a call."""
-    before = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)
-
-
-def _for_prompts(conditioning: Mapping[str, Any], count: int, rows: int) -> dict[str, Any]:
-    """Of the prompts themselves: with guidance in one call of more rows, those without a prompt come first.
-
-    What all samples share, such as Flux's ids of tokens, goes to each.
-    """
-    def own(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return _for_prompts(value, count, rows)
-        return value[-count:] if value.ndim and len(value) == rows else value.expand(count, *value.shape)
-
-    return {name: own(value) for name, value in conditioning.items() if isinstance(value, torch.Tensor | Mapping)}
 
 
 def prompt_encoder(pipe: DiffusionPipeline) -> TextEncoder:
@@ -205,6 +132,7 @@ def encode(
     Raises:
         TrainingError: prompts without a text encoder, or not as many conditions as images.
         StateError: the folder holds a set made with other settings.
+        FileError: a folder or a shard that cannot be written.
     """
     for name, values in (("prompts", prompts), ("class_labels", class_labels)):
         if values is not None and len(values) != len(images):
@@ -220,7 +148,7 @@ def encode(
             pixels = torch.stack([images[i] for i in some]).to(vae.device, vae.dtype)
             encoded = vae.encode(pixels)  # a distribution, or of deep compression autoencoders (DC) the latents
             latents = encoded.latent_dist.sample(generator) if "latent_dist" in encoded else encoded.latent
-            batch = {"sample": _scaled(vae, latents)}
+            batch = {"sample": scaled(vae, latents)}
             if prompts is not None:
                 batch |= text_encoder([prompts[i] for i in some])
             if class_labels is not None:
@@ -230,18 +158,13 @@ def encode(
     return _written(Path(folder), len(images), shard_size, made, make, progress=progress)
 
 
-def _scaled(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """Latents as the transformer has them: of unit scale. DiT's pipeline divides by the scale before it decodes."""
-    mean, std = (torch.tensor(vae.config.get(name) or (usual,)).view(-1, *[1] * (latents.ndim - 2)).to(latents)
-                 for name, usual in (("latents_mean", 0.0), ("latents_std", 1.0)))  # fmt: skip
-    shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.get("scaling_factor", 1.0)
-    return (latents - mean - shift) * scale / std
-
-
 def _written(folder: Path, n: int, shard_size: int, made: dict[str, Any], make: Callable[[range], Iterator[dict[str, Any]]],
              *, progress: bool) -> Shards:  # fmt: skip
     """Make the shards that are not there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{folder} cannot be written ({error}). Give a folder.") from error
     facts, path = {"shard_size": shard_size, **json.loads(json.dumps(made))}, folder / FACTS
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))

@@ -11,6 +11,8 @@ from diffusers import (
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    LuminaNextDiT2DModel,
+    LuminaPipeline,
     PixArtSigmaPipeline,
     UNet2DConditionModel,
     WanPipeline,
@@ -38,14 +40,24 @@ def dit_pipeline():
 
 def pixart_pipeline():
     pipe = PixArtSigmaPipeline(tokenizer=None, text_encoder=None, vae=tiny_vae(), transformer=tiny_pixart(), scheduler=DDIMScheduler())
-
-    def encode_prompt(prompt, do_classifier_free_guidance=True, **_):
-        embeds = torch.stack([torch.full((12, 10), float(len(text))) for text in prompt])
-        mask = torch.ones(len(prompt), 12)
-        return embeds, mask, torch.zeros_like(embeds), torch.zeros_like(mask)
-
     pipe.encode_prompt = encode_prompt
     return pipe
+
+
+def lumina_pipeline():
+    """Puts the prompts before what stands for none."""
+    model = LuminaNextDiT2DModel(sample_size=8, in_channels=4, hidden_size=24, num_layers=1, num_attention_heads=3, num_kv_heads=3,
+                                 multiple_of=8, cross_attention_dim=10)  # fmt: skip
+    flow, rest = FlowMatchEulerDiscreteScheduler(), {"text_encoder": None, "tokenizer": None}
+    pipe = LuminaPipeline(transformer=model.eval(), scheduler=flow, vae=tiny_vae(), **rest)
+    pipe.encode_prompt = encode_prompt
+    return pipe
+
+
+def encode_prompt(prompt, do_classifier_free_guidance=True, **_):
+    embeds = torch.stack([torch.full((12, 10), float(len(text))) for text in prompt])
+    mask = torch.ones(len(prompt), 12)
+    return embeds, mask, torch.zeros_like(embeds), torch.zeros_like(mask)
 
 
 SETTINGS = {"batch_size": 2, "shard_size": 4, "progress": False, "num_inference_steps": 2}
@@ -113,6 +125,30 @@ def test_a_pipeline_whose_model_takes_more_than_latents_is_refused(tmp_path):
     pipe.scheduler.scale_model_input = lambda latents, timestep: torch.cat([latents, latents], dim=1)
     with pytest.raises(TrainingError, match="no clean sample"):
         dg.data.from_pipeline(pipe, ["one"], 1, tmp_path, height=8, width=8, use_resolution_binning=False, **SETTINGS)
+
+
+def test_prompts_are_found_where_a_pipeline_puts_them_first(tmp_path):
+    pipe = lumina_pipeline()
+    found = dg.data.from_pipeline(pipe, ["one", "three"], 3, tmp_path, height=16, width=16, proportional_attn=False, **SETTINGS)
+    assert [found[i]["encoder_hidden_states"].unique().tolist() for i in range(3)] == [[3.0], [5.0], [3.0]]
+    assert found[0]["encoder_mask"].all()
+    assert pipe.encode_prompt is encode_prompt
+
+
+def test_conditioning_that_a_set_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match="tells its transformer base_sequence_length=16, and a training set holds tensors"):
+        dg.data.from_pipeline(lumina_pipeline(), ["one"], 1, tmp_path, height=16, width=16, **SETTINGS)
+
+
+def test_a_set_wants_a_folder(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    for folder in (path, path / "inside"):
+        with pytest.raises(FileError, match="Give a folder"):
+            dg.data.from_pipeline(dit_pipeline(), [0], 1, folder, **SETTINGS)
+        with pytest.raises(FileError, match="Give a folder"):
+            dg.data.encode([torch.zeros(3, 8, 8)], tiny_vae(), folder=folder, progress=False)
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize("conditions", ["one", []])
