@@ -13,6 +13,7 @@ from .errors import StateError
 from .graft import Graft, build_graft, installed
 from .hub import store
 from .hub.diffusers_verbs import attach_saving
+from .hub.folders import require_source
 from .plan import GraftPlan, plan_graft
 from .surgery import disable, enable, install, require_graft
 
@@ -84,12 +85,8 @@ def load_graft(model: ModelMixin, source: str | Path, **loading) -> Graft:
         loading: `graft_name`, as for `set_graft`, and the arguments of `diffusers_graft.hub.store.load_graft`.
     """
     require_model(model)
-    return set_graft(model, Path(source) if Path(source).is_dir() else _as_source(source), **loading)
-
-
-def _as_source(source: str | Path) -> str | Path:
-    """A text that looks like rules is a name here all the same."""
-    return Path(source) if _is_rules(source) else source
+    require_source(source)  # set_graft would take rules, too; a text that looks like some is a name here all the same
+    return set_graft(model, Path(source) if _is_rules(source) or Path(source).is_dir() else source, **loading)
 
 
 def save_graft(model: ModelMixin, folder: str | Path, *, graft_name: str | None = None, **settings) -> None:

@@ -121,6 +121,12 @@ def _home(folder: Path) -> Path:
     return folder
 
 
+def require_source(source: Any) -> None:
+    """Raise `FileError` for what is neither a folder nor the name of a repository."""
+    if not isinstance(source, str | os.PathLike):
+        raise FileError(f"What is loaded lies in a folder, or in a Hub repository user/name; got {source!r}. Give one of them.")
+
+
 def local_folder(source: str | Path, patterns: list[str], *, subfolder: str = "", **hub_arguments: Any) -> Path:
     """A folder as it is, or the wanted files of a Hub repository.
 
@@ -130,6 +136,7 @@ def local_folder(source: str | Path, patterns: list[str], *, subfolder: str = ""
 
     Raises `FileError` where there is neither, `UnknownNameError` for an argument that downloading does not take.
     """
+    require_source(source)
     for name in hub_arguments:
         if name not in _DOWNLOADING:
             raise UnknownNameError("argument of loading", name, _DOWNLOADING)
@@ -138,7 +145,7 @@ def local_folder(source: str | Path, patterns: list[str], *, subfolder: str = ""
     if Path(source).is_dir():
         folder = Path(source) / subfolder
     else:
-        if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        if not isinstance(source, str) or source.count("/") != 1 or source.startswith((".", "/", "~")):
             raise FileError(f"There is no folder {source}. Give one that is there, or a Hub repository user/name.")
         wanted = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
         try:

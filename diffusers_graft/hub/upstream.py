@@ -25,7 +25,7 @@ from ..site import Site
 from ..surgery import install
 from .blank import build_blank
 from .description import as_whole
-from .folders import local_folder
+from .folders import local_folder, require_source
 from .full import take
 from .settings import apply_settings, frequency_settings
 
@@ -81,6 +81,7 @@ def _graft(model: DiTTransformer2DModel, operators: list[tuple[Site, dict[str, A
 
 
 def _file(source: str | Path, hub_arguments: dict[str, Any]) -> Path:
+    require_source(source)
     if Path(source).is_file():
         return Path(source)
     if Path(source).suffix in (".pt", ".pth"):

@@ -114,6 +114,13 @@ def test_a_folder_that_does_not_exist(source):
         tiny_dit().load_graft(source)
 
 
+@pytest.mark.parametrize("source", [None, 5, ["user/name"]])
+@pytest.mark.parametrize("load", [lambda source: tiny_dit().load_graft(source), dg.load_pretrained, dg.import_upstream])
+def test_what_is_loaded_has_a_name(load, source):
+    with pytest.raises(FileError, match="a folder, or in a Hub repository user/name; got"):
+        load(source)
+
+
 def test_a_file_in_place_of_a_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     model = tiny_dit()
