@@ -132,8 +132,7 @@ class LinearAttention(WithBackends, Mixer):
 
     def _features(self, tensor: torch.Tensor, which: int) -> torch.Tensor:
         if self.config.feature_map == "elu":
-            above = F.relu(tensor)
-            return (tensor - above).exp() + above  # the same, without the slow part of elu: exp(x) - 1
+            return EluPlusOne.apply(tensor)
         if self.config.feature_map == "relu":
             return F.relu(tensor) + 1e-3
         mapped = tensor @ self.feature_weight[which]
@@ -147,6 +146,27 @@ class LinearAttention(WithBackends, Mixer):
         maps = 4 * tokens * inner * width if learnable else 0
         convolution = 0 if self.value_convolution is None else self.value_convolution.flops(tokens)
         return maps + convolution + tokens * self.site.heads * (4 * features * width + 2 * features)
+
+
+class EluPlusOne(torch.autograd.Function):
+    """elu(x) + 1 without the slow part of elu, exp(x) - 1.
+
+    Its slope, exp(x) up to zero and 1 from there on, is read off the result, which products need anyway: nothing more is kept.
+    """
+
+    @staticmethod
+    def forward(tensor: torch.Tensor) -> torch.Tensor:
+        above = F.relu(tensor)
+        return (tensor - above).exp() + above
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        (output,) = ctx.saved_tensors
+        return grad * output.clamp(max=1)
 
 
 def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
