@@ -29,6 +29,7 @@ def set_graft(
         revision: branch, tag or commit of a Hub repository.
         seed: of random starts, where the parts are built here.
         graft_name: for several grafts on one model, on disjoint sites; a graft without a name wants the model for itself.
+            Where the others are disabled, it is too, until `enable_graft`.
         loading: of a folder or repository, as for `load_graft`.
 
     Raises:

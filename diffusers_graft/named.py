@@ -12,7 +12,7 @@ from .errors import StateError, UnknownNameError
 from .graft import Graft, installed, is_enabled
 from .plan import GraftPlan
 from .site import ContextSlot
-from .surgery import disable, enable, install, uninstall
+from .surgery import disable, install, uninstall
 
 DEFAULT = "default"
 _STATE = "_named_grafts"
@@ -56,8 +56,11 @@ def bind(graft: Graft) -> None:
         operator.slot = graft.slot
 
 
-def activate(model: ModelMixin, names: str | Sequence[str]) -> None:
+def activate(model: ModelMixin, names: str | Sequence[str], *, enabled: bool = True) -> None:
     """Run these grafts and no others; without any the model is the original, and the grafts wait.
+
+    Args:
+        enabled: False leaves them disabled, as those before them were.
 
     Raises:
         UnknownNameError: a name that no graft of the model has.
@@ -73,6 +76,8 @@ def activate(model: ModelMixin, names: str | Sequence[str]) -> None:
         one = known[names[0]] if len(names) == 1 else _union([known[name] for name in names])
         bind(one)
         install(model, one)
+        if not enabled:
+            disable(model)
     remember(model, known, names)
 
 
@@ -93,7 +98,7 @@ def forget(model: ModelMixin, name: str | None = None) -> Graft:
 
     Raises `StateError` where there is none, `UnknownNameError` for a name that none has.
     """
-    known, running = held(model), active(model)
+    known, running, enabled = held(model), active(model), is_enabled(model)
     if name is None or set(known) == {name}:
         graft = uninstall(model) if installed(model) is not None or not known else next(iter(known.values()))
         if graft not in known.values():
@@ -106,15 +111,14 @@ def forget(model: ModelMixin, name: str | None = None) -> Graft:
     put_away(model)
     rest = {other: graft for other, graft in known.items() if other != name}
     remember(model, rest, ())
-    activate(model, [other for other in running if other != name])
+    activate(model, [other for other in running if other != name], enabled=enabled)
     return known[name]
 
 
 @contextlib.contextmanager
 def without_grafts(model: ModelMixin) -> Iterator[None]:
     """The original model inside, for another graft to be built or loaded on; what ran before runs again afterwards."""
-    known, names = held(model), active(model)
-    enabled = is_enabled(model)
+    known, names, enabled = held(model), active(model), is_enabled(model)
     put_away(model)
     vars(model).pop(_STATE, None)
     try:
@@ -123,9 +127,7 @@ def without_grafts(model: ModelMixin) -> Iterator[None]:
         if installed(model) is not None:
             uninstall(model)
         remember(model, known, ())
-        activate(model, names)
-        if names and not enabled:
-            disable(model)
+        activate(model, names, enabled=enabled)
 
 
 @contextlib.contextmanager
@@ -136,20 +138,16 @@ def alone(model: ModelMixin, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        activate(model, names)
-        if names and not enabled:
-            disable(model)
-        elif names:
-            enable(model)
+        activate(model, names, enabled=enabled)
 
 
 def add(model: ModelMixin, name: str, graft: Graft) -> None:
-    """Hold a graft that stands beside the model, and run it with those that run."""
-    known, names = held(model), active(model)
+    """Hold a graft that stands beside the model, and run it with those that run; disabled ones stay so, as adapters do."""
+    known, names, enabled = held(model), active(model), is_enabled(model)
     _require_disjoint({**{other: known[other] for other in names}, name: graft})
     put_away(model)
     remember(model, {**known, name: graft}, ())
-    activate(model, [*names, name])
+    activate(model, [*names, name], enabled=enabled or not names)
 
 
 def _require_disjoint(grafts: dict[str, Graft]) -> None:

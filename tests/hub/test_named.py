@@ -74,6 +74,21 @@ def test_out_again_bit_for_bit(two):
         model.unset_graft()
 
 
+def test_disabled_ones_stay_so_while_others_come_and_go(two):
+    model, plain, _ = two
+    model.disable_graft()
+    model.set_graft(HOOD, graft_name="hood")
+    assert torch.equal(predict(model), plain)
+    model.unset_graft("wide")
+    assert torch.equal(predict(model), plain)
+    model.enable_graft()
+    assert model.active_grafts() == ["mix", "hood"]
+    assert torch.equal(predict(model), outputs(MIX, HOOD))
+    model.set_active_graft([])
+    model.set_graft(WIDE, graft_name="wide")
+    assert torch.equal(predict(model), outputs(WIDE))
+
+
 def test_all_out_at_once_and_in_again(two):
     model, plain, _ = two
     both = predict(model)
