@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def side_by_side(copies: list[nn.Module], operator: BlockOperator) -> list[nn.Mo
     vars(first)["graft_others"] = others
     for number, seat in enumerate(copies):
         vars(seat).update(graft_agreement=agreement, graft_call=call)
-        vars(seat)["forward"] = MethodType(_hand_on if number else _run_together, seat)
+        vars(seat)["forward"] = partial(_hand_on if number else _run_together, seat)  # a method could not be pickled
     return copies
 
 

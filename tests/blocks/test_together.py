@@ -1,5 +1,6 @@
 """Blocks side by side together with everything else: operators inside them, LoRA, compilation, names, closed forms, the trainer."""
 import copy
+import pickle
 
 import pytest
 import torch
@@ -119,11 +120,12 @@ def test_by_name_inside_a_block_of_another_is_refused(order):
     assert torch.equal(predict(model), output)
 
 
-def test_a_deep_copy_stands_by_itself():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_stands_by_itself(copied):
     model = tiny_dit()
     original = predict(model)
     model.set_graft(MIXED)
-    output, twin = predict(model), copy.deepcopy(model)
+    output, twin = predict(model), copied(model)
     with torch.no_grad():
         for parameter in model.transformer_blocks.parameters():
             parameter.mul_(1.5)
