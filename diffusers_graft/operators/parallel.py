@@ -55,7 +55,7 @@ class Parallel(BlockOperator):
                 raise OperatorError(f"merge={self.merge!r} adds to the input and has one start: leave residual and init alone.")
 
         def resolved(self, site: Site) -> Self:
-            return replace(self, group=site.blocks if site.kind == "block_run" else None)
+            return replace(self, group=site.blocks if site.kind == "block_run" and site.blocks > 1 else None)
 
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
