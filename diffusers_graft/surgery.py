@@ -33,8 +33,7 @@ def install(model: ModelMixin, graft: Graft) -> None:
             f"This model is grafted already{where}. Put all rules into one plan, or call model.unset_graft() first."
         )
     require_built_beside(model, graft)
-    vars(model)[_GRAFT] = graft
-    enable(model)
+    _run(model, graft)
 
 
 def uninstall(model: ModelMixin) -> Graft:
@@ -46,18 +45,21 @@ def uninstall(model: ModelMixin) -> Graft:
 
 
 def enable(model: ModelMixin) -> None:
-    """Run the grafted parts."""
+    """Run the grafted parts. Raises `StateError` where they cannot take their places."""
     graft = require_graft(model)
-    if is_enabled(model):
-        return
+    if not is_enabled(model):
+        _run(model, graft)
+
+
+def _run(model: ModelMixin, graft: Graft) -> None:
     _exchange(model, graft, graft.seats, graft.adapters)
     model.register_forward_pre_hook(ContextReader(graft, model), with_kwargs=True)
-    vars(model)[_ENABLED] = True
+    vars(model).update({_GRAFT: graft, _ENABLED: True})
     _tell_hooks(model)
 
 
 def disable(model: ModelMixin) -> None:
-    """Run the original parts; the graft stays at hand."""
+    """Run the original parts; the graft stays at hand. Raises `StateError` where they cannot take their places."""
     graft = require_graft(model)
     if not is_enabled(model):
         return
@@ -143,6 +145,7 @@ def _remove_reader(model: ModelMixin) -> None:
 
 def _exchange(model: ModelMixin, graft: Graft, parts: dict[str, nn.Module], adapters: dict[str, nn.Module]) -> None:
     """Put `parts` and `adapters` at their paths and swap the trained tensors of the body with those waiting."""
+    _refuse_offloaded(model)
     trained = _trained_parameters(model, graft)
     for path, part in sorted({**parts, **adapters}.items(), key=lambda item: item[0].count(".")):  # blocks before their parts
         parent, _, name = path.rpartition(".")
@@ -152,6 +155,16 @@ def _exchange(model: ModelMixin, graft: Graft, parts: dict[str, nn.Module], adap
     for name, parameter in trained.items():
         waiting, graft.body[name] = graft.body[name], parameter.data
         parameter.data = waiting.to(parameter.device, parameter.dtype)
+
+
+def _refuse_offloaded(model: ModelMixin) -> None:
+    for path, module in model.named_modules():
+        if path and hasattr(module, "_hf_hook"):
+            raise StateError(
+                f"accelerate keeps the weights of {path} elsewhere, where parts that change places would lose them. Call "
+                "pipe.remove_all_hooks() first, or remove_hook_from_submodules(model) of accelerate.hooks; offload again "
+                "afterwards."
+            )
 
 
 def _trained_parameters(model: ModelMixin, graft: Graft) -> dict[str, nn.Parameter]:
@@ -169,6 +182,7 @@ def _trained_parameters(model: ModelMixin, graft: Graft) -> dict[str, nn.Paramet
 
 def _follow(model: ModelMixin, leaving: nn.Module, coming: nn.Module) -> None:
     """Move a part that waited off the tree to where the model went meanwhile, without touching what it shares."""
+    _wrap_alike(leaving, coming)
     if coming.training != leaving.training:  # else parts of it may have modes of their own
         coming.train(leaving.training)
     counterparts = dict(leaving.named_parameters())
@@ -183,6 +197,20 @@ def _follow(model: ModelMixin, leaving: nn.Module, coming: nn.Module) -> None:
         if id(parameter) not in shared and (parameter.device, parameter.dtype) != (like.device, dtype):
             parameter.data = parameter.data.to(like.device, dtype)
     vars(leaving)[_THEN] = getattr(_anchor(model, coming), "dtype", None)
+
+
+def _wrap_alike(leaving: nn.Module, coming: nn.Module) -> None:
+    """Layers that both parts share stay alike where LoRA was put around them, or taken off, while one of them waited."""
+    waiting = dict(coming.named_modules())
+    for path, layer in leaving.named_modules():
+        other = waiting.get(path, layer)
+        if path and other is not layer and _base_layer(other) is _base_layer(layer):
+            coming.set_submodule(path, layer)
+
+
+def _base_layer(layer: nn.Module) -> nn.Module:
+    """What LoRA was put around; the layer itself where none was."""
+    return getattr(layer, "base_layer", layer)
 
 
 def _anchor(model: ModelMixin, part: nn.Module) -> nn.Parameter | None:

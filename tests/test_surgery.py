@@ -132,6 +132,19 @@ def test_a_graft_of_another_model_object_is_refused():
         other.set_graft(graft)
 
 
+def test_a_graft_that_cannot_go_in_again_leaves_the_model_without_one():
+    model = tiny_dit()
+    model.set_graft({"self_attention[0]": "hyena_x"})
+    model.graft.body["proj_out_2.weight"] = model.proj_out_2.weight.detach().clone()  # as stage two leaves it
+    graft, last = model.unset_graft(), model.proj_out_2
+    model.proj_out_2 = torch.nn.Identity()
+    with pytest.raises(StateError, match="trained proj_out_2.weight, which the model no longer has"):
+        model.set_graft(graft)
+    assert model.graft is None
+    model.proj_out_2 = last
+    model.set_graft(graft)
+
+
 def test_building_leaves_torchs_generator_alone_and_follows_its_seed():
     model = tiny_dit()
     plan = dg.plan_graft(model, {"self_attention[:]": {"operator": "hyena_x", "init": "random"}})

@@ -128,6 +128,23 @@ def test_weights_offloaded_by_accelerate_are_refused_with_words(onto, tmp_path):
     assert model.graft is None
 
 
+def test_parts_whose_weights_accelerate_keeps_do_not_change_places():
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    model = tiny(FLUX)
+    plain = predict(model, FLUX)
+    model.set_graft({"joint_attention[:]": "self_attention", "feed_forward[0]": {"operator": "mlp", "expansion": 4}})
+    output = predict(model, FLUX)
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(StateError, match="remove_all_hooks"):
+        model.disable_graft()
+    assert torch.equal(predict(model, FLUX), output)
+    remove_hook_from_submodules(model)
+    model.unset_graft()
+    assert torch.equal(predict(model, FLUX), plain)
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_layerwise_casting_leaves_grafts_in_the_dtype_they_compute_in(before):
     model = tiny(FLUX).to(torch.bfloat16)
@@ -171,6 +188,25 @@ def test_lora_loaded_before_a_graft_stays():
     model.unset_graft()
     assert torch.equal(predict(model, FLUX), adapted)
     assert list(model.state_dict()) == keys
+
+
+def test_lora_loaded_over_a_graft_is_there_without_it_too():
+    from peft import LoraConfig
+
+    model, adapted = tiny(FLUX), tiny(FLUX)
+    plain, lora = predict(model, FLUX), LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    model.set_graft({"joint_attention[:]": "self_attention"})
+    for one in (model, adapted):
+        torch.manual_seed(0)
+        one.add_adapter(lora)
+    expected = predict(adapted, FLUX)
+    for verb in (model.disable_graft, model.enable_graft):
+        verb()
+        assert torch.equal(predict(model, FLUX), expected)
+    model.unload_lora()
+    for verb in (model.disable_graft, model.enable_graft):
+        verb()
+        assert torch.equal(predict(model, FLUX), plain)
 
 
 def test_nothing_starts_from_layers_that_carry_lora():
