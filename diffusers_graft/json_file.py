@@ -1,6 +1,7 @@
 """Plans and surveys as JSON files."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -17,7 +18,8 @@ def write_json(path: str | Path, data: dict[str, Any], what: str) -> None:
         fresh.write_text(text, encoding="utf-8")
         os.replace(fresh, path)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a path that there cannot be
+            fresh.unlink()
         raise FileError(f"The {what} cannot be written to {path}: {error}.") from error
 
 

@@ -7,6 +7,7 @@ part at a time and a knapsack are how Puzzle (arXiv 2411.19146) designs language
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from torch import nn
 
-from ..errors import FileError, GraftError, StateError, UnknownNameError
+from ..errors import FileError, GraftError, MismatchError, StateError, UnknownNameError
 from ..graft import Graft, build_graft
 from ..json_file import read_json, write_json
 from ..plan import Edit, GraftPlan
@@ -94,7 +96,7 @@ class Survey:
         model_class: name of the diffusers class.
         choices: site by site.
         protocol: how it was measured.
-        grafts: the very parts that were judged; not saved.
+        grafts: the very parts that were judged, all of them in memory; not saved.
     """
 
     model_class: str
@@ -120,9 +122,8 @@ class Survey:
         totals = self._totals(measure)
         enough = (totals.saved >= round(10**9 * (1 - share))).nonzero().flatten().tolist()
         if not enough:
-            raise GraftError(
-                f"No plan leaves {share:g} of the {measure}: with these choices {totals.left[0]:.4f} is the least."
-            )
+            least = math.ceil(10**4 * totals.left[0].item()) / 10**4  # rounded up, so that it can be asked for
+            raise GraftError(f"No plan leaves {share:g} of the {measure}: with these choices {least} is the least.")
         taken = {choice.edit for choice in totals.choices_of(enough[-1])}
         return GraftPlan(self.model_class, tuple(choice.edit for choice in self.choices if choice.edit in taken))
 
@@ -140,8 +141,9 @@ class Survey:
         Raises `GraftError` for an edit that was not surveyed.
         """
         known = {choice.edit: choice for choice in self.choices}
-        if missing := [edit for edit in plan.edits if edit not in known]:
-            raise GraftError(f"The survey did not try {missing[0]}.")
+        if missing := next((edit for edit in plan.edits if edit not in known), None):
+            tried = ", ".join(str(edit.config) for edit in known if edit.site == missing.site)
+            raise GraftError(f"The survey did not try {missing}. There it tried {tried or 'nothing'}: choose among that.")
         chosen = [known[edit] for edit in plan.edits]
         left = {measure: 1 - sum(choice.saved[measure] for choice in chosen) for measure in MEASURES}
         return {"harm": sum(choice.harm for choice in chosen), **left}
@@ -149,17 +151,21 @@ class Survey:
     def graft(self, model: ModelMixin, plan: GraftPlan) -> Graft:
         """A graft of the parts that were judged, copied: what `dg.survey` taught them is not lost.
 
-        Raises `StateError` for a survey that was read from a file, `GraftError` for an edit that was not surveyed, and what
-        `build_graft` raises.
+        Raises `StateError` for a survey that was read from a file, `MismatchError` for a model whose parts have other weights
+        than those that were surveyed, `GraftError` for an edit that was not surveyed, and what `build_graft` raises.
         """
         if not self.grafts:
-            raise StateError("A survey from a file holds no parts: call dg.build_graft(model, plan), and distil the graft.")
-        self.predicted(plan)
+            raise StateError(
+                "A survey from a file holds no parts: call dg.build_graft(model, plan) and distil the graft, or dg.survey as "
+                "before, with its output_dir and resume=True."
+            )
         graft = build_graft(model, plan)
+        self.predicted(plan)
         for judged in self.grafts:
             sites = [edit.site for edit in plan.edits if edit in judged.plan.edits]
             addresses = {site.address for site in sites}
             for path in (site.path for site in sites):
+                _require_alike(path, judged.originals[path], graft.originals[path])
                 own = judged.own_tensors_of(path)
                 graft.unshare(path, {name.partition(".")[0] for name in own})
                 for name, tensor in graft.own_tensors_of(path).items():
@@ -178,14 +184,14 @@ class Survey:
     def load(cls, path: str | Path) -> Survey:
         """Raises `FileError` for a file that is missing or no survey."""
         data = read_json(path, "survey")
-        tried = GraftPlan.from_dict(data)
         try:
+            tried = GraftPlan.from_dict(data)
             scores = zip(tried.edits, data["scores"], strict=True)
-            choices = tuple(Choice(edit, float(row["harm"]), {name: float(row["saved"][name]) for name in MEASURES})
+            choices = tuple(Choice(edit, _finite(row["harm"]), {name: _finite(row["saved"][name]) for name in MEASURES})
                             for edit, row in scores)  # fmt: skip
             return cls(tried.model_class, choices, dict(data["protocol"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileError(f"{path} is no survey: {error!r}. A survey is what Survey.save wrote.") from error
+        except (GraftError, KeyError, TypeError, ValueError) as error:
+            raise FileError(f"{path} is no survey that can be read: {error!r}. A survey is what Survey.save wrote.") from error
 
     def _totals(self, measure: str) -> _Totals:
         """Raises `UnknownNameError` for a measure that there is not."""
@@ -208,8 +214,27 @@ class Survey:
     def __str__(self) -> str:
         head = ["site", "operator", "harm", *MEASURES]
         rows = [[choice.edit.site.address, str(choice.edit.config), f"{choice.harm:.2e}",
-                 *(f"{-choice.saved[measure]:+.2%}" for measure in MEASURES)] for choice in self.choices]  # fmt: skip
+                 *(f"{0 - choice.saved[measure]:+.2%}" for measure in MEASURES)] for choice in self.choices]  # fmt: skip
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = [[cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
                  for row in [head, *rows]]  # fmt: skip
         return "\n".join("  ".join(line) for line in lines)
+
+
+def _require_alike(path: str, surveyed: nn.Module, original: nn.Module) -> None:
+    """Raise `MismatchError` unless two parts are one, or have the same weights."""
+    before, now = surveyed.state_dict(), original.state_dict()
+    if surveyed is not original and not (
+        before.keys() == now.keys() and all(torch.equal(tensor, before[name].to(tensor)) for name, tensor in now.items())
+    ):
+        raise MismatchError(
+            f"{path} has other weights than in the model that was surveyed, from which its new part learned. Survey this "
+            "model, or give that one; the plan by itself suits both: dg.build_graft(model, plan)."
+        )
+
+
+def _finite(number: Any) -> float:
+    """Raises `ValueError` for what is none."""
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not finite")
+    return float(number)

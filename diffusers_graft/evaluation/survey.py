@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 from ..analysis.cost import count_flops, count_parameters
 from ..analysis.planner import Choice, Survey
 from ..anatomy import evaluating, predict
-from ..errors import RuleError, StateError, TrainingError
+from ..errors import GraftError, OperatorError, RuleError, StateError, TrainingError
 from ..graft import Graft, build_graft, installed
 from ..plan import Edit, GraftPlan, plan_graft
 from ..training.data import Batch, Noising
@@ -43,15 +44,15 @@ def survey(
             them parts are judged as they start, which favours those that start from most.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
         output_dir, resume: of stage one, as in `dg.distill`, a folder in it for each turn of candidates.
-        rounds: timed runs of each operator, at all the sites of one shape together.
+        rounds: timed runs of each operator, at all sites that are alike together; two or more.
         seed: of random starts and of the noise that parts are judged under.
         progress: show bars, on a terminal.
 
     Raises:
         StateError: a model that wears a graft.
-        RuleError: no candidates, or some that take the place of several blocks; and what `plan_graft` and `build_graft` raise.
-        TrainingError: batches without settings or the other way round, held-out batches that do not fit, or none, or to
-            which the model answers zeros or NaN.
+        RuleError: no candidates, one that stands twice, or one that takes the place of several blocks.
+        OperatorError: a candidate that cannot run at a site; and what `plan_graft`, `build_graft` and `dg.distill` raise.
+        TrainingError: batches or settings without the other; held-out batches that do not fit, or are answered by zeros or NaN.
     """
     _require_ready(model, batches, config, rounds)
     grafts = [build_graft(model, plan, seed=seed) for plan in _plans(model, candidates)]
@@ -88,8 +89,11 @@ def _plans(model: ModelMixin, candidates: Mapping[str, Any]) -> list[GraftPlan]:
         some = {key: each for key, each in candidates.items() if str(key).strip().startswith("block") == blocks}
         for turn in range(max(map(len, some.values()), default=0)):
             plans.append(plan_graft(model, {key: each[turn] for key, each in some.items() if turn < len(each)}))
-    if overlapping := [edit for plan in plans for edit in plan.edits if edit.site.kind in ("block_pair", "block_run")]:
-        raise RuleError(f"A survey tries single blocks, and {overlapping[0]} takes several. Plan those by hand.")
+    for edit, count in Counter(edit for plan in plans for edit in plan.edits).items():
+        if edit.site.kind in ("block_pair", "block_run"):
+            raise RuleError(f"A survey tries single blocks, and {edit} takes several. Plan those by hand.")
+        if count > 1:
+            raise RuleError(f"{edit} stands {count} times among the candidates of one site. Name it once.")
     return plans
 
 
@@ -116,7 +120,7 @@ class Exam:
         self.answers = self._answers(model)
         self.square = sum(answer.square().sum() for answer in self.answers).item()
         if not 0 < self.square < math.inf:
-            answer = "nothing but zeros" if self.square == 0 else "NaN"
+            answer = "nothing but zeros" if self.square == 0 else "NaN or infinity"
             raise TrainingError(
                 f"{type(model).__name__} answers the held-out batches with {answer}, so no change of it can be judged: load "
                 "trained weights, in a precision that holds its answers."
@@ -137,26 +141,28 @@ class Exam:
 
 
 def _savings(model: ModelMixin, grafts: list[Graft], inputs: dict[str, Any], rounds: int) -> dict[Edit, dict[str, float]]:
-    """Shares of FLOPs and parameters that every edit saves, and of time: that of its operator at all sites of one shape.
+    """Shares of FLOPs and parameters that every edit saves, and of time: that of its operator at all sites alike together.
 
-    A single part is too small a share of a model to be timed by itself.
+    A single part is too small a share of a model to be timed by itself. Sites are alike in shape and in what their parts cost,
+    since parts of one shape may run on the image, on its prompt, or on a level of a pyramid.
     """
-    alike: dict[Any, tuple[Graft, list[Edit]]] = {}
-    for number, graft in enumerate(grafts):
+    whole, saved, alike = _counts(model, None, inputs), {}, {}
+    for graft in grafts:
         for edit in graft.plan.edits:
-            shape = number, edit.config, replace(edit.site, index=0, path="")
-            alike.setdefault(shape, (graft, []))[1].append(edit)
-    groups = {str(number): (edits, _part(graft, edits)) for number, (graft, edits) in enumerate(alike.values())}
-    contenders = {"original": None} | {name: part for name, (_, part) in groups.items()}
-    timings = compare(dict.fromkeys(contenders, partial(predict, model, inputs)), rounds=rounds,
-                      around=lambda name: worn(model, contenders[name]))  # fmt: skip
-    whole, saved = _counts(model, None, inputs), {}
-    for timing in timings[1:]:
-        edits, part = groups[timing.name]
-        for edit in edits:
-            counts = _counts(model, _part(part, [edit]), inputs)
+            try:
+                counts = _counts(model, _part(graft, [edit]), inputs)
+            except GraftError as error:
+                raise OperatorError(f"{edit} cannot run: {error} Or leave the site out of the candidates.") from error
             flops, parameters = (1 - left / all_ for left, all_ in zip(counts, whole, strict=True))
-            saved[edit] = {"latency": (1 - timing.ratio) / len(edits), "flops": flops, "parameters": parameters}
+            saved[edit] = {"flops": flops, "parameters": parameters}
+            alike.setdefault((graft, edit.config, replace(edit.site, index=0, path=""), counts), []).append(edit)
+    parts = {"original": None} | {str(number): _part(graft, edits) for number, ((graft, *_), edits) in enumerate(alike.items())}
+    timings = compare(dict.fromkeys(parts, partial(predict, model, inputs)), rounds=rounds,
+                      around=lambda name: worn(model, parts[name]))  # fmt: skip
+    for timing in timings[1:]:
+        edits = parts[timing.name].plan.edits
+        for edit in edits:
+            saved[edit]["latency"] = (1 - timing.ratio) / len(edits)
     return saved
 
 
