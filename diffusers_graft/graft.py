@@ -267,11 +267,13 @@ def _attention_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn.M
 
 
 def _restarted(child: nn.Module | None) -> nn.Module | None:
-    """A copy with fresh random weights."""
+    """A copy with fresh random weights, drawn in float32 where operators are made: the same on every device."""
     fresh = copy.deepcopy(child)
     for module in fresh.modules() if fresh is not None else ():
         if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+            drawn = copy.deepcopy(module).to(torch.get_default_device(), torch.float32)
+            drawn.reset_parameters()
+            module.load_state_dict(drawn.state_dict())
     return fresh
 
 

@@ -153,8 +153,14 @@ def _intercepted_call(original: type):
 
     def call(self, attn, *args, **kwargs):
         given = signature.bind(self, attn, *args, **kwargs).arguments
-        with _CatchSoftmax(self, attn, given[stream].shape[-2]):
-            return original.__call__(self, attn, *args, **kwargs)
+        with _CatchSoftmax(self, attn, given[stream].shape[-2]) as softmax:
+            output = original.__call__(self, attn, *args, **kwargs)
+        if not softmax.caught:
+            raise OperatorError(
+                f"{original.__name__} has no source to read, and never called scaled_dot_product_attention: "
+                f"{attn.graft_site.path} ran as without a graft. Set another processor, then graft."
+            )
+        return output
 
     call.__signature__ = signature
     return call
@@ -163,12 +169,12 @@ def _intercepted_call(original: type):
 class _CatchSoftmax(TorchFunctionMode):
     def __init__(self, processor: _Grafted, attn: nn.Module, stream: int):
         super().__init__()
-        self.processor, self.attn, self.stream, self.inside = processor, attn, stream, False
+        self.processor, self.attn, self.stream, self.inside, self.caught = processor, attn, stream, False, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.scaled_dot_product_attention or self.inside:
             return func(*args, **(kwargs or {}))
-        self.inside = True  # the operator may itself be softmax attention
+        self.inside = self.caught = True  # the operator may itself be softmax attention
         try:
             return self.processor._mix(self.attn, self.stream, *args, **(kwargs or {}))
         finally:

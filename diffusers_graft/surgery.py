@@ -9,6 +9,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.hooks import group_offloading
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from .anatomy import argument_names, bind_arguments, context_of, family_of, require_model
 from .checkpointing import forget_contexts, remember_contexts
@@ -123,7 +124,8 @@ class ContextReader:
         if torch.is_grad_enabled():
             remember_contexts(model, self.graft.slot)
         else:
-            self.graft.slot.arguments = inputs
+            # Without the graph that made them, which no copy of the model could take along.
+            self.graft.slot.arguments = tree_map_only(torch.Tensor, torch.Tensor.detach, inputs)
 
 
 def _tell_hooks(model: ModelMixin) -> None:

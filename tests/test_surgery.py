@@ -156,6 +156,15 @@ def test_building_leaves_torchs_generator_alone_and_follows_its_seed():
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_projections_that_start_at_random_are_drawn_alike_in_every_precision():
+    rules = {"self_attention[0]": {"operator": "hyena_x", "init": "random"}}
+    one, half = tiny_dit(), tiny_dit().to(torch.bfloat16)
+    one.set_graft(rules)
+    half.set_graft(rules)
+    drawn, rounded = (model.graft.own_tensors(model) for model in (one, half))
+    assert all(torch.equal(tensor.bfloat16(), rounded[name]) for name, tensor in drawn.items())
+
+
 def test_lost_processors_are_noticed_at_the_next_forward_and_save(tmp_path):
     model = tiny_pixart()
     model.set_graft({"self_attention[1]": "hyena_x"})
@@ -204,6 +213,15 @@ def test_without_source_the_softmax_is_caught_on_its_way(monkeypatch):
     assert not torch.equal(predict(model), before)
 
 
+def test_without_source_a_softmax_that_is_not_caught_is_no_graft(monkeypatch):
+    model = tiny_dit()
+    model.transformer_blocks[0].attn1.set_processor(AttnProcessor())  # multiplies scores itself
+    monkeypatch.setattr(grafted_class(AttnProcessor), "__call__", _intercepted_call(AttnProcessor))
+    model.set_graft({"self_attention[0]": "neighborhood"})
+    with pytest.raises(OperatorError, match="never called scaled_dot_product_attention"):
+        predict(model)
+
+
 def test_what_a_processor_was_told_stays():
     model = tiny_dit()
     model.transformer_blocks[0].attn1.processor.told = 7
@@ -229,6 +247,15 @@ def test_deepcopy_and_pickle():
         twin.unset_graft()
         assert torch.equal(predict(twin), before)
     assert torch.equal(predict(model), grafted)
+
+
+def test_a_copy_takes_no_graph_of_the_last_inputs_along():
+    model = tiny_dit()
+    model.set_graft({"self_attention[0]": "neighborhood"})
+    sample = 2 * torch.ones(1, 1, 8, 8, requires_grad=True)
+    with torch.no_grad():
+        model(sample, timestep=torch.tensor([1]), class_labels=torch.tensor([1]))
+    assert torch.equal(predict(copy.deepcopy(model)), predict(model))
 
 
 def test_compiles_as_one_graph():
