@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..site import Grid
-from ._backends import piece_by_piece, plain
+from ._backends import autocast_device, piece_by_piece, plain
 
 ORDERS = ("raster", "column", "zigzag")
 
@@ -51,6 +51,30 @@ def carried(added: torch.Tensor, kept: torch.Tensor, *, backwards: bool, matrice
         backwards: whether the last chunk comes first.
         matrices: whether `kept` are matrices.
     """
+    with torch.autocast(autocast_device(added), enabled=False):  # a sum of many chunks, which a short mantissa would spoil
+        return _Carried.apply(added.to(torch.promote_types(added.dtype, kept.dtype)), kept, backwards, matrices)
+
+
+class _Carried(torch.autograd.Function):
+    """The gradient of a recurrence is the recurrence the other way; of the forward one it needs the states alone."""
+
+    @staticmethod
+    def forward(added: torch.Tensor, kept: torch.Tensor, backwards: bool, matrices: bool) -> torch.Tensor:
+        return _entering(added, kept, backwards, matrices)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, torch.Tensor, bool, bool], output: torch.Tensor) -> None:
+        _, kept, ctx.backwards, ctx.matrices = inputs
+        ctx.save_for_backward(kept, output)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        kept, states = ctx.saved_tensors
+        added = _entering(grad, kept.mT if ctx.matrices else kept, not ctx.backwards, ctx.matrices)
+        return added, added @ states.mT if ctx.matrices else (added * states).sum_to_size(kept.shape), None, None
+
+
+def _entering(added: torch.Tensor, kept: torch.Tensor, backwards: bool, matrices: bool) -> torch.Tensor:
     chunks, start = plain(added.shape[1]), torch.zeros_like(added[:, 0])
     cheap = added.device.type == "cpu" and not torch.compiler.is_compiling()
     if cheap or chunks < 8:

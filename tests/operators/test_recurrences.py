@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 import diffusers_graft as dg
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError
 from diffusers_graft.operators import Mixer, Projections, configure
-from diffusers_graft.operators._scans import _in_groups, _one_by_one, decay, gated_delta_rule, state_space, visits
+from diffusers_graft.operators._scans import _in_groups, _one_by_one, carried, decay, gated_delta_rule, state_space, visits
 from diffusers_graft.operators.conformance import example_site
 from diffusers_graft.site import Context, Grid, Site
 
@@ -42,6 +42,16 @@ def test_groups_of_chunks_carry_what_a_loop_does(chunks, backwards, matrices):
     start = torch.zeros_like(added[:, 0])
     loop, _ = _one_by_one(added, kept, start, backwards, matrices)
     same_with_gradients(_in_groups(added, kept, start, 3, backwards, matrices), loop, (added, kept))
+    same_with_gradients(carried(added, kept, backwards=backwards, matrices=matrices), loop, (added, kept))
+
+
+@pytest.mark.parametrize("matrices", [False, True])
+def test_states_keep_their_precision_under_autocast(matrices):
+    """In bfloat16 a state that forgets slowly would be wrong by a fifth."""
+    added, kept = draw(1, 256, 8, 8).float(), torch.eye(8).expand(1, 256, 8, 8) * 0.998 if matrices else torch.full((1, 256, 1, 1), 0.998)
+    with torch.autocast("cpu", torch.bfloat16):
+        states = carried(added, kept, backwards=False, matrices=matrices)
+    torch.testing.assert_close(states, carried(added, kept, backwards=False, matrices=matrices))
 
 
 def parameters(spec):
