@@ -63,6 +63,8 @@ class Ablation:
     rounds: int = 7
 
     def __post_init__(self):
+        if self.sites.strip().startswith("block"):
+            raise GraftError("An ablation has rows of closed forms, which blocks have none of: bench-depth compares blocks.")
         if self.papers_operator is None:
             usual = "hyena_mlp" if self.sites.startswith("feed_forward") else "hyena_x"
             object.__setattr__(self, "papers_operator", usual)

@@ -35,6 +35,13 @@ def test_the_ablation_at_tiny_size_and_again(tmp_path, monkeypatch, capfd):
     assert main(["ablate", "--output", str(tmp_path)]) == 2
 
 
+def test_blocks_have_a_comparison_of_their_own(tmp_path, capfd):
+    folder = tmp_path / "ablation"
+    assert main(["ablate", "--operator", "parallel", "--sites", "block_pair[:]", "--output", str(folder)]) == 2
+    assert "bench-depth compares blocks" in capfd.readouterr().err
+    assert not folder.exists()
+
+
 def test_a_closed_form_that_costs_more_than_an_arm_leaves_no_steps():
     seconds = {f"neighborhood: {name}": price for name, price in (("stage one", 1.0), ("stage two", 1.0), ("closed form", 9.0))}
     arm = ab.Arm("neighborhood", "warm + closed form", "both", 0)
