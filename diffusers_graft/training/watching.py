@@ -61,7 +61,8 @@ class Watch:
         """One forward without gradients, shown at the chosen paths."""
         self._chosen, self._visit = set(chosen), visit
         stop = self._known and not self._whole
-        self._last = max(self._chosen, key=self._order.index) if stop else None
+        called = self._chosen.intersection(self._order)
+        self._last = max(called, key=self._order.index, default=None) if stop else None
         with torch.no_grad(), suppress(_Enough):
             predict(self.model, inputs)
         self._known = True

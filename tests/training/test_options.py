@@ -217,6 +217,14 @@ def test_sequential_lessons_show_what_comes_through_the_new_parts():
     torch.testing.assert_close(seen[0], heard["sequential"])
 
 
+def test_sequential_lessons_pass_over_a_part_that_is_never_called():
+    model = tiny_dit()
+    model.transformer_blocks[3].forward = lambda hidden_states, **_: hidden_states
+    graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[:]": "hyena_x"}))
+    config = dg.DistillConfig(steps=3, mode="sequential", sites="self_attention[:3]", progress=False)
+    assert len(dg.distill(model, graft, batches(2), config, noise_scheduler=SCHEDULER)) == 3
+
+
 def test_sequential_lessons_leave_a_smaller_error_of_the_whole():
     gaps = {}
     for mode in ("parallel", "sequential"):
