@@ -146,6 +146,15 @@ def test_flops_of_linear_attention_on_a_prompt():
     assert count_flops(model) == original + 3 * 2 * (2 * 12 * 8 * 8 + 2 * 16 * 8 * 8 + 2 * 16 * 8 - 4 * 16 * 12 * 8)
 
 
+def test_flops_of_pooled_keys_where_the_stride_does_not_divide_the_grid():
+    """9 queries of width 16 on a grid of 3 x 3, whose keys and values become 2 x 2."""
+    model, inputs = tiny_dit(), {"timestep": torch.ones(1, dtype=torch.long), "class_labels": torch.zeros(1, dtype=torch.long)}
+    inputs["hidden_states"] = torch.zeros(1, 1, 6, 6)
+    original = count_flops(model, inputs)
+    model.set_graft({"self_attention[0]": "pooled_keys"})
+    assert count_flops(model, inputs) == original - 4 * 9 * 9 * 16 + 4 * 9 * 4 * 16 + 2 * 2 * 4 * 4 * 16
+
+
 @pytest.mark.parametrize("name", [
     "FluxTransformer2DModel", "LatteTransformer3DModel", "PixArtTransformer2DModel", "ZImageTransformer2DModel", "PriorTransformer",
 ])  # fmt: skip

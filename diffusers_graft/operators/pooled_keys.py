@@ -71,5 +71,9 @@ class PooledKeys(Mixer):
         return pooled.unflatten(0, (-1, grid.frames)).flatten(1, 3).unflatten(2, (heads, width)).transpose(1, 2)
 
     def flops(self, tokens: int) -> int:
-        """Softmax over the pooled keys, and two convolutions; of a grid that the stride divides."""
-        return 4 * (tokens // self.config.stride**2) * tokens * self.site.inner_width + 4 * tokens * self.site.inner_width
+        """Softmax over the pooled keys, and two convolutions; of the last forward's grid, or of one that the stride divides."""
+        grid, stride = self.slot.current.at(self.site, tokens).grid, self.config.stride
+        keys = tokens // stride**2
+        if grid is not None and grid.tokens == tokens:
+            keys = grid.frames * -(-grid.height // stride) * -(-grid.width // stride)
+        return 4 * keys * (tokens + stride**2) * self.site.inner_width
