@@ -83,11 +83,13 @@ def require_graft(model: ModelMixin) -> Graft:
 
 
 def require_built_beside(model: ModelMixin, graft: Graft) -> None:
-    """Raise `StateError` unless the parts that a graft replaces are those of this very model, in their places.
+    """Raise `StateError` unless given a graft whose parts stand for those of this very model, in their places.
 
     And `ModelError` for a pipeline.
     """
     require_model(model)
+    if not isinstance(graft, Graft):
+        raise StateError(f"A graft is what dg.build_graft(model, plan) makes; got {graft!r}.")
     parts = dict(model.named_modules(remove_duplicate=False))
     for path, original in graft.originals.items():
         if parts.get(path) is not original:

@@ -24,6 +24,7 @@ from ..operators import Mixer
 from ..plan import Edit
 from ..site import Site
 from ..surgery import ContextReader, require_built_beside
+from .config import or_usual
 from .data import Batch, Noising, Stream
 
 Run = Callable[[str], None]
@@ -182,11 +183,11 @@ def closed_form(
         A report for every site that was solved, by address; its errors are those on the batches it was solved for.
 
     Raises:
-        StateError: the graft is running: its parts would be compared with themselves; or it is another model's.
+        StateError: the graft is running: its parts would be compared with themselves; or it is no graft of this model.
         OperatorError: no part, or one whose output layer cannot be solved for.
-        TrainingError: values that are not finite, or batches that ran out.
+        TrainingError: values that are not finite, batches that ran out, or other settings.
     """
-    config = config or ClosedFormConfig()
+    config = or_usual(config, ClosedFormConfig)
     if is_enabled(model):
         raise StateError("A closed form watches the original parts: call model.unset_graft() or model.disable_graft() first.")
     require_built_beside(model, graft)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -15,6 +15,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from ..errors import TrainingError, UnknownNameError
 
 PRECISIONS = ("no", "bf16", "fp16")
+Settings = TypeVar("Settings")
 SELDOM = ("save_every", "keep", "log_every", "progress", "trackers")  # change no weight, so a resumed run may change them
 
 
@@ -108,6 +109,13 @@ class TrainingConfig:
         except (TypeError, ValueError, AttributeError) as error:
             raise TrainingError(f"The schedule {self.schedule} does not take these settings: {error}.") from error
         return lambda step: factor(step + 1)
+
+
+def or_usual(config: Any, kind: type[Settings]) -> Settings:
+    """The settings given, or the usual ones. Raises `TrainingError` for those of something else."""
+    if not isinstance(config, kind | None):
+        raise TrainingError(f"The settings here are a dg.{kind.__name__}, or None for the usual ones; got {config!r}.")
+    return config or kind()
 
 
 def one_of(what: str, name: str, available: Iterable[str]) -> None:

@@ -22,7 +22,7 @@ from ..site import Site, Sites
 from ..surgery import require_built_beside
 from .classroom import Classroom, enroll
 from .closed_form import ClosedFormConfig, closed_form, output_layer
-from .config import TrainingConfig, one_of
+from .config import TrainingConfig, one_of, or_usual
 from .data import Batch, Noising, Stream, first
 from .losses import LOSSES
 from .pupil import SiteReport
@@ -113,10 +113,10 @@ def distill(
     the model are spread over processes (see `training.sharding`), and every process holds the new parts whole.
 
     Raises:
-        StateError: the graft runs, or a callback makes it run: its parts would teach themselves; or it is another model's.
-        TrainingError: a loss that is not finite, batches that ran out, or a launch that cannot be followed.
+        StateError: the graft runs, or a callback makes it run: its parts would teach themselves; or it is none of this model.
+        TrainingError: a loss that is not finite, batches that ran out, other settings, or a launch that cannot be followed.
     """
-    config = config or DistillConfig()
+    config = or_usual(config, DistillConfig)
     _require_originals(model, graft)
     noising, stream, chosen = Noising.told(config, noise_scheduler, null_prompt), Stream(batches), _chosen(graft, config)
     held_out = None if held_out is None else first(held_out, config.held_out_batches)

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from ..errors import StateError, TrainingError
 from ..graft import Graft, is_enabled
 from ..surgery import check_seats, require_graft
-from .config import TrainingConfig, one_of
+from .config import TrainingConfig, one_of, or_usual
 from .data import Batch, Noising, Stream
 from .lora import add_lora, lora_settings, refuse_foreign_lora, remove_lora
 from .objective import VARIANCES
@@ -109,10 +109,10 @@ def finetune(
 
     Raises:
         StateError: no graft is installed and running, LoRA is there already, or a callback takes the graft out.
-        TrainingError: a loss that is not finite, batches that ran out, blocks that cannot be recomputed, or a launch that
-            cannot be followed.
+        TrainingError: a loss that is not finite, batches that ran out, blocks that cannot be recomputed, other settings, or a
+            launch that cannot be followed.
     """
-    config = config or FinetuneConfig()
+    config = or_usual(config, FinetuneConfig)
     graft = _checked(model, config)
     noising, stream, losses = Noising.told(config, noise_scheduler, null_prompt), Stream(batches), []
     noising.require_usable(model, stream.peek())

@@ -5,7 +5,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import SchedulerType
 
 import diffusers_graft as dg
-from diffusers_graft.errors import TrainingError
+from diffusers_graft.errors import StateError, TrainingError
 from diffusers_graft.training import ring
 from diffusers_graft.training.config import TrainingConfig, optimizers
 from diffusers_graft.training.data import Noising
@@ -209,3 +209,15 @@ def test_the_average_moves_in_shares_that_bfloat16_cannot_hold():
     for _ in range(100):
         learner.step()
     assert learner.average[0].mean().item() == pytest.approx(1.25 - 0.25 * 0.999**100, rel=1e-4)
+
+
+def test_a_plan_is_no_graft_and_settings_of_another_verb_are_refused():
+    model = tiny_dit()
+    plan = dg.plan_graft(model, {"self_attention[0]": "hyena_x"})
+    for verb in (dg.distill, dg.closed_form):
+        with pytest.raises(StateError, match="dg.build_graft"):
+            verb(model, plan, batches(1), noise_scheduler=SCHEDULER)
+    graft = dg.build_graft(model, plan)
+    for verb, given in ((dg.distill, (model, graft)), (dg.closed_form, (model, graft)), (dg.finetune, (model,))):
+        with pytest.raises(TrainingError, match="The settings here are a dg"):
+            verb(*given, batches(1), {"steps": 1}, noise_scheduler=SCHEDULER)
