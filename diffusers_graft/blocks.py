@@ -88,9 +88,10 @@ class RemovedBlock(nn.Module):
     def forward(self, *args, **kwargs) -> Any:
         streams = self.graft_call.streams_in(args, kwargs)
         if (operator := getattr(self, "graft", None)) is not None:
-            context, number = operator.slot.current, 0
+            context, number, names = operator.slot.current, 0, self.graft_call.streams
+            ended = operator.site.streams < len(names)  # the prompt's, at the last block
             for place, stream in enumerate(streams):
-                if stream is not None:
+                if stream is not None and (names[place] == "hidden_states" or not ended):
                     streams[place], number = operator(stream, context, stream=number), number + 1
         return self.graft_call.answer(streams)
 

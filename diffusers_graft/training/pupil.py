@@ -103,6 +103,8 @@ class Pupil:
         return answer
 
     def _hear(self, answer: torch.Tensor, call: Call) -> torch.Tensor:
+        if isinstance(answer, tuple):  # a last block may end the prompt's stream, which what stands in for it hands on
+            answer = tuple(None if wanted is None else made for made, wanted in zip(answer, call.output, strict=True))
         one, other = as_one(answer), as_one(call.output)
         if call.gate is not None:
             one, other = one * call.gate.float(), other * call.gate.float()

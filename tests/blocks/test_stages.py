@@ -100,6 +100,18 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert torch.allclose(*gradients)
 
 
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "MochiTransformer3DModel"])
+def test_a_last_block_that_ends_the_prompts_stream_can_be_one_linear_map(name):
+    model, answers = tiny(name), []
+    for rules in ("block[-1]=remove", "block[-1]=linear_block"):
+        model.set_graft(rules)
+        answers.append(model(**inputs_of(name)).sample)
+        graft = model.unset_graft()
+    assert torch.equal(*answers)
+    (report,) = dg.distill(model, graft, [inputs_of(name)] * 20, dg.DistillConfig(steps=20, lr=1e-2, progress=False)).values()
+    assert report.errors[-1] < 0.9 * report.errors[0]
+
+
 def test_all_that_pairs_got_is_given_to_others_in_steps_of_their_own_price():
     prices = {"pairs: stage one": 0.5, "pairs: stage two": 0.25, "removed: stage two": 0.1}
     budget = Budget(stage_one=100, stage_two=200)
