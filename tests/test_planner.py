@@ -314,14 +314,17 @@ class Dying:
 
 
 def test_a_survey_goes_on_where_it_was_killed(tmp_path):
-    def harms(**more):
+    def harms(expansion=2, **more):
+        candidates = {"self_attention[0]": ["neighborhood", "self_attention"], "feed_forward[1]": ["linear_mlp", f"mlp(expansion={expansion})"]}
         config = dg.DistillConfig(steps=4, lr=1e-3, warmup=0, save_every=2, progress=False)
         settings = {"config": config, "noise_scheduler": SCHEDULER, "rounds": 2, "progress": False, "batches": batches(3)}
-        return [one.harm for one in dg.survey(tiny_dit(), CANDIDATES, batches(1), **{**settings, **more}).choices]
+        return [one.harm for one in dg.survey(tiny_dit(), candidates, batches(1), **{**settings, **more}).choices]
 
     with pytest.raises(KeyboardInterrupt):
         harms(batches=Dying(7), output_dir=tmp_path)
     assert list((tmp_path / "candidates-1" / ".checkpoints").iterdir())  # within the second candidates
+    with pytest.raises(StateError, match=r": plan\.edits\.1\.expansion was 2 and is 1\."):
+        harms(expansion=1, output_dir=tmp_path, resume=True)
     assert harms(output_dir=tmp_path, resume=True) == harms()
 
 

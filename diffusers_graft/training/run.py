@@ -207,10 +207,11 @@ def redraw(state: dict[str, torch.Tensor], generator: torch.Generator, device: t
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted names."""
+    """Nested values under dotted names, those of lists under numbers."""
     rows: dict[str, Any] = {}
     for name, value in values.items():
-        rows |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        inner = dict(enumerate(value)) if isinstance(value, list) else value
+        rows |= flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {f"{prefix}{name}": value}
     return rows
 
 
