@@ -4,6 +4,7 @@ A `Site` is pure data: it can be written to JSON, compared, and sent to a collea
 """
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_type_hints
@@ -217,16 +218,30 @@ class Context:
 class ContextSlot:
     """Where the root's pre-hook leaves the context of the running forward for the parts of one graft.
 
-    It is not cleared afterwards: parts may run again during the backward pass (see `checkpointing`).
+    It is not cleared afterwards: parts may run again during the backward pass (see `checkpointing`). Threads that run one
+    model at once have a context each; compiled code, and threads that ran no forward, are given the last of all.
 
     Attributes:
-        current: of the running forward, or the last.
         arguments: of the last forward of the grafted model, by name; what a saved graft proves itself by where a family has
             no example inputs.
     """
 
-    current: Context = field(default_factory=Context)
     arguments: dict[str, Any] | None = None
+    _last: Context = field(default_factory=Context)
+    _by_thread: dict[int, Context] = field(default_factory=dict)
+
+    @property
+    def current(self) -> Context:
+        """Of the forward that runs in this thread, or that ran last."""
+        return self._last if torch.compiler.is_compiling() else self._by_thread.get(threading.get_ident(), self._last)
+
+    @current.setter
+    def current(self, context: Context) -> None:
+        self._last = context
+        if torch.compiler.is_compiling():
+            self._by_thread = {}  # it does not know its thread, which would otherwise keep an older one
+        else:
+            self._by_thread[threading.get_ident()] = context
 
     def with_attention(self, *, mask: torch.Tensor | None, scale: float | None, causal: bool) -> Context:
         return replace(self.current, mask=mask, scale=scale, causal=causal)

@@ -1,12 +1,14 @@
 """In and out again, bit for bit."""
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 
 import diffusers_graft as dg
+from diffusers_graft.anatomy import example_inputs
 from diffusers_graft.bench.zoo import inputs_of, tiny
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError, StateError
 from diffusers_graft.processor import _intercepted_call, grafted_class, is_grafted
@@ -339,6 +341,27 @@ def test_gradient_checkpointing_of_two_forwards_at_once(spec):
     model.unset_graft()
     functions = [vars(module).get("_gradient_checkpointing_func") for module in model.modules()]
     assert {function.__module__ for function in functions if function} == {"diffusers.models.modeling_utils"}
+
+
+def test_threads_with_images_of_other_shapes_do_not_mix_them_up():
+    model, seen = tiny_pixart(), []
+    model.set_graft({"self_attention[:]": "neighborhood"})
+    wide, tall = ({**example_inputs(model), "hidden_states": torch.ones(1, 4, *sides).cumsum(3)} for sides in ((8, 16), (16, 8)))
+
+    @torch.no_grad()
+    def answer(inputs):
+        return model(**inputs).sample
+
+    def meanwhile(*_):
+        handle.remove()
+        thread = threading.Thread(target=lambda: seen.append(answer(tall)))
+        thread.start()
+        thread.join()
+
+    expected = answer(wide), answer(tall)
+    handle = model.transformer_blocks[0].register_forward_hook(meanwhile)
+    assert torch.equal(answer(wide), expected[0])
+    assert torch.equal(seen[0], expected[1])
 
 
 def test_other_resolutions_and_shapes():
