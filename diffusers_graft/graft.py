@@ -16,67 +16,18 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from .anatomy import bind_arguments, find_sites, linear_pair, projections
+from .anatomy import find_sites, linear_pair, projections
 from .blocks import fill_block, removed, shallow_copy, side_by_side, unshare
 from .errors import OperatorError, RuleError
-from .mixing import refuse_hiding, require_tokens
 from .operators import AttentionOperator, Operator
 from .plan import Edit, GraftPlan, build_operator
 from .processor import graft_processor
+from .seats import AttentionSeat, FeedForwardSeat
 from .site import BLOCK_KINDS, ContextSlot, Site, Sites
+from .source import is_causal
 
 # Quantised and fp8 weights are stored, not computed with; a new part takes the model's dtype there.
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class FeedForwardSeat(nn.Module):
-    """A feed-forward operator behind the call of the feed-forward it replaces."""
-
-    def __init__(self, site: Site, operator: Operator):
-        super().__init__()
-        self.graft_site, self.graft = site, operator
-
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        require_tokens(self.graft.name, hidden_states.shape[:-1].numel())
-        if hidden_states.dim() == 3:
-            return self.graft(hidden_states, self.graft.slot.current)
-        # Tokens without a batch [N, D], on their grid [B, F, H, W, D], or as a convolution takes them [B, D, H, W].
-        channels_first = hidden_states.dim() == 4 and hidden_states.shape[-1] != self.graft_site.width
-        tokens = hidden_states.movedim(1, -1) if channels_first else hidden_states
-        batch = 1 if tokens.dim() == 2 else tokens.shape[0]
-        mixed = self.graft(tokens.reshape(batch, -1, tokens.shape[-1]), self.graft.slot.current).view(tokens.shape)
-        return mixed.movedim(-1, 1) if channels_first else mixed
-
-
-class AttentionSeat(nn.Module):
-    """An operator with projections of its own, behind the call of the self-attention it replaces.
-
-    Rotary embeddings and whatever else the original was given besides its tokens go with it.
-
-    Attributes:
-        processor: the original's, which nothing calls; some models look at it.
-    """
-
-    def __init__(self, site: Site, operator: AttentionOperator, names: tuple[str, ...], processor: Any = None):
-        super().__init__()
-        self.graft_site, self.graft, self.names, self.processor = site, operator, names, processor
-
-    def forward(self, *args, **kwargs) -> torch.Tensor:
-        given = bind_arguments(self.names, args, kwargs)
-        hidden_states, other = given[self.names[0]], given.get("encoder_hidden_states")
-        require_tokens(self.graft.name, hidden_states.shape[1])
-        if other is not None and other is not hidden_states:
-            raise OperatorError(f"{self.graft.name} mixes a sequence with itself; {self.graft_site.path} was given another.")
-        for mask in (given.get(name) for name in ("attention_mask", "attn_mask", "mask")):
-            if isinstance(mask, torch.Tensor):
-                refuse_hiding(mask, self.graft.name)
-        context = self.graft.slot.current.at(self.graft_site, hidden_states.shape[1])
-        if context.text_first is not None and context.grid is not None and hidden_states.shape[1] > context.grid.tokens:
-            raise OperatorError(
-                f"{self.graft_site.path} mixes the image with text, or with registers, which {self.graft.name} would take for "
-                "more of the image. Choose a mixer there, such as hyena_x."
-            )
-        return self.graft(hidden_states, context)
 
 
 @dataclass(eq=False)
@@ -160,6 +111,7 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name.replace(".base_layer.", "."): tensor for name, tensor in named if ".lora_" not in name}
 
 
+@torch.inference_mode(False)
 def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
     """New parts beside the intact model, initialised from the parts they replace; the model is not touched.
 
@@ -225,6 +177,7 @@ def _build_seat(model: ModelMixin, edit: Edit, original: nn.Module, slot: Contex
         seat = FeedForwardSeat(edit.site, operator)
     elif isinstance(operator, AttentionOperator):
         _refuse_more_than_projections(original, edit)
+        _refuse_looking_ahead(original, edit, operator)
         if edit.config.init == "warm":
             operator.init_from(projections(original))
         seat = AttentionSeat(edit.site, operator, tuple(inspect.signature(original.forward).parameters), original.processor)
@@ -284,6 +237,14 @@ def _refuse_more_than_projections(original: nn.Module, edit: Edit) -> None:
         raise OperatorError(
             f"{edit.config.owner.name} replaces whole attentions, and {edit.site.path} also normalises or adds its input. "
             "Choose a mixer there, such as hyena_x."
+        )
+
+
+def _refuse_looking_ahead(original: nn.Module, edit: Edit, operator: Operator) -> None:
+    if is_causal(type(original.processor)) and not operator.stays_causal:
+        raise OperatorError(
+            f"{edit.config} looks ahead, and {edit.site.path} is causal. Leave it as it is, or choose an operator that does "
+            "not, such as gated_deltanet(bidirectional=False)."
         )
 
 

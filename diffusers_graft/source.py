@@ -103,6 +103,14 @@ def text_comes_first(processor: type) -> bool | None:
     return None
 
 
+@functools.cache
+def is_causal(processor: type) -> bool:
+    """Whether a processor asks for causal attention, whatever it is given."""
+    tree = tree_of(processor.__call__)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree is not None else []
+    return any(ast.unparse(word) == "is_causal=True" for call in calls for word in call.keywords)
+
+
 def _speaks_of_text(node: ast.AST) -> bool:
     names = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
     return any(word in _TEXT_WORDS for name in names for word in name.lower().split("_"))

@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # A room imports from the floors below its own, and from itself. Rooms that share a floor do not know each other.
 FLOORS = [
-    {"errors", "_version"}, {"site", "source", "json_file"}, {"operators"}, {"mixing", "rewriting", "checkpointing"}, {"anatomy", "processor"}, {"plan", "blocks"}, {"graft"}, {"surgery"},
+    {"errors", "_version"}, {"site", "source", "json_file"}, {"operators"}, {"mixing", "rewriting", "checkpointing"}, {"anatomy", "processor"}, {"plan", "blocks", "seats"}, {"graft"}, {"surgery"},
     {"training", "named"}, {"analysis"}, {"evaluation"}, {"hub"}, {"model", "training.trainer", "testbed"}, {"quickstart", "bench", "ablate"},
     {"cli"}, {"__main__"},
 ]  # fmt: skip

@@ -182,6 +182,25 @@ def test_whole_attentions_refuse_masks_by_any_name():
         attention(tokens, None, torch.tensor([[True, True, False, True]]))
 
 
+@pytest.mark.parametrize("operator", ["mamba2", "gated_deltanet", "mamba2(bidirectional=False, scan='zigzag')"])
+def test_whole_attentions_that_look_ahead_take_no_causal_place(operator):
+    name = "MiniMaxMusic3RVQDepthDecoder"
+    if name not in NAMES:
+        pytest.skip(f"this diffusers has no {name}")
+    with pytest.raises(OperatorError, match="looks ahead, and layers.0.attn is causal"):
+        model_of(name).set_graft(f"self_attention[0]={operator}")
+
+
+def test_whole_attentions_drop_no_bias_of_pairs():
+    name = "RFD4ProteinaTransformer"
+    if name not in NAMES:
+        pytest.skip(f"this diffusers has no {name}")
+    model = model_of(name)
+    model.set_graft({"self_attention[0]": "mamba2"})
+    with pytest.raises(OperatorError, match="told of pairs of tokens .pairs., which mamba2 would not hear of"):
+        predict(model, name)
+
+
 @pytest.mark.parametrize(("name", "words"), [
     ("Lumina2Transformer2DModel", "differ in width .query 32, key 16, value 16, out 32."), ("Flux2Transformer2DModel", "no plain linear layer for key"),
 ])  # fmt: skip
