@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
@@ -153,6 +153,22 @@ def test_flops_of_pooled_keys_where_the_stride_does_not_divide_the_grid():
     original = count_flops(model, inputs)
     model.set_graft({"self_attention[0]": "pooled_keys"})
     assert count_flops(model, inputs) == original - 4 * 9 * 9 * 16 + 4 * 9 * 4 * 16 + 2 * 2 * 4 * 4 * 16
+
+
+@pytest.mark.parametrize(("operator", "flops"), [
+    ("neighborhood", 4 * 36 * 27 * 16),
+    ({"operator": "hybrid", "first": "neighborhood", "second": "identity", "split": 1}, 4 * 36 * 27 * 8),
+    ({"operator": "hybrid", "first": "pooled_keys", "second": "identity", "split": 1}, 4 * 3 * 2 * 2 * (36 + 4) * 8),
+], ids=str)  # fmt: skip
+def test_flops_on_a_video(operator, flops):
+    """36 tokens of width 16 in 3 frames of 3 x 4: windows of 27 tokens, and 3 x 2 x 2 pooled keys."""
+    model = WanTransformer3DModel(patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
+                                  text_dim=8, freq_dim=8, ffn_dim=16, num_layers=1)  # fmt: skip
+    inputs = {"hidden_states": torch.zeros(1, 4, 3, 3, 4), "timestep": torch.zeros(1, dtype=torch.long),
+              "encoder_hidden_states": torch.zeros(1, 2, 8)}  # fmt: skip
+    original = count_flops(model, inputs)
+    model.set_graft({"self_attention[0]": operator})
+    assert count_flops(model, inputs) == original - 4 * 36 * 36 * 16 + flops
 
 
 @pytest.mark.parametrize("name", [

@@ -188,6 +188,11 @@ class Operator(nn.Module):
         """Floating-point operations of one sample of `tokens` tokens, a multiply-add counting two."""
         raise OperatorError(f"{self.name} does not say what it costs: define flops(tokens) beside its forward.")
 
+    def last_grid(self, tokens: int) -> Grid | None:
+        """How the tokens lay in the last forward, for `flops` that depend on it; None where no so many tokens lay on a grid."""
+        grid = self.slot.current.at(self.site, tokens).grid
+        return grid if grid is not None and grid.tokens == tokens else None
+
     def uncounted_flops(self, tokens: int) -> int:
         """The part of `flops` that torch's counter is blind to; negative where it counts what a mask hides."""
         return 0

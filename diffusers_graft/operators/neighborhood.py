@@ -124,11 +124,16 @@ class Neighborhood(WithBackends, Mixer):
         return tuple((length, self.config.kernel, self.config.dilation) for length in self.lengths(grid))
 
     def flops(self, tokens: int) -> int:
-        """Of an image; a video's window has kernel times as many tokens."""
-        return 4 * tokens * self.config.kernel**2 * self.site.inner_width
+        """Of the last forward's grid, an image or a video, or of an image."""
+        return 4 * tokens * self._seen(tokens) * self.site.inner_width
 
     def uncounted_flops(self, tokens: int) -> int:
         """Minus the pairs that the reference computes and its mask hides."""
-        return -4 * (tokens**2 - tokens * self.config.kernel**2) * self.site.inner_width
+        return -4 * tokens * (tokens - self._seen(tokens)) * self.site.inner_width
 
     countable = reference
+
+    def _seen(self, tokens: int) -> int:
+        """Tokens of a window."""
+        grid = self.last_grid(tokens)
+        return self.config.kernel ** (3 if grid and grid.frames > 1 else 2)

@@ -72,8 +72,6 @@ class PooledKeys(Mixer):
 
     def flops(self, tokens: int) -> int:
         """Softmax over the pooled keys, and two convolutions; of the last forward's grid, or of one that the stride divides."""
-        grid, stride = self.slot.current.at(self.site, tokens).grid, self.config.stride
-        keys = tokens // stride**2
-        if grid is not None and grid.tokens == tokens:
-            keys = grid.frames * -(-grid.height // stride) * -(-grid.width // stride)
+        grid, stride = self.last_grid(tokens), self.config.stride
+        keys = grid.frames * -(-grid.height // stride) * -(-grid.width // stride) if grid else tokens // stride**2
         return 4 * keys * (tokens + stride**2) * self.site.inner_width
