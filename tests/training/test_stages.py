@@ -529,8 +529,8 @@ def test_the_trainer_trains(tmp_path):
 def test_both_stages_learn_whatever_is_around_them(around):
     model, plain = tiny_dit(), tiny_dit()
     for one, context in ((model, around), (plain, torch.enable_grad)):
-        graft = dg.build_graft(one, dg.plan_graft(one, {"self_attention[1]": "hyena_x", "feed_forward[0]": "mlp"}))
         with context():
+            graft = dg.build_graft(one, dg.plan_graft(one, {"self_attention[1]": "hyena_x", "feed_forward[0]": "mlp"}))
             dg.closed_form(one, graft, batches(), dg.ClosedFormConfig(steps=1), noise_scheduler=SCHEDULER)
             dg.distill(one, graft, batches(), quick(2), noise_scheduler=SCHEDULER)
         one.set_graft(graft)
