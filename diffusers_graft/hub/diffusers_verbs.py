@@ -43,7 +43,10 @@ def _saving(original):
         if graft is None or not is_enabled(self):
             if kwargs.pop("self_contained", False):
                 raise StateError("Only a grafted model has code to bring along. Graft it, or leave self_contained out.")
-            require_alone(Path(save_directory), {**dict(zip(names, args, strict=False)), **kwargs}.get("variant"))
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            require_alone(Path(save_directory), given.get("variant"))
+            if given.get("push_to_hub"):
+                _require_alone_there(given.get("repo_id") or Path(save_directory).name, given)
             return original(self, save_directory, *args, **kwargs)
         kwargs |= dict(zip(names, args, strict=False))
         known = [*names, *_PUSHING, "repo_id", "self_contained"]
@@ -57,6 +60,13 @@ def _saving(original):
         return push_whole(folder, repo_id, variant=kwargs.get("variant"), **pushing) if push_to_hub else None
 
     return save_pretrained
+
+
+def _require_alone_there(repo_id: str, given: dict[str, Any]) -> None:
+    """`require_alone`, of a repository."""
+    with tempfile.TemporaryDirectory() as folder:
+        fetch_config(repo_id, folder, given.get("token"))
+        require_alone(Path(folder), given.get("variant"), where=repo_id)
 
 
 def _arguments(verb) -> list[str]:
@@ -95,11 +105,11 @@ def _pushing(original):
         kwargs |= dict(zip(names, args, strict=False))
         if kwargs.get("subfolder"):
             return original(self, repo_id, **kwargs)
+        if graft is None or not is_enabled(self):
+            _require_alone_there(repo_id, kwargs)
+            return original(self, repo_id, **kwargs)
         with tempfile.TemporaryDirectory() as folder:
             fetch_config(repo_id, folder, kwargs.get("token"))
-            if graft is None or not is_enabled(self):
-                require_alone(Path(folder), kwargs.get("variant"), where=repo_id)
-                return original(self, repo_id, **kwargs)
             kwargs.pop("subfolder", None)
             pushing = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
             self.save_pretrained(folder, **kwargs)

@@ -340,6 +340,9 @@ def test_a_plain_model_takes_no_description_from_grafted_variants(hub, tmp_path)
     expected = predict(model)
     with pytest.raises(StateError, match="owner/whole holds a grafted model .variant 'bf16'"):
         tiny_dit().push_to_hub("owner/whole", **TOKEN)
+    with pytest.raises(StateError, match="owner/whole holds a grafted model .variant 'bf16'"):
+        tiny_dit().save_pretrained(tmp_path / "plain", push_to_hub=True, repo_id="owner/whole", **TOKEN)
+    assert not (tmp_path / "plain").exists()
     assert torch.equal(predict(dg.load_pretrained("owner/whole", variant="bf16", **cached(tmp_path))), expected)
     tiny_dit().push_to_hub("owner/whole", variant="bf16", **TOKEN)
 
