@@ -136,6 +136,8 @@ def test_flops_of_a_self_graft_are_the_originals(model):
     model.set_graft({"self_attention[0]": "hyena_x"})
     (operator,) = model.graft.operators().values()
     assert count_flops(model) == original - 4 * 16 * 16 * 16 + operator.flops(16)
+    assert not operator._forward_hooks
+    assert not operator._forward_pre_hooks
 
 
 def test_flops_of_linear_attention_on_a_prompt():
@@ -261,7 +263,7 @@ def test_locality_against_attention_by_hand(tmp_path):
 def test_locality_is_of_the_original():
     model = tiny_dit()
     model.set_graft({"self_attention[0]": "hyena_x"})
-    with pytest.raises(StateError, match="unset_graft"):
+    with pytest.raises(StateError, match="a property of the original"):
         locality(model, batches(1), noise_scheduler=SCHEDULER)
 
 

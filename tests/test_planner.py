@@ -52,17 +52,17 @@ def choice(block, operator, harm, saved):
     kind, path = ("block", f"blocks.{block}") if whole else ("feed_forward", f"blocks.{block}.ff")
     sizes = {"blocks": 1} if whole else {"hidden": 32, "activation": "gelu"}
     site = Site(kind=kind, index=block, path=path, width=8, **sizes)
-    return Choice(Edit(site, dg.operators.get(operator).Config()), harm, dict.fromkeys(MEASURES, saved))
+    return Choice(Edit(site, dg.operators.get(operator).Config()), harm, dict(zip(MEASURES, saved, strict=True)))
 
 
 @st.composite
 def surveys(draw):
-    share = st.integers(-3, 12).map(lambda percent: percent / 100)
+    shares = st.tuples(*[st.integers(-3, 12).map(lambda percent: percent / 100)] * len(MEASURES))
     harm = st.one_of(st.just(0.0), st.floats(0, 10))
     counts = draw(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=4))
     names = [(block, name) for block, (parts, _) in enumerate(counts) for name in ("linear_mlp", "mlp", "mix_ffn")[:parts]]
     names += [(block, "linear_block") for block, (_, whole) in enumerate(counts) if whole]
-    return Survey("Some", tuple(choice(block, name, draw(harm), draw(share)) for block, name in names))
+    return Survey("Some", tuple(choice(block, name, draw(harm), draw(shares)) for block, name in names))
 
 
 def designs_of(survey):
@@ -75,23 +75,25 @@ def designs_of(survey):
             yield taken
 
 
-@given(surveys(), st.integers(50, 99).map(lambda percent: percent / 100))
-def test_the_plan_is_the_best_there_is(survey, budget):
+@given(surveys(), st.integers(50, 99).map(lambda percent: percent / 100), st.sampled_from(MEASURES))
+def test_the_plan_is_the_best_there_is(survey, budget, measure):
     within = [sum(one.harm for one in design) for design in designs_of(survey)
-              if sum(round(100 * one.saved["flops"]) for one in design) >= round(100 * (1 - budget))]  # fmt: skip
+              if sum(round(100 * one.saved[measure]) for one in design) >= round(100 * (1 - budget))]  # fmt: skip
     if not within:
         with pytest.raises(GraftError, match="is the least") as refusal:
-            survey.plan(flops=budget)
-        if (least := float(re.search(r"choices (\S+) is", str(refusal.value))[1])) < 1:
-            survey.plan(flops=least)
+            survey.plan(**{measure: budget})
+        least = float(re.search(r"choices (\S+) is", str(refusal.value))[1])
+        assert budget < least <= 1
+        if least < 1:
+            survey.plan(**{measure: least})
         return
-    plan = survey.plan(flops=budget)
+    plan = survey.plan(**{measure: budget})
     assert [choice.edit for choice in survey.choices if choice.edit in plan.edits] == list(plan.edits)
     assert plan.edits in [tuple(one.edit for one in design) for design in designs_of(survey)]
     told = survey.predicted(plan)
-    assert told["flops"] <= budget + 1e-9
+    assert told[measure] <= budget + 1e-9
     assert told["harm"] == pytest.approx(min(within))
-    front = survey.front("flops")
+    front = survey.front(measure)
     assert front[0][1] == 0
     assert front == sorted(front, reverse=True)
     assert [harm for _, harm in front] == sorted({harm for _, harm in front})
@@ -236,7 +238,8 @@ def test_a_model_that_answers_nothing_cannot_be_judged(weight, said):
         dg.survey(model, {"self_attention[:]": ["identity"]}, batches(1), noise_scheduler=SCHEDULER)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "model_class": "A", "edits": []}', "no json"])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "model_class": "A", "edits": []}', "no json",
+                                  '{"format": 1, "model_class": "A", "edits": [], "scores": [1], "protocol": {}}'])  # fmt: skip
 def test_a_file_that_is_no_survey(tmp_path, text):
     (tmp_path / "survey.json").write_text(text, encoding="utf-8")
     with pytest.raises(FileError):

@@ -1,9 +1,10 @@
 """Which operator goes where: the best design under a budget, from what every choice does and saves by itself.
 
 A choice is an operator at a site. Its *harm* is how far the model's answer moves when this part alone is replaced, as a
-squared error, so harms add up as long as parts err independently. The best plan under a budget is then a multiple-choice
-knapsack, solved exactly: site by site, every total that no other beats is kept (Nemhauser and Ullmann, 1969). Scores of one
-part at a time and a knapsack are how Puzzle (arXiv 2411.19146) designs language models.
+squared error, so harms add up as long as parts err independently; together they do somewhat more, the more the deeper a
+budget cuts (examples/benchmarks/planner). The plan of the least sum under a budget is a multiple-choice knapsack, solved
+exactly: site by site, every total that no other beats is kept (Nemhauser and Ullmann, 1969). Scores of one part at a time and
+a knapsack are how Puzzle (arXiv 2411.19146) designs language models.
 """
 from __future__ import annotations
 
@@ -105,7 +106,7 @@ class Survey:
     grafts: tuple[Graft, ...] = field(default=(), repr=False, compare=False)
 
     def plan(self, *, latency: float | None = None, flops: float | None = None, parameters: float | None = None) -> GraftPlan:
-        """The plan of least harm that leaves at most a share of the original's latency, FLOPs or parameters.
+        """The plan that leaves at most a share of the original's latency, FLOPs or parameters, at the least sum of harms.
 
         Args:
             latency, flops, parameters: the budget, one of them: 0.8 is 80 % of the original's.
@@ -128,7 +129,7 @@ class Survey:
         return GraftPlan(self.model_class, tuple(choice.edit for choice in self.choices if choice.edit in taken))
 
     def front(self, measure: str = "latency") -> list[tuple[float, float]]:
-        """What is to be had: shares of the original's that plans leave, falling to the least, and the least harm of each.
+        """What is to be had: shares of the original's that plans leave, falling to the least, and their least sums of harms.
 
         Raises `UnknownNameError` for a measure that there is not.
         """
@@ -136,7 +137,7 @@ class Survey:
         return list(zip(totals.left.tolist(), totals.harm.tolist(), strict=True))[::-1]
 
     def predicted(self, plan: GraftPlan) -> dict[str, float]:
-        """`harm` of a plan, and what it leaves of the `MEASURES`: sums over its choices.
+        """`harm` of a plan, and what it leaves of the `MEASURES`: sums over its choices, which may do more harm together.
 
         Raises `GraftError` for an edit that was not surveyed.
         """
