@@ -92,6 +92,9 @@ class Graft:
     def __str__(self) -> str:
         return str(self.plan)
 
+    def __repr__(self) -> str:
+        return f"Graft({len(self.plan.edits)})\n{self}"
+
 
 def base_tensors(model: ModelMixin) -> dict[str, torch.Tensor]:
     """The tensors of the pretrained model, by name, whatever graft or LoRA sits in it now."""
@@ -130,7 +133,7 @@ def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
     originals = {path: _original(model, path) for edit in plan.edits for path in edit.site.paths}
     seats: dict[str, nn.Module] = {}
     for number, edit in enumerate(plan.edits):
-        with torch.random.fork_rng(devices=[]), _made_where(originals[edit.site.path]):
+        with torch.random.fork_rng(devices=[]), _device_of_starts(originals[edit.site.path]):
             torch.default_generator.manual_seed(seed + number)  # alone: those of GPUs are not forked
             if edit.site.kind in BLOCK_KINDS:
                 seats |= _block_seats(model, edit, originals, slot, sites)
@@ -142,8 +145,8 @@ def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
     return Graft(plan, seats, originals, slot, sites)
 
 
-def _made_where(original: nn.Module) -> torch.device:
-    """On the CPU, where random starts are the same for every device; without memory where the model has none."""
+def _device_of_starts(original: nn.Module) -> torch.device:
+    """The CPU, so that random starts are the same on every device; meta, which takes no memory, where the model is on it."""
     return torch.device("meta" if any(parameter.is_meta for parameter in original.parameters()) else "cpu")
 
 

@@ -100,6 +100,9 @@ class GraftPlan:
                 )
         _require_apart(self.edits)
 
+    def __repr__(self) -> str:
+        return f"GraftPlan({len(self.edits)})\n{self}"
+
     def __str__(self) -> str:
         rows = [(edit.site.address, edit.site.path, str(edit.config)) for edit in self.edits]
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
@@ -126,7 +129,7 @@ def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:
     claims: dict[Site, tuple[str, OperatorConfig]] = {}
     for key, spec in rules.items():
         config = configure(spec)
-        for site in _named(model, sites, key, config):
+        for site in _sites_of(model, sites, key, config):
             if site in claims:
                 raise RuleError(
                     f"Two rules claim {site.address}: {claims[site][0]!r} ({claims[site][1]}) and {key!r} ({config}). "
@@ -142,7 +145,7 @@ def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:
     return GraftPlan(type(model).__name__, edits)
 
 
-def _named(model: ModelMixin, sites: Sites, key: str, config: OperatorConfig) -> Sites:
+def _sites_of(model: ModelMixin, sites: Sites, key: str, config: OperatorConfig) -> Sites:
     """The sites of a rule; of a `block_run`, its blocks in groups."""
     if not (isinstance(key, str) and key.strip().startswith("block")):
         return select(sites, key)
@@ -232,13 +235,13 @@ def select(sites: Sites, key: str) -> Sites:
     for item in map(str.strip, items.split(",")):
         if not (indices := _indices(item, len(candidates), key)):
             raise RuleError(
-                f"'{kind}[{item}]' matches nothing: the model has {len(candidates)} {kind} sites{_range(candidates)}."
+                f"'{kind}[{item}]' matches nothing: the model has {len(candidates)} {kind} sites{_first_and_last(candidates)}."
             )
         chosen.update(indices)
     return Sites(candidates[index] for index in sorted(chosen))
 
 
-def _range(candidates: Sites) -> str:
+def _first_and_last(candidates: Sites) -> str:
     return f", {candidates[0].address} to {candidates[-1].address}" if candidates else ""
 
 

@@ -36,7 +36,7 @@ def graft_processor(processor: Any) -> Any:
         )
     if getattr(processor, "_parallel_config", None) is not None:
         raise OperatorError("A graft mixes tokens on one device: disable context parallelism before grafting.")
-    return _dress(type(processor), vars(processor))
+    return _make_processor(type(processor), vars(processor))
 
 
 def is_grafted(processor: Any) -> bool:
@@ -44,7 +44,8 @@ def is_grafted(processor: Any) -> bool:
     return isinstance(processor, _Grafted)
 
 
-def _dress(original: type, state: dict[str, Any]) -> Any:
+def _make_processor(original: type, state: dict[str, Any]) -> Any:
+    """A processor of the class generated for `original`, with the attributes that its own had."""
     cls = grafted_class(original)
     processor = cls.__new__(cls)
     vars(processor).update(state)
@@ -127,7 +128,7 @@ class _Grafted:
         return self._mix_tokens_first(attn, stream, query, key, value).flatten(2)
 
     def __reduce__(self):
-        return _dress, (self._original, vars(self).copy())
+        return _make_processor, (self._original, vars(self).copy())
 
 
 def _rotated(tensor: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ class Site:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of the modules it replaces: its own, and those of the blocks behind it that it spans."""
+        """Paths of all modules that it replaces: its own, and those of the blocks behind it that it spans."""
         holder, _, number = self.path.rpartition(".")
         return (self.path, *(f"{holder}.{int(number) + step}" for step in range(1, self.blocks or 1)))
 
@@ -135,7 +135,7 @@ class Grid:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens."""
         return self.frames * self.height * self.width
 
     def place_of(self, token: int) -> tuple[int, ...]:
@@ -244,4 +244,5 @@ class ContextSlot:
             self._by_thread[threading.get_ident()] = context
 
     def with_attention(self, *, mask: torch.Tensor | None, scale: float | None, causal: bool) -> Context:
+        """The current context, with what the attention that runs was given."""
         return replace(self.current, mask=mask, scale=scale, causal=causal)

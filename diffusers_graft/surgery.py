@@ -18,7 +18,7 @@ from .graft import COMPUTE_DTYPES, AttentionSeat, Graft, installed, is_enabled
 from .processor import is_grafted
 
 _GRAFT, _ENABLED, _SKIPPED = "_graft", "_graft_enabled", "_skip_layerwise_casting_patterns"
-_THEN = "_graft_dtype_then"  # on a part that waits: what dtype the part in its place had when it came
+_BESIDE = "_graft_dtype_beside"  # kept on a part that waits: the dtype of what took its place, as it was then
 
 
 def install(model: ModelMixin, graft: Graft) -> None:
@@ -89,7 +89,7 @@ def require_built_beside(model: ModelMixin, graft: Graft) -> None:
     """
     require_model(model)
     if not isinstance(graft, Graft):
-        raise StateError(f"A graft is what dg.build_graft(model, plan) makes; got {graft!r}.")
+        raise StateError(f"A graft is what dg.build_graft(model, plan) makes; got a {type(graft).__name__}.")
     parts = dict(model.named_modules(remove_duplicate=False))
     for path, original in graft.originals.items():
         if parts.get(path) is not original:
@@ -114,7 +114,7 @@ class ContextReader:
     """Forward pre-hook of the root: reads the context of this forward for the parts of one graft."""
 
     def __init__(self, graft: Graft, model: ModelMixin):
-        # What compiled code could not look up.
+        # Looked up here, since compiled code cannot.
         self.graft, self.family, self.names = graft, family_of(model), argument_names(type(model))
 
     def __call__(self, model: ModelMixin, args: tuple, kwargs: dict) -> None:
@@ -192,7 +192,7 @@ def _follow(model: ModelMixin, leaving: nn.Module, coming: nn.Module) -> None:
     counterparts = dict(leaving.named_parameters())
     if (here := _anchor(model, leaving)) is None:
         return  # weights that are only stored, quantised or fp8, say nothing about where a part should go
-    cast = vars(coming).pop(_THEN, None) != here.dtype  # else parameters of several dtypes keep theirs
+    cast = vars(coming).pop(_BESIDE, None) != here.dtype  # else parameters of several dtypes keep theirs
     shared = {id(parameter) for parameter in counterparts.values()}
     for name, parameter in coming.named_parameters():
         like = counterparts.get(name, here)
@@ -200,7 +200,7 @@ def _follow(model: ModelMixin, leaving: nn.Module, coming: nn.Module) -> None:
         dtype = like.dtype if cast or like is not here else parameter.dtype
         if id(parameter) not in shared and (parameter.device, parameter.dtype) != (like.device, dtype):
             parameter.data = parameter.data.to(like.device, dtype)
-    vars(leaving)[_THEN] = getattr(_anchor(model, coming), "dtype", None)
+    vars(leaving)[_BESIDE] = getattr(_anchor(model, coming), "dtype", None)
 
 
 def _wrap_alike(leaving: nn.Module, coming: nn.Module) -> None:

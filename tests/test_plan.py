@@ -124,6 +124,12 @@ def test_a_plan_prints_a_table():
     assert len({row.index("transformer_blocks") for row in rows}) == len({row.index(str(e.config)) for row, e in zip(rows, plan.edits, strict=True)}) == 1
 
 
+def test_what_a_notebook_shows_of_plans_and_grafts_is_that_table():
+    plan = dg.plan_graft(MODEL, {"self_attention[0]": "hyena_x"})
+    assert repr(plan) == f"GraftPlan(1)\n{plan}"
+    assert repr(dg.build_graft(MODEL, plan)) == f"Graft(1)\n{plan}"
+
+
 def test_plans_are_resolved():
     """A plan lists sites; it says nothing of patterns."""
     text = json.dumps(dg.plan_graft(MODEL, {"self_attention[:]": "hyena_x"}).to_dict())

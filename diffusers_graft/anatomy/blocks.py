@@ -54,7 +54,7 @@ def block_sites(model: ModelMixin, parts: Sites) -> Sites:
         found = [_block(f"{path}.{number}", block, len(blocks) + number, parts) for number, block in enumerate(entries)]
         if refusal(model, path) is None:
             for first in range(0, len(entries) - 1, 2):
-                if unlike(entries[first], entries[first + 1]) is None:
+                if _unlike(entries[first], entries[first + 1]) is None:
                     pairs.append(_span("block_pair", len(pairs), found[first : first + 2]))
         blocks += found
     return Sites([*blocks, *pairs])
@@ -120,7 +120,7 @@ def refusal(model: ModelMixin, path: str) -> str | None:
     """Why no two neighbours of the list at a path can run side by side."""
     holder, _, name = path.rpartition(".")
     for cls in sorted({block_class(block) for block in model.get_submodule(path)}, key=lambda cls: cls.__name__):
-        if skips := [name for name in parameters_of(cls) if name in _SKIPS]:
+        if skips := [parameter for parameter in parameters_of(cls) if parameter in _SKIPS]:
             return f"{cls.__name__} takes a skip connection ({skips[0]}) from another block, which would cross the pair"
         if (streams := streams_of(cls)) is None:
             return f"what {cls.__name__} returns cannot be matched with its arguments"
@@ -130,10 +130,10 @@ def refusal(model: ModelMixin, path: str) -> str | None:
 
 
 def _unlike_neighbours(blocks: list[nn.Module]) -> str | None:
-    return next((why for pair in zip(blocks, blocks[1:], strict=False) if (why := unlike(*pair))), None)
+    return next((why for pair in zip(blocks, blocks[1:], strict=False) if (why := _unlike(*pair))), None)
 
 
-def unlike(one: nn.Module, other: nn.Module) -> str | None:
+def _unlike(one: nn.Module, other: nn.Module) -> str | None:
     """Why two neighbours cannot run side by side."""
     if block_class(one) is not block_class(other):
         return f"neighbours are of different classes, {block_class(one).__name__} and {block_class(other).__name__}"

@@ -84,13 +84,13 @@ _ROWS: dict[str, Family] = {
 }  # fmt: skip
 
 
-def _classes() -> dict[type, Family]:
+def _rows_by_class() -> dict[type, Family]:
     homes = (transformers, diffusers)
     found = ((next((getattr(home, name) for home in homes if hasattr(home, name)), None), row) for name, row in _ROWS.items())
     return {cls: row for cls, row in found if cls is not None}
 
 
-_FAMILIES = _classes()
+_FAMILIES = _rows_by_class()
 
 
 def family_of(model: ModelMixin) -> Family:
@@ -114,7 +114,7 @@ def context_of(model: ModelMixin, family: Family, inputs: Inputs) -> Context:
 
 
 def argument_names(cls: type[ModelMixin]) -> tuple[str, ...]:
-    """Of the forward of a model."""
+    """Names of what the forward of a model takes, in order."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 

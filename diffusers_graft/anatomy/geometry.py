@@ -51,12 +51,12 @@ def channels_last(model: ModelMixin, inputs: Inputs) -> Grid | None:
 
 def waveform(model: ModelMixin, inputs: Inputs) -> Grid | None:
     """Latents [B, C, N]: one row."""
-    return Grid(height=1, width=inputs["hidden_states"].shape[-1] // (_patch(model)[-1]))
+    return Grid(height=1, width=inputs["hidden_states"].shape[-1] // _patch(model)[-1])
 
 
 def packed_waveform(model: ModelMixin, inputs: Inputs) -> Grid | None:
     """Latents [B, N, C]: one row."""
-    return Grid(height=1, width=inputs["hidden_states"].shape[1] // (_patch(model)[-1]))
+    return Grid(height=1, width=inputs["hidden_states"].shape[1] // _patch(model)[-1])
 
 
 def from_last_positions(model: ModelMixin, inputs: Inputs) -> Grid | None:
