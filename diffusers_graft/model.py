@@ -128,21 +128,11 @@ def _active_grafts(model: ModelMixin) -> list[str]:
     return list(named.active(model))
 
 
-def _disable_graft(model: ModelMixin) -> None:
-    """Run the original parts; the graft stays at hand."""
-    disable(model)
-
-
-def _enable_graft(model: ModelMixin) -> None:
-    """Run the grafted parts again."""
-    enable(model)
-
-
 def attach_verbs() -> None:
     """Give `ModelMixin` the verbs. Called once, by `import diffusers_graft`."""
     ModelMixin.set_graft = set_graft
     ModelMixin.graft = property(_graft)
-    ModelMixin.unset_graft, ModelMixin.disable_graft, ModelMixin.enable_graft = _unset_graft, _disable_graft, _enable_graft
+    ModelMixin.unset_graft, ModelMixin.disable_graft, ModelMixin.enable_graft = _unset_graft, disable, enable
     ModelMixin.set_active_graft, ModelMixin.active_grafts = _set_active_graft, _active_grafts
     ModelMixin.save_graft, ModelMixin.load_graft = save_graft, load_graft
     attach_saving()
