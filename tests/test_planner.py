@@ -259,7 +259,7 @@ def test_a_survey_that_is_damaged(surveyed, tmp_path, there, instead):
 
 @pytest.mark.parametrize(
     ("budget", "said"),
-    [({}, "one budget"), ({"flops": 0.9, "latency": 0.9}, "one budget"), ({"flops": 1.5}, "between 0 and 1"),
+    [({}, "one budget"), ({"flops": 0.9, "latency": 0.9}, "one budget"), ({"flops": 0}, "between 0 and 1"), ({"flops": 1}, "between 0 and 1"),
      ({"flops": "half"}, "between 0 and 1"), ({"parameters": 0.01}, "is the least")],
 )  # fmt: skip
 def test_a_budget_that_is_none(surveyed, budget, said):

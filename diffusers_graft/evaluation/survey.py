@@ -152,7 +152,7 @@ def _savings(model: ModelMixin, grafts: list[Graft], inputs: dict[str, Any], rou
             try:
                 counts = _counts(model, _part(graft, [edit]), inputs)
             except GraftError as error:
-                raise OperatorError(f"{edit} cannot run: {error} Or leave the site out of the candidates.") from error
+                raise OperatorError(f"{edit} cannot run: {error} Leave that site out of the candidates.") from error
             flops, parameters = (1 - left / all_ for left, all_ in zip(counts, whole, strict=True))
             saved[edit] = {"flops": flops, "parameters": parameters}
             alike.setdefault((graft, edit.config, replace(edit.site, index=0, path=""), counts), []).append(edit)
