@@ -35,7 +35,8 @@ def visits(grid: Grid, order: str, device: torch.device | None = None) -> torch.
 
 
 def chunked(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """[B, N, ...] -> [B, T, size, ...], the last chunk filled with zeros."""
+    """[B, N, ...] -> [B, T, size, ...], the last chunk filled with zeros; of fewer tokens, one chunk of them all."""
+    size = size if tensor.shape[1] > size else tensor.shape[1]
     missing = -tensor.shape[1] % size
     if missing:
         tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing))

@@ -116,7 +116,7 @@ class GatedDeltanet(WithBackends, AttentionOperator):
 
     def flops(self, tokens: int) -> int:
         """Projections, and each way the products within chunks, with the state, and from state to state."""
-        padded, width, chunk = tokens + -tokens % self.config.chunk, self.site.head_width, self.config.chunk
+        (padded, chunk), width = self._chunked(tokens), self.site.head_width
         projections = 8 * tokens * self.site.width * self.site.inner_width + 4 * tokens * self.site.width * self.site.heads
         within, across, steps = 6 * chunk, 8 * width, 2 * width * width // chunk
         scans = len(self.ways()) * padded * self.site.inner_width * (within + across + steps)
@@ -124,10 +124,15 @@ class GatedDeltanet(WithBackends, AttentionOperator):
 
     def uncounted_flops(self, tokens: int) -> int:
         """The triangular systems, which torch's counter does not see, decays between tokens, and elementwise work."""
-        padded, chunk = tokens + -tokens % self.config.chunk, self.config.chunk
+        padded, chunk = self._chunked(tokens)
         systems = padded * chunk * 2 * self.site.inner_width
         decays = 5 * padded * chunk * self.site.heads
         return len(self.ways()) * (systems + decays + 10 * padded * self.site.inner_width)
+
+    def _chunked(self, tokens: int) -> tuple[int, int]:
+        """Tokens of all chunks together, and of one."""
+        chunk = min(self.config.chunk, tokens)
+        return tokens + -tokens % chunk, chunk
 
 
 def token_by_token(

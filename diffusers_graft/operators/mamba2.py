@@ -186,7 +186,7 @@ class Mamba2(WithBackends, AttentionOperator):
 
     def flops(self, tokens: int) -> int:
         """Projections, convolution, and of the scan the products within chunks and, each way, with the state."""
-        padded, state, chunk = self._padded(tokens), self.config.state, self.config.chunk
+        (padded, chunk), state = self._chunked(tokens), self.config.state
         projections = 2 * tokens * self.site.width * (self.in_proj.out_features + self.inner)
         convolution = 2 * self.config.conv * tokens * self.conv1d.in_channels
         within = 2 * padded * chunk * (state + self.inner)
@@ -195,11 +195,12 @@ class Mamba2(WithBackends, AttentionOperator):
 
     def uncounted_flops(self, tokens: int) -> int:
         """Elementwise work: decays between the tokens of a chunk and of states, gates, and the norm."""
-        padded, ways = self._padded(tokens), 1 + self.config.bidirectional
-        decays = padded * self.heads * self.config.chunk * (2 + ways)
-        states = 2 * ways * (padded // self.config.chunk) * self.config.state * self.inner
+        (padded, chunk), ways = self._chunked(tokens), 1 + self.config.bidirectional
+        decays = padded * self.heads * chunk * (2 + ways)
+        states = 2 * ways * (padded // chunk) * self.config.state * self.inner
         return decays + states + (10 + 3 * ways) * tokens * self.inner
 
-    def _padded(self, tokens: int) -> int:
-        """Tokens of all chunks together."""
-        return tokens + -tokens % self.config.chunk
+    def _chunked(self, tokens: int) -> tuple[int, int]:
+        """Tokens of all chunks together, and of one."""
+        chunk = min(self.config.chunk, tokens)
+        return tokens + -tokens % chunk, chunk

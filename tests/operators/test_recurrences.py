@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffusers_graft as dg
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError
@@ -335,6 +336,17 @@ def test_chunks_change_nothing():
         results.append(build({"operator": "mamba2", "chunk": chunk})(hidden_states, Context()))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gated_deltanet"])
+def test_a_chunk_is_no_longer_than_the_tokens(name):
+    operator, tokens = build({"operator": name, "chunk": 1000}), draw(1, 12, ATTENTION.width)
+    exact = build({"operator": name, "chunk": 12})
+    exact.load_state_dict(operator.state_dict())
+    with FlopCounterMode(display=False) as counter:
+        torch.testing.assert_close(operator(tokens, Context()), exact(tokens, Context()), rtol=0, atol=0)
+    assert counter.get_total_flops() == pytest.approx(2 * (operator.flops(12) - operator.uncounted_flops(12)), rel=0.01)
+    assert operator.flops(12) == exact.flops(12)
 
 
 def test_heads_of_mamba2_divide_the_inner_width():
