@@ -130,7 +130,8 @@ def _from_ids(ids: torch.Tensor) -> Grid | None:
     ids = _first_sample(ids)
     if torch.compiler.is_compiling():
         return _checked(ids, _READ.get(ids.shape[0]))
-    lengths = [int(ids[:, axis].max() - ids[:, axis].min()) + 1 for axis in range(3)]
+    # Read at once: on a GPU each look at values waits for all that runs there.
+    lengths = [int(most) + 1 for most in (ids.amax(0) - ids.amin(0))[:3].tolist()]
     grid = Grid(frames=lengths[0], height=lengths[1], width=lengths[2]) if _product(lengths) == len(ids) else None
     if grid is not None:
         _READ[len(ids)] = grid
