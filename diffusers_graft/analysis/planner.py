@@ -121,11 +121,11 @@ class Survey:
         if not isinstance(share, Real) or not 0 < share < 1:
             raise GraftError(f"A budget is a share of the original's {measure}, between 0 and 1; got {share!r}.")
         totals = self._totals(measure)
-        enough = (totals.saved >= round(10**9 * (1 - share))).nonzero().flatten().tolist()
+        enough = int((totals.saved >= round(10**9 * (1 - share))).sum())  # so many of the first
         if not enough:
             least = math.ceil(10**4 * totals.left[0].item()) / 10**4  # rounded up, so that it can be asked for
             raise GraftError(f"No plan leaves {share:g} of the {measure}: with these choices {least} is the least.")
-        taken = {choice.edit for choice in totals.choices_of(enough[-1])}
+        taken = {choice.edit for choice in totals.choices_of(enough - 1)}
         return GraftPlan(self.model_class, tuple(choice.edit for choice in self.choices if choice.edit in taken))
 
     def front(self, measure: str = "latency") -> list[tuple[float, float]]:
