@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,16 @@ def _verdict(seeds: list[dict[str, Any]], budget: float) -> str:
 
 def _additive(seeds: list[dict[str, Any]]) -> str:
     designs = [design for row in seeds for design in row["designs"]]
+    pairs = [pair for row in seeds for pair in combinations(row["designs"], 2) if pair[0]["budget"] == pair[1]["budget"]]
+    right = sum((one["predicted"] < other["predicted"]) == (one["harm"] < other["harm"]) for one, other in pairs)
     told = []
     for kind in (PLANNED, "one operator", CHANCE):
         ratios = [design["harm"] / design["predicted"] for design in designs if _kind(design) == kind]
         told.append(f"{kind} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    return f"Measured harm over the sum of its parts', median and range: {', '.join(told)}."
+    return (
+        f"Measured harm over the sum of its parts', median and range: {', '.join(told)}. "
+        f"The sums put {right} of {len(pairs)} pairs of designs (of one seed and budget) in the order of their measured harms."
+    )
 
 
 def _by_name(seeds: list[dict[str, Any]], budget: float) -> dict[str, list[dict[str, Any]]]:
