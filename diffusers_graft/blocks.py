@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from .anatomy import bind_arguments
 from .anatomy.blocks import block_class, streams_of
 from .anatomy.loops import read_from_outside
-from .errors import OperatorError
+from .errors import OperatorError, StateError
 from .operators import BlockOperator
 from .site import Site, Sites
 from .source import parameters_of
@@ -185,8 +185,25 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     twin = object.__new__(type(module))
     containers = (dict, set, list)
     vars(twin).update({k: v.copy() if isinstance(v, containers) else v for k, v in vars(module).items()})
-    vars(twin).pop("_compiled_call_impl", None)  # of `module.compile()`: it would run the original
+    for name in ("_compiled_call_impl", "forward", "_diffusers_hook"):  # of `module.compile()`, and of hooks that are gone:
+        vars(twin).pop(name, None)  # they are bound to the original
     return twin
+
+
+def own_copy(module: nn.Module) -> nn.Module:
+    """A copy that shares nothing. Raises `StateError` where it would run the original: hooks stand in place of a forward."""
+    if hooked := [type(part).__name__ for part in module.modules() if is_hooked(part)]:
+        raise StateError(
+            f"A copy of this {hooked[0]} would run the original, since hooks replaced its forward. Train first, "
+            "and start parts at random, before you enable layerwise casting or offloading."
+        )
+    return copy.deepcopy(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something runs in place of a module's forward: hooks of diffusers or accelerate, or a stranger's function."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def fill_block(seats: dict[str, nn.Module], path: str) -> None:
@@ -207,7 +224,7 @@ def unshare(seat: nn.Module, original: nn.Module, children: set[str] | None, inn
         if child is None or not (children is None or name in children) or here + name in inner:
             continue
         if seat._modules.get(name) is child:
-            seat._modules[name] = copy.deepcopy(child)
+            seat._modules[name] = own_copy(child)
         elif type(seat._modules.get(name)) is nn.Module or any(other.startswith(f"{here}{name}.") for other in inner):
             unshare(seat._modules[name], child, None, inner, f"{here}{name}.")
     for name, parameter in original._parameters.items():

@@ -17,7 +17,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from .anatomy import find_sites, linear_pair, projections
-from .blocks import fill_block, removed, shallow_copy, side_by_side, unshare
+from .blocks import fill_block, is_hooked, own_copy, removed, shallow_copy, side_by_side, unshare
 from .errors import OperatorError, RuleError
 from .operators import AttentionOperator, Operator
 from .plan import Edit, GraftPlan, build_operator
@@ -125,6 +125,7 @@ def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
         RuleError: rules in place of a plan.
         MismatchError: a plan for another model.
         OperatorError: a part that no seat can be built for.
+        StateError: a random start of layers whose forward hooks have replaced.
     """
     if not isinstance(plan, GraftPlan):
         raise RuleError(f"A graft is built from a plan: dg.plan_graft(model, rules) makes one; got {plan!r}.")
@@ -224,8 +225,10 @@ def _attention_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn.M
 
 def _restarted(child: nn.Module | None) -> nn.Module | None:
     """A copy with fresh random weights, drawn in float32 where operators are made: the same on every device."""
-    fresh = copy.deepcopy(child)
-    for module in fresh.modules() if fresh is not None else ():
+    if child is None:
+        return None
+    fresh = own_copy(child)
+    for module in fresh.modules():
         if hasattr(module, "reset_parameters"):
             drawn = copy.deepcopy(module).to(torch.get_default_device(), torch.float32)
             drawn.reset_parameters()
@@ -253,8 +256,7 @@ def _refuse_looking_ahead(original: nn.Module, edit: Edit, operator: Operator) -
 
 def _refuse_hooked(original: nn.Module, site: Site) -> None:
     """Offloading and casting hooks replace a module's forward, and a copy of it would run the original's."""
-    offloaded = any(hasattr(module, "_hf_hook") for module in original.modules())
-    if "forward" in vars(original) or offloaded or hasattr(original, "_diffusers_hook"):
+    if is_hooked(original) or any(hasattr(module, "_hf_hook") for module in original.modules()):
         raise OperatorError(
             f"{site.path} carries offloading or casting hooks. Graft first, then enable offloading or layerwise casting."
         )

@@ -159,6 +159,34 @@ def test_layerwise_casting_leaves_grafts_in_the_dtype_they_compute_in(before):
         assert first(model(**inputs)).isfinite().all()
 
 
+def test_layers_that_hooks_cast_are_not_copied():
+    model = tiny(FLUX)
+    model.enable_layerwise_casting(torch.bfloat16, torch.float32)
+    with pytest.raises(StateError, match="before you enable layerwise casting"):
+        model.set_graft({"joint_attention[:]": {"operator": "neighborhood", "init": "random"}})
+    graft = dg.build_graft(model, dg.plan_graft(model, {"joint_attention[:]": "neighborhood"}))
+    with pytest.raises(StateError, match="Train first"):
+        dg.distill(model, graft, [inputs_of(FLUX)], dg.DistillConfig(steps=1, progress=False))
+    assert model.graft is None
+
+
+def test_a_cache_that_was_disabled_is_no_obstacle_and_works_again_on_the_graft():
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    model, calls = tiny(FLUX), []
+    cache = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
+    model.enable_cache(cache)
+    model.disable_cache()
+    model.set_graft(RULES)
+    assert torch.equal(predict(model, FLUX), expected())
+    model.enable_cache(cache)
+    model.transformer_blocks[0].attn.graft.register_forward_hook(lambda *_: calls.append(1))
+    with model.cache_context("one"):
+        predict(model, FLUX)
+        predict(model, FLUX)
+    assert len(calls) == 1
+
+
 def test_layerwise_casting_skips_what_it_skips_without_a_graft():
     model = tiny("WanTransformer3DModel")
     model.set_graft({"self_attention[:]": "hyena_x"})
