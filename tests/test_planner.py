@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -155,9 +156,10 @@ def test_what_a_plan_saves_is_what_is_counted(surveyed):
 @torch.no_grad()
 def test_harm_is_how_far_the_answer_moves():
     model, rules = tiny_dit(), {"feed_forward[2]": "linear_mlp", "self_attention[1]": "self_attention"}
-    found = dg.survey(model, {site: [operator] for site, operator in rules.items()}, batches(2), noise_scheduler=SCHEDULER,
+    flow = FlowMatchEulerDiscreteScheduler()
+    found = dg.survey(model, {site: [operator] for site, operator in rules.items()}, batches(2), noise_scheduler=flow,
                       rounds=2, progress=False)  # fmt: skip
-    noising, generator = Noising(scheduler=SCHEDULER, timesteps="uniform", drop_labels=False), torch.Generator().manual_seed(0)
+    noising, generator = Noising(scheduler=flow, timesteps="uniform", drop_labels=False), torch.Generator().manual_seed(0)
     inputs = [noising(model, batch, generator).inputs for batch in batches(2)]
     before = torch.cat([model(**one).sample for one in inputs])
     model.set_graft({"feed_forward[2]": "linear_mlp"})
@@ -293,6 +295,7 @@ def test_what_was_not_surveyed(surveyed):
      ({"self_attention[:]": ["identity"]}, {"batches": []}, TrainingError, "config="),
      ({"self_attention[:]": ["identity"]}, {"config": TAUGHT}, TrainingError, "batches="),
      ({"self_attention[:]": ["identity"]}, {"held_out": []}, TrainingError, "no held-out batches"),
+     ({"self_attention[:]": ["identity"]}, {"held_out": [{"sample": torch.zeros(2, 1, 8, 8)}]}, TrainingError, "needs class_labels"),
      ({}, {"rounds": 1}, GraftError, "2 rounds")],
 )  # fmt: skip
 def test_a_survey_of_nonsense(candidates, settings, error, said):
