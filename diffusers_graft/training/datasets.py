@@ -166,7 +166,7 @@ def _written(folder: Path, n: int, shard_size: int, made: dict[str, Any], make: 
     except OSError as error:
         raise FileError(f"{folder} cannot be written ({error}). Give a folder.") from error
     facts, path = {"shard_size": shard_size, **json.loads(json.dumps(made))}, folder / FACTS
-    if path.exists():
+    if path.exists() and any(folder.glob("samples-*.safetensors")):  # else the call that began it wrote nothing
         there = json.loads(path.read_text(encoding="utf-8"))
         if other := [name for name in facts if there.get(name) != facts[name]]:
             raise StateError(f"{folder} holds a set made with other settings ({', '.join(other)}). Give another folder.")

@@ -135,9 +135,11 @@ def test_prompts_are_found_where_a_pipeline_puts_them_first(tmp_path):
     assert pipe.encode_prompt is encode_prompt
 
 
-def test_conditioning_that_a_set_cannot_hold_is_refused(tmp_path):
+def test_conditioning_that_a_set_cannot_hold_is_refused_and_the_folder_is_free_for_another_try(tmp_path):
+    call = {"conditions": ["one"], "n": 1, "folder": tmp_path, "height": 16, "width": 16, **SETTINGS}
     with pytest.raises(TrainingError, match="tells its transformer base_sequence_length=16, and a training set holds tensors"):
-        dg.data.from_pipeline(lumina_pipeline(), ["one"], 1, tmp_path, height=16, width=16, **SETTINGS)
+        dg.data.from_pipeline(lumina_pipeline(), **call)
+    assert len(dg.data.from_pipeline(lumina_pipeline(), **call, proportional_attn=False)) == 1
 
 
 def test_a_set_wants_a_folder(tmp_path):
