@@ -123,11 +123,23 @@ class ContextReader:
         self.graft.slot.current = context_of(model, self.family, inputs)
         if torch.compiler.is_compiling():
             return
+        _require_weights(self.graft)
         if torch.is_grad_enabled():
             remember_contexts(model, self.graft.slot)
         else:
             # Without the graph that made them, which no copy of the model could take along.
             self.graft.slot.arguments = tree_map_only(torch.Tensor, torch.Tensor.detach, inputs)
+
+
+def _require_weights(graft: Graft) -> None:
+    """accelerate brings a layer's weights as it is called, and operators read those of theirs without: from empty memory."""
+    for path, operator in graft.operators().items():
+        layers = [layer for layer in operator.modules() if layer is not operator and hasattr(layer, "_hf_hook")]
+        if any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
+            raise StateError(
+                f"{operator.name} at {path} is offloaded layer by layer, and may read weights of layers that it does not call. "
+                "Call pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload(), or offload blocks in groups."
+            )
 
 
 def _tell_hooks(model: ModelMixin) -> None:

@@ -134,7 +134,7 @@ def test_parts_whose_weights_accelerate_keeps_do_not_change_places():
 
     model = tiny(FLUX)
     plain = predict(model, FLUX)
-    model.set_graft({"joint_attention[:]": "self_attention", "feed_forward[0]": {"operator": "mlp", "expansion": 4}})
+    model.set_graft({"joint_attention[:]": "neighborhood", "self_attention[:]": "linear_attention"})
     output = predict(model, FLUX)
     cpu_offload(model, torch.device("cpu"))
     with pytest.raises(StateError, match="remove_all_hooks"):
@@ -200,6 +200,18 @@ def test_parts_that_wait_are_not_stored_as_their_trained_copies_are():
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     model.unset_graft()
     assert {parameter.dtype for parameter in model.transformer_blocks[0].attn.parameters()} == {torch.bfloat16}
+
+
+def test_operators_that_accelerate_offloads_layer_by_layer_are_refused_in_the_forward():
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    model = grafted()
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(StateError, match="is offloaded layer by layer"):
+        predict(model, FLUX)
+    remove_hook_from_submodules(model)
+    assert torch.equal(predict(model, FLUX), expected())
 
 
 def test_lora_loaded_before_a_graft_stays():
