@@ -236,20 +236,25 @@ def test_a_save_that_fails_leaves_what_is_there(surveyed, tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["survey.json"]
 
 
-@pytest.mark.parametrize(("weight", "said"), [(0.0, "nothing but zeros"), (torch.nan, "NaN")])
-def test_a_model_that_answers_nothing_cannot_be_judged(weight, said):
+@pytest.mark.parametrize(("bias", "said"), [(0.0, "nothing but zeros"), (torch.nan, "NaN"), (torch.inf, "infinity")])
+def test_a_model_that_answers_nothing_cannot_be_judged(bias, said):
     model = tiny_dit(2)
-    torch.nn.init.constant_(model.proj_out_2.weight, weight)
-    torch.nn.init.zeros_(model.proj_out_2.bias)
+    torch.nn.init.zeros_(model.proj_out_2.weight)
+    torch.nn.init.constant_(model.proj_out_2.bias, bias)
     with pytest.raises(TrainingError, match=said):
         dg.survey(model, {"self_attention[:]": ["identity"]}, batches(1), noise_scheduler=SCHEDULER)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "model_class": "A", "edits": []}', "no json",
-                                  '{"format": 1, "model_class": "A", "edits": [], "scores": [1], "protocol": {}}'])  # fmt: skip
-def test_a_file_that_is_no_survey(tmp_path, text):
-    (tmp_path / "survey.json").write_text(text, encoding="utf-8")
-    with pytest.raises(FileError):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[]", "is no survey"), ("{}", "is no survey"), ("no json", "is not JSON"), (None, "There is no survey"),
+     ('{"format": 1, "model_class": "A", "edits": []}', "KeyError"),
+     ('{"format": 1, "model_class": "A", "edits": [], "scores": [1], "protocol": {}}', "longer")],
+)  # fmt: skip
+def test_a_file_that_is_no_survey(tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "survey.json").write_text(text, encoding="utf-8")
+    with pytest.raises(FileError, match=said):
         Survey.load(tmp_path / "survey.json")
 
 
