@@ -125,8 +125,8 @@ def distill(
         if config.closed_form is not None and not (resume and is_resumable(output_dir, "one")):
             _solve(teacher, graft, stream, chosen, config.closed_form, noise_scheduler)
         pupils = enroll(graft, chosen, config, _by_site(graft, config.loss, "auto"), _by_site(graft, config.lr_scale, 1.0))
-        room = Classroom(teacher, graft, pupils, config, noising, held_out)
-        facts = room.teach(stream, output_dir=output_dir, resume=resume, callbacks=callbacks)
+        classroom = Classroom(teacher, graft, pupils, config, noising, held_out)
+        facts = classroom.teach(stream, output_dir=output_dir, resume=resume, callbacks=callbacks)
     reports = {pupil.site.address: pupil.report for pupil in pupils.values()}
     graft.history.append({"stage": "one", **config.to_dict(), **facts, "sites": [one.to_dict() for one in reports.values()]})
     return reports
