@@ -294,6 +294,7 @@ def test_what_was_not_surveyed(surveyed):
     ("candidates", "settings", "error", "said"),
     [({}, {}, RuleError, "by rule key"), ({"self_attention[:]": "hyena_x"}, {}, RuleError, "list of operators"),
      ({"self_attention[:]": []}, {}, RuleError, "list of operators"), ({"block_pair[0]": ["parallel"]}, {}, RuleError, "several"),
+     ({"block_run[0:2]": ["remove"]}, {}, RuleError, "several"),
      ({"self_attention[:]": ["nope"]}, {}, UnknownNameError, "nope"),
      ({"self_attention[:]": ["hyena_x", "hyena_x()"]}, {}, RuleError, r"self_attention\[0\] .* stands 2 times"),
      ({"block[:]": ["remove"], "block[0]": ["linear_block"]}, {}, RuleError, "Two rules claim"),
