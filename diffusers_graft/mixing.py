@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from .errors import GeometryError, OperatorError
 from .operators import Mixer, OperatorConfig
-from .operators._backends import precision_of
+from .operators._backends import plain, precision_of
 from .site import Context, Grid, Site
 
 FIELD = 64  # tokens that stand for a receptive field, at most
@@ -67,8 +67,13 @@ def mix_with_others(operator: Mixer, query: torch.Tensor, key: torch.Tensor, val
                     start: int, image: int) -> torch.Tensor:  # fmt: skip
     """[B, H, N, E] and twice [B, H, M, E] of a sequence whose image tokens are `image` keys from `start`.
 
-    Queries are the whole sequence, the image tokens alone, or none of them.
+    Queries are the whole sequence, the image tokens alone, or none of them. Raises `OperatorError` for causal attention with
+    tokens behind the image, where no model of diffusers has them.
     """
+    if context.causal and key.shape[2] > start + image:
+        raise OperatorError(
+            f"{operator.name} cannot stand in a causal attention whose image has other tokens behind it. Leave it as it is."
+        )
     queries = slice(start, start + image) if query.shape[2] == key.shape[2] else slice(0, image)
     if query.shape[2] < image:
         return _softmax(query, key, value, context, slice(0, query.shape[2]))
@@ -134,13 +139,8 @@ def _seen(operator: Mixer, query, key, mask: torch.Tensor | None, grid: Grid | N
     tokens = query.shape[2]
     grid = grid if grid is not None and grid.tokens == tokens else Grid(height=1, width=tokens)
     fields, weights = fields_of(operator, grid, query.device)
-    if len(fields) == 1:
-        scores = query @ key[:, :, fields[0]].transpose(-1, -2)
-    else:
-        # A few queries at a time where nothing is kept: what they gather is many times the keys.
-        some = tokens if torch.is_grad_enabled() else AT_ONCE
-        pieces = zip(query.split(some, dim=2), fields.split(some), strict=True)
-        scores = torch.cat([_gathered_scores(*piece, key) for piece in pieces], dim=2)
+    shared = len(fields) == 1
+    scores = query @ key[:, :, fields[0]].transpose(-1, -2) if shared else _FieldScores.apply(query, key, fields)
     scores = scale * scores.to(torch.promote_types(scores.dtype, torch.float32)) + weights
     if mask is not None:
         fields = fields.expand(tokens, -1)[(None,) * (mask.dim() - 2)].expand(*mask.shape[:-2], -1, -1)
@@ -148,10 +148,39 @@ def _seen(operator: Mixer, query, key, mask: torch.Tensor | None, grid: Grid | N
     return scores.logsumexp(-1, keepdim=True)
 
 
-def _gathered_scores(query: torch.Tensor, fields: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Each query with the keys of its field, [B, H, N, K]."""
-    seen = key.index_select(2, fields.flatten()).unflatten(2, fields.shape)
-    return (seen @ query[..., None])[..., 0]
+class _FieldScores(torch.autograd.Function):
+    """Each query with the keys of its field, [B, H, N, K], from fields [N, K].
+
+    A few queries at a time, and anew for the gradient: what they gather is many times the keys.
+    """
+
+    @staticmethod
+    def forward(query: torch.Tensor, key: torch.Tensor, fields: torch.Tensor) -> torch.Tensor:
+        pieces = zip(_split(query, 2), _split(fields, 0), strict=True)
+        return torch.cat([(_gathered(key, some) @ few[..., None])[..., 0] for few, some in pieces], dim=2)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        query, key, fields = ctx.saved_tensors
+        of_queries, of_keys = [], torch.zeros_like(key)
+        pieces = zip(_split(grad.to(key.dtype), 2), _split(query.to(key.dtype), 2), _split(fields, 0), strict=True)
+        for slopes, few, some in pieces:
+            of_queries.append((slopes[..., None, :] @ _gathered(key, some))[..., 0, :])
+            of_keys.index_add_(2, some.flatten(), (slopes[..., None] * few[..., None, :]).flatten(2, 3))
+        return torch.cat(of_queries, dim=2), of_keys, None
+
+
+def _split(part: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+    return part.split(max(AT_ONCE, -(-plain(part.size(dim)) // 16)), dim)  # of a constant, compiled code knows no `shape`
+
+
+def _gathered(key: torch.Tensor, fields: torch.Tensor) -> torch.Tensor:
+    """[B, H, N, K, E]."""
+    return key.index_select(2, fields.flatten()).unflatten(2, fields.size())
 
 
 def fields_of(operator: Mixer, grid: Grid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -123,7 +123,8 @@ class ContextReader:
         self.graft.slot.current = context_of(model, self.family, inputs)
         if torch.compiler.is_compiling():
             return
-        _require_weights(self.graft)
+        if "_hf_hook" in vars(model):
+            _require_weights(self.graft)
         if torch.is_grad_enabled():
             remember_contexts(model, self.graft.slot)
         else:
@@ -134,7 +135,7 @@ class ContextReader:
 def _require_weights(graft: Graft) -> None:
     """accelerate brings a layer's weights as it is called, and operators read those of theirs without: from empty memory."""
     for path, operator in graft.operators().items():
-        layers = [layer for layer in operator.modules() if layer is not operator and hasattr(layer, "_hf_hook")]
+        layers = [layer for layer in operator.modules() if layer is not operator and "_hf_hook" in vars(layer)]
         if any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
             raise StateError(
                 f"{operator.name} at {path} is offloaded layer by layer, and may read weights of layers that it does not call. "

@@ -82,7 +82,7 @@ class GatedConvolution(WithBackends, Mixer):
             convolution.set_identity() if name == "value" else convolution.set_constant(1.0)
 
     def in_torch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-        return self.gated(query, key, value, context, ShortConvolution.forward)
+        return self.gated(query, key, value, context, ShortConvolution.__call__)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: every convolution tap by tap."""

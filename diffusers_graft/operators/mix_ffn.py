@@ -67,7 +67,7 @@ class MixFfn(FeedForwardOperator):
         self.convolution.bias[self.hidden :] = _opening(self.activation)
 
     def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
-        return self._mixed(hidden_states, context, ShortConvolution.forward)
+        return self._mixed(hidden_states, context, ShortConvolution.__call__)
 
     def reference(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: the convolution tap by tap."""

@@ -65,7 +65,7 @@ class Ttt(WithBackends, Mixer):
             convolution.set_constant(0.0)
 
     def in_torch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-        query, key = self._featurised(query, key, context, ShortConvolution.forward)
+        query, key = self._featurised(query, key, context, ShortConvolution.__call__)
         weights = self.first.to(query.dtype), self.second.to(query.dtype)
         for _ in range(self.config.steps):
             weights = trained(key, value.to(key.dtype), *weights)

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 
 import diffusers_graft as dg
+from diffusers_graft import mixing
+from diffusers_graft.errors import OperatorError
+from diffusers_graft.evaluation.benchmark import PeakMemory
 from diffusers_graft.mixing import fields_of, mix_with_others
 from diffusers_graft.site import Context, Grid, Site
 
@@ -117,19 +120,44 @@ def test_windows_in_many_tiles(name, settings, hidden, grad):
 
 
 @pytest.mark.parametrize("name", ["linear_attention", "hyena_x", "hyena_y", "identity"])
-def test_other_mixers_share_with_the_text_as_softmax_over_what_they_read_would(name):
-    operator, (query, key, value) = operator_of(name), drawn(IMAGE + TEXT)
-    mixed = mix_with_others(operator, query, key, value, Context(grid=GRID), start=TEXT, image=IMAGE)
+def test_other_mixers_share_with_the_text_as_softmax_over_what_they_read_would(name, monkeypatch):
+    monkeypatch.setattr(mixing, "AT_ONCE", 7)
+    operator, parts = operator_of(name), [part.requires_grad_() for part in drawn(IMAGE + TEXT)]
+    mixed = mix_with_others(operator, *parts, Context(grid=GRID), start=TEXT, image=IMAGE)[:, :, TEXT:]
+    query, key, value = parts
     image = slice(TEXT, None)
     own = operator(query[:, :, image], key[:, :, image], value[:, :, image], Context(grid=GRID))
-    scores = query[:, :, image] @ key.transpose(-1, -2) / 2
+    scores, rows = query[:, :, image] @ key.transpose(-1, -2) / 2, []
     for token in range(IMAGE):
         row, seen = scores[:, :, token], sorted(operator.receptive_field(token, GRID))
         text, image_mass = row[..., :TEXT].exp(), row[..., TEXT:][..., seen].exp().sum(-1, keepdim=True)
         share = text.sum(-1, keepdim=True) / (text.sum(-1, keepdim=True) + image_mass)
         attended = (text / text.sum(-1, keepdim=True)).unsqueeze(-2) @ value[:, :, :TEXT]
-        expected = (1 - share) * own[:, :, token] + share * attended.squeeze(-2)
-        torch.testing.assert_close(mixed[:, :, TEXT + token], expected, rtol=1e-9, atol=1e-9)
+        rows.append((1 - share) * own[:, :, token] + share * attended.squeeze(-2))
+    expected = torch.stack(rows, dim=2)
+    torch.testing.assert_close(mixed, expected, rtol=1e-9, atol=1e-9)
+    for found, wanted in zip(*(torch.autograd.grad(output.square().sum(), parts) for output in (mixed, expected)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)
+
+
+def test_in_causal_attention_the_image_comes_last():
+    operator, parts = operator_of("hyena_x"), drawn(IMAGE + TEXT)
+    mixed = mix_with_others(operator, *parts, Context(grid=GRID, causal=True), start=TEXT, image=IMAGE)
+    later = [torch.cat([part[:, :, :-1], part[:, :, -1:] + 1], dim=2) for part in parts]
+    moved = mix_with_others(operator, *later, Context(grid=GRID, causal=True), start=TEXT, image=IMAGE) != mixed
+    assert not moved[:, :, :-1].any()
+    assert moved[:, :, -1].any()
+    with pytest.raises(OperatorError, match="hyena_x cannot stand in a causal attention whose image has other tokens behind it"):
+        mix_with_others(operator, *parts, Context(grid=GRID, causal=True), start=0, image=IMAGE)
+
+
+def test_what_queries_gather_is_not_kept_for_their_gradient():
+    """A field of 49 keys for each of 1,024 queries would be 49 times the keys, twice in the backward pass."""
+    operator, grid = operator_of("hyena_x", layout="2d"), Grid(height=32, width=32)
+    parts = [part.requires_grad_() for part in drawn(grid.tokens + TEXT)]
+    with PeakMemory() as memory:
+        mix_with_others(operator, *parts, Context(grid=grid), start=TEXT, image=grid.tokens).sum().backward()
+    assert memory.peak < 60 * parts[1].nbytes
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -164,9 +192,11 @@ def test_shares_in_half_precision(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_shares_where_autocast_left_queries_in_float32(dtype):
-    operator, (query, key, value) = operator_of("identity", output="zero"), [part.float() for part in drawn(IMAGE + TEXT)]
+    operator, (query, key, value) = operator_of("identity", output="zero"), [part.float().requires_grad_() for part in drawn(IMAGE + TEXT)]
     with torch.autocast("cpu", dtype):
         mixed = mix_with_others(operator, query, key, value, Context(grid=GRID), start=TEXT, image=IMAGE)[:, :, TEXT:]
+        shared = mix_with_others(operator_of("hyena_x").float(), query, key, value, Context(grid=GRID), start=TEXT, image=IMAGE)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(shared.float().sum(), (query, key, value)))
     text = F.scaled_dot_product_attention(query[:, :, TEXT:], key[:, :, :TEXT], value[:, :, :TEXT])
     assert (mixed - text).norm() < 0.01 * text.norm()
 
