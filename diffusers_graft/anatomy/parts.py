@@ -57,5 +57,12 @@ def projections(attention: nn.Module) -> Projections:
             f"The projections of {type(attention).__name__} differ in width ({told}), as where heads share keys, so nothing "
             'can start from them: choose init="random".'
         )
+    tokens = {name: layers[name].in_features for name in ("query", "key", "value")}
+    if len(set(tokens.values())) > 1:
+        told = ", ".join(f"{name} {width}" for name, width in tokens.items())
+        raise OperatorError(
+            f"The projections of {type(attention).__name__} take tokens of several widths ({told}): it mixes two sequences, "
+            "which no operator for one can start from. Leave it as it is."
+        )
     biases = {f"{name}_bias": layer.bias for name, layer in layers.items()}
     return Projections(**{name: layer.weight for name, layer in layers.items()}, **biases)

@@ -209,6 +209,15 @@ def test_whole_attentions_start_from_four_layers_of_one_width(name, words):
         model_of(name).set_graft({"self_attention[-1]": "gated_deltanet"})
 
 
+def test_whole_attentions_mix_one_sequence():
+    name = "SanaWMLTX2RefinerTransformer3DModel"
+    if name not in NAMES:
+        pytest.skip(f"this diffusers has no {name}")
+    site = next(site for site in dg.find_sites(model_of(name)) if site.path.endswith("audio_to_video_attn"))
+    with pytest.raises(OperatorError, match=r"tokens of several widths .query 16, key 8, value 8.: it mixes two sequences"):
+        model_of(name).set_graft({site.address: "gated_deltanet"})
+
+
 def test_an_output_projection_need_not_stand_in_a_list():
     name = "MiniMaxMusic3RVQDepthDecoder"
     if name not in NAMES:
