@@ -177,13 +177,13 @@ def _build_seat(model: ModelMixin, edit: Edit, original: nn.Module, slot: Contex
     operator.slot = slot
     if edit.site.kind == "feed_forward":
         if edit.config.init == "warm":
-            operator.init_from(linear_pair(original))
+            operator.init_from(linear_pair(original, edit.site.path))
         seat = FeedForwardSeat(edit.site, operator)
     elif isinstance(operator, AttentionOperator):
         _refuse_more_than_projections(original, edit)
         _refuse_looking_ahead(original, edit, operator)
         if edit.config.init == "warm":
-            operator.init_from(projections(original))
+            operator.init_from(projections(original, edit.site.path))
         seat = AttentionSeat(edit.site, operator, tuple(inspect.signature(original.forward).parameters), original.processor)
     else:
         seat = _attention_seat(edit, original, operator)

@@ -62,9 +62,10 @@ class ActivatedConfig(FeedForwardOperator.Config):
     def resolved(self, site: Site) -> Self:
         if self.activation is not None:
             return self
-        if site.activation is None:
+        if site.activation not in (*self.activations(), *GATED):
+            what = f" ({site.activation})" if site.activation else ""
             raise OperatorError(
-                f"{self.owner.name}: the activation of {site.path} is not known. "
+                f"{self.owner.name}: the activation of {site.path}{what} is not known. "
                 f"Name one of {', '.join(sorted(self.activations()))}."
             )
         return replace(self, activation=site.activation)

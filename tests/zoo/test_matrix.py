@@ -202,11 +202,20 @@ def test_whole_attentions_drop_no_bias_of_pairs():
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("Lumina2Transformer2DModel", "differ in width .query 32, key 16, value 16, out 32."), ("Flux2Transformer2DModel", "no plain linear layer for key"),
+    ("Lumina2Transformer2DModel", "The projections of layers.1.attn differ in width .query 32, key 16, value 16, out 32."), ("Flux2Transformer2DModel", "attn has no plain linear layer for key"),
 ])  # fmt: skip
 def test_whole_attentions_start_from_four_layers_of_one_width(name, words):
     with pytest.raises(OperatorError, match=words):
         model_of(name).set_graft({"self_attention[-1]": "gated_deltanet"})
+
+
+@pytest.mark.parametrize(("operator", "words"), [
+    ("mlp", "the activation of joint_transformer_blocks.0.ff .AuraFlowFeedForward. is not known. Name one of geglu-approximate, gelu"),
+    ("linear_mlp", "Nothing can start from joint_transformer_blocks.0.ff: with AuraFlowFeedForward it is not down"),
+])  # fmt: skip
+def test_a_feed_forward_that_nothing_can_start_from_is_named(operator, words):
+    with pytest.raises(OperatorError, match=words):
+        model_of("AuraFlowTransformer2DModel").set_graft({"feed_forward[0]": operator})
 
 
 def test_whole_attentions_mix_one_sequence():
