@@ -53,7 +53,7 @@ def remember(model: ModelMixin, known: dict[str, Graft], names: Sequence[str]) -
 def bind(graft: Graft) -> None:
     """Have the parts of a graft read the context where that graft leaves it, after they ran in another's company."""
     for operator in graft.operators().values():
-        operator.slot = graft.slot
+        operator.listen(graft.slot)
 
 
 def activate(model: ModelMixin, names: str | Sequence[str], *, enabled: bool = True) -> None:

@@ -188,8 +188,14 @@ class Operator(nn.Module):
         """Floating-point operations of one sample of `tokens` tokens, a multiply-add counting two."""
         raise OperatorError(f"{self.name} does not say what it costs: define flops(tokens) beside its forward.")
 
+    def listen(self, slot: ContextSlot) -> None:
+        """Find the context of the running forward in `slot`, with all operators within this one."""
+        for part in self.modules():
+            if isinstance(part, Operator):
+                part.slot = slot
+
     def last_grid(self, tokens: int) -> Grid | None:
-        """How the tokens lay in the last forward, for `flops` that depend on it; None where no so many tokens lay on a grid."""
+        """The grid of the last forward, for `flops` that depend on it; None where that had none of so many tokens."""
         grid = self.slot.current.at(self.site, tokens).grid
         return grid if grid is not None and grid.tokens == tokens else None
 

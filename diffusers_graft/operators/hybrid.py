@@ -110,8 +110,6 @@ class Hybrid(Mixer):
         return {seen for part in self.parts for seen in part.receptive_field(token, grid)}
 
     def flops(self, tokens: int) -> int:
-        for part in self.parts:
-            part.slot = self.slot  # what a part costs may depend on the grid of the last forward
         return sum(part.flops(tokens) for part in self.parts)
 
     def uncounted_flops(self, tokens: int) -> int:
