@@ -35,37 +35,37 @@ test-diffusers-versions: $(READY) ## The zoo under diffusers 0.36, 0.40 and the 
 		pin=$$([ $$version = newest ] && echo diffusers || echo diffusers==$$version); \
 		[ -d $$folder ] || { $(BIN)/pip install -q --target $$folder --no-deps $$pin && $(BIN)/pip install -q --target $$folder httpx; } || exit 1; \
 		PYTHONPATH=$$folder $(BIN)/python -c 'import diffusers; print("diffusers", diffusers.__version__)' || exit 1; \
-		PYTHONPATH=$$folder $(BIN)/python -m pytest -q tests/zoo tests/test_surgery.py || exit 1; \
+		PYTHONPATH=$$folder $(BIN)/python -m pytest -q tests/inspection tests/injection || exit 1; \
 	done
 
 bench: $(READY) ## Forward latency of original and grafted models
-	$(BIN)/diffusers-graft bench --output examples/benchmarks/forward-cpu.md
+	$(BIN)/python -m benchmarks models --output examples/benchmarks/forward-cpu.md
 
 bench-loading: $(READY) ## Loading a graft against reading its bytes and installing it
-	$(BIN)/python -m diffusers_graft.bench.loading --output examples/benchmarks/loading-cpu.md
+	$(BIN)/python -m benchmarks.loading --output examples/benchmarks/loading-cpu.md
 
 bench-operators: $(READY) ## Every operator by itself, on a CPU
-	$(BIN)/diffusers-graft bench-operators --output examples/benchmarks/operators-cpu.md
+	$(BIN)/python -m benchmarks operators --output examples/benchmarks/operators-cpu.md
 
 bench-pixart: $(READY) ## PixArt-Sigma at 2,048 x 2,048 (needs one CUDA device)
-	$(BIN)/diffusers-graft bench-pixart --output examples/benchmarks/pixart-sigma.md
+	$(BIN)/python -m benchmarks pixart --output examples/benchmarks/pixart-sigma.md
 
 bench-training: $(READY) ## Stage one against the least it could cost, and reuse of the teacher's passes
-	$(BIN)/diffusers-graft bench-training --output examples/benchmarks/training-cpu.md
+	$(BIN)/python -m benchmarks training --output examples/benchmarks/training-cpu.md
 
 bench-depth: $(READY) ## Half the depth on the testbed: side by side, removed, from scratch (half an hour on one core; goes on where it stopped)
-	$(BIN)/diffusers-graft bench-depth --output examples/benchmarks/depth
+	$(BIN)/python -m benchmarks depth --output examples/benchmarks/depth
 
 bench-planner: $(READY) ## Plans under a budget on the testbed (half an hour on one core; goes on where it stopped)
-	$(BIN)/diffusers-graft bench-planner --output examples/benchmarks/planner
+	$(BIN)/python -m benchmarks planner --output examples/benchmarks/planner
 
 ablate: $(READY) ## What starts and stages buy, at equal compute (half an hour on one core; goes on where it stopped)
-	$(BIN)/diffusers-graft ablate --output examples/ablation
+	$(BIN)/python -m benchmarks ablate --output examples/ablation
 
 testbed: $(READY) ## Train the testbed's model and its judge from scratch (hours on two cores)
 	$(BIN)/python -m diffusers_graft.testbed.classifier --output runs/testbed
-	$(BIN)/python -m diffusers_graft.testbed.pretrain --output runs/testbed
-	$(BIN)/python -m diffusers_graft.testbed.card --output runs/testbed
+	$(BIN)/python -m benchmarks.testbed.pretrain --output runs/testbed
+	$(BIN)/python -m benchmarks.testbed.card --output runs/testbed
 
 lint: $(READY) ## Style
 	$(BIN)/ruff check .

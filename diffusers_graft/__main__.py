@@ -1,4 +1,5 @@
 """`python -m diffusers_graft <verb>`."""
+
 import sys
 
 from .cli import main

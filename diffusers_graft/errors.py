@@ -1,4 +1,5 @@
 """What can go wrong, in words: every message says what was asked, what there is, and what to do."""
+
 from __future__ import annotations
 
 import difflib

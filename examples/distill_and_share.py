@@ -1,7 +1,8 @@
 """Replace half of a transformer's attention, teach the new parts, save the graft, and load it into a fresh model.
 
-    python examples/distill_and_share.py [folder]
+python examples/distill_and_share.py [folder]
 """
+
 import sys
 
 import torch
@@ -27,7 +28,11 @@ def main(folder: str = "my-graft", steps: int = 300) -> None:
     fresh = testbed.load()
     fresh.load_graft(folder)
     batch = held_out[0]
-    inputs = {"hidden_states": batch["sample"], "timestep": torch.full((250,), 500.0), "class_labels": batch["class_labels"]}
+    inputs = {
+        "hidden_states": batch["sample"],
+        "timestep": torch.full((250,), 500.0),
+        "class_labels": batch["class_labels"],
+    }
     with torch.no_grad():
         assert torch.equal(fresh(**inputs).sample, model(**inputs).sample)
     sys.stdout.write(f"{scores}\n{folder} loads back to exactly the same outputs.\n")

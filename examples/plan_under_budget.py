@@ -1,7 +1,8 @@
 """Find the design that does the least harm within 80 % of the FLOPs, settle it, and save it.
 
-    python examples/plan_under_budget.py [folder]
+python examples/plan_under_budget.py [folder]
 """
+
 import sys
 
 import diffusers_graft as dg

@@ -1,4 +1,5 @@
 """Nothing here may leave the machine, and no test may lean on another's random state."""
+
 import os
 import socket
 

@@ -1,4 +1,5 @@
 """Speed and memory, measured so that the figures mean something: one process, alternating, ratios with their spread."""
+
 from __future__ import annotations
 
 import statistics
@@ -17,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from tqdm.auto import tqdm
 
-from ..analysis.cost import count_depth, count_flops, count_parameters
-from ..anatomy import evaluating, example_inputs, read_context
 from ..errors import FileError, GraftError, StateError
-from ..graft import Graft, build_graft, installed
-from ..plan import Rules, plan_graft
-from ..surgery import install, uninstall
+from ..injection.graft import Graft, build_graft, installed
+from ..injection.install import install, uninstall
+from ..inspection import evaluating, example_inputs, read_context
+from ..planning.plan import Rules, plan_graft
+from .cost import count_depth, count_flops, count_parameters
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,10 @@ class Timing:
 
 
 def compare(
-    contenders: dict[str, Callable[[], Any]], *, rounds: int = 7, around: Callable[[str], AbstractContextManager] = nullcontext
+    contenders: dict[str, Callable[[], Any]],
+    *,
+    rounds: int = 7,
+    around: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> list[Timing]:
     """Time callables in turns; ratios are to the first contender's run of the same round, with quartiles as spread.
 
@@ -86,8 +90,8 @@ def benchmark(
 ) -> list[dict[str, Any]]:
     """What a forward of a model and of its grafts costs, at several sizes of the latents, one sample.
 
-    Depth, operations and time are told apart, since they need not go together: blocks side by side halve the depth, save no
-    operations, and on a CPU no time.
+    Depth, operations and time are told apart, since they need not go together: blocks side by side halve the depth,
+    save no operations, and on a CPU no time.
 
     Args:
         rules: rules by name of the contender; `"original"` is the model without a graft.
@@ -113,10 +117,22 @@ def benchmark(
             contenders = dict.fromkeys(grafts, partial(model, **inputs))
             for timing in compare(contenders, rounds=rounds, around=lambda name: worn(model, grafts[name])):
                 with worn(model, grafts[timing.name]):
-                    shape = {"depth": count_depth(model), "parameters": count_parameters(model),
-                             "flops": count_flops(model, inputs)}  # fmt: skip
-                rows.append({"tokens": tokens, "name": timing.name, **shape, "milliseconds": 1000 * timing.seconds,
-                             "ratio": timing.ratio, "low": timing.low, "high": timing.high})  # fmt: skip
+                    shape = {
+                        "depth": count_depth(model),
+                        "parameters": count_parameters(model),
+                        "flops": count_flops(model, inputs),
+                    }
+                rows.append(
+                    {
+                        "tokens": tokens,
+                        "name": timing.name,
+                        **shape,
+                        "milliseconds": 1000 * timing.seconds,
+                        "ratio": timing.ratio,
+                        "low": timing.low,
+                        "high": timing.high,
+                    }
+                )
     return rows
 
 
@@ -182,8 +198,12 @@ def table(rows: list[list[str]]) -> str:
     if not rows:
         raise GraftError("A table needs at least its heading.")
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]  # fmt: skip
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 

@@ -1,6 +1,8 @@
 """What operators cost by themselves: time against the part they replace, parameters, FLOPs, memory."""
+
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -10,10 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import GraftError
-from ..operators import AttentionOperator, Mixer, Operator, OperatorConfig
-from ..site import Context, Grid, Site
-from .benchmark import PeakMemory, compare, require_rounds
+from ..core.sites import Context, Grid, Site
+from ..errors import GeometryError, GraftError, OperatorError
+from ..operators import AttentionOperator, Mixer, Operator, OperatorConfig, available, get
+from ..operators.base import BlockOperator
+from .benchmark import PeakMemory, compare, require_rounds, table
 
 Run = Callable[..., torch.Tensor]
 
@@ -24,7 +27,8 @@ class OperatorCost:
 
     Attributes:
         config: its settings.
-        baseline: what it is timed against: `softmax`, `attention` (softmax with its four projections) or `mlp` (r = 4).
+        baseline: what it is timed against: `softmax`, `attention` (softmax with its four projections) or `mlp` (r =
+            4).
         parameters, flops: of the operator itself, for one sample.
         flops_ratio: of its FLOPs to the baseline's: what its time would be if it ran as densely.
         milliseconds: median.
@@ -66,9 +70,15 @@ def example_tensors(operator: Operator, tokens: int, *, seed: int = 0) -> list[t
 
 
 def operator_costs(
-    configs: Iterable[OperatorConfig], *, grid: Grid, width: int, heads: int, backward: bool = False, rounds: int = 5,
+    configs: Iterable[OperatorConfig],
+    *,
+    grid: Grid,
+    width: int,
+    heads: int,
+    backward: bool = False,
+    rounds: int = 5,
     progress: bool = True,
-) -> list[OperatorCost]:  # fmt: skip
+) -> list[OperatorCost]:
     """Time operators on CPU against what they replace, in turns.
 
     Args:
@@ -95,8 +105,19 @@ def operator_costs(
             continue
         parameters = sum(parameter.numel() for parameter in operator.parameters())
         flops = operator.flops(grid.tokens)
-        rows.append(OperatorCost(config, name, parameters, flops, flops / baseline_flops(operator, grid.tokens),
-                                 1000 * timing.seconds, timing.ratio, timing.low, timing.high))  # fmt: skip
+        rows.append(
+            OperatorCost(
+                config,
+                name,
+                parameters,
+                flops,
+                flops / baseline_flops(operator, grid.tokens),
+                1000 * timing.seconds,
+                timing.ratio,
+                timing.low,
+                timing.high,
+            )
+        )
     return rows
 
 
@@ -117,6 +138,7 @@ def _called(operator: Operator, context: Context, *inputs: torch.Tensor) -> torc
 
 def run_of(call: Run, inputs: list[torch.Tensor], backward: bool) -> Callable[[], None]:
     """What is timed: one forward, or one forward and backward to every input."""
+
     def forward() -> None:
         with torch.no_grad():
             call(*inputs)
@@ -134,7 +156,9 @@ def _baseline(operator: Operator) -> tuple[str, Run]:
         return "softmax", F.scaled_dot_product_attention
     if isinstance(operator, AttentionOperator):
         return "attention", _Attention(site)
-    return "mlp", nn.Sequential(nn.Linear(site.width, site.hidden), nn.GELU("tanh"), nn.Linear(site.hidden, site.width))
+    return "mlp", nn.Sequential(
+        nn.Linear(site.width, site.hidden), nn.GELU("tanh"), nn.Linear(site.hidden, site.width)
+    )
 
 
 def baseline_flops(operator: Operator, tokens: int) -> int:
@@ -158,3 +182,52 @@ class _Attention(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         split = (part(hidden_states).unflatten(-1, (self.site.heads, -1)).transpose(1, 2) for part in self.parts)
         return self.out(F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2))
+
+
+def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], None]) -> None:
+    """Print every operator with its default settings: what it replaces, its measured cost, its start, its paper.
+
+    Raises `GeometryError` for tokens that are no square, `OperatorError` for heads that do not divide the width.
+    """
+    side = math.isqrt(max(0, tokens))
+    if side < 1 or side * side != tokens:
+        raise GeometryError(f"Costs are measured on a square of tokens; {tokens} is none. Try {max(1, side) ** 2}.")
+    if heads < 1 or width < heads or width % heads:
+        raise OperatorError(f"{heads} heads do not divide a width of {width}. Try --width {64 * max(1, heads)}.")
+    owners, refusals = _loaded()
+    configs = [owner.Config() for owner in owners if not issubclass(owner, BlockOperator)]
+    rows = [["operator", "replaces", "time", "of", "parameters", "MFLOPs"]]
+    costs = operator_costs(configs, grid=Grid(height=side, width=side), width=width, heads=heads)
+    for cost in costs:
+        owner, ran = cost.config.owner, not cost.refusal
+        rows.append(
+            [
+                owner.name,
+                ", ".join(owner.kinds),
+                f"{cost.ratio:.2f} x" if ran else "refused",
+                cost.baseline,
+                f"{cost.parameters:,}",
+                f"{cost.flops / 1e6:,.1f}",
+            ]
+        )
+    blocks = [owner for owner in owners if issubclass(owner, BlockOperator)]
+    say(table([*rows, *([owner.name, ", ".join(owner.kinds), "", "", "", ""] for owner in blocks)]))
+    threads = torch.get_num_threads()
+    say(f"\nForward at {tokens} tokens, width {width}, {heads} heads, fp32, {threads} threads; default settings.")
+    say("Time is against the part it replaces: softmax, an attention with its projections, or an mlp of r = 4.")
+    say("What stands for blocks costs what it holds of them.\n")
+    for owner in owners:
+        say(f"{owner.name}: {owner.start or 'starts from random weights'}. {owner.paper}")
+    for refusal in refusals:
+        say(f"\nLeft out: {refusal}")
+
+
+def _loaded() -> tuple[list[type[Operator]], list[str]]:
+    """The operators that can be imported, and what is said of those of other packages that cannot."""
+    owners, refusals = [], []
+    for name in available():
+        try:
+            owners.append(get(name))
+        except OperatorError as refusal:
+            refusals.append(str(refusal))
+    return owners, refusals

@@ -1,4 +1,5 @@
 """Every operator, found by its file name here or through the entry point group `diffusers_graft.operators`."""
+
 from __future__ import annotations
 
 import ast
@@ -24,23 +25,36 @@ from .base import (
 )
 
 __all__ = [
-    "AttentionOperator", "BlockOperator", "BlockPairOperator", "FeedForwardOperator", "LinearPair", "Mixer", "Operator",
-    "OperatorConfig", "Projections", "available", "configure", "get", "parse_operator",
-]  # fmt: skip
+    "AttentionOperator",
+    "BlockOperator",
+    "BlockPairOperator",
+    "FeedForwardOperator",
+    "LinearPair",
+    "Mixer",
+    "Operator",
+    "OperatorConfig",
+    "Projections",
+    "available",
+    "configure",
+    "get",
+    "parse_operator",
+]
 
 _GROUP = "diffusers_graft.operators"
 _NOT_OPERATORS = ("base", "conformance")
 
 
 def _built_in() -> set[str]:
-    names = {module.name for module in pkgutil.iter_modules(__path__)}
+    names = {module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg}
     return {name for name in names if name not in _NOT_OPERATORS and not name.startswith("_")}
 
 
 def _plugins() -> dict[str, EntryPoint]:
     points = {point.name: point for point in entry_points(group=_GROUP)}
     for name in sorted(points.keys() & _built_in()):
-        warnings.warn(f"{_told(points.pop(name))} is not used: an operator here has that name. Give it another.", stacklevel=3)
+        warnings.warn(
+            f"{_told(points.pop(name))} is not used: an operator here has that name. Give it another.", stacklevel=3
+        )
     return points
 
 
@@ -57,8 +71,8 @@ def available() -> tuple[str, ...]:
 def get(name: str) -> type[Operator]:
     """The operator class of that name.
 
-    Raises `UnknownNameError` with the nearest name, `OperatorError` for another package's that cannot be imported or is no
-    operator of that name.
+    Raises `UnknownNameError` with the nearest name, `OperatorError` for another package's that cannot be imported or
+    is no operator of that name.
     """
     if name in _built_in():
         return _only_operator_in(importlib.import_module(f"{__name__}.{name}"))
@@ -77,22 +91,27 @@ def get(name: str) -> type[Operator]:
 
 
 def configure(spec: str | OperatorConfig | dict[str, Any]) -> OperatorConfig:
-    """A config from a name, a text such as `"hyena_x(kernel_size=4)"`, a config, or a dict `{"operator": name, **settings}`.
+    """A config from a name, a text such as `"hyena_x(kernel_size=4)"`, a config, or a dict `{"operator": name,
+    **settings}`.
 
-    Raises `UnknownNameError` for an unknown operator or setting, `OperatorError` for a value it refuses, `RuleError` for text
-    that cannot be read.
+    Raises `UnknownNameError` for an unknown operator or setting, `OperatorError` for a value it refuses, `RuleError`
+    for text that cannot be read.
     """
     if isinstance(spec, OperatorConfig):
         return spec
     if isinstance(spec, str):
         return parse_operator(spec) if "(" in spec else get(spec).Config()
     if not isinstance(spec, dict) or not isinstance(spec.get("operator"), str):
-        raise OperatorError(f'An operator is a name, a Config, or a dict with its name under "operator"; got {spec!r}.')
+        raise OperatorError(
+            f'An operator is a name, a Config, or a dict with its name under "operator"; got {spec!r}.'
+        )
     return _configured(get(spec["operator"]), spec)
 
 
 def parse_operator(text: str) -> OperatorConfig:
-    """A config from `name` or `name(setting=value, ...)`, values being literals, words or operators. Raises as `configure`."""
+    """A config from `name` or `name(setting=value, ...)`, values being literals, words or operators. Raises as
+    `configure`.
+    """
     try:
         node = ast.parse(text.strip(), mode="eval").body
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
@@ -102,7 +121,9 @@ def parse_operator(text: str) -> OperatorConfig:
         if None in settings or len(settings) < len(call.keywords):
             raise ValueError("settings are written name=value, each once")
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        raise RuleError(f'{text!r} is not an operator: {error}. Write "hyena_x" or "hyena_x(kernel_size=4)".') from error
+        raise RuleError(
+            f'{text!r} is not an operator: {error}. Write "hyena_x" or "hyena_x(kernel_size=4)".'
+        ) from error
     get(call.func.id)
     return configure({"operator": call.func.id, **settings})
 
@@ -128,9 +149,10 @@ def _frozen(value: Any) -> Any:
 
 def _only_operator_in(module) -> type[Operator]:
     found = [
-        item for item in vars(module).values()
+        item
+        for item in vars(module).values()
         if isinstance(item, type) and issubclass(item, Operator) and item.__module__ == module.__name__
-    ]  # fmt: skip
+    ]
     if len(found) != 1:
         raise OperatorError(f"{module.__name__} defines {len(found)} operators; a file defines exactly one.")
     return found[0]

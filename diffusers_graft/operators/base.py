@@ -1,9 +1,10 @@
 """The contract of an operator: what a contributor writes, and what the rest of the library may rely on.
 
-An operator is one file; its file name is its name. It knows torch and einops, nothing of diffusers: sizes come from the
-`Site`, geometry from the `Context`. Legend for shapes: B batch, H heads, N query tokens, M key tokens, D width, E head
-width.
+An operator is one file; its file name is its name. It knows torch and einops, nothing of diffusers: sizes come from
+the `Site`, geometry from the `Context`. Legend for shapes: B batch, H heads, N query tokens, M key tokens, D width, E
+head width.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,8 +16,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
+from ..core.sites import Context, ContextSlot, Grid, Site
 from ..errors import OperatorError, UnknownNameError
-from ..site import Context, ContextSlot, Grid, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,8 @@ class OperatorConfig:
     """Settings of an operator: frozen, keyword-only, JSON-able, and never a model size.
 
     Attributes:
-        init: `"warm"` starts from the part that is replaced; `"random"` from scratch, the paper's setting, the control.
+        init: `"warm"` starts from the part that is replaced; `"random"` from scratch, the paper's setting, the
+            control.
     """
 
     owner: ClassVar[type[Operator]]
@@ -52,7 +54,9 @@ class OperatorConfig:
         usual = {"init": "warm", "backend": "torch"}
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         told = {name: value for name, value in values.items() if usual.get(name) != value}
-        settings = (f"{name}={v if isinstance(v, OperatorConfig) else repr(v)}" for name, v in told.items() if name != "init")
+        settings = (
+            f"{name}={v if isinstance(v, OperatorConfig) else repr(v)}" for name, v in told.items() if name != "init"
+        )
         start = [f"init={self.init!r}"] if "init" in told else []
         return f"{self.owner.name}({', '.join([*settings, *start])})"
 
@@ -123,15 +127,15 @@ class Operator(nn.Module):
         kinds: the kinds of site it can replace.
         needs_grid: whether it asks the context for the layout of tokens.
         honours_mask: whether an attention mask is applied exactly.
-        honours_others: whether it may be given more keys than queries: the first N are the queries' own, and every query sees
-            the rest besides those (a prompt's), in one softmax.
+        honours_others: whether it may be given more keys than queries: the first N are the queries' own, and every
+            query sees the rest besides those (a prompt's), in one softmax.
         honours_causal: whether it is causal where the replaced attention was, as the context says.
         causal_operator: whether a token never sees tokens after it.
         paper: title and arXiv id of where it comes from.
         start: one sentence on what a warm start keeps; printed on cards.
         unused_inputs: inputs that it does not read, `"input 0"` for the first; they get no gradient.
-        output_layer: name of the linear layer its output comes from, which `dg.closed_form` solves for; a mixer's is the
-            attention's output projection.
+        output_layer: name of the linear layer its output comes from, which `dg.closed_form` solves for; a mixer's is
+            the attention's output projection.
         uses_energy: whether a warm start is better for a `LinearPair.energy`, which takes data.
 
     Where they depend on settings, `__init__` sets them on the instance. Optional methods that `check_operator` reads:
@@ -204,7 +208,9 @@ class Operator(nn.Module):
         return 0
 
     def receptive_field(self, token: int, grid: Grid) -> Collection[int]:
-        """The tokens that the output at `token` depends on, in raster order: all, or those up to it of a causal operator."""
+        """The tokens that the output at `token` depends on, in raster order: all, or those up to it of a causal
+        operator.
+        """
         return range(token + 1 if self.causal_operator else grid.tokens)
 
     @property
@@ -230,7 +236,8 @@ class Mixer(Operator):
 
 
 class AttentionOperator(Operator):
-    """Replaces a whole self-attention with its projections: `forward(hidden_states, context)` takes and returns [B, N, D].
+    """Replaces a whole self-attention with its projections: `forward(hidden_states, context)` takes and returns [B, N,
+    D].
 
     Norms of queries and keys and rotary embeddings of the original go with it. `init_from` receives `Projections`.
     """
@@ -244,7 +251,8 @@ class AttentionOperator(Operator):
 class FeedForwardOperator(Operator):
     """Replaces a feed-forward: `forward(hidden_states, context)` takes and returns [B, N, D].
 
-    `init_from` receives the original as a `LinearPair`. Unless it overrides `receptive_field`, tokens stay by themselves.
+    `init_from` receives the original as a `LinearPair`. Unless it overrides `receptive_field`, tokens stay by
+    themselves.
     """
 
     kinds = ("feed_forward",)
@@ -259,9 +267,10 @@ class FeedForwardOperator(Operator):
 class BlockOperator(Operator):
     """Takes the place of one block or several neighbours: what they would add to a stream becomes something else.
 
-    `forward(hidden_states, *outputs, context, stream)` takes what entered the blocks, [B, N, D], and what each of them made
-    of it, and returns [B, N, D]; `stream` counts the streams of blocks that carry several (image and prompt). An operator
-    that does not run the blocks (`runs_blocks = False`) is given no outputs, and the blocks' weights go with them.
+    `forward(hidden_states, *outputs, context, stream)` takes what entered the blocks, [B, N, D], and what each of them
+    made of it, and returns [B, N, D]; `stream` counts the streams of blocks that carry several (image and prompt). An
+    operator that does not run the blocks (`runs_blocks = False`) is given no outputs, and the blocks' weights go with
+    them.
     """
 
     kinds = ("block_pair", "block", "block_run")

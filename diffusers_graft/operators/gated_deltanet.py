@@ -1,7 +1,9 @@
-"""Gated DeltaNet: a state in which each key writes over what it recalls, and which decays as the token says; linear in tokens.
+"""Gated DeltaNet: a state in which each key writes over what it recalls, and which decays as the token says; linear in
+tokens.
 
 Paper: Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.sites import Context, Site
 from ..errors import OperatorError
-from ..site import Context, Site
-from ._backends import Backend, WithBackends
-from ._scans import decay_start, gated_delta_rule
 from .base import AttentionOperator, Projections
+from .ops.backends import Backend, WithBackends
+from .ops.scans import decay_start, gated_delta_rule
 
 
 def _fla(operator: GatedDeltanet, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
@@ -34,9 +36,10 @@ def _fla(operator: GatedDeltanet, hidden_states: torch.Tensor, context: Context)
 class GatedDeltanet(WithBackends, AttentionOperator):
     """Queries and keys are of unit length, so that a query which is a key gives the value last written there.
 
-    That keeps outputs at the scale of values, which is what the pretrained output projection expects; the paper's short
-    convolutions, output norm and gate would change it, and are left out. Both directions have the same projections and
-    decays, and their outputs are averaged. The state is kept in float32 whatever the inputs' precision.
+    That keeps outputs at the scale of values, which is what the pretrained output projection expects; the paper's
+    short convolutions, output norm and gate would change it, and are left out. Both directions have the same
+    projections and decays, and their outputs are averaged. The state is kept in float32 whatever the inputs'
+    precision.
     """
 
     backends = (Backend("fla", _fla, "fla.ops.gated_delta_rule"),)
@@ -117,7 +120,9 @@ class GatedDeltanet(WithBackends, AttentionOperator):
     def flops(self, tokens: int) -> int:
         """Projections, and each way the products within chunks, with the state, and from state to state."""
         (padded, chunk), width = self._chunked(tokens), self.site.head_width
-        projections = 8 * tokens * self.site.width * self.site.inner_width + 4 * tokens * self.site.width * self.site.heads
+        projections = (
+            8 * tokens * self.site.width * self.site.inner_width + 4 * tokens * self.site.width * self.site.heads
+        )
         within, across, steps = 6 * chunk, 8 * width, 2 * width * width // chunk
         scans = len(self.ways()) * padded * self.site.inner_width * (within + across + steps)
         return projections + scans + self.uncounted_flops(tokens)
@@ -136,9 +141,14 @@ class GatedDeltanet(WithBackends, AttentionOperator):
 
 
 def token_by_token(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, strength: torch.Tensor, log_decay: torch.Tensor, *,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    strength: torch.Tensor,
+    log_decay: torch.Tensor,
+    *,
     backwards: bool,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """What `gated_delta_rule` is by definition: one token after the other."""
     steps = list(zip(*(part.unbind(1) for part in (query, key, value, strength, log_decay.exp())), strict=True))
     state, mixed = torch.zeros_like(key[:, 0, :, None] * value[:, 0, None]), []

@@ -2,6 +2,7 @@
 
 Paper: GLU Variants Improve Transformer, arXiv 2002.05202, Eq. 6.
 """
+
 from __future__ import annotations
 
 from collections.abc import Collection
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..site import Context, Site
-from ._activations import ACTIVATIONS, GATED
-from ._feed_forward import HiddenConfig, copy_input, copy_output, hidden_width, is_narrower, strongest
+from ..core.sites import Context, Site
 from .base import FeedForwardOperator, LinearPair
+from .ops.activations import ACTIVATIONS, GATED
+from .ops.feed_forward import HiddenConfig, copy_input, copy_output, hidden_width, is_narrower, strongest
 
 GATES = {**ACTIVATIONS, "sigmoid": torch.sigmoid}
 

@@ -1,4 +1,5 @@
 """Two mixers on disjoint heads of one attention, such as a window on most heads and softmax on the rest."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -7,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.sites import Context, Grid, Site
 from ..errors import OperatorError
-from ..site import Context, Grid, Site
 from . import configure
 from .base import Mixer
 
@@ -24,8 +25,8 @@ class Hybrid(Mixer):
 
         Attributes:
             first, second: operators as a rule takes them: a name, a Config, or a dict.
-            split: heads of the first, the others being the second's: a share of the heads (rounded, at least one each), a
-                count from head 0, or the heads themselves as a tuple.
+            split: heads of the first, the others being the second's: a share of the heads (rounded, at least one
+                each), a count from head 0, or the heads themselves as a tuple.
         """
 
         first: Any = "sliding_window"
@@ -37,7 +38,9 @@ class Hybrid(Mixer):
             for name in ("first", "second"):
                 config = configure(getattr(self, name))
                 if not issubclass(config.owner, Mixer):
-                    raise OperatorError(f"hybrid: {name} is a mixer, one that replaces a softmax; {config.owner.name} is not.")
+                    raise OperatorError(
+                        f"hybrid: {name} is a mixer, one that replaces a softmax; {config.owner.name} is not."
+                    )
                 object.__setattr__(self, name, config)
             if not _is_split(self.split):
                 raise OperatorError(
@@ -50,7 +53,9 @@ class Hybrid(Mixer):
         def heads(self, site: Site) -> tuple[int, ...]:
             """The heads of the first mixer. Raises `OperatorError` where the split leaves a mixer without heads."""
             if site.heads < 2:
-                raise OperatorError(f"hybrid: {site.path} has one head, and two mixers need two. Choose one of them there.")
+                raise OperatorError(
+                    f"hybrid: {site.path} has one head, and two mixers need two. Choose one of them there."
+                )
             share = isinstance(self.split, float)
             count = min(max(1, round(self.split * site.heads)), site.heads - 1) if share else self.split
             chosen = count if isinstance(count, tuple) else tuple(range(min(count, site.heads)))
@@ -98,7 +103,9 @@ class Hybrid(Mixer):
         """Each mixer as torch's counter sees it best."""
         return self._mixed([getattr(part, "countable", part) for part in self.parts], query, key, value, context)
 
-    def _mixed(self, mixers, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    def _mixed(
+        self, mixers, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context
+    ) -> torch.Tensor:
         outputs = [
             mixer(*(_of_heads(part, group) for part in (query, key, value)), _context_of(context, group))
             for mixer, group in zip(mixers, self.groups, strict=True)

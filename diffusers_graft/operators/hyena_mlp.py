@@ -2,6 +2,7 @@
 
 Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, Table 4 (MLP Hyena-X, r = 2, K = 4).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,19 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..site import Context, Site
-from ._feed_forward import hidden_width, is_narrower, polynomials, require_count, require_ratio, strongest
+from ..core.sites import Context, Site
 from .base import FeedForwardOperator, LinearPair
+from .ops.feed_forward import hidden_width, is_narrower, polynomials, require_count, require_ratio, strongest
 
 
 class HyenaMlp(FeedForwardOperator):
-    """Tokens stay by themselves: the causal convolution runs over the 3 r D features of one token, q before k before v.
+    """Tokens stay by themselves: the causal convolution runs over the 3 r D features of one token, q before k before
+    v.
 
     The paper's code has one filter for each of 256 token positions, which fixes the length of a sequence. Here the
-    positions share the sequence out evenly: where tokens are more, neighbours in raster order share a filter; where they
-    are fewer, a token's is the mean of those that fall to it. With as many tokens as positions it is the paper's operator,
-    with its 10,626,176 parameters at width 1152. The paper's table counts two gates and leaves the convolution out;
-    `flops` counts both.
+    positions share the sequence out evenly: where tokens are more, neighbours in raster order share a filter; where
+    they are fewer, a token's is the mean of those that fall to it. With as many tokens as positions it is the paper's
+    operator, with its 10,626,176 parameters at width 1152. The paper's table counts two gates and leaves the
+    convolution out; `flops` counts both.
     """
 
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
@@ -79,7 +81,9 @@ class HyenaMlp(FeedForwardOperator):
         query = torch.zeros_like(direction), torch.ones_like(slope)
         key = curve[:, None] * direction, slope
         value = direction, torch.zeros_like(slope)
-        for part, rows, biases in zip((query, key, value), self.up.weight.chunk(3), self.up.bias.chunk(3), strict=True):
+        for part, rows, biases in zip(
+            (query, key, value), self.up.weight.chunk(3), self.up.bias.chunk(3), strict=True
+        ):
             rows[: len(slope)], biases[: len(slope)] = part
 
     def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
@@ -110,4 +114,3 @@ class HyenaMlp(FeedForwardOperator):
     def uncounted_flops(self, tokens: int) -> int:
         """The gates, which torch's counter does not see."""
         return 2 * tokens * self.hidden
-

@@ -3,9 +3,10 @@
 Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, section 3 (Hyena-SE, K = 4, causal; the
 inner filter starts as the identity).
 """
+
 from __future__ import annotations
 
-from ._hyena import GatedConvolution
+from .ops.hyena import GatedConvolution
 
 
 class HyenaSe(GatedConvolution):

@@ -2,9 +2,10 @@
 
 Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, section 3 (Hyena-X, K = 4, causal).
 """
+
 from __future__ import annotations
 
-from ._hyena import GatedConvolution
+from .ops.hyena import GatedConvolution
 
 
 class HyenaX(GatedConvolution):

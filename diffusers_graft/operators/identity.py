@@ -1,12 +1,13 @@
 """No mixing: every token keeps its own value, or nothing. The lower control, and how an attention is removed."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
 
+from ..core.sites import Context, Grid, Site
 from ..errors import UnknownNameError
-from ..site import Context, Grid, Site
 from .base import Mixer
 
 OUTPUTS = ("values", "zero")

@@ -3,6 +3,7 @@
 Papers: Transformers are RNNs, arXiv 2006.16236, Eq. 6 (elu + 1); The Hedgehog and the Porcupine, arXiv 2402.04347
 (learnable softmax features); LiT, arXiv 2501.12976 (a depthwise convolution of the values).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.sites import Context, Site
 from ..errors import OperatorError, UnknownNameError
-from ..site import Context, Site
-from ._backends import COMPILED, WithBackends, piece_by_piece
-from ._depthwise import ShortConvolution, heads_first, tokens_last
 from .base import Mixer
+from .ops.backends import COMPILED, WithBackends, piece_by_piece
+from .ops.depthwise import ShortConvolution, heads_first, tokens_last
 
 FEATURE_MAPS = ("elu", "relu", "softmax")
 
@@ -55,8 +56,7 @@ class LinearAttention(WithBackends, Mixer):
             side = self.value_conv
             if type(side) is not int or side < 0 or (side and side % 2 == 0):
                 raise OperatorError(
-                    f"linear_attention: value_conv is an odd count of tokens, or 0 for none; got {side!r}. "
-                    "Try 3 or 5."
+                    f"linear_attention: value_conv is an odd count of tokens, or 0 for none; got {side!r}. Try 3 or 5."
                 )
 
     def __init__(self, config: Config, site: Site):
@@ -109,7 +109,9 @@ class LinearAttention(WithBackends, Mixer):
             torch.mul(*self._found(queries, state, weight), out=place)
         return mixed
 
-    def _found(self, query: torch.Tensor, state: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _found(
+        self, query: torch.Tensor, state: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """phi(q) phi(k)^T v, and what normalises it, [B, H, N, 1]."""
         features = self._features(query, 0).to(state.dtype)
         return features @ state.transpose(-1, -2), (features @ weight).clamp(min=LEAST).reciprocal()
@@ -151,7 +153,8 @@ class LinearAttention(WithBackends, Mixer):
 class EluPlusOne(torch.autograd.Function):
     """elu(x) + 1 without the slow part of elu, exp(x) - 1.
 
-    Its slope, exp(x) up to zero and 1 from there on, is read off the result, which products need anyway: nothing more is kept.
+    Its slope, exp(x) up to zero and 1 from there on, is read off the result, which products need anyway: nothing more
+    is kept.
     """
 
     @staticmethod
@@ -175,7 +178,8 @@ def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def key_weights(mask: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """A mask as a factor on so many keys, [B, 1 or H, M, 1]: 0 or 1, or of an additive mask its exponential, as in softmax.
+    """A mask as a factor on so many keys, [B, 1 or H, M, 1]: 0 or 1, or of an additive mask its exponential, as in
+    softmax.
 
     Keys are summed once for all queries. Raises `OperatorError` where a mask differs from query to query, and where
     compiled code, which cannot look, is given one that may.

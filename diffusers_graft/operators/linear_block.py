@@ -1,7 +1,9 @@
 """One linear map in place of what blocks add to their input: the step between a block and none.
 
-Paper: the replacement of blocks by linear maps fitted to them, "Your Transformer is Secretly Linear", arXiv 2405.12250.
+Paper: the replacement of blocks by linear maps fitted to them, "Your Transformer is Secretly Linear", arXiv
+2405.12250.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..site import Site
+from ..core.sites import Site
 from .base import BlockOperator, OperatorConfig
 
 

@@ -2,21 +2,22 @@
 
 Its start is the statistical linearisation of the original, with slopes from Stein's lemma (Bussgang 1952).
 """
+
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from ..site import Context, Site
-from ._feed_forward import polynomials
+from ..core.sites import Context, Site
 from .base import FeedForwardOperator, LinearPair
+from .ops.feed_forward import polynomials
 
 
 class LinearMlp(FeedForwardOperator):
     """An eighth of the cost of a feed-forward of expansion 4.
 
-    The start is as good as tokens are standard normal; on the testbed model, whose tokens are not, it is no closer to the
-    original than silence is. `dg.closed_form` finds the best linear map for data.
+    The start is as good as tokens are standard normal; on the testbed model, whose tokens are not, it is no closer to
+    the original than silence is. `dg.closed_form` finds the best linear map for data.
     """
 
     start = "the linear map nearest to the original over standard normal tokens, roughly what a norm leaves"

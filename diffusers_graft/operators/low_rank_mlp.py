@@ -1,7 +1,9 @@
 """A feed-forward whose two linear layers are products of two thin ones: W = A B, of a given rank.
 
-Paper: Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation, arXiv 1404.0736, section 3.2.
+Paper: Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation, arXiv 1404.0736, section
+3.2.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -9,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..core.sites import Context, Site
 from ..errors import OperatorError
-from ..site import Context, Site
-from ._activations import ACTIVATIONS
-from ._feed_forward import ActivatedConfig
 from .base import FeedForwardOperator, LinearPair
+from .ops.activations import ACTIVATIONS
+from .ops.feed_forward import ActivatedConfig
 
 
 class LowRankMlp(FeedForwardOperator):

@@ -1,8 +1,10 @@
 """Mamba-2, a selective state space: every head keeps a state that decays as the token says; linear in tokens.
 
-Papers: Transformers are SSMs, arXiv 2405.21060, Section 7 (the block); Exploring Diffusion Transformer Designs via Grafting,
-arXiv 2506.05340, Table 4; Hydra, arXiv 2407.09941 (both directions as one matrix, with projections in common).
+Papers: Transformers are SSMs, arXiv 2405.21060, Section 7 (the block); Exploring Diffusion Transformer Designs via
+Grafting, arXiv 2506.05340, Table 4; Hydra, arXiv 2407.09941 (both directions as one matrix, with projections in
+common).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
@@ -12,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.sites import Context, Grid, Site
 from ..errors import OperatorError, UnknownNameError
-from ..site import Context, Grid, Site
-from ._backends import HALF, Backend, WithBackends
-from ._scans import ORDERS, decay_start, state_space, visits
 from .base import AttentionOperator
+from .ops.backends import HALF, Backend, WithBackends
+from .ops.scans import ORDERS, decay_start, state_space, visits
 
 
 def _mamba_ssm(operator: Mamba2, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
@@ -26,9 +28,9 @@ def _mamba_ssm(operator: Mamba2, hidden_states: torch.Tensor, context: Context) 
 class Mamba2(WithBackends, AttentionOperator):
     """Parameters have the names and shapes of `mamba_ssm.Mamba2`, in one direction as in both.
 
-    In both directions the convolution is centred, and a token sees those before it through a state from the left and those
-    after it through a state from the right, with the same projections and decays. The state is kept in float32 whatever the
-    inputs' precision.
+    In both directions the convolution is centred, and a token sees those before it through a state from the left and
+    those after it through a state from the right, with the same projections and decays. The state is kept in float32
+    whatever the inputs' precision.
     """
 
     backends = (Backend("mamba_ssm", _mamba_ssm, "mamba_ssm.ops.triton.ssd_combined", dtypes=(*HALF, torch.float32)),)
@@ -162,7 +164,9 @@ class Mamba2(WithBackends, AttentionOperator):
         """What each token gets from itself, which both ways count."""
         return (query * key).sum(-1)[..., None, None] * value * step[..., None]
 
-    def _token_by_token(self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    def _token_by_token(
+        self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor
+    ) -> torch.Tensor:
         """The recurrence h_i = decay_i h_(i-1) + k_i step_i v_i, y_i = q_i h_i, each way; a token counts itself once."""
         decay = self._decayed(step).exp()
         steps = list(zip(*(part.unbind(1) for part in (value * step[..., None], key, query, decay)), strict=True))

@@ -1,8 +1,9 @@
 """SANA's feed-forward: a gated linear unit whose hidden neurons look at their neighbours on the token grid.
 
-Paper: SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers, arXiv 2410.10629, section 3.2
-(Mix-FFN; `GLUMBConv` in its code).
+Paper: SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers, arXiv 2410.10629, section
+3.2 (Mix-FFN; `GLUMBConv` in its code).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,16 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..core.sites import Context, Grid, Site
 from ..errors import OperatorError
-from ..site import Context, Grid, Site
-from ._activations import ACTIVATIONS, Activation
-from ._depthwise import ShortConvolution
-from ._feed_forward import HiddenConfig, copy_input, copy_output, hidden_width, is_narrower, strongest
 from .base import FeedForwardOperator, LinearPair
+from .ops.activations import ACTIVATIONS, Activation
+from .ops.depthwise import ShortConvolution
+from .ops.feed_forward import HiddenConfig, copy_input, copy_output, hidden_width, is_narrower, strongest
 
 
 class MixFfn(FeedForwardOperator):
-    """down(value * activation(gate)), with value and gate = depthwise(activation(up(x))); a video is mixed frame by frame.
+    """down(value * activation(gate)), with value and gate = depthwise(activation(up(x))); a video is mixed frame by
+    frame.
 
     Its output layer has a bias, which SANA's has not, to take the original's.
     """
@@ -37,7 +39,8 @@ class MixFfn(FeedForwardOperator):
         """Settings of the layers.
 
         Attributes:
-            expansion: hidden neurons over the width of a token; SANA's 2.5 costs about what a plain feed-forward of 4 does.
+            expansion: hidden neurons over the width of a token; SANA's 2.5 costs about what a plain feed-forward of 4
+                does.
             activation: of neurons and gates, diffusers' name, SANA's is `silu`; None means that of the replaced one.
             kernel: side of the convolution, odd.
         """

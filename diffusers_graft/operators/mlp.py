@@ -2,6 +2,7 @@
 
 Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, Table 4 (MLP, r = 3 and r = 6).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -9,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..site import Context, Site
-from ._activations import ACTIVATIONS
-from ._feed_forward import HiddenConfig, copy_input, copy_output, hidden_width, is_narrower, strongest
+from ..core.sites import Context, Site
 from .base import FeedForwardOperator, LinearPair
+from .ops.activations import ACTIVATIONS
+from .ops.feed_forward import HiddenConfig, copy_input, copy_output, hidden_width, is_narrower, strongest
 
 
 class Mlp(FeedForwardOperator):

@@ -1,8 +1,9 @@
 """Feed-forwards among which a router chooses a few for each token, and adds them weighted: a mixture of experts.
 
-Papers: Outrageously Large Neural Networks, arXiv 1701.06538, Eq. 1 and 3 to 5 (top-k routing, without its noise); Sparse
-Upcycling, arXiv 2212.05055 (experts that start from a dense feed-forward).
+Papers: Outrageously Large Neural Networks, arXiv 1701.06538, Eq. 1 and 3 to 5 (top-k routing, without its noise);
+Sparse Upcycling, arXiv 2212.05055 (experts that start from a dense feed-forward).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -11,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.sites import Context, Site
 from ..errors import OperatorError
-from ..site import Context, Site
-from ._activations import ACTIVATIONS
-from ._backends import autocast_device
-from ._feed_forward import HiddenConfig, copy_input, hidden_width, require_count, strongest
 from .base import FeedForwardOperator, LinearPair
+from .ops.activations import ACTIVATIONS
+from .ops.backends import autocast_device
+from .ops.feed_forward import HiddenConfig, copy_input, hidden_width, require_count, strongest
 
 
 class MoeMlp(FeedForwardOperator):
     """Every token runs through `top_k` experts only, with weights that sum to one; experts share one output bias.
 
-    Compiled, or without memory, all experts run on all tokens, to the same result: a graph cannot know how many tokens an
-    expert gets. There is no loss that balances experts.
+    Compiled, or without memory, all experts run on all tokens, to the same result: a graph cannot know how many tokens
+    an expert gets. There is no loss that balances experts.
     """
 
     paper = "Outrageously Large Neural Networks, arXiv 1701.06538"
@@ -41,7 +42,8 @@ class MoeMlp(FeedForwardOperator):
             expansion: hidden neurons of one expert over the width of a token.
             activation: diffusers' name; None means that of the replaced feed-forward.
             experts: how many there are.
-            top_k: how many a token runs through, from 2: a single expert would always weigh one, and teach the router nothing.
+            top_k: how many a token runs through, from 2: a single expert would always weigh one, and teach the router
+                nothing.
         """
 
         experts: int = 4
@@ -52,7 +54,9 @@ class MoeMlp(FeedForwardOperator):
             require_count("moe_mlp", "experts", self.experts, least=2, example=4)
             require_count("moe_mlp", "top_k", self.top_k, least=2, example=2)
             if self.top_k > self.experts:
-                raise OperatorError(f"moe_mlp: a token can run through {self.experts} experts at most; got top_k={self.top_k}.")
+                raise OperatorError(
+                    f"moe_mlp: a token can run through {self.experts} experts at most; got top_k={self.top_k}."
+                )
 
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)

@@ -1,20 +1,21 @@
 """Softmax attention in a neighbourhood of the token grid: each token sees the kernel x kernel tokens around it.
 
-Paper: Neighborhood Attention Transformer, arXiv 2204.07143, Eq. 2; dilation: arXiv 2209.15001. At borders the window is
-shifted, not cut, so that every token sees the same number of keys.
+Paper: Neighborhood Attention Transformer, arXiv 2204.07143, Eq. 2; dilation: arXiv 2209.15001. At borders the window
+is shifted, not cut, so that every token sees the same number of keys.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
 
+from ..core.sites import Context, Grid, Site
 from ..errors import GeometryError, OperatorError
-from ..site import Context, Grid, Site
-from ._backends import Backend, WithBackends
-from ._flex import Sees, flex
-from ._tiles import dense_attention, tiled_attention
 from .base import Mixer
+from .ops.backends import Backend, WithBackends
+from .ops.flex import Sees, flex
+from .ops.tiles import dense_attention, tiled_attention
 
 
 def around(length: int, kernel: int, dilation: int) -> list[range]:
@@ -50,7 +51,9 @@ def _natten(operator: Neighborhood, query, key, value, context: Context) -> torc
 
 
 def _flex(operator: Neighborhood, query, key, value, context: Context) -> torch.Tensor:
-    return flex(query, key, value, _sees, operator.axes(context.require_grid(operator.name, query.shape[2])), context.scale)
+    return flex(
+        query, key, value, _sees, operator.axes(context.require_grid(operator.name, query.shape[2])), context.scale
+    )
 
 
 class Neighborhood(WithBackends, Mixer):

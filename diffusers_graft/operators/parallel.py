@@ -2,6 +2,7 @@
 
 Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, section 6: W [B_a(h, c); B_b(h, c)] + b.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -10,19 +11,20 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from ..core.sites import Site
 from ..errors import OperatorError, UnknownNameError
-from ..site import Site
 from .base import BlockOperator
 
 MERGES = ("linear", "sum", "gated")
 
 
 class Parallel(BlockOperator):
-    """`h + merge(f_a(h), f_b(h), ...)`, f being what a block adds to its input. The blocks run one after the other, on every
+    """`h + merge(f_a(h), f_b(h), ...)`, f being what a block adds to its input. The blocks run one after the other, on
+    every
     device: what is halved is the depth, not the work.
 
-    Warm starts are `h + f_a(h) + f_b(h)`, to the last bit, for every merge that can say so. The paper's `W [B_a; B_b] + b`
-    (`residual=False`) has the same parameters, but sees h only inside the outputs: it starts as their mean.
+    Warm starts are `h + f_a(h) + f_b(h)`, to the last bit, for every merge that can say so. The paper's `W [B_a; B_b]
+    + b` (`residual=False`) has the same parameters, but sees h only inside the outputs: it starts as their mean.
     """
 
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
@@ -33,9 +35,10 @@ class Parallel(BlockOperator):
         """Settings.
 
         Attributes:
-            merge: `"linear"` (W in D x 2D, and b), `"sum"` (no parameters), or `"gated"` (a factor for each block and channel).
-            residual: merge what the blocks add to their input, and add that to it; False merges their outputs, as printed in
-                the paper.
+            merge: `"linear"` (W in D x 2D, and b), `"sum"` (no parameters), or `"gated"` (a factor for each block and
+                channel).
+            residual: merge what the blocks add to their input, and add that to it; False merges their outputs, as
+                printed in the paper.
             group: of a `block_run`, how many neighbours run side by side; all of them unless given.
         """
 
@@ -52,7 +55,9 @@ class Parallel(BlockOperator):
             if self.group is not None and (type(self.group) is not int or self.group < 2):
                 raise OperatorError(f"A group holds two blocks or more; got group={self.group!r}.")
             if self.merge != "linear" and (not self.residual or self.init == "random"):
-                raise OperatorError(f"merge={self.merge!r} adds to the input and has one start: leave residual and init alone.")
+                raise OperatorError(
+                    f"merge={self.merge!r} adds to the input and has one start: leave residual and init alone."
+                )
 
         def resolved(self, site: Site) -> Self:
             return replace(self, group=site.blocks if site.kind == "block_run" and site.blocks > 1 else None)

@@ -3,6 +3,7 @@
 Paper: PixArt-Sigma, arXiv 2403.04692, Eq. 2 (KV token compression; the convolution starts as an average). Without the
 LayerNorm that its code puts behind the convolution, which no pretrained attention could start from.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.sites import Context, Site
 from ..errors import GeometryError, OperatorError
-from ..site import Context, Site
-from ._depthwise import tokens_last
 from .base import Mixer
+from .ops.depthwise import tokens_last
 
 
 class PooledKeys(Mixer):
@@ -44,7 +45,10 @@ class PooledKeys(Mixer):
         width, stride = site.inner_width, config.stride
         # No bias for keys: one vector added to all of them changes no softmax.
         self.convolutions = nn.ModuleDict(
-            {name: nn.Conv2d(width, width, stride, stride, groups=width, bias=name == "value") for name in ("key", "value")}
+            {
+                name: nn.Conv2d(width, width, stride, stride, groups=width, bias=name == "value")
+                for name in ("key", "value")
+            }
         )
 
     @torch.no_grad()
@@ -61,7 +65,9 @@ class PooledKeys(Mixer):
         """[B, H, N, E] -> [B, H, M, E]."""
         grid, stride = context.require_grid(self.name, part.shape[2]), self.config.stride
         if stride > max(grid.height, grid.width):
-            raise GeometryError(f"pooled_keys: stride {stride} is beyond the grid, which is {grid}. Choose a smaller one.")
+            raise GeometryError(
+                f"pooled_keys: stride {stride} is beyond the grid, which is {grid}. Choose a smaller one."
+            )
         _, heads, _, width = part.shape
         image = tokens_last(part, grid.height, grid.width).permute(0, 3, 1, 2)
         right, below = -grid.width % stride, -grid.height % stride
@@ -71,7 +77,9 @@ class PooledKeys(Mixer):
         return pooled.unflatten(0, (-1, grid.frames)).flatten(1, 3).unflatten(2, (heads, width)).transpose(1, 2)
 
     def flops(self, tokens: int) -> int:
-        """Softmax over the pooled keys, and two convolutions; of the last forward's grid, or of one that the stride divides."""
+        """Softmax over the pooled keys, and two convolutions; of the last forward's grid, or of one that the stride
+        divides.
+        """
         grid, stride = self.last_grid(tokens), self.config.stride
         keys = grid.frames * -(-grid.height // stride) * -(-grid.width // stride) if grid else tokens // stride**2
         return 4 * keys * (tokens + stride**2) * self.site.inner_width

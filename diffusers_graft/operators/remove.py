@@ -2,6 +2,7 @@
 
 Paper: the depth-pruned baselines of TinyFusion, arXiv 2412.01199.
 """
+
 from __future__ import annotations
 
 from typing import Any

@@ -2,6 +2,7 @@
 
 Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, Table 2.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..core.sites import Context, Site
 from ..errors import OperatorError
-from ..site import Context, Site
 from .base import Mixer
 
 
@@ -34,7 +35,9 @@ class SelfAttention(Mixer):
         def __post_init__(self):
             super().__post_init__()
             if self.heads is not None and (type(self.heads) is not int or self.heads < 1):
-                raise OperatorError(f"self_attention: heads is a count from 1, or None for the original's; got {self.heads!r}.")
+                raise OperatorError(
+                    f"self_attention: heads is a count from 1, or None for the original's; got {self.heads!r}."
+                )
 
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
@@ -50,9 +53,13 @@ class SelfAttention(Mixer):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         query, key, value = (self._split(part, self.heads) for part in (query, key, value))
         if context.mask is not None and context.mask.dim() == 4 and context.mask.shape[1] not in (1, self.heads):
-            raise OperatorError(f"self_attention has {self.heads} heads here, and the mask is for {context.mask.shape[1]}.")
+            raise OperatorError(
+                f"self_attention has {self.heads} heads here, and the mask is for {context.mask.shape[1]}."
+            )
         scale = context.scale if context.scale is None else context.scale * (self.heads / self.site.heads) ** 0.5
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=context.mask, scale=scale, is_causal=context.causal)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=context.mask, scale=scale, is_causal=context.causal
+        )
         return self._split(mixed, self.site.heads)
 
     def _split(self, part: torch.Tensor, heads: int) -> torch.Tensor:

@@ -2,18 +2,19 @@
 
 Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, Table 4 (SWA, w = 4, bidirectional).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
 
+from ..core.sites import Context, Grid, Site
 from ..errors import GeometryError, OperatorError
-from ..site import Context, Grid, Site
-from ._backends import Backend, WithBackends
-from ._flex import Sees, flex
-from ._tiles import dense_attention, tiled_attention
 from .base import Mixer
+from .ops.backends import Backend, WithBackends
+from .ops.flex import Sees, flex
+from .ops.tiles import dense_attention, tiled_attention
 
 
 def band(length: int, before: int, after: int) -> list[range]:
@@ -40,7 +41,11 @@ def _varlen(operator: SlidingWindow, query, key, value, context: Context) -> tor
     starts = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
     packed = (part.transpose(1, 2).reshape(batch * tokens, heads, width) for part in (query, key, value))
     settings = {"scale": context.scale, "window_size": tuple(window)}
-    return varlen_attn(*packed, starts, starts, tokens, tokens, **settings).view(batch, tokens, heads, width).transpose(1, 2)
+    return (
+        varlen_attn(*packed, starts, starts, tokens, tokens, **settings)
+        .view(batch, tokens, heads, width)
+        .transpose(1, 2)
+    )
 
 
 def _flex(operator: SlidingWindow, query, key, value, context: Context) -> torch.Tensor:
@@ -87,7 +92,9 @@ class SlidingWindow(WithBackends, Mixer):
     def in_torch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         # Short tiles compare fewer pairs in vain; a backward pass pays for every halo, and prefers fewer.
         tile = max(32, max(self.config.window) // (1 if torch.is_grad_enabled() else 2))
-        return tiled_attention(query, key, value, band, self.axes(query), tile=tile, scale=context.scale, mask=context.mask)
+        return tiled_attention(
+            query, key, value, band, self.axes(query), tile=tile, scale=context.scale, mask=context.mask
+        )
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """The definition: softmax over all tokens under a band mask."""

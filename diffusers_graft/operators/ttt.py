@@ -2,6 +2,7 @@
 
 Paper: Linearizing Vision Transformer with Test-Time Training, arXiv 2605.02772 (the mixer of DiT5).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.sites import Context, Site
 from ..errors import OperatorError
-from ..site import Context, Site
-from ._backends import COMPILED, WithBackends
-from ._depthwise import ShortConvolution, heads_first, tokens_last
 from .base import Mixer
+from .ops.backends import COMPILED, WithBackends
+from .ops.depthwise import ShortConvolution, heads_first, tokens_last
 
 
 class Ttt(WithBackends, Mixer):
     """The inner model of a head is f(x) = SiLU(x W1) W2, with W1 and W2 in E x E that start each forward anew.
 
-    A step of size one goes down the gradient of E^-1/2 / 2N sum ||f(k) - v||^2 over all tokens; then f(q) is the output. Keys
-    are normalised over tokens first, and on a grid queries and keys pass 3 x 3 depthwise convolutions with a residual. Fast
-    weights are kept in float32 whatever the inputs' precision.
+    A step of size one goes down the gradient of E^-1/2 / 2N sum ||f(k) - v||^2 over all tokens; then f(q) is the
+    output. Keys are normalised over tokens first, and on a grid queries and keys pass 3 x 3 depthwise convolutions
+    with a residual. Fast weights are kept in float32 whatever the inputs' precision.
     """
 
     backends = (COMPILED,)
@@ -94,7 +95,9 @@ class Ttt(WithBackends, Mixer):
             return parts
         grid = context.require_grid(self.name, key.shape[-2])
         images = [tokens_last(part.to(key.dtype), grid.height, grid.width) for part in parts]
-        convolved = [convolve(self.convolutions[name], image) for name, image in zip(("query", "key"), images, strict=True)]
+        convolved = [
+            convolve(self.convolutions[name], image) for name, image in zip(("query", "key"), images, strict=True)
+        ]
         return [part + heads_first(image, part).to(precise) for part, image in zip(parts, convolved, strict=True)]
 
     def flops(self, tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 `load()` gives a class-conditional `DiTTransformer2DModel` that draws capital letters; `weights/README.md` is its card.
 """
+
 from __future__ import annotations
 
 from pathlib import Path

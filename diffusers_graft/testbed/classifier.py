@@ -1,7 +1,9 @@
-"""The testbed's judge, a small convolutional classifier: `python -m diffusers_graft.testbed.classifier --output DIR` trains it.
+"""The testbed's judge, a small convolutional classifier: `python -m diffusers_graft.testbed.classifier --output DIR`
+trains it.
 
 Its last hidden layer gives the 64 features of the Frechet distance; its answers give the accuracy of samples.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,10 +29,20 @@ class LetterClassifier(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(), nn.Conv2d(64, 64, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(64 * 16, 64), nn.SiLU(),
-        )  # fmt: skip
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.SiLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * 16, 64),
+            nn.SiLU(),
+        )
         self.head = nn.Linear(64, len(LETTERS))
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -73,9 +85,15 @@ def train_classifier(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    row = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "torch": torch.__version__,
-           "accuracy_training_fonts": round(accuracy(classifier, TRAIN_FONTS), 4),
-           "accuracy_held_out_fonts": round(accuracy(classifier, HELD_OUT_FONTS), 4)}  # fmt: skip
+    row = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "torch": torch.__version__,
+        "accuracy_training_fonts": round(accuracy(classifier, TRAIN_FONTS), 4),
+        "accuracy_held_out_fonts": round(accuracy(classifier, HELD_OUT_FONTS), 4),
+    }
     (output / "classifier.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     save_file(classifier.state_dict(), output / "classifier.safetensors", metadata={"format": "pt"})
     return classifier

@@ -3,6 +3,7 @@
 Every image is one capital letter in one font, at a random size, position and rotation. Positions vary so much that a
 model has to look across the image to place its strokes: on centred digits, deleting all attention hardly hurts.
 """
+
 from __future__ import annotations
 
 import functools
@@ -20,12 +21,25 @@ LETTERS = "ABEGHKMRSX"
 IMAGE_SIZE = 16
 HELD_OUT_FONTS = ("DejaVuSerif-BoldItalic", "DejaVuSansMono-Oblique", "STIXGeneralItalic", "cmss10")
 TRAIN_FONTS = (
-    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSans-Oblique",
-    "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique",
-    "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic",
-    "STIXGeneral", "STIXGeneralBol", "STIXGeneralBolIta",
-    "cmr10", "cmb10", "cmtt10", "cmti10", "cmmi10",
-)  # fmt: skip
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSans-Oblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSansMono-BoldOblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralBolIta",
+    "cmr10",
+    "cmb10",
+    "cmtt10",
+    "cmti10",
+    "cmmi10",
+)
 
 _CANVAS = 96  # pixels of a rendered glyph's canvas
 _FONT_SIZE = 64  # capitals are then about 46 pixels high
@@ -57,7 +71,9 @@ def glyph_bank(fonts: tuple[str, ...]) -> torch.Tensor:
     return torch.stack([torch.stack([render(face, letter) for letter in LETTERS]) for face in faces]).float() / 255
 
 
-def draw_letters(labels: torch.Tensor, generator: torch.Generator, fonts: tuple[str, ...] = TRAIN_FONTS) -> torch.Tensor:
+def draw_letters(
+    labels: torch.Tensor, generator: torch.Generator, fonts: tuple[str, ...] = TRAIN_FONTS
+) -> torch.Tensor:
     """Draw one image for each label, each in a random font, size, position and rotation.
 
     Args:

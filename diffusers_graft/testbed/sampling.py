@@ -1,4 +1,5 @@
 """Drawing letters with a model, and judging them."""
+
 from __future__ import annotations
 
 import functools
@@ -10,10 +11,10 @@ import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
-from ..anatomy import evaluating, predict
 from ..errors import GraftError, MissingDependencyError
-from ..evaluation.metrics import FeatureStatistics, frechet_distance
-from ..evaluation.scores import Scores, evaluate
+from ..evaluation.evaluate import Scores, evaluate
+from ..evaluation.metrics.frechet_distance import FeatureStatistics, frechet_distance
+from ..inspection import evaluating, predict
 from .classifier import load_classifier
 from .letters import HELD_OUT_FONTS, IMAGE_SIZE, LETTERS, balanced_labels, draw_letters
 
@@ -27,9 +28,15 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 @torch.no_grad()
 def sample(
-    model: DiTTransformer2DModel, labels: torch.Tensor, *, seed: int, steps: int = 20, guidance: float = 1.0,
-    batch_size: int = 250, progress: bool = True,
-) -> torch.Tensor:  # fmt: skip
+    model: DiTTransformer2DModel,
+    labels: torch.Tensor,
+    *,
+    seed: int,
+    steps: int = 20,
+    guidance: float = 1.0,
+    batch_size: int = 250,
+    progress: bool = True,
+) -> torch.Tensor:
     """Draw one image for each label, by Euler steps from noise that depends on `seed` alone.
 
     Args:

@@ -1,8 +1,9 @@
 """Checkpoints that a killed run continues from, exactly: safetensors and JSON, whole or not there at all.
 
-A checkpoint is a folder `stage-<name>-<step>`. It is written under another name and renamed when everything in it is on
-the disk, so one that is there is whole.
+A checkpoint is a folder `stage-<name>-<step>`. It is written under another name and renamed when everything in it is
+on the disk, so one that is there is whole.
 """
+
 from __future__ import annotations
 
 import errno
@@ -77,10 +78,16 @@ class Checkpoints:
                 raise ValueError(f"{', '.join(lacking)} not in {FACTS}")
             return state
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise FileError(f"The checkpoint {path} is damaged ({error}). Remove it to resume from the one before.") from error
+            raise FileError(
+                f"The checkpoint {path} is damaged ({error}). Remove it to resume from the one before."
+            ) from error
 
     def _failure(self, step: int, tensors: dict[str, torch.Tensor], error: Exception) -> str:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error)
+        full = (
+            getattr(error, "errno", None) == errno.ENOSPC
+            or "No space left" in str(error)
+            or "os error 28" in str(error)
+        )
         needed = sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
         reason = f"the disk is full (it takes {needed:,.0f} MiB)" if full else str(error)
         if "No such file" in str(error):

@@ -1,4 +1,5 @@
 """What both stages can be told: one set of settings, the same names in each."""
+
 from __future__ import annotations
 
 import inspect
@@ -16,7 +17,13 @@ from ..errors import TrainingError, UnknownNameError
 
 PRECISIONS = ("no", "bf16", "fp16")
 Settings = TypeVar("Settings")
-SELDOM = ("save_every", "keep", "log_every", "progress", "trackers")  # change no weight, so a resumed run may change them
+SELDOM = (
+    "save_every",
+    "keep",
+    "log_every",
+    "progress",
+    "trackers",
+)  # change no weight, so a resumed run may change them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +33,16 @@ class TrainingConfig:
     Attributes:
         steps: optimiser steps.
         lr, warmup: peak learning rate, reached linearly in so many steps.
-        schedule, schedule_args: what follows the warm-up: a schedule of `diffusers.optimization` by name, and its settings.
+        schedule, schedule_args: what follows the warm-up: a schedule of `diffusers.optimization` by name, and its
+            settings.
         optimizer, optimizer_args: any optimiser of `torch.optim` by name, and its settings.
         max_grad_norm: clipping.
         accumulate: batches of one optimiser step.
         precision: `"no"`, or mixed: `"bf16"`, `"fp16"` (weights stay as they are); None is what `accelerate launch
             --mixed_precision` says, and else `"no"`.
-        timesteps: of the noise, see `diffusers_graft.training.data.Noising`.
-        prompt_dropout: rate at which a prompt is dropped, where a null prompt is given; 0.1 is what most models were trained
-            with. Class labels are dropped at the model's own rate.
+        timesteps: of the noise, see `diffusers_graft.training.batches.Noising`.
+        prompt_dropout: rate at which a prompt is dropped, where a null prompt is given; 0.1 is what most models were
+            trained with. Class labels are dropped at the model's own rate.
         seed: of the noise.
         save_every, keep: with an output folder, a checkpoint every so many steps, and how many of them stay.
         log_every: steps of a row of `training.jsonl`.
@@ -74,9 +82,13 @@ class TrainingConfig:
         if not all(isinstance(count, int) for count in (*counts, self.warmup, self.seed)) or self.warmup < 0:
             raise TrainingError(f"Steps and a seed are whole numbers, those of the warm-up from zero; got {self}.")
         if not (min(counts) >= 1 and 0 < self.lr < math.inf):
-            raise TrainingError(f"Training needs at least one step of everything and a positive learning rate; got {self}.")
+            raise TrainingError(
+                f"Training needs at least one step of everything and a positive learning rate; got {self}."
+            )
         if not self.max_grad_norm > 0 or not 0 <= self.prompt_dropout <= 1:
-            raise TrainingError(f"A gradient is clipped to a norm above zero, and a rate lies from 0 to 1; got {self}.")
+            raise TrainingError(
+                f"A gradient is clipped to a norm above zero, and a rate lies from 0 to 1; got {self}."
+            )
         self.lr_factors()
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +110,8 @@ class TrainingConfig:
             raise TrainingError(f"torch.optim.{self.optimizer} does not take these settings: {error}.") from error
 
     def lr_factors(self) -> Callable[[int], float]:
-        """Factor on the learning rate at a step, never zero: the schedule is read one step ahead and ends one step late.
+        """Factor on the learning rate at a step, never zero: the schedule is read one step ahead and ends one step
+        late.
 
         Raises `TrainingError` for settings that the schedule does not take.
         """
@@ -127,7 +140,9 @@ def one_of(what: str, name: str, available: Iterable[str]) -> None:
 
 def optimizers() -> list[str]:
     """Optimisers of torch that need nothing but gradients."""
-    found = (name for name, value in vars(torch.optim).items()
-             if isinstance(value, type) and issubclass(value, torch.optim.Optimizer))  # fmt: skip
+    found = (
+        name
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    )
     return sorted(set(found) - {"Optimizer", "LBFGS", "SparseAdam"})
-

@@ -1,8 +1,10 @@
 """The noise that models were trained under: read from their schedulers, whose own noising is for sampling.
 
-Those that sample in few steps noise along the steps of their last call, each in a scale of its own. What a model learned
+Those that sample in few steps noise along the steps of their last call, each in a scale of its own. What a model
+learned
 under is simpler: a share of variance that is kept (`alphas_cumprod`), or a straight line from the sample to noise.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -14,16 +16,37 @@ from ..errors import TrainingError, UnknownNameError
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
-# What the pipelines of flow models do that no argument tells; the others pass timesteps and take predictions as they are.
-_SHARE_BACK = ("Ideogram4Transformer2DModel", "Lumina2Transformer2DModel", "LuminaNextDiT2DModel", "ZImageTransformer2DModel")
+# What the pipelines of flow models do that no argument tells; the others pass timesteps and take predictions as they
+# are.
+_SHARE_BACK = (
+    "Ideogram4Transformer2DModel",
+    "Lumina2Transformer2DModel",
+    "LuminaNextDiT2DModel",
+    "ZImageTransformer2DModel",
+)
 _SHARE = (  # of noise, from 0 to 1, in place of a timestep; that of the sample in those above
-    "AuraFlowTransformer2DModel", "BriaFibo2Transformer2DModel", "ChromaTransformer2DModel", "CosmosTransformer3DModel",
-    "FluxTransformer2DModel", "Flux2Transformer2DModel", "Krea2Transformer2DModel", "LongCatAudioDiTTransformer",
-    "LongCatImageTransformer2DModel", "NucleusMoEImageTransformer2DModel", "OvisImageTransformer2DModel",
-    "PRXTransformer2DModel", "QwenImageTransformer2DModel", "QwenImage21Transformer2DModel", *_SHARE_BACK,
-)  # fmt: skip
+    "AuraFlowTransformer2DModel",
+    "BriaFibo2Transformer2DModel",
+    "ChromaTransformer2DModel",
+    "CosmosTransformer3DModel",
+    "FluxTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "Krea2Transformer2DModel",
+    "LongCatAudioDiTTransformer",
+    "LongCatImageTransformer2DModel",
+    "NucleusMoEImageTransformer2DModel",
+    "OvisImageTransformer2DModel",
+    "PRXTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "QwenImage21Transformer2DModel",
+    *_SHARE_BACK,
+)
 _ONE_LESS = ("GlmImageTransformer2DModel",)  # counts timesteps from 0, schedulers of flows from 1
-_TO_SAMPLE = ("HiDreamImageTransformer2DModel", "NucleusMoEImageTransformer2DModel", *_SHARE_BACK)  # predict sample - noise
+_TO_SAMPLE = (
+    "HiDreamImageTransformer2DModel",
+    "NucleusMoEImageTransformer2DModel",
+    *_SHARE_BACK,
+)  # predict sample - noise
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
@@ -47,9 +70,12 @@ def require_known(scheduler: SchedulerMixin) -> None:
         raise UnknownNameError("prediction type", config.prediction_type, PREDICTIONS)
 
 
-def noise(scheduler: SchedulerMixin, sample: torch.Tensor, epsilon: torch.Tensor,
-          share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Noised sample, timestep [B] as the scheduler counts, and what is to be predicted, `share` [B] of the way to noise."""
+def noise(
+    scheduler: SchedulerMixin, sample: torch.Tensor, epsilon: torch.Tensor, share: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noised sample, timestep [B] as the scheduler counts, and what is to be predicted, `share` [B] of the way to
+    noise.
+    """
     steps, config = scheduler.config.num_train_timesteps, scheduler.config
 
     def of_each(values: torch.Tensor) -> torch.Tensor:
@@ -66,7 +92,9 @@ def noise(scheduler: SchedulerMixin, sample: torch.Tensor, epsilon: torch.Tensor
     return signal * sample + noisiness * epsilon, timestep, targets[config.prediction_type]
 
 
-def as_told(model: ModelMixin, scheduler: SchedulerMixin, timestep: torch.Tensor, target: torch.Tensor) -> tuple[Any, Any]:
+def as_told(
+    model: ModelMixin, scheduler: SchedulerMixin, timestep: torch.Tensor, target: torch.Tensor
+) -> tuple[Any, Any]:
     """Timestep and target in the way of a model, as its pipelines have them."""
     if not is_flow(scheduler):
         return timestep, target

@@ -1,4 +1,7 @@
-"""Faster ways: offered, refused and chosen in words; what calls a kernel is checked against a stand-in of its interface."""
+"""Faster ways: offered, refused and chosen in words; what calls a kernel is checked against a stand-in of its
+interface.
+"""
+
 import dataclasses
 import functools
 import itertools
@@ -14,13 +17,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusers_graft as dg
+from diffusers_graft.core.sites import Context, Grid
 from diffusers_graft.errors import MissingDependencyError, OperatorError, UnknownNameError
-from diffusers_graft.operators import _backends, _hyena, gated_deltanet, mamba2, neighborhood, sliding_window
-from diffusers_graft.operators._backends import Backend, WithBackends
-from diffusers_graft.operators._flex import mask_of
+from diffusers_graft.operators import gated_deltanet, mamba2, neighborhood, sliding_window
 from diffusers_graft.operators.base import Mixer
-from diffusers_graft.operators.conformance import example_site
-from diffusers_graft.site import Context, Grid
+from diffusers_graft.operators.conformance.suite import example_site
+from diffusers_graft.operators.ops import backends as _backends
+from diffusers_graft.operators.ops import hyena as _hyena
+from diffusers_graft.operators.ops.backends import Backend, WithBackends
+from diffusers_graft.operators.ops.flex import mask_of
 
 from ..models import predict, tiny_dit
 
@@ -35,7 +40,9 @@ def qkv(tokens, seed=0, **options):
 def as_dense(rule, axes):
     tokens = list(itertools.product(*(range(axis[0]) for axis in axes)))
     rows = [rule(*axis) for axis in axes]
-    return torch.tensor([[all(k in row[q] for row, q, k in zip(rows, a, b, strict=True)) for b in tokens] for a in tokens])
+    return torch.tensor(
+        [[all(k in row[q] for row, q, k in zip(rows, a, b, strict=True)) for b in tokens] for a in tokens]
+    )
 
 
 def as_mask(sees, axes):
@@ -58,8 +65,11 @@ def test_the_mask_function_of_a_neighbourhood(lengths, window):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("settings_", [{"operator": "sliding_window", "window": (7, 40)},
-                                       {"operator": "neighborhood", "kernel": 5, "dilation": 2}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings_",
+    [{"operator": "sliding_window", "window": (7, 40)}, {"operator": "neighborhood", "kernel": 5, "dilation": 2}],
+    ids=str,
+)
 def test_flex_attention_agrees(settings_):
     grid = Grid(height=16, width=20)
     inputs = [part.repeat(1, 1, 1, 4) for part in qkv(grid.tokens)]
@@ -130,7 +140,9 @@ def test_calls_of_natten(monkeypatch, grid):
 def test_calls_of_causal_conv1d(monkeypatch, name):
     def causal_conv1d_fn(x, weight, bias=None):
         channels, taps = weight.shape
-        return torch.nn.functional.conv1d(x, weight[:, None], bias, padding=taps - 1, groups=channels)[..., : x.shape[-1]]
+        return torch.nn.functional.conv1d(x, weight[:, None], bias, padding=taps - 1, groups=channels)[
+            ..., : x.shape[-1]
+        ]
 
     stand_in(monkeypatch, "causal_conv1d", causal_conv1d_fn=causal_conv1d_fn)
     operator = dg.operators.get(name).Config().build(SITE)
@@ -182,7 +194,9 @@ def test_calls_of_mamba_ssm(monkeypatch, settings_):
 def test_a_backend_that_is_not_installed_names_the_extra_and_touches_nothing():
     model = tiny_dit()
     before = predict(model)
-    with pytest.raises(MissingDependencyError, match=r"'natten' of neighborhood needs natten.*diffusers-graft\[kernels\]"):
+    with pytest.raises(
+        MissingDependencyError, match=r"'natten' of neighborhood needs natten.*diffusers-graft\[kernels\]"
+    ):
         model.set_graft({"self_attention[0]": {"operator": "neighborhood", "backend": "natten"}})
     assert model.graft is None
     assert torch.equal(predict(model), before)
@@ -198,7 +212,9 @@ def test_a_backend_asked_for_runs_or_says_why_not():
     with pytest.raises(OperatorError, match="'varlen' was asked for, but it runs on cuda, and the tensors are on cpu"):
         dg.operators.SlidingWindow.Config(backend="varlen").build(SITE)(*inputs, Context())
     with pytest.raises(OperatorError, match="'flex' was asked for, but it has no backward on cpu"):
-        dg.operators.SlidingWindow.Config(backend="flex").build(SITE)(*[part.requires_grad_() for part in inputs], Context())
+        dg.operators.SlidingWindow.Config(backend="flex").build(SITE)(
+            *[part.requires_grad_() for part in inputs], Context()
+        )
     query, key, value = qkv(64)
     with pytest.raises(OperatorError, match="'flex' was asked for, but it has no backward on cpu"):
         dg.operators.SlidingWindow.Config(backend="flex").build(SITE)(query, key, value.requires_grad_(), Context())
@@ -217,11 +233,15 @@ def fake(run):
     return Fake.Config(backend="auto").build(SITE)
 
 
-@pytest.mark.parametrize(("run", "said", "output"), [
-    (lambda operator, query, key, value, context: (query * key + value) * 1.001, "backend quick on cpu", 1.001),
-    (lambda operator, query, key, value, context: (query * key + value) * 1.5, "differs from plain torch", 1.0),
-    (lambda operator, query, key, value, context: query.no_such_thing, "backend torch on cpu", 1.0),
-], ids=["right", "wrong", "broken"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("run", "said", "output"),
+    [
+        (lambda operator, query, key, value, context: (query * key + value) * 1.001, "backend quick on cpu", 1.001),
+        (lambda operator, query, key, value, context: (query * key + value) * 1.5, "differs from plain torch", 1.0),
+        (lambda operator, query, key, value, context: query.no_such_thing, "backend torch on cpu", 1.0),
+    ],
+    ids=["right", "wrong", "broken"],
+)
 @pytest.mark.parametrize("grad", [False, True])
 def test_auto_takes_what_agrees_and_says_so_once(caplog, run, said, output, grad):
     operator, (query, key, value) = fake(run), qkv(9)
@@ -249,8 +269,10 @@ def test_layers_compile_once(compilations, name, grad):
     for index in range(3):
         torch.manual_seed(index)
         site = dataclasses.replace(SITE, index=index, path=f"blocks.{index}.attn1")
-        compiled, plain = (dg.operators.configure({"operator": name, "backend": backend}).build(site)
-                           for backend in ("compiled", "torch"))  # fmt: skip
+        compiled, plain = (
+            dg.operators.configure({"operator": name, "backend": backend}).build(site)
+            for backend in ("compiled", "torch")
+        )
         plain.load_state_dict(compiled.state_dict())
         found = []
         for operator in (compiled, plain):
@@ -263,7 +285,9 @@ def test_layers_compile_once(compilations, name, grad):
 
 
 def test_settings_do_not_use_up_each_others_compilations(compilations):
-    for name, layout, grad in itertools.product(["hyena_x", "hyena_y"], ["causal_1d", "centered_1d", "2d"], [True, False]):
+    for name, layout, grad in itertools.product(
+        ["hyena_x", "hyena_y"], ["causal_1d", "centered_1d", "2d"], [True, False]
+    ):
         operator = dg.operators.configure({"operator": name, "layout": layout, "backend": "compiled"}).build(SITE)
         with torch.set_grad_enabled(grad):
             operator(*qkv(30), Context(grid=Grid(height=5, width=6)))
@@ -293,7 +317,9 @@ def test_more_shapes_than_torch_compiles_are_an_error(compilations):
 def test_what_torch_compiles_agrees_at_any_size(name):
     torch.manual_seed(0)
     settings_ = {"layout": "2d", "kernel_size": 3} if "hyena" in name else {}
-    operator = dg.operators.configure({"operator": name, "init": "random", "backend": "compiled", **settings_}).build(SITE)
+    operator = dg.operators.configure({"operator": name, "init": "random", "backend": "compiled", **settings_}).build(
+        SITE
+    )
     for height, width in ((8, 8), (5, 7)):
         inputs, context = qkv(height * width, requires_grad=True), Context(grid=Grid(height=height, width=width))
         found = []

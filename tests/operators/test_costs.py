@@ -1,4 +1,7 @@
-"""What operators cost: the paper's Table 4, memory that grows as tokens do, and the lists and benchmarks that print it."""
+"""What operators cost: the paper's Table 4, memory that grows as tokens do, and the lists and benchmarks that print
+it.
+"""
+
 import ctypes
 import time
 from functools import partial
@@ -9,14 +12,15 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from torch._dynamo.testing import CompileCounter
 
 import diffusers_graft as dg
-from diffusers_graft.bench import operators as bench_operators_module
-from diffusers_graft.bench.pixart import CONTENDERS, LAYERS, bench_pixart, compiled, pixart_table
-from diffusers_graft.cli import main
+from benchmarks import operators as bench_operators_module
+from benchmarks.pixart import CONTENDERS, LAYERS, bench_pixart, compiled, pixart_table
+from diffusers_graft.cli.main import main
+from diffusers_graft.core.sites import Context, Grid
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.operator_costs import example_part, example_tensors, operator_costs, peak_memory
-from diffusers_graft.operators import _backends, configure
+from diffusers_graft.operators import configure
 from diffusers_graft.operators.base import BlockOperator
-from diffusers_graft.site import Context, Grid
+from diffusers_graft.operators.ops import backends as _backends
 
 TOKENS = 256  # of a 256 x 256 image in DiT-XL/2
 
@@ -24,8 +28,16 @@ TOKENS = 256  # of a 256 x 256 image in DiT-XL/2
 @pytest.fixture(scope="module")
 def dit_xl():
     with torch.device("meta"):
-        return DiTTransformer2DModel(num_attention_heads=16, attention_head_dim=72, num_layers=28, sample_size=32, patch_size=2,
-                                     in_channels=4, out_channels=8, num_embeds_ada_norm=1000)  # fmt: skip
+        return DiTTransformer2DModel(
+            num_attention_heads=16,
+            attention_head_dim=72,
+            num_layers=28,
+            sample_size=32,
+            patch_size=2,
+            in_channels=4,
+            out_channels=8,
+            num_embeds_ada_norm=1000,
+        )
 
 
 def parts(model, kind, spec):
@@ -44,7 +56,8 @@ def percent(change):
 
 
 def table4(model, spec):
-    """The columns of Table 4 at 100 %: of attention, the softmax or gating (op), projections and featurisers (ft), parameters.
+    """The columns of Table 4 at 100 %: of attention, the softmax or gating (op), projections and featurisers (ft),
+    parameters.
 
     The paper prices a pair of tokens in softmax at 4 D + 2 H, and a projection at 2 D^2 a token.
     """
@@ -62,10 +75,15 @@ def table4(model, spec):
     return tuple(map(percent, changes))
 
 
-@pytest.mark.parametrize(("spec", "printed"), [
-    ("hyena_se", ("-99.03", "+0.26", "+0.43")), ("hyena_x", ("-99.81", "+0.26", "+0.33")),
-    ("hyena_y", ("-99.03", "0", "+0.11")), ("sliding_window", ("-96.48", "0", "0")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "printed"),
+    [
+        ("hyena_se", ("-99.03", "+0.26", "+0.43")),
+        ("hyena_x", ("-99.81", "+0.26", "+0.33")),
+        ("hyena_y", ("-99.03", "0", "+0.11")),
+        ("sliding_window", ("-96.48", "0", "0")),
+    ],
+)
 def test_attention_rows_of_table_4(dit_xl, spec, printed):
     assert table4(dit_xl, spec) == printed
 
@@ -126,7 +144,9 @@ def memory_is_kept():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [*LINEAR, "neighborhood(kernel=7)", "mamba2(bidirectional=False)", "linear_attention(value_conv=3)"])
+@pytest.mark.parametrize(
+    "name", [*LINEAR, "neighborhood(kernel=7)", "mamba2(bidirectional=False)", "linear_attention(value_conv=3)"]
+)
 def test_time_grows_as_tokens(name, memory_is_kept):
     """Forward and backward; backward passes that are quadratic without a word pass every test of correctness.
 
@@ -147,7 +167,9 @@ def test_time_grows_as_tokens(name, memory_is_kept):
 
 
 def test_costs_of_an_operator():
-    [cost] = operator_costs([configure("hyena_y")], grid=Grid(height=8, width=8), width=16, heads=2, rounds=2, progress=False)
+    [cost] = operator_costs(
+        [configure("hyena_y")], grid=Grid(height=8, width=8), width=16, heads=2, rounds=2, progress=False
+    )
     assert (cost.baseline, cost.parameters, cost.flops) == ("softmax", 16 * 5, 64 * 16 * (2 * 4 + 2))
     assert 0 < cost.low <= cost.ratio <= cost.high
 
@@ -167,9 +189,14 @@ def test_the_list_of_operators(capsys):
         assert f"\n{name} " in out
 
 
-@pytest.mark.parametrize(("shape", "words"), [
-    ("--tokens 65", "65 is none. Try 64"), ("--tokens -4", "-4 is none. Try 1"), ("--heads 5", "Try --width 320"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ("--tokens 65", "65 is none. Try 64"),
+        ("--tokens -4", "-4 is none. Try 1"),
+        ("--heads 5", "Try --width 320"),
+    ],
+)
 def test_shapes_that_costs_cannot_be_measured_at(shape, words, capsys):
     assert main(["operators", *shape.split()]) == 2
     assert words in capsys.readouterr().err
@@ -177,7 +204,9 @@ def test_shapes_that_costs_cannot_be_measured_at(shape, words, capsys):
 
 def test_the_operator_benchmark_at_tiny_size(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_operators_module, "WIDTH", 8)
-    monkeypatch.setattr(_backends, "_compiled", lambda config: config.owner.in_torch)  # compiling takes longer than all else here
+    monkeypatch.setattr(
+        _backends, "_compiled", lambda config: config.owner.in_torch
+    )  # compiling takes longer than all else here
     monkeypatch.setattr(bench_operators_module, "BLOCK", {**bench_operators_module.BLOCK, "attention_head_dim": 8})
     said = []
     bench_operators_module.bench_operators(tmp_path / "tables" / "t.md", rounds=2, side=16, heads=4, say=said.append)
@@ -202,18 +231,31 @@ def test_tables_that_there_are_not_are_refused():
 
 
 def test_the_pixart_table_at_tiny_size():
-    """Blocks of all models are compiled once a kind, the original's and one for each operator; and so is each first block."""
+    """Blocks of all models are compiled once a kind, the original's and one for each operator; and so is each first
+    block.
+    """
     torch.manual_seed(0)
     counter = CompileCounter()
-    model = PixArtTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=28, sample_size=16, patch_size=2,
-                                     in_channels=4, out_channels=8, cross_attention_dim=16, caption_channels=8).eval()  # fmt: skip
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=28,
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+    ).eval()
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=64):
         text = pixart_table(model, LAYERS, softmax=(), rounds=2, make=partial(compiled, backend=counter))
     assert counter.frame_count == 2 * (1 + len(CONTENDERS))
     lines = text.splitlines()[2:]
     assert [line.split()[3] for line in lines[: 2 * (1 + len(CONTENDERS))] if line.strip()][:1] == ["original"]
-    assert sum(line.startswith("14 of 28") for line in lines) == sum(line.startswith("28 of 28") for line in lines) == 5
+    assert (
+        sum(line.startswith("14 of 28") for line in lines) == sum(line.startswith("28 of 28") for line in lines) == 5
+    )
     assert model.graft is None
     chosen = dg.plan_graft(model, {f"self_attention[{LAYERS['14 of 28']}]": "identity"})
     assert [edit.site.index for edit in chosen.edits] == [8, 10, 12, 14, 16, 18, *range(20, 28)]

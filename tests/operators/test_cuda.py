@@ -1,12 +1,15 @@
-"""Every operator on a GPU: as on the CPU, in bf16, compiled, by every backend; forward and gradients. Skipped without one."""
+"""Every operator on a GPU: as on the CPU, in bf16, compiled, by every backend; forward and gradients. Skipped without
+one.
+"""
+
 import pytest
 import torch
 
 from diffusers_graft.operators import configure
-from diffusers_graft.operators._subject import Subject, gradients
-from diffusers_graft.operators.conformance import example_site
+from diffusers_graft.operators.conformance.case import Subject, gradients
+from diffusers_graft.operators.conformance.suite import example_site
 
-from .test_conformance import CASES
+from .conformance.test_suite import CASES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -14,7 +17,10 @@ BACKENDS = [
     *({"operator": "sliding_window", "backend": name} for name in ("flash", "varlen", "flex", "auto")),
     *({"operator": "neighborhood", "kernel": 5, "backend": name} for name in ("natten", "flex", "auto")),
     *({"operator": name, "backend": "compiled"} for name in ("hyena_x", "hyena_se", "linear_attention", "ttt")),
-    *({"operator": name, "backend": "auto"} for name in ("hyena_x", "hyena_se", "hyena_y", "mamba2", "gated_deltanet")),
+    *(
+        {"operator": name, "backend": "auto"}
+        for name in ("hyena_x", "hyena_se", "hyena_y", "mamba2", "gated_deltanet")
+    ),
 ]
 
 

@@ -1,4 +1,5 @@
 """Feed-forward operators against independent definitions, and how close to the original they start."""
+
 import itertools
 import math
 from dataclasses import replace
@@ -9,12 +10,12 @@ from diffusers.models.activations import ACT2CLS
 from diffusers.models.attention import FeedForward
 from torch.nn.functional import linear
 
-from diffusers_graft.anatomy import linear_pair
+from diffusers_graft.core.sites import Context, Grid, Site
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError
+from diffusers_graft.inspection import linear_pair
 from diffusers_graft.operators import LinearPair, Projections, configure
-from diffusers_graft.operators._activations import ACTIVATIONS, hermite_coefficients
 from diffusers_graft.operators.moe_mlp import _scale
-from diffusers_graft.site import Context, Grid, Site
+from diffusers_graft.operators.ops.activations import ACTIVATIONS, hermite_coefficients
 
 D, HIDDEN = 7, 29
 SITE = Site(kind="feed_forward", index=0, path="blocks.0.ff", width=D, hidden=HIDDEN, activation="gelu-approximate")
@@ -28,8 +29,12 @@ def randn(*shape, seed=0):
 
 
 def pair(activation="gelu-approximate", **changes):
-    tensors = {"up": randn(HIDDEN, D, seed=1) / math.sqrt(D), "up_bias": randn(HIDDEN, seed=2) / 4,
-               "down": randn(D, HIDDEN, seed=3), "down_bias": randn(D, seed=4)}  # fmt: skip
+    tensors = {
+        "up": randn(HIDDEN, D, seed=1) / math.sqrt(D),
+        "up_bias": randn(HIDDEN, seed=2) / 4,
+        "down": randn(D, HIDDEN, seed=3),
+        "down_bias": randn(D, seed=4),
+    }
     return LinearPair(activation=activation, **{**tensors, **changes})
 
 
@@ -97,17 +102,29 @@ def test_a_gated_unit_is_diffusers_own(name):
     operator = build({"operator": "gated_mlp", "expansion": HIDDEN / D}, site=replace(SITE, activation=name))
     up, gate = whole.net[0].proj.weight.chunk(2)
     up_bias, gate_bias = whole.net[0].proj.bias.chunk(2)
-    operator.load_state_dict({"up.weight": up, "up.bias": up_bias, "gate.weight": gate, "gate.bias": gate_bias,
-                              "down.weight": whole.net[2].weight, "down.bias": whole.net[2].bias})  # fmt: skip
+    operator.load_state_dict(
+        {
+            "up.weight": up,
+            "up.bias": up_bias,
+            "gate.weight": gate,
+            "gate.bias": gate_bias,
+            "down.weight": whole.net[2].weight,
+            "down.bias": whole.net[2].bias,
+        }
+    )
     torch.testing.assert_close(operator(tokens(), CONTEXT), whole(tokens()))
 
 
 EXACT = [
-    {"operator": "mlp", "expansion": WIDE}, {"operator": "gated_mlp", "expansion": HIDDEN / D},
-    {"operator": "gated_mlp", "expansion": WIDE}, {"operator": "mix_ffn", "expansion": HIDDEN / D},
-    {"operator": "mix_ffn", "expansion": WIDE, "kernel": 5}, {"operator": "moe_mlp", "expansion": HIDDEN / D},
-    {"operator": "moe_mlp", "expansion": WIDE, "experts": 5, "top_k": 3}, {"operator": "low_rank_mlp", "rank": D},
-]  # fmt: skip
+    {"operator": "mlp", "expansion": WIDE},
+    {"operator": "gated_mlp", "expansion": HIDDEN / D},
+    {"operator": "gated_mlp", "expansion": WIDE},
+    {"operator": "mix_ffn", "expansion": HIDDEN / D},
+    {"operator": "mix_ffn", "expansion": WIDE, "kernel": 5},
+    {"operator": "moe_mlp", "expansion": HIDDEN / D},
+    {"operator": "moe_mlp", "expansion": WIDE, "experts": 5, "top_k": 3},
+    {"operator": "low_rank_mlp", "rank": D},
+]
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
@@ -184,7 +201,10 @@ def test_hyena_mlp_by_hand(positions, count):
 
     def one(token, place):
         features, (taps, offset) = operator.up.weight @ token + operator.up.bias, filter_of(place)
-        seen = [sum(taps[3 - back] * features[at - back] for back in range(4) if at >= back) + offset for at in range(len(features))]
+        seen = [
+            sum(taps[3 - back] * features[at - back] for back in range(4) if at >= back) + offset
+            for at in range(len(features))
+        ]
         query, key, value = torch.stack(seen).chunk(3)
         return operator.down.weight @ (query * key * value) + operator.down.bias
 
@@ -212,7 +232,7 @@ def test_warm_starts_of_models_without_memory(name):
 
 def test_nothing_starts_from_quantised_weights():
     whole = torch.ones(3, 3, dtype=torch.int8)
-    with pytest.raises(OperatorError, match="this feed-forward are quantised.*init=\"random\""):
+    with pytest.raises(OperatorError, match='this feed-forward are quantised.*init="random"'):
         pair(up=whole)
     with pytest.raises(OperatorError, match="this attention are quantised"):
         Projections(query=whole, key=whole, value=whole, out=whole)
@@ -246,11 +266,16 @@ def test_mix_ffn_is_sanas():
 
     theirs = GLUMBConv(D, D, expand_ratio=2, residual_connection=False).double()
     operator = build({"operator": "mix_ffn", "expansion": 2, "activation": "silu"})
-    operator.load_state_dict({
-        "up.weight": theirs.conv_inverted.weight[:, :, 0, 0], "up.bias": theirs.conv_inverted.bias,
-        "convolution.weight": theirs.conv_depth.weight, "convolution.bias": theirs.conv_depth.bias,
-        "down.weight": theirs.conv_point.weight[:, :, 0, 0], "down.bias": torch.zeros(D),
-    })  # fmt: skip
+    operator.load_state_dict(
+        {
+            "up.weight": theirs.conv_inverted.weight[:, :, 0, 0],
+            "up.bias": theirs.conv_inverted.bias,
+            "convolution.weight": theirs.conv_depth.weight,
+            "convolution.bias": theirs.conv_depth.bias,
+            "down.weight": theirs.conv_point.weight[:, :, 0, 0],
+            "down.bias": torch.zeros(D),
+        }
+    )
     image = randn(2, D, 3, 5)
     mixed = operator(image.flatten(2).transpose(1, 2), Context(grid=Grid(height=3, width=5)))
     torch.testing.assert_close(mixed.transpose(1, 2).unflatten(2, (3, 5)), theirs(image))
@@ -272,7 +297,9 @@ def test_mix_ffn_needs_a_grid():
 
 @pytest.mark.parametrize(("experts", "top_k"), [(3, 2), (4, 4), (11, 2)])
 def test_moe_mlp_by_hand(experts, top_k):
-    operator = moved({"operator": "moe_mlp", "experts": experts, "top_k": top_k, "expansion": 0.5, "activation": "relu"})
+    operator = moved(
+        {"operator": "moe_mlp", "experts": experts, "top_k": top_k, "expansion": 0.5, "activation": "relu"}
+    )
 
     def one(token, place):
         scores = operator.router.weight @ token
@@ -352,7 +379,10 @@ def test_hyena_mlp_starts_closer_than_a_linear_map():
 
 def test_low_rank_mlp_starts_as_the_truncated_decomposition():
     original, operator = pair(), build({"operator": "low_rank_mlp", "rank": 3}, pair())
-    for weight, first, second in ((original.up, operator.up_in, operator.up), (original.down, operator.down_in, operator.down)):
+    for weight, first, second in (
+        (original.up, operator.up_in, operator.up),
+        (original.down, operator.down_in, operator.down),
+    ):
         values = torch.linalg.svdvals(weight)
         left = (second.weight @ first.weight - weight).norm()
         torch.testing.assert_close(left, values[3:].norm())

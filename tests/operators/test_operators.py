@@ -1,4 +1,5 @@
 """Against independent definitions, and bad settings."""
+
 import itertools
 import math
 from dataclasses import replace
@@ -9,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusers_graft.core.sites import Context, Grid, Site
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError, UnknownNameError
-from diffusers_graft.graft import AttentionSeat, FeedForwardSeat
-from diffusers_graft.mixing import mix
+from diffusers_graft.injection.attention_core import mix
+from diffusers_graft.injection.graft import AttentionSeat, FeedForwardSeat
 from diffusers_graft.operators import AttentionOperator, LinearPair, Mixer, available, configure, get
-from diffusers_graft.operators._subject import Subject
 from diffusers_graft.operators.base import BlockOperator
-from diffusers_graft.operators.conformance import example_site
-from diffusers_graft.site import Context, Grid, Site
+from diffusers_graft.operators.conformance.case import Subject
+from diffusers_graft.operators.conformance.suite import example_site
 
 ATTENTION = example_site("self_attention")
 FEED_FORWARD = example_site("feed_forward")
@@ -46,7 +47,9 @@ def natten_places(i, length, kernel, dilation):
     return group[first : first + kernel]
 
 
-@pytest.mark.parametrize(("height", "width", "kernel", "dilation"), [(5, 7, 3, 1), (7, 6, 3, 2), (9, 5, 5, 1), (18, 17, 5, 3)])
+@pytest.mark.parametrize(
+    ("height", "width", "kernel", "dilation"), [(5, 7, 3, 1), (7, 6, 3, 2), (9, 5, 5, 1), (18, 17, 5, 3)]
+)
 def test_neighborhood_is_nattens(height, width, kernel, dilation):
     query, key, value = qkv(height * width)
     operator = build({"operator": "neighborhood", "kernel": kernel, "dilation": dilation})
@@ -83,7 +86,9 @@ def test_any_band_agrees_with_its_reference(more, before, after):
     tokens = before + after + more
     operator = build({"operator": "sliding_window", "window": (before, after)})
     inputs = qkv(tokens)
-    torch.testing.assert_close(operator(*inputs, Context()), operator.reference(*inputs, Context()), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        operator(*inputs, Context()), operator.reference(*inputs, Context()), rtol=1e-9, atol=1e-9
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -123,8 +128,13 @@ def test_hyena_x_starts_by_passing_values(layout):
     torch.testing.assert_close(mixed, value)
 
 
-@pytest.mark.parametrize("mask", [torch.tensor([True] * 5 + [False] * 2)[None, None, None],
-                                  torch.tensor([0.0] * 5 + [-10000.0] * 2)[None, None, None]])  # fmt: skip
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.tensor([True] * 5 + [False] * 2)[None, None, None],
+        torch.tensor([0.0] * 5 + [-10000.0] * 2)[None, None, None],
+    ],
+)
 def test_linear_attention_hides_masked_keys(mask):
     operator = build("linear_attention")
     query, key, value = qkv(7)
@@ -132,7 +142,9 @@ def test_linear_attention_hides_masked_keys(mask):
     torch.testing.assert_close(mixed, operator(query, key[:, :, :5], value[:, :, :5], Context()))
 
 
-@pytest.mark.parametrize(("layout", "size"), [("causal_1d", 4), ("centered_1d", 3), ("centered_1d", 4), ("2d", 2), ("2d", 3)])
+@pytest.mark.parametrize(
+    ("layout", "size"), [("causal_1d", 4), ("centered_1d", 3), ("centered_1d", 4), ("2d", 2), ("2d", 3)]
+)
 def test_hyena_x_and_its_gradients_tap_by_tap(layout, size):
     operator, height, width = build({"operator": "hyena_x", "layout": layout, "kernel_size": size}), 4, 5
     rows, columns = (height, width) if layout == "2d" else (1, height * width)
@@ -147,7 +159,9 @@ def test_hyena_x_and_its_gradients_tap_by_tap(layout, size):
                 for dy, dx in itertools.product(range(size if rows > 1 else 1), range(size)):
                     from_y, from_x = y + dy - (before if rows > 1 else 0), x + dx - before
                     if 0 <= from_y < rows and 0 <= from_x < columns:
-                        taps = (convolution.weight[:, 0, dy, dx] if rows > 1 else convolution.weight[:, 0, dx, 0]).view(3, 4)
+                        taps = (
+                            convolution.weight[:, 0, dy, dx] if rows > 1 else convolution.weight[:, 0, dx, 0]
+                        ).view(3, 4)
                         total = total + taps * part[0, :, from_y * columns + from_x]
                 convolved.append(total)
             mixed = mixed * torch.stack(convolved, 1)
@@ -172,7 +186,11 @@ def test_autocast_gives_one_precision_with_gradients_and_without(name):
 @pytest.mark.parametrize("name", ["neighborhood", "pooled_keys", "gated_deltanet"])
 def test_a_batch_of_none(name):
     operator, context = build(name), Context(grid=Grid(height=17, width=18))
-    inputs = [part[:0] for part in qkv(306)] if isinstance(operator, Mixer) else [torch.zeros(0, 306, 12, dtype=torch.float64)]
+    inputs = (
+        [part[:0] for part in qkv(306)]
+        if isinstance(operator, Mixer)
+        else [torch.zeros(0, 306, 12, dtype=torch.float64)]
+    )
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             assert operator(*inputs, context).shape == inputs[0].shape
@@ -181,8 +199,10 @@ def test_a_batch_of_none(name):
 def test_pooled_keys_of_a_video_are_those_of_its_frames():
     operator, (query, key, value) = build("pooled_keys"), qkv(40)
     grid, frame = Grid(frames=2, height=4, width=5), Context(grid=Grid(height=4, width=5))
-    pooled = [torch.cat([operator._pooled(name, part[:, :, own], frame) for own in (slice(20), slice(20, 40))], dim=2)
-              for name, part in (("key", key), ("value", value))]  # fmt: skip
+    pooled = [
+        torch.cat([operator._pooled(name, part[:, :, own], frame) for own in (slice(20), slice(20, 40))], dim=2)
+        for name, part in (("key", key), ("value", value))
+    ]
     expected = torch.nn.functional.scaled_dot_product_attention(query, *pooled)
     torch.testing.assert_close(operator(query, key, value, Context(grid=grid)), expected)
 
@@ -201,7 +221,10 @@ def test_linear_attention_and_its_gradients_by_hand(feature_map):
             return torch.where(tensor > 0, tensor + 1, tensor.exp())
         if feature_map == "relu":
             return tensor.clamp(min=0) + 1e-3
-        mapped = (tensor @ operator.feature_weight[which, head]).exp(), (-tensor @ operator.feature_weight[which, head]).exp()
+        mapped = (
+            (tensor @ operator.feature_weight[which, head]).exp(),
+            (-tensor @ operator.feature_weight[which, head]).exp(),
+        )
         return torch.cat([half / half.sum() for half in mapped])
 
     def by_hand(query, key, value):
@@ -219,10 +242,15 @@ def test_linear_attention_and_its_gradients_by_hand(feature_map):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize(("feature_map", "query", "key"), [("elu", [0, 0, 0, 0], [-36] * 4), ("softmax", [18, -18, 0, 0], [-18, 18, 0, 0])])
+@pytest.mark.parametrize(
+    ("feature_map", "query", "key"), [("elu", [0, 0, 0, 0], [-36] * 4), ("softmax", [18, -18, 0, 0], [-18, 18, 0, 0])]
+)
 def test_linear_attention_of_tiny_features(feature_map, query, key):
     """Rows stay averages of the values, with finite gradients, where the weights of all keys are near e^-36."""
-    operator, value = configure({"operator": "linear_attention", "feature_map": feature_map}).build(ATTENTION), qkv(6)[2].float()
+    operator, value = (
+        configure({"operator": "linear_attention", "feature_map": feature_map}).build(ATTENTION),
+        qkv(6)[2].float(),
+    )
     inputs = [torch.tensor(part).float().expand_as(value).clone().requires_grad_() for part in (query, key)] + [value]
     mixed = operator(*inputs, Context())
     torch.testing.assert_close(mixed, value.mean(2, keepdim=True).expand_as(value))
@@ -267,7 +295,9 @@ def test_compiled_linear_attention_refuses_a_mask_it_cannot_look_at():
     torch._dynamo.reset()
     operator = torch.compile(build("linear_attention"), fullgraph=True, backend="eager")
     row = torch.tensor([True, True, False])[None, None, None]
-    torch.testing.assert_close(operator(*qkv(3), Context(mask=row)), build("linear_attention")(*qkv(3), Context(mask=row)))
+    torch.testing.assert_close(
+        operator(*qkv(3), Context(mask=row)), build("linear_attention")(*qkv(3), Context(mask=row))
+    )
     with pytest.raises(torch._dynamo.exc.Unsupported, match="OperatorError"):
         operator(*qkv(3), Context(mask=torch.ones(3, 3, dtype=torch.bool).tril()[None, None]))
 
@@ -278,8 +308,11 @@ def test_self_attention_is_softmax_bit_for_bit():
     for settings_ in ({"mask": mask}, {"causal": True}, {"scale": 0.2}):
         names = {"mask": "attn_mask", "causal": "is_causal", "scale": "scale"}
         expected = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, **{names[name]: setting for name, setting in settings_.items()})  # fmt: skip
-        assert torch.equal(configure("self_attention").build(ATTENTION)(query, key, value, Context(**settings_)), expected)
+            query, key, value, **{names[name]: setting for name, setting in settings_.items()}
+        )
+        assert torch.equal(
+            configure("self_attention").build(ATTENTION)(query, key, value, Context(**settings_)), expected
+        )
 
 
 def test_linear_attention_refuses_a_mask_of_queries():
@@ -290,8 +323,13 @@ def test_linear_attention_refuses_a_mask_of_queries():
 def original_pair(hidden=48):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    return LinearPair(up=draw(hidden, 12), up_bias=draw(hidden), down=draw(12, hidden), down_bias=draw(12),
-                      activation="gelu-approximate")  # fmt: skip
+    return LinearPair(
+        up=draw(hidden, 12),
+        up_bias=draw(hidden),
+        down=draw(12, hidden),
+        down_bias=draw(12),
+        activation="gelu-approximate",
+    )
 
 
 def mlp(expansion):
@@ -308,7 +346,9 @@ def pair_forward(pair, tokens):
 @pytest.mark.parametrize("expansion", [4, 5.5, 6])
 def test_a_wide_enough_mlp_starts_as_the_same_function(expansion):
     tokens = torch.randn(2, 5, 12, dtype=torch.float64)
-    torch.testing.assert_close(mlp(expansion)(tokens, Context()), pair_forward(original_pair(), tokens), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        mlp(expansion)(tokens, Context()), pair_forward(original_pair(), tokens), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_an_mlp_of_the_same_width_is_the_same_bit_for_bit():
@@ -345,19 +385,41 @@ def test_a_narrow_mlp_keeps_the_strongest_neurons():
     torch.testing.assert_close(narrow.up.weight, pair.up[strength.argsort(descending=True)[:24].sort().values])
 
 
-@pytest.mark.parametrize("spec", [
-    {"operator": "neighborhood", "kernel": 4}, {"operator": "neighborhood", "kernel": 0}, {"operator": "neighborhood", "dilation": 0},
-    {"operator": "sliding_window", "window": (1, -1)}, {"operator": "sliding_window", "window": 4},
-    {"operator": "hyena_x", "kernel_size": 0}, {"operator": "hyena_x", "layout": "3d"},
-    {"operator": "linear_attention", "feature_map": "exp"}, {"operator": "mlp", "expansion": 0},
-    {"operator": "mlp", "activation": "geglu"}, {"operator": "mlp", "expansion": float("inf")}, {"operator": "mlp", "expansion": "4"},
-    {"operator": "linear_attention", "value_conv": 2}, {"operator": "linear_attention", "value_conv": -1},
-    {"operator": "sliding_window", "window": (True, 4)}, {"operator": "hyena_x", "kernel": 4}, {"operator": "hyena_x", "init": "cold"},
-    {"operator": "hyenax"}, {"kernel": 3}, 3, {"operator": "pooled_keys", "stride": 0}, {"operator": "identity", "output": "keys"},
-    {"operator": "hyena_x", "layout": 5}, {"operator": "mlp", "activation": {"a": 1}}, {"operator": "mlp", "init": None},
-    {"operator": "parallel", "residual": "False"}, {"operator": "hyena_x", "backend": ["torch"]},
-    {"operator": "self_attention", "heads": 0}, {"operator": "hyena_se", "kernel_size": 1.5}, {"operator": "hyena_y", "layout": "1d"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"operator": "neighborhood", "kernel": 4},
+        {"operator": "neighborhood", "kernel": 0},
+        {"operator": "neighborhood", "dilation": 0},
+        {"operator": "sliding_window", "window": (1, -1)},
+        {"operator": "sliding_window", "window": 4},
+        {"operator": "hyena_x", "kernel_size": 0},
+        {"operator": "hyena_x", "layout": "3d"},
+        {"operator": "linear_attention", "feature_map": "exp"},
+        {"operator": "mlp", "expansion": 0},
+        {"operator": "mlp", "activation": "geglu"},
+        {"operator": "mlp", "expansion": float("inf")},
+        {"operator": "mlp", "expansion": "4"},
+        {"operator": "linear_attention", "value_conv": 2},
+        {"operator": "linear_attention", "value_conv": -1},
+        {"operator": "sliding_window", "window": (True, 4)},
+        {"operator": "hyena_x", "kernel": 4},
+        {"operator": "hyena_x", "init": "cold"},
+        {"operator": "hyenax"},
+        {"kernel": 3},
+        3,
+        {"operator": "pooled_keys", "stride": 0},
+        {"operator": "identity", "output": "keys"},
+        {"operator": "hyena_x", "layout": 5},
+        {"operator": "mlp", "activation": {"a": 1}},
+        {"operator": "mlp", "init": None},
+        {"operator": "parallel", "residual": "False"},
+        {"operator": "hyena_x", "backend": ["torch"]},
+        {"operator": "self_attention", "heads": 0},
+        {"operator": "hyena_se", "kernel_size": 1.5},
+        {"operator": "hyena_y", "layout": "1d"},
+    ],
+)
 def test_bad_settings_are_refused(spec):
     with pytest.raises(GraftError):
         configure(spec)
@@ -387,9 +449,17 @@ def test_regrouped_heads_keep_the_scale_of_their_own_width():
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("spec", [
-    "moe_mlp", "hyena_x", "hyena_se", {"operator": "sliding_window", "window": (3, 40)}, {"operator": "linear_attention", "value_conv": 3},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "moe_mlp",
+        "hyena_x",
+        "hyena_se",
+        {"operator": "sliding_window", "window": (3, 40)},
+        {"operator": "linear_attention", "value_conv": 3},
+    ],
+    ids=str,
+)
 def test_autocast_gives_one_precision_in_every_mode(spec, grad):
     config = configure(spec)
     operator = config.build(example_site(config.owner.kinds[0]))
@@ -410,7 +480,9 @@ def test_a_low_rank_of_a_feed_forward_that_narrows():
     operator = configure({"operator": "low_rank_mlp", "activation": "relu"}).build(site)
     operator.init_from(pair)
     tokens = torch.randn(2, 5, 12)
-    torch.testing.assert_close(operator(tokens, Context()), (tokens @ pair.up.T).relu() @ pair.down.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        operator(tokens, Context()), (tokens @ pair.up.T).relu() @ pair.down.T, rtol=1e-4, atol=1e-4
+    )
     with pytest.raises(OperatorError, match="has rank 4 at most; got 5"):
         configure({"operator": "low_rank_mlp", "rank": 5}).build(site)
 
@@ -443,7 +515,9 @@ def test_a_window_larger_than_the_sequence_is_refused():
 
 
 def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(OperatorError, match="5 heads do not divide the width of blocks.0.attn, which is 12. Choose one of 1, 2, 3"):
+    with pytest.raises(
+        OperatorError, match="5 heads do not divide the width of blocks.0.attn, which is 12. Choose one of 1, 2, 3"
+    ):
         build({"operator": "self_attention", "heads": 5})
 
 
@@ -484,9 +558,15 @@ def test_a_hybrid_gives_each_head_its_own_mask(batch):
     torch.testing.assert_close(build(settings_)(*qkv(6), Context(mask=mask)), expected)
 
 
-@pytest.mark.parametrize(("second", "refused"), [("hyena_x", False), ("sliding_window(window=(2, 0))", False), ("hyena_x(layout='2d')", True)])
+@pytest.mark.parametrize(
+    ("second", "refused"),
+    [("hyena_x", False), ("sliding_window(window=(2, 0))", False), ("hyena_x(layout='2d')", True)],
+)
 def test_a_hybrid_is_causal_where_both_mixers_are(second, refused):
-    operator, context = build(f"hybrid(first='self_attention', second={second!r}, split=1)"), Context(grid=Grid(height=3, width=4), causal=True)
+    operator, context = (
+        build(f"hybrid(first='self_attention', second={second!r}, split=1)"),
+        Context(grid=Grid(height=3, width=4), causal=True),
+    )
     if refused:
         with pytest.raises(OperatorError, match="hybrid looks ahead"):
             mix(operator, *qkv(12), context)
@@ -497,7 +577,9 @@ def test_a_hybrid_is_causal_where_both_mixers_are(second, refused):
 
 
 def test_an_operator_within_an_operator_may_go_without_quotes():
-    assert configure("hybrid(first=hyena_x, second=identity)") == configure({"operator": "hybrid", "first": "hyena_x", "second": "identity"})
+    assert configure("hybrid(first=hyena_x, second=identity)") == configure(
+        {"operator": "hybrid", "first": "hyena_x", "second": "identity"}
+    )
     with pytest.raises(UnknownNameError, match="There is no operator 'hyena'"):
         configure("hybrid(first=hyena)")
 
@@ -543,8 +625,11 @@ def test_pooled_keys_start_as_averages(height, width):
     operator = build("pooled_keys")
     operator.init_from(None)
     query, key, value = qkv(height * width)
-    rows = [[min(y + dy, height - 1) * width + min(x + dx, width - 1) for dy in (0, 1) for dx in (0, 1)]
-            for y in range(0, height, 2) for x in range(0, width, 2)]  # fmt: skip
+    rows = [
+        [min(y + dy, height - 1) * width + min(x + dx, width - 1) for dy in (0, 1) for dx in (0, 1)]
+        for y in range(0, height, 2)
+        for x in range(0, width, 2)
+    ]
     pooled = [part[:, :, torch.tensor(rows)].mean(3) for part in (key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(query, *pooled)
     torch.testing.assert_close(operator(query, key, value, Context(grid=Grid(height=height, width=width))), expected)
@@ -558,20 +643,29 @@ def test_the_hyena_family_by_hand(name):
     def causal(convolution, sequence):
         """[N, D] -> [N, D], tap by tap."""
         taps = convolution.weight[:, 0, :, 0]
-        rows = [convolution.bias + sum(taps[:, 3 - back] * sequence[i - back] for back in range(4) if i >= back) for i in range(11)]
+        rows = [
+            convolution.bias + sum(taps[:, 3 - back] * sequence[i - back] for back in range(4) if i >= back)
+            for i in range(11)
+        ]
         return torch.stack(rows)
 
     parts = [part[0].transpose(0, 1).flatten(1) for part in (query, key, value)]
     if name == "hyena_se":
-        parts = [causal(convolution, part) for convolution, part in zip(operator.convolutions.values(), parts, strict=True)]
+        parts = [
+            causal(convolution, part) for convolution, part in zip(operator.convolutions.values(), parts, strict=True)
+        ]
     torch.nn.init.normal_(operator.inner.weight)
     mixed = operator(query, key, value, Context())
-    torch.testing.assert_close(mixed[0].transpose(0, 1).flatten(1), parts[0] * causal(operator.inner, parts[1] * parts[2]))
+    torch.testing.assert_close(
+        mixed[0].transpose(0, 1).flatten(1), parts[0] * causal(operator.inner, parts[1] * parts[2])
+    )
 
 
 def test_a_neighborhood_larger_than_the_grid_is_refused():
     with pytest.raises(GeometryError, match="kernel 5 with dilation 2 spans 10"):
-        build({"operator": "neighborhood", "kernel": 5, "dilation": 2})(*qkv(64), Context(grid=Grid(height=8, width=8)))
+        build({"operator": "neighborhood", "kernel": 5, "dilation": 2})(
+            *qkv(64), Context(grid=Grid(height=8, width=8))
+        )
 
 
 def test_a_grid_of_another_forward_is_refused():

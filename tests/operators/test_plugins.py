@@ -1,4 +1,5 @@
 """Operators of other packages, found through their entry point; the example of CONTRIBUTING.md is taken at its word."""
+
 import ast
 import re
 import textwrap
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import diffusers_graft as dg
-from diffusers_graft.bench import operators as bench
+from benchmarks import operators as bench
 from diffusers_graft.errors import OperatorError
 
 from .. import test_house as house
@@ -69,7 +70,10 @@ def test_a_file_with_two_operators_is_refused(install):
         dg.operators.get("two")
 
 
-@pytest.mark.parametrize(("source", "words"), [("import nothing_there", "ModuleNotFoundError: No module named 'nothing_there'"), ("1 / 0", "ZeroDivisionError")])
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("import nothing_there", "ModuleNotFoundError: No module named 'nothing_there'"), ("1 / 0", "ZeroDivisionError")],
+)
 def test_a_plugin_that_cannot_be_imported_is_named(install, source, words):
     install("broken", source)
     with pytest.raises(OperatorError, match=f"'broken' of the package broken-plugin .*{words}.*uninstall"):
@@ -87,6 +91,9 @@ def test_a_plugin_with_the_name_of_an_operator_here_is_told_that_it_is_not_used(
 
 
 def test_a_plugin_that_cannot_be_built_is_told_so(install):
-    install("forgetful", "from diffusers_graft.operators import Mixer\n\nclass Forgetful(Mixer):\n    name = 'forgetful'\n    def __init__(self): ...\n")
+    install(
+        "forgetful",
+        "from diffusers_graft.operators import Mixer\n\nclass Forgetful(Mixer):\n    name = 'forgetful'\n    def __init__(self): ...\n",
+    )
     with pytest.raises(dg.GraftError, match="^build: TypeError: .*takes 1 positional"):
         dg.check_operator("forgetful")

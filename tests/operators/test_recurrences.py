@@ -1,4 +1,5 @@
 """Operators whose state learns or decays from token to token, against definitions written independently of them."""
+
 import math
 
 import pytest
@@ -10,11 +11,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusers_graft as dg
+from diffusers_graft.core.sites import Context, Grid, Site
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError
 from diffusers_graft.operators import Mixer, Projections, configure
-from diffusers_graft.operators._scans import _in_groups, _one_by_one, carried, decay, gated_delta_rule, state_space, visits
-from diffusers_graft.operators.conformance import example_site
-from diffusers_graft.site import Context, Grid, Site
+from diffusers_graft.operators.conformance.suite import example_site
+from diffusers_graft.operators.ops.scans import (
+    _in_groups,
+    _one_by_one,
+    carried,
+    decay,
+    gated_delta_rule,
+    state_space,
+    visits,
+)
 
 from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
 
@@ -49,7 +58,10 @@ def test_groups_of_chunks_carry_what_a_loop_does(chunks, backwards, matrices):
 @pytest.mark.parametrize("matrices", [False, True])
 def test_states_keep_their_precision_under_autocast(matrices):
     """In bfloat16 a state that forgets slowly would be wrong by a fifth."""
-    added, kept = draw(1, 256, 8, 8).float(), torch.eye(8).expand(1, 256, 8, 8) * 0.998 if matrices else torch.full((1, 256, 1, 1), 0.998)
+    added, kept = (
+        draw(1, 256, 8, 8).float(),
+        torch.eye(8).expand(1, 256, 8, 8) * 0.998 if matrices else torch.full((1, 256, 1, 1), 0.998),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         states = carried(added, kept, backwards=False, matrices=matrices)
     torch.testing.assert_close(states, carried(added, kept, backwards=False, matrices=matrices))
@@ -69,11 +81,19 @@ def same_with_gradients(fast, plain, wanted, tolerance=1e-9):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("spec", [
-    "ttt", {"operator": "ttt", "steps": 2, "convolution": False}, "mamba2", {"operator": "mamba2", "scan": "zigzag", "state": 8},
-    {"operator": "mamba2", "bidirectional": False, "head_width": 4, "chunk": 5},
-    "gated_deltanet", {"operator": "gated_deltanet", "bidirectional": False, "chunk": 5, "init": "random"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "ttt",
+        {"operator": "ttt", "steps": 2, "convolution": False},
+        "mamba2",
+        {"operator": "mamba2", "scan": "zigzag", "state": 8},
+        {"operator": "mamba2", "bidirectional": False, "head_width": 4, "chunk": 5},
+        "gated_deltanet",
+        {"operator": "gated_deltanet", "bidirectional": False, "chunk": 5, "init": "random"},
+    ],
+    ids=str,
+)
 def test_a_graft_trains_comes_back_and_comes_out_bit_for_bit(spec, tmp_path):
     model = tiny_dit()
     before, tensors = predict(model), tensors_of(model)
@@ -93,14 +113,26 @@ def test_a_graft_trains_comes_back_and_comes_out_bit_for_bit(spec, tmp_path):
     assert same_tensors(model, tensors)
 
 
-@pytest.mark.parametrize("spec", [
-    {"operator": "ttt", "steps": 0}, {"operator": "ttt", "steps": True}, {"operator": "ttt", "steps": 1.0},
-    {"operator": "ttt", "convolution": 1}, {"operator": "ttt", "convolution": "2d"},
-    {"operator": "mamba2", "state": 0}, {"operator": "mamba2", "expand": 1.5}, {"operator": "mamba2", "conv": True},
-    {"operator": "mamba2", "head_width": "16"}, {"operator": "mamba2", "chunk": None}, {"operator": "mamba2", "scan": "diagonal"},
-    {"operator": "mamba2", "bidirectional": 1}, {"operator": "gated_deltanet", "chunk": 0}, {"operator": "gated_deltanet", "chunk": 8.0},
-    {"operator": "gated_deltanet", "bidirectional": None},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"operator": "ttt", "steps": 0},
+        {"operator": "ttt", "steps": True},
+        {"operator": "ttt", "steps": 1.0},
+        {"operator": "ttt", "convolution": 1},
+        {"operator": "ttt", "convolution": "2d"},
+        {"operator": "mamba2", "state": 0},
+        {"operator": "mamba2", "expand": 1.5},
+        {"operator": "mamba2", "conv": True},
+        {"operator": "mamba2", "head_width": "16"},
+        {"operator": "mamba2", "chunk": None},
+        {"operator": "mamba2", "scan": "diagonal"},
+        {"operator": "mamba2", "bidirectional": 1},
+        {"operator": "gated_deltanet", "chunk": 0},
+        {"operator": "gated_deltanet", "chunk": 8.0},
+        {"operator": "gated_deltanet", "bidirectional": None},
+    ],
+)
 def test_bad_settings_are_refused(spec):
     with pytest.raises(GraftError, match=spec["operator"]):
         configure(spec)
@@ -197,8 +229,13 @@ def written(spec, side):
     return count.elements
 
 
-LINEAR = ["ttt", "mamba2", {"operator": "mamba2", "bidirectional": False}, "gated_deltanet",
-          {"operator": "gated_deltanet", "bidirectional": False}]  # fmt: skip
+LINEAR = [
+    "ttt",
+    "mamba2",
+    {"operator": "mamba2", "bidirectional": False},
+    "gated_deltanet",
+    {"operator": "gated_deltanet", "bidirectional": False},
+]
 
 
 @pytest.mark.parametrize("spec", LINEAR, ids=str)
@@ -234,8 +271,12 @@ def one_way(value, key, query, log_decay):
     """Every pair of tokens by itself: what a token says, decayed at each token after it up to the one that listens."""
     rows = []
     for i in range(value.shape[1]):
-        said = [(query[:, i] * key[:, j]).sum(-1)[:, None, None] * log_decay[:, j + 1 : i + 1].sum(1).exp()[..., None] * value[:, j]
-                for j in range(i + 1)]  # fmt: skip
+        said = [
+            (query[:, i] * key[:, j]).sum(-1)[:, None, None]
+            * log_decay[:, j + 1 : i + 1].sum(1).exp()[..., None]
+            * value[:, j]
+            for j in range(i + 1)
+        ]
         rows.append(sum(said))
     return torch.stack(rows, dim=1)
 
@@ -279,14 +320,27 @@ def transformers_mamba2(monkeypatch, **settings):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     mixer = Mamba2Mixer(Mamba2Config(**settings), layer_idx=0).double().eval()
     norm = mixer.norm
-    monkeypatch.setattr(norm, "forward", lambda y, z: F.rms_norm(y * F.silu(z), y.shape[-1:], norm.weight, norm.variance_epsilon))
+    monkeypatch.setattr(
+        norm, "forward", lambda y, z: F.rms_norm(y * F.silu(z), y.shape[-1:], norm.weight, norm.variance_epsilon)
+    )
     return mixer
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 37])
 def test_mamba2_and_its_gradients_are_transformers(tokens, monkeypatch):
-    theirs = transformers_mamba2(monkeypatch, hidden_size=12, num_heads=6, head_dim=4, state_size=5, expand=2, n_groups=1,
-                                 conv_kernel=4, chunk_size=8, use_bias=False, use_conv_bias=True)  # fmt: skip
+    theirs = transformers_mamba2(
+        monkeypatch,
+        hidden_size=12,
+        num_heads=6,
+        head_dim=4,
+        state_size=5,
+        expand=2,
+        n_groups=1,
+        conv_kernel=4,
+        chunk_size=8,
+        use_bias=False,
+        use_conv_bias=True,
+    )
     ours = build({"operator": "mamba2", "state": 5, "head_width": 4, "chunk": 8, "bidirectional": False})
     with torch.no_grad():
         for parameter in ours.parameters():
@@ -301,7 +355,9 @@ def test_mamba2_and_its_gradients_are_transformers(tokens, monkeypatch):
         module.gradient, hidden_states.grad = hidden_states.grad, None
     torch.testing.assert_close(ours.gradient, theirs.gradient, rtol=1e-9, atol=1e-9)
     for name in names:
-        torch.testing.assert_close(ours.get_parameter(name).grad, theirs.get_parameter(name).grad, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            ours.get_parameter(name).grad, theirs.get_parameter(name).grad, rtol=1e-9, atol=1e-9
+        )
 
 
 def test_mamba2_has_the_papers_parameters():
@@ -310,9 +366,15 @@ def test_mamba2_has_the_papers_parameters():
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in configure("mamba2").build(DIT_XL).state_dict().items()}
     assert shapes == {
-        "in_proj.weight": (4880, 1152), "conv1d.weight": (2432, 1, 4), "conv1d.bias": (2432,), "dt_bias": (144,), "A_log": (144,),
-        "D": (144,), "norm.weight": (2304,), "out_proj.weight": (1152, 2304),
-    }  # fmt: skip
+        "in_proj.weight": (4880, 1152),
+        "conv1d.weight": (2432, 1, 4),
+        "conv1d.bias": (2432,),
+        "dt_bias": (144,),
+        "A_log": (144,),
+        "D": (144,),
+        "norm.weight": (2304,),
+        "out_proj.weight": (1152, 2304),
+    }
 
 
 @pytest.mark.parametrize("scan", ["column", "zigzag"])
@@ -345,7 +407,9 @@ def test_a_chunk_is_no_longer_than_the_tokens(name):
     exact.load_state_dict(operator.state_dict())
     with FlopCounterMode(display=False) as counter:
         torch.testing.assert_close(operator(tokens, Context()), exact(tokens, Context()), rtol=0, atol=0)
-    assert counter.get_total_flops() == pytest.approx(2 * (operator.flops(12) - operator.uncounted_flops(12)), rel=0.01)
+    assert counter.get_total_flops() == pytest.approx(
+        2 * (operator.flops(12) - operator.uncounted_flops(12)), rel=0.01
+    )
     assert operator.flops(12) == exact.flops(12)
 
 
@@ -368,7 +432,10 @@ def test_mamba2_keeps_its_state_in_float32():
 def delta_inputs(tokens):
     query, key, value = (draw(2, tokens, 4, seed=seed) for seed in range(3))
     key = F.normalize(key, dim=-1)
-    return [part.requires_grad_() for part in (query, key, value, draw(2, tokens, seed=3).sigmoid(), -draw(2, tokens, seed=4).abs())]
+    return [
+        part.requires_grad_()
+        for part in (query, key, value, draw(2, tokens, seed=3).sigmoid(), -draw(2, tokens, seed=4).abs())
+    ]
 
 
 def delta_by_matrices(query, key, value, strength, log_decay):
@@ -376,7 +443,9 @@ def delta_by_matrices(query, key, value, strength, log_decay):
     rows = []
     for row in range(len(query)):
         state, one, outputs = query.new_zeros(4, 4), torch.eye(4, dtype=query.dtype), []
-        for q, k, v, beta, log_alpha in zip(*(part[row] for part in (query, key, value, strength, log_decay)), strict=True):
+        for q, k, v, beta, log_alpha in zip(
+            *(part[row] for part in (query, key, value, strength, log_decay)), strict=True
+        ):
             state = state @ (log_alpha.exp() * (one - beta * torch.outer(k, k))) + beta * torch.outer(v, k)
             outputs.append(state @ q)
         rows.append(torch.stack(outputs))
@@ -398,8 +467,14 @@ def test_the_gated_delta_rule_is_that_of_transformers(monkeypatch):
 
     monkeypatch.setattr(torch, "float32", torch.float64)
     query, key, value, strength, log_decay = inputs = delta_inputs(37)
-    theirs, _ = torch_chunk_gated_delta_rule(2 * query[:, :, None], key[:, :, None], value[:, :, None], log_decay[:, :, None],
-                                             strength[:, :, None], chunk_size=8)  # fmt: skip
+    theirs, _ = torch_chunk_gated_delta_rule(
+        2 * query[:, :, None],
+        key[:, :, None],
+        value[:, :, None],
+        log_decay[:, :, None],
+        strength[:, :, None],
+        chunk_size=8,
+    )
     same_with_gradients(gated_delta_rule(*inputs, chunk=16), theirs[:, :, 0], inputs)
 
 

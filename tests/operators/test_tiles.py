@@ -1,4 +1,5 @@
 """Windows against masks written by hand: outputs, gradients, and what a kept tiling must survive."""
+
 import itertools
 
 import pytest
@@ -6,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from diffusers_graft.operators import _tiles, configure
+from diffusers_graft.core.sites import Context, Grid
+from diffusers_graft.operators import configure
 from diffusers_graft.operators.neighborhood import around
-from diffusers_graft.site import Context, Grid
+from diffusers_graft.operators.ops import tiles as _tiles
 
 from .test_operators import build, natten_places, qkv
 
@@ -47,10 +49,19 @@ def assert_is_masked_softmax(operator, seen, context):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("lengths", "kernel", "dilation"), [
-    ((5, 7), 3, 1), ((18, 17), 3, 1), ((19, 18), 5, 3), ((22, 16), 7, 2), ((17, 31), 15, 1), ((23, 13), 3, 4),
-    ((3, 4, 5), 3, 1), ((7, 9, 8), 3, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("lengths", "kernel", "dilation"),
+    [
+        ((5, 7), 3, 1),
+        ((18, 17), 3, 1),
+        ((19, 18), 5, 3),
+        ((22, 16), 7, 2),
+        ((17, 31), 15, 1),
+        ((23, 13), 3, 4),
+        ((3, 4, 5), 3, 1),
+        ((7, 9, 8), 3, 2),
+    ],
+)
 def test_neighborhood_and_its_gradients_by_hand(lengths, kernel, dilation):
     sees = [[natten_places(i, length, kernel, dilation) for i in range(length)] for length in lengths]
     seen = []
@@ -70,47 +81,73 @@ def raster(place, lengths):
     return index
 
 
-@pytest.mark.parametrize(("tokens", "before", "after"), [(9, 2, 1), (257, 4, 4), (300, 0, 40), (301, 70, 3), (290, 280, 5)])
+@pytest.mark.parametrize(
+    ("tokens", "before", "after"), [(9, 2, 1), (257, 4, 4), (300, 0, 40), (301, 70, 3), (290, 280, 5)]
+)
 def test_band_and_its_gradients_by_hand(tokens, before, after):
     seen = [[j for j in range(tokens) if -before <= j - i <= after] for i in range(tokens)]
     assert_is_masked_softmax(build({"operator": "sliding_window", "window": (before, after)}), seen, Context())
 
 
 def padding(tokens, dtype, *, queries=1, heads=1):
-    """Of two samples, keys hidden in the second alone: a run of them, so that whole windows are hidden, and some here and there."""
+    """Of two samples, keys hidden in the second alone: a run of them, so that whole windows are hidden, and some here
+    and there.
+    """
     visible = torch.ones(2, heads, queries, tokens, dtype=torch.bool)
     visible[1, :, :, tokens // 2 :] = False
     visible[1, ..., 3::5] = False
     if queries > 1:
         visible[0, -1] = torch.rand(queries, tokens, generator=torch.Generator().manual_seed(5)) < 0.7
-    return visible if dtype == torch.bool else torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, float("-inf"))
+    return (
+        visible
+        if dtype == torch.bool
+        else torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, float("-inf"))
+    )
 
 
 MASKS = {
-    "keys": lambda tokens: padding(tokens, torch.bool), "additive": lambda tokens: padding(tokens, torch.float64),
+    "keys": lambda tokens: padding(tokens, torch.bool),
+    "additive": lambda tokens: padding(tokens, torch.float64),
     "pairs": lambda tokens: padding(tokens, torch.bool, queries=tokens),
-    "bias of each head": lambda tokens: padding(tokens, torch.float64, queries=tokens, heads=3) + torch.linspace(-1, 1, tokens).double(),
+    "bias of each head": lambda tokens: (
+        padding(tokens, torch.float64, queries=tokens, heads=3) + torch.linspace(-1, 1, tokens).double()
+    ),
     "one for all": lambda tokens: padding(tokens, torch.bool, queries=tokens)[0, 0],
-}  # fmt: skip
+}
 
 
 BAND, WIDE, NEAR, DILATED = (
-    {"operator": "sliding_window", "window": (2, 1)}, {"operator": "sliding_window", "window": (3, 40)},
-    {"operator": "neighborhood", "kernel": 3}, {"operator": "neighborhood", "kernel": 5, "dilation": 2},
-)  # fmt: skip
+    {"operator": "sliding_window", "window": (2, 1)},
+    {"operator": "sliding_window", "window": (3, 40)},
+    {"operator": "neighborhood", "kernel": 3},
+    {"operator": "neighborhood", "kernel": 5, "dilation": 2},
+)
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("spec", "height", "width"), [
-    (BAND, 5, 7), (NEAR, 5, 7), (BAND, 18, 17), (WIDE, 18, 17), (NEAR, 18, 17), (DILATED, 18, 17), (WIDE, 19, 31), (DILATED, 19, 31),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "height", "width"),
+    [
+        (BAND, 5, 7),
+        (NEAR, 5, 7),
+        (BAND, 18, 17),
+        (WIDE, 18, 17),
+        (NEAR, 18, 17),
+        (DILATED, 18, 17),
+        (WIDE, 19, 31),
+        (DILATED, 19, 31),
+    ],
+    ids=str,
+)
 def test_a_mask_hides_from_a_window_what_it_hides_from_softmax(spec, height, width, mask):
     operator, tokens = build(spec), height * width
     context = Context(grid=Grid(height=height, width=width), mask=MASKS[mask](tokens), scale=0.3)
     seen = torch.zeros(tokens, tokens, dtype=torch.bool)
     for token in range(tokens):
         seen[token, list(operator.receptive_field(token, context.grid))] = True
-    together = seen & context.mask if context.mask.dtype == torch.bool else context.mask.masked_fill(~seen, float("-inf"))
+    together = (
+        seen & context.mask if context.mask.dtype == torch.bool else context.mask.masked_fill(~seen, float("-inf"))
+    )
 
     def dense(query, key, value):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=together, scale=0.3)
@@ -118,7 +155,9 @@ def test_a_mask_hides_from_a_window_what_it_hides_from_softmax(spec, height, wid
     inputs = [tensor.expand(2, -1, -1, -1).contiguous() if len(tensor) == 1 else tensor for tensor in qkv(tokens)]
     expected = with_gradients(dense, inputs)
     for call in (operator, operator.reference):
-        for got, wanted in zip(with_gradients(lambda *parts, call=call: call(*parts, context), inputs), expected, strict=True):
+        for got, wanted in zip(
+            with_gradients(lambda *parts, call=call: call(*parts, context), inputs), expected, strict=True
+        ):
             assert got.isfinite().all()
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
     with torch.no_grad():
@@ -133,7 +172,9 @@ def test_a_mask_makes_no_tensor_of_all_pairs(spec):
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             output = func(*args, **(kwargs or {}))
-            largest.extend(part.numel() for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part))
+            largest.extend(
+                part.numel() for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part)
+            )
             return output
 
     with Sizes():
@@ -164,7 +205,9 @@ def test_trains_after_inference_mode(spec):
     operator = configure(spec).build(build(spec).site)
     with torch.inference_mode():
         operator(*qkv(GRID.tokens), CONTEXT)
-    assert all(part.isfinite().all() for part in with_gradients(lambda *parts: operator(*parts, CONTEXT), qkv(GRID.tokens)))
+    assert all(
+        part.isfinite().all() for part in with_gradients(lambda *parts: operator(*parts, CONTEXT), qkv(GRID.tokens))
+    )
 
 
 @pytest.mark.parametrize("spec", WINDOWS, ids=str)

@@ -1,13 +1,15 @@
 """The data, the judge and the pretrained model."""
+
 import json
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from benchmarks.testbed import pretrain
 from diffusers_graft import testbed
 from diffusers_graft.errors import GraftError
-from diffusers_graft.testbed import classifier, pretrain, sampling
+from diffusers_graft.testbed import classifier, sampling
 
 
 def test_letters_are_reproducible_and_in_range():
@@ -46,7 +48,9 @@ def test_the_judge_reads_fonts_it_never_saw():
 def test_sampling_is_diffusers_own_loop_and_independent_of_the_batch():
     model, labels = testbed.load(), testbed.balanced_labels(6)
     images = sampling.sample(model, labels, seed=3, steps=4)
-    torch.testing.assert_close(sampling.sample(model, labels, seed=3, steps=4, batch_size=4), images, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sampling.sample(model, labels, seed=3, steps=4, batch_size=4), images, rtol=1e-4, atol=1e-4
+    )
     euler = FlowMatchEulerDiscreteScheduler()
     euler.set_timesteps(4)
     x = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -59,7 +63,9 @@ def test_sampling_is_diffusers_own_loop_and_independent_of_the_batch():
 def test_guidance_of_one_is_none():
     model, labels = testbed.load(), testbed.balanced_labels(4)
     plain = sampling.sample(model, labels, seed=3, steps=2)
-    torch.testing.assert_close(sampling.sample(model, labels, seed=3, steps=2, guidance=1.0000001), plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        sampling.sample(model, labels, seed=3, steps=2, guidance=1.0000001), plain, rtol=1e-3, atol=1e-3
+    )
     assert not torch.allclose(sampling.sample(model, labels, seed=3, steps=2, guidance=3.0), plain, atol=1e-2)
 
 
@@ -91,7 +97,9 @@ def test_pretraining_resumes_exactly(tmp_path):
         run.train_step()
     run.save()
     parts = pretrain.pretrain(recipe, tmp_path / "parts", save_every=2)
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.long

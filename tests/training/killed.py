@@ -1,4 +1,5 @@
 """A run that is killed: `python -m tests.training.killed one|two FOLDER STEP`."""
+
 import os
 import signal
 import sys
@@ -33,9 +34,19 @@ def run(stage, folder=None, **settings):
     common = {"steps": STEPS, "lr": 1e-3, "warmup": 2, "save_every": 2, "log_every": 1, "progress": False}
     data = (batch for _ in range(99) for batch in batches())  # can be read once
     if stage == "one":
-        config = dg.DistillConfig(**common, evaluate_every=3, patience=2, closed_form=dg.ClosedFormConfig(steps=2, progress=False))
-        result = dg.distill(model, graft, data, config, noise_scheduler=SCHEDULER, held_out=batches(2, seed=9),
-                            output_dir=folder, **settings)  # fmt: skip
+        config = dg.DistillConfig(
+            **common, evaluate_every=3, patience=2, closed_form=dg.ClosedFormConfig(steps=2, progress=False)
+        )
+        result = dg.distill(
+            model,
+            graft,
+            data,
+            config,
+            noise_scheduler=SCHEDULER,
+            held_out=batches(2, seed=9),
+            output_dir=folder,
+            **settings,
+        )
         model.set_graft(graft)
         result = {address: report.to_dict() for address, report in result.items()}
     else:

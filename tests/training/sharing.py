@@ -1,4 +1,5 @@
 """One of several processes that train together: `accelerate`'s variables in the environment, results to a folder."""
+
 import sys
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import diffusers_graft as dg
 
 from ..models import SCHEDULER, batches, tiny_dit
 
-RULES = {"self_attention[1::2]": {"operator": "hyena_x", "init": "random"}, "feed_forward[1]": {"operator": "mlp", "init": "random"}}
+RULES = {
+    "self_attention[1::2]": {"operator": "hyena_x", "init": "random"},
+    "feed_forward[1]": {"operator": "mlp", "init": "random"},
+}
 
 
 def both_stages(folder=None, resume=False):
@@ -20,10 +24,26 @@ def both_stages(folder=None, resume=False):
     graft = dg.build_graft(model, dg.plan_graft(model, RULES))
     common = {"steps": 6, "lr": 1e-3, "warmup": 2, "progress": False, "save_every": 3}
     one = dg.DistillConfig(**common, evaluate_every=2, accumulate=2, loss={"self_attention[1]": "relative_l2"})
-    reports = dg.distill(model, graft, batches(), one, noise_scheduler=SCHEDULER, held_out=batches(1, seed=9),
-                         output_dir=folder, resume=resume)  # fmt: skip
+    reports = dg.distill(
+        model,
+        graft,
+        batches(),
+        one,
+        noise_scheduler=SCHEDULER,
+        held_out=batches(1, seed=9),
+        output_dir=folder,
+        resume=resume,
+    )
     again = dg.DistillConfig(**common, reuse=2, ring=2)
-    dg.distill(model, graft, batches(), again, noise_scheduler=SCHEDULER, output_dir=folder and folder / "again", resume=resume)
+    dg.distill(
+        model,
+        graft,
+        batches(),
+        again,
+        noise_scheduler=SCHEDULER,
+        output_dir=folder and folder / "again",
+        resume=resume,
+    )
     model.set_graft(graft)
     after_one = {f"one.{name}": tensor.detach().clone() for name, tensor in graft.own_tensors(model).items()}
     two = dg.FinetuneConfig(**common, ema_decay=0.5, min_snr=5.0, distill_output=0.5)

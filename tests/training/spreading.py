@@ -1,4 +1,7 @@
-"""One of two processes over which weights are spread: `accelerate`'s variables in the environment, results to a folder."""
+"""One of two processes over which weights are spread: `accelerate`'s variables in the environment, results to a
+folder.
+"""
+
 import sys
 from pathlib import Path
 
@@ -8,7 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import diffusers_graft as dg
-from diffusers_graft.training.sharding import spread
+from diffusers_graft.training.fsdp import spread
 
 from ..models import SCHEDULER, batches, tiny_dit
 from .sharing import RULES

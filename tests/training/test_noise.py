@@ -1,20 +1,23 @@
 """Noise is that of training, whatever the scheduler samples with, and models are told it as their pipelines tell them."""
+
 import diffusers
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusers_graft.errors import TrainingError
-from diffusers_graft.training.data import Noising
+from diffusers_graft.training.batches import Noising
+from diffusers_graft.training.finetune.objective import objective
 from diffusers_graft.training.noise import _ONE_LESS, _SHARE, _TO_SAMPLE
-from diffusers_graft.training.objective import objective
 
+from ..inspection.models import exported
 from ..models import batches, tiny_dit
-from ..zoo.models import exported
 
 
 def drawn(scheduler, model=None, batch=None):
-    return Noising(scheduler=scheduler, timesteps="uniform")(model or tiny_dit(1), batch or batches(1)[0], torch.Generator().manual_seed(0))
+    return Noising(scheduler=scheduler, timesteps="uniform")(
+        model or tiny_dit(1), batch or batches(1)[0], torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
@@ -42,10 +45,19 @@ def test_solvers_of_flows_noise_as_flows(name):
         assert torch.equal(getattr(one, name), getattr(other, name))
 
 
-@pytest.mark.parametrize("scheduler", [
-    diffusers.EDMEulerScheduler(), diffusers.IPNDMScheduler(), diffusers.SCMScheduler(), diffusers.ScoreSdeVeScheduler(),
-    diffusers.KarrasVeScheduler(), diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "ddpm",
-], ids=lambda scheduler: type(scheduler).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.EDMEulerScheduler(),
+        diffusers.IPNDMScheduler(),
+        diffusers.SCMScheduler(),
+        diffusers.ScoreSdeVeScheduler(),
+        diffusers.KarrasVeScheduler(),
+        diffusers.EulerDiscreteScheduler(timestep_type="continuous"),
+        "ddpm",
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
 def test_noise_that_is_not_known_is_refused(scheduler):
     with pytest.raises(TrainingError, match="complete model arguments|as pipe.scheduler is"):
         Noising(scheduler=scheduler)
@@ -56,11 +68,16 @@ def of_class(name):
     return type(name, (type(tiny_dit(1)),), {})(**tiny_dit(1).config)
 
 
-@pytest.mark.parametrize(("name", "told", "sign"), [
-    ("DiTTransformer2DModel", lambda sigma: 1000 * sigma, 1), ("FluxTransformer2DModel", lambda sigma: sigma, 1),
-    ("GlmImageTransformer2DModel", lambda sigma: 1000 * sigma - 1, 1),
-    ("NucleusMoEImageTransformer2DModel", lambda sigma: sigma, -1), ("Lumina2Transformer2DModel", lambda sigma: 1 - sigma, -1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "told", "sign"),
+    [
+        ("DiTTransformer2DModel", lambda sigma: 1000 * sigma, 1),
+        ("FluxTransformer2DModel", lambda sigma: sigma, 1),
+        ("GlmImageTransformer2DModel", lambda sigma: 1000 * sigma - 1, 1),
+        ("NucleusMoEImageTransformer2DModel", lambda sigma: sigma, -1),
+        ("Lumina2Transformer2DModel", lambda sigma: 1 - sigma, -1),
+    ],
+)
 def test_models_of_flows_are_told_noise_as_their_pipelines_tell_it(name, told, sign):
     scheduler, model = FlowMatchEulerDiscreteScheduler(shift=3.0), of_class(name)
     plain, own = drawn(scheduler), drawn(scheduler, model)
@@ -73,7 +90,10 @@ def test_models_of_flows_are_told_noise_as_their_pipelines_tell_it(name, told, s
 
 
 def test_inverted_sigmas_count_the_other_way():
-    plain, inverted = drawn(FlowMatchEulerDiscreteScheduler()), drawn(FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+    plain, inverted = (
+        drawn(FlowMatchEulerDiscreteScheduler()),
+        drawn(FlowMatchEulerDiscreteScheduler(invert_sigmas=True)),
+    )
     torch.testing.assert_close(inverted.inputs["timestep"], 1000 - plain.timestep)
     assert torch.equal(inverted.target, -plain.target)
 

@@ -1,4 +1,5 @@
 """What stage one can be told, each by what it does."""
+
 import io
 
 import pytest
@@ -8,8 +9,8 @@ from diffusers import DiffusionPipeline
 import diffusers_graft as dg
 from diffusers_graft.errors import ModelError, TrainingError, UnknownNameError
 from diffusers_graft.evaluation.benchmark import PeakMemory
-from diffusers_graft.training.journal import read_journal
-from diffusers_graft.training.losses import LOSSES, relative_l2
+from diffusers_graft.training.distill.losses import LOSSES, relative_l2
+from diffusers_graft.training.metrics_log import read_journal
 
 from ..models import SCHEDULER, batches, predict, tiny_dit, tiny_pixart
 
@@ -17,12 +18,23 @@ RANDOM = {"operator": "self_attention", "init": "random"}
 HYENA = {"operator": "hyena_x", "init": "random"}
 
 
-def teach(rules, model=None, data=None, *, held_out=None, output_dir=None, seed=0, callbacks=(), null_prompt=None, **settings):
+def teach(
+    rules, model=None, data=None, *, held_out=None, output_dir=None, seed=0, callbacks=(), null_prompt=None, **settings
+):
     model = model or tiny_dit()
     graft = dg.build_graft(model, dg.plan_graft(model, rules), seed=seed)
     config = dg.DistillConfig(**{"steps": 3, "lr": 1e-3, "progress": False, **settings})
-    reports = dg.distill(model, graft, data or batches(), config, noise_scheduler=SCHEDULER, held_out=held_out,
-                         output_dir=output_dir, callbacks=callbacks, null_prompt=null_prompt)  # fmt: skip
+    reports = dg.distill(
+        model,
+        graft,
+        data or batches(),
+        config,
+        noise_scheduler=SCHEDULER,
+        held_out=held_out,
+        output_dir=output_dir,
+        callbacks=callbacks,
+        null_prompt=null_prompt,
+    )
     return model, graft, reports
 
 
@@ -65,7 +77,7 @@ def test_losses_and_learning_rates_by_site():
 def test_gated_lessons_compare_what_the_block_adds(make):
     """By hand: the difference of the block's stream before and after the part, on the first step."""
     model = make()
-    from diffusers_graft.anatomy import example_inputs
+    from diffusers_graft.inspection import example_inputs
 
     inputs = example_inputs(model, batch_size=4)
     rules = {"self_attention[1]": RANDOM, "feed_forward[1]": {"operator": "mlp", "init": "random"}}
@@ -87,7 +99,9 @@ def test_gated_lessons_compare_what_the_block_adds(make):
         return outputs[0] - outputs[1]
 
     added["feed_forward[1]"] = stream(block.ff)
-    reports = dg.distill(model, graft, [inputs], dg.DistillConfig(steps=1, gated=True, progress=False, loss="l2", lr=1e-9))
+    reports = dg.distill(
+        model, graft, [inputs], dg.DistillConfig(steps=1, gated=True, progress=False, loss="l2", lr=1e-9)
+    )
     with torch.no_grad():
         seat = graft.seats["transformer_blocks.1.ff"]
         model.transformer_blocks[1].ff, original = seat, block.ff
@@ -95,17 +109,24 @@ def test_gated_lessons_compare_what_the_block_adds(make):
         model.transformer_blocks[1].ff = original
     expected = (grafted - added["feed_forward[1]"]).square().mean().item()
     assert reports["feed_forward[1]"].losses[0] == pytest.approx(expected, rel=1e-3)
-    raw = dg.distill(model, dg.build_graft(model, graft.plan), [inputs], dg.DistillConfig(steps=1, progress=False, loss="l2", lr=1e-9))
+    raw = dg.distill(
+        model,
+        dg.build_graft(model, graft.plan),
+        [inputs],
+        dg.DistillConfig(steps=1, progress=False, loss="l2", lr=1e-9),
+    )
     assert raw["feed_forward[1]"].losses[0] != pytest.approx(expected, rel=0.2)
 
 
 def test_relative_error_and_cosine_are_those_of_the_answers():
     """By hand, for the part as it starts: |new - old| / |old| and the angle, on the batch that it was shown."""
-    from diffusers_graft.anatomy import example_inputs
+    from diffusers_graft.inspection import example_inputs
 
     model, seen = tiny_dit(), []
     inputs = example_inputs(model, batch_size=4)
-    handle = model.transformer_blocks[1].attn1.register_forward_hook(lambda m, a, k, out: seen.append((a, k, out)), with_kwargs=True)
+    handle = model.transformer_blocks[1].attn1.register_forward_hook(
+        lambda m, a, k, out: seen.append((a, k, out)), with_kwargs=True
+    )
     _, graft, reports = teach({"self_attention[1]": RANDOM}, model, [inputs], steps=1, lr=1e-12)
     handle.remove()
     args, kwargs, wanted = seen[0]
@@ -119,8 +140,14 @@ def test_relative_error_and_cosine_are_those_of_the_answers():
 
 
 def test_held_out_batches_choose_the_weights():
-    model, graft, reports = teach({"self_attention[1::2]": HYENA}, steps=60, lr=0.05, schedule="constant", evaluate_every=1,
-                                  held_out=batches(1, seed=9))  # fmt: skip
+    model, graft, reports = teach(
+        {"self_attention[1::2]": HYENA},
+        steps=60,
+        lr=0.05,
+        schedule="constant",
+        evaluate_every=1,
+        held_out=batches(1, seed=9),
+    )
     for report in reports.values():
         errors = [look.error for look in report.held_out]
         assert [look.step for look in report.held_out] == list(range(61))
@@ -128,17 +155,27 @@ def test_held_out_batches_choose_the_weights():
         row = report.to_dict()
         assert row["held_out_error"] == min(errors)
         assert 0 < row["held_out_cosine"] < 1
-    again = dg.distill(model, graft, batches(), dg.DistillConfig(steps=1, lr=1e-12, evaluate_every=1, progress=False),
-                       noise_scheduler=SCHEDULER, held_out=batches(1, seed=9))  # fmt: skip
+    again = dg.distill(
+        model,
+        graft,
+        batches(),
+        dg.DistillConfig(steps=1, lr=1e-12, evaluate_every=1, progress=False),
+        noise_scheduler=SCHEDULER,
+        held_out=batches(1, seed=9),
+    )
     for address, report in again.items():
-        assert report.held_out[0].error == pytest.approx(min(look.error for look in reports[address].held_out), rel=1e-4)
+        assert report.held_out[0].error == pytest.approx(
+            min(look.error for look in reports[address].held_out), rel=1e-4
+        )
 
 
 def test_what_training_makes_worse_keeps_its_start():
     model = tiny_dit()
     graft = dg.build_graft(model, dg.plan_graft(model, {"feed_forward[0]": "mlp"}))  # the original itself
     config = dg.DistillConfig(steps=3, lr=0.1, warmup=0, evaluate_every=1, progress=False)
-    (report,) = dg.distill(model, graft, batches(), config, noise_scheduler=SCHEDULER, held_out=batches(1, seed=9)).values()
+    (report,) = dg.distill(
+        model, graft, batches(), config, noise_scheduler=SCHEDULER, held_out=batches(1, seed=9)
+    ).values()
     assert report.best_step == 0
     before = predict(model)
     model.set_graft(graft)
@@ -153,8 +190,9 @@ def test_a_finished_site_costs_nothing_more():
     seat_calls = []
     graft = dg.build_graft(model, dg.plan_graft(model, rules))
     graft.seats["transformer_blocks.3.attn1"].register_forward_pre_hook(lambda *_: seat_calls.append(1))
-    config = dg.DistillConfig(steps=steps, lr=1e-3, patience=1, evaluate_every=3, progress=False,
-                              lr_scale={"self_attention[3]": 1e-12})  # fmt: skip
+    config = dg.DistillConfig(
+        steps=steps, lr=1e-3, patience=1, evaluate_every=3, progress=False, lr_scale={"self_attention[3]": 1e-12}
+    )
     reports = dg.distill(model, graft, batches(), config, noise_scheduler=SCHEDULER, held_out=batches(1, seed=9))
     last = reports["self_attention[3]"]
     assert last.finished is not None
@@ -190,7 +228,9 @@ def test_closed_form_comes_before_the_first_step():
     _, graft, reports = teach(parts, steps=1, closed_form=dg.ClosedFormConfig(steps=2, progress=False))
     assert len(reports) == 2
     assert [row["site"] for row in graft.history[0]["sites"]] == ["self_attention[0]"]
-    _, graft, _ = teach({"feed_forward[0]": "moe_mlp"}, steps=1, closed_form=dg.ClosedFormConfig(steps=2, progress=False))
+    _, graft, _ = teach(
+        {"feed_forward[0]": "moe_mlp"}, steps=1, closed_form=dg.ClosedFormConfig(steps=2, progress=False)
+    )
     assert [row["stage"] for row in graft.history] == ["one"]
 
 
@@ -202,12 +242,18 @@ def test_sequential_lessons_show_what_comes_through_the_new_parts():
         graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[:2]": HYENA}))
         seat = graft.seats["transformer_blocks.1.attn1"]
         handle = seat.register_forward_pre_hook(lambda m, args, mode=mode: heard.setdefault(mode, args[0]))
-        dg.distill(model, graft, batches(), dg.DistillConfig(steps=1, lr=1e-12, mode=mode, progress=False), noise_scheduler=SCHEDULER)
+        dg.distill(
+            model,
+            graft,
+            batches(),
+            dg.DistillConfig(steps=1, lr=1e-12, mode=mode, progress=False),
+            noise_scheduler=SCHEDULER,
+        )
         handle.remove()
     assert not torch.equal(heard["parallel"], heard["sequential"])
     model.set_graft(graft)
     generator = torch.Generator().manual_seed(0)
-    from diffusers_graft.training.data import Noising
+    from diffusers_graft.training.batches import Noising
 
     noised = Noising(scheduler=SCHEDULER)(model, batches()[0], generator)
     seen = []
@@ -229,8 +275,13 @@ def test_sequential_lessons_leave_a_smaller_error_of_the_whole():
     gaps = {}
     for mode in ("parallel", "sequential"):
         model, before = tiny_dit(), predict(tiny_dit())
-        model, graft, _ = teach({"self_attention[:]": HYENA, "feed_forward[:]": {"operator": "mlp", "expansion": 1}}, model,
-                                steps=150, lr=3e-3, mode=mode)  # fmt: skip
+        model, graft, _ = teach(
+            {"self_attention[:]": HYENA, "feed_forward[:]": {"operator": "mlp", "expansion": 1}},
+            model,
+            steps=150,
+            lr=3e-3,
+            mode=mode,
+        )
         model.set_graft(graft)
         gaps[mode] = (predict(model) - before).norm().item()
     assert gaps["sequential"] < 1.1 * gaps["parallel"]
@@ -268,7 +319,9 @@ def test_reuse_on_the_host_and_with_context():
 
 @pytest.mark.parametrize("mixed", ["bf16", "fp16"])
 def test_mixed_precision_keeps_weights_and_stays_close(mixed):
-    runs = {precision: teach({"self_attention[1]": HYENA}, steps=20, precision=precision) for precision in ("no", mixed)}
+    runs = {
+        precision: teach({"self_attention[1]": HYENA}, steps=20, precision=precision) for precision in ("no", mixed)
+    }
     (exact,), (rounded,) = (run[2].values() for run in runs.values())
     assert rounded.losses[-1] == pytest.approx(exact.losses[-1], rel=0.1)
     assert rounded.losses != exact.losses
@@ -278,7 +331,7 @@ def test_mixed_precision_keeps_weights_and_stays_close(mixed):
 
 def test_accumulated_batches_are_one_larger_batch():
     """With the noise fixed, since that is drawn batch by batch."""
-    from diffusers_graft.anatomy import example_inputs
+    from diffusers_graft.inspection import example_inputs
 
     model = tiny_dit()
     whole = example_inputs(model, batch_size=8)
@@ -290,13 +343,16 @@ def test_accumulated_batches_are_one_larger_batch():
 
 
 def test_prompts_are_dropped_where_there_is_a_null_prompt():
-    from diffusers_graft.anatomy import example_inputs
-    from diffusers_graft.training.data import Noising
+    from diffusers_graft.inspection import example_inputs
+    from diffusers_graft.training.batches import Noising
 
     model = tiny_pixart()
     conditions = example_inputs(model, batch_size=400)
-    batch = {"sample": conditions["hidden_states"], "encoder_hidden_states": conditions["encoder_hidden_states"],
-             "encoder_attention_mask": conditions["encoder_attention_mask"]}  # fmt: skip
+    batch = {
+        "sample": conditions["hidden_states"],
+        "encoder_hidden_states": conditions["encoder_hidden_states"],
+        "encoder_attention_mask": conditions["encoder_attention_mask"],
+    }
     null = {"encoder_hidden_states": torch.full((1, 12, 10), 7.0), "encoder_attention_mask": torch.zeros(1, 12)}
     noising = Noising(scheduler=SCHEDULER, null_prompt=null, prompt_dropout=0.25)
     inputs = noising(model, batch, torch.Generator().manual_seed(0)).inputs
@@ -304,14 +360,23 @@ def test_prompts_are_dropped_where_there_is_a_null_prompt():
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.07)
     assert torch.equal(inputs["encoder_attention_mask"].any(1), ~dropped)
     with pytest.raises(TrainingError, match="same length"):
-        Noising(scheduler=SCHEDULER, null_prompt={"encoder_hidden_states": torch.zeros(1, 3, 10)})(model, batch, torch.Generator())
+        Noising(scheduler=SCHEDULER, null_prompt={"encoder_hidden_states": torch.zeros(1, 3, 10)})(
+            model, batch, torch.Generator()
+        )
     wrong = {"sample": batch["sample"][:4]} | {k: v[:4] for k, v in batch.items() if k != "sample"}
     wrong["added_cond_kwargs"] = conditions["added_cond_kwargs"]
     teach({"self_attention[1]": HYENA}, model, [wrong], null_prompt=null)
 
 
 def test_the_journal_says_how_it_went(tmp_path):
-    teach({"self_attention[1]": HYENA}, steps=6, log_every=2, evaluate_every=2, held_out=batches(1, seed=9), output_dir=tmp_path)
+    teach(
+        {"self_attention[1]": HYENA},
+        steps=6,
+        log_every=2,
+        evaluate_every=2,
+        held_out=batches(1, seed=9),
+        output_dir=tmp_path,
+    )
     rows = read_journal(tmp_path)
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert rows[-1]["stage"] == "one"
@@ -345,32 +410,56 @@ def test_callbacks_are_called_and_may_stop_the_run(tmp_path):
             self.events.append(event)
             control.should_training_stop = state.global_step >= 3
 
-    _, _, reports = teach({"self_attention[1]": HYENA}, steps=9, log_every=1, callbacks=[watcher := Watcher()], output_dir=tmp_path)
+    _, _, reports = teach(
+        {"self_attention[1]": HYENA}, steps=9, log_every=1, callbacks=[watcher := Watcher()], output_dir=tmp_path
+    )
     assert len(reports["self_attention[1]"].losses) == 3
     assert watcher.events[0] == "on_train_begin"
     assert watcher.events[-2:] == ["on_save", "on_train_end"]
     assert watcher.events.count("on_step_end") == watcher.events.count("on_log") == 3
 
 
-@pytest.mark.parametrize("settings", [{"loss": {"self_attention[0]": "l3"}}, {"mode": "backwards"}, {"precision": "fp8"},
-                                      {"optimizer": "Adam W"}, {"schedule": "sine"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": {"self_attention[0]": "l3"}},
+        {"mode": "backwards"},
+        {"precision": "fp8"},
+        {"optimizer": "Adam W"},
+        {"schedule": "sine"},
+    ],
+    ids=str,
+)
 def test_unknown_settings_are_refused_with_what_there_is(settings):
     with pytest.raises(UnknownNameError, match="Available"):
         dg.DistillConfig(**settings)
 
 
-@pytest.mark.parametrize("settings", [
-    {"steps": 2.5}, {"lr": "1e-4"}, {"warmup": -5}, {"max_grad_norm": -1.0}, {"max_grad_norm": float("nan")}, {"prompt_dropout": 7},
-    {"lr": float("nan")}, {"schedule": "piecewise_constant"}, {"schedule_args": {"typo": 1}},
-    {"schedule": "polynomial", "lr": 1e-8},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 2.5},
+        {"lr": "1e-4"},
+        {"warmup": -5},
+        {"max_grad_norm": -1.0},
+        {"max_grad_norm": float("nan")},
+        {"prompt_dropout": 7},
+        {"lr": float("nan")},
+        {"schedule": "piecewise_constant"},
+        {"schedule_args": {"typo": 1}},
+        {"schedule": "polynomial", "lr": 1e-8},
+    ],
+    ids=str,
+)
 def test_impossible_numbers_are_refused(settings):
     with pytest.raises(TrainingError, match=r"got DistillConfig|does not take these settings"):
         dg.DistillConfig(**settings)
 
 
 def test_settings_by_site_and_grafts_have_sites():
-    with pytest.raises(TrainingError, match=r"'feed_forward\[0\]' names none of the graft's sites: it has self_attention\[0\]"):
+    with pytest.raises(
+        TrainingError, match=r"'feed_forward\[0\]' names none of the graft's sites: it has self_attention\[0\]"
+    ):
         teach({"self_attention[0]": HYENA}, loss={"feed_forward[0]": "l1"})
     model = tiny_dit()
     graft = dg.build_graft(model, dg.GraftPlan(type(model).__name__, ()))

@@ -1,4 +1,5 @@
 """A killed run goes on as if nothing had happened: bit for bit, from whole checkpoints only."""
+
 import errno
 import functools
 import random
@@ -15,7 +16,7 @@ import diffusers_graft as dg
 from diffusers_graft.errors import FileError, StateError, TrainingError, UnknownNameError
 from diffusers_graft.training import checkpoint
 from diffusers_graft.training.checkpoint import Checkpoints
-from diffusers_graft.training.journal import read_journal
+from diffusers_graft.training.metrics_log import read_journal
 
 from ..models import SCHEDULER, batches, tiny_dit
 from .killed import STEPS, run
@@ -101,7 +102,9 @@ def test_a_run_ends_at_a_full_disk_and_goes_on_when_there_is_room(stage, tmp_pat
     saved = Checkpoints(tmp_path / ".checkpoints", stage, 2)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
-        with pytest.raises(FileError, match=r"disk is full .* step 2 is intact; make room and run again with resume=True"):
+        with pytest.raises(
+            FileError, match=r"disk is full .* step 2 is intact; make room and run again with resume=True"
+        ):
             run(stage, tmp_path)
     assert saved.steps() == [2]
     tensors, result = run(stage, tmp_path, resume=True)
@@ -112,7 +115,7 @@ def test_a_run_ends_at_a_full_disk_and_goes_on_when_there_is_room(stage, tmp_pat
 
 def test_no_process_waits_for_one_that_could_not_write(tmp_path, monkeypatch):
     """As the second of two processes sees it: the first has failed."""
-    from diffusers_graft.training import run as runs
+    from diffusers_graft.training import session as runs
 
     monkeypatch.setattr(runs, "is_main", lambda: False)
     monkeypatch.setattr(runs, "smallest", lambda written: 0)
@@ -152,7 +155,9 @@ def test_the_last_ones_are_kept_and_nothing_is_pickled(tmp_path):
         saved.load(3)
 
 
-@pytest.mark.parametrize("facts", ["[]", "null", '{"items": []}', '{"items": 3}', '{"items": [["step", {"tensor": "x"}]]}'])
+@pytest.mark.parametrize(
+    "facts", ["[]", "null", '{"items": []}', '{"items": 3}', '{"items": [["step", {"tensor": "x"}]]}']
+)
 def test_a_checkpoint_that_lacks_something_is_damaged(facts, tmp_path):
     saved = Checkpoints(tmp_path, "one", keep=2)
     saved.save(1, {"step": 1})
@@ -163,7 +168,9 @@ def test_a_checkpoint_that_lacks_something_is_damaged(facts, tmp_path):
 
 def test_two_runs_in_one_folder_are_told_so(tmp_path, monkeypatch):
     saved = Checkpoints(tmp_path, "one", keep=2)
-    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, path: shutil.rmtree(path.parent))  # the other run's doing
+    monkeypatch.setattr(
+        checkpoint, "save_file", lambda tensors, path: shutil.rmtree(path.parent)
+    )  # the other run's doing
     with pytest.raises(FileError, match="give each run its own folder"):
         saved.save(1, {})
 
@@ -206,21 +213,37 @@ class StopAt:
 
 
 WAYS = {
-    "reuse": {"reuse": 3, "ring": 2, "memory": 40_000}, "sequential": {"mode": "sequential"}, "accumulate": {"accumulate": 2},
-    "sites": {"sites": "feed_forward[:]"}, "momentum": {"optimizer": "SGD", "optimizer_args": {"momentum": 0.9}},
+    "reuse": {"reuse": 3, "ring": 2, "memory": 40_000},
+    "sequential": {"mode": "sequential"},
+    "accumulate": {"accumulate": 2},
+    "sites": {"sites": "feed_forward[:]"},
+    "momentum": {"optimizer": "SGD", "optimizer_args": {"momentum": 0.9}},
     "early": {"patience": 1, "evaluate_every": 1, "lr": 0.02, "schedule": "constant"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_stage_one_goes_on(way, tmp_path):
     def teach(folder, **settings):
         model = tiny_dit()
-        rules = {"self_attention[1::2]": {"operator": "hyena_x", "init": "random"}, "feed_forward[0]": {"operator": "mlp", "init": "random"}}
+        rules = {
+            "self_attention[1::2]": {"operator": "hyena_x", "init": "random"},
+            "feed_forward[0]": {"operator": "mlp", "init": "random"},
+        }
         graft = dg.build_graft(model, dg.plan_graft(model, rules))
-        config = dg.DistillConfig(**{"steps": 7, "lr": 1e-3, "save_every": 1, "progress": False, "evaluate_every": 2, **WAYS[way]})
-        reports = dg.distill(model, graft, batches(3), config, noise_scheduler=SCHEDULER, held_out=batches(1, seed=5),
-                             output_dir=folder, **settings)  # fmt: skip
+        config = dg.DistillConfig(
+            **{"steps": 7, "lr": 1e-3, "save_every": 1, "progress": False, "evaluate_every": 2, **WAYS[way]}
+        )
+        reports = dg.distill(
+            model,
+            graft,
+            batches(3),
+            config,
+            noise_scheduler=SCHEDULER,
+            held_out=batches(1, seed=5),
+            output_dir=folder,
+            **settings,
+        )
         model.set_graft(graft)
         return {name: t.detach().clone() for name, t in graft.own_tensors(model).items()}, reports
 
@@ -236,10 +259,16 @@ def test_every_way_of_stage_one_goes_on(way, tmp_path):
 LORA = LoraConfig(r=2, target_modules=["to_q"])
 
 
-@pytest.mark.parametrize("settings", [
-    {"train": "operators"}, {"train": "operators+lora", "lora": LORA, "ema_decay": 0.5}, {"distill_output": 1.0, "accumulate": 2},
-    {"optimizer": "Adafactor", "schedule": "polynomial", "schedule_args": {"power": 2.0}},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train": "operators"},
+        {"train": "operators+lora", "lora": LORA, "ema_decay": 0.5},
+        {"distill_output": 1.0, "accumulate": 2},
+        {"optimizer": "Adafactor", "schedule": "polynomial", "schedule_args": {"power": 2.0}},
+    ],
+    ids=str,
+)
 def test_every_way_of_stage_two_goes_on(settings, tmp_path):
     def settle(folder, **more):
         model = tiny_dit()
@@ -261,7 +290,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     model = tiny_dit()
     model.set_graft({"self_attention[1::2]": "hyena_x"})
     with pytest.raises(StateError, match="another run: config.steps was 9 and is 3"):
-        dg.finetune(model, batches(), dg.FinetuneConfig(steps=3), noise_scheduler=SCHEDULER, output_dir=tmp_path, resume=True)
+        dg.finetune(
+            model, batches(), dg.FinetuneConfig(steps=3), noise_scheduler=SCHEDULER, output_dir=tmp_path, resume=True
+        )
     with pytest.raises(StateError, match="give the output_dir"):
         dg.finetune(model, batches(), dg.FinetuneConfig(steps=3), noise_scheduler=SCHEDULER, resume=True)
 
@@ -273,10 +304,14 @@ def test_a_broken_loss_saves_the_last_good_state(stage, tmp_path):
 
     def go(data, folder, **more):
         model = tiny_dit()
-        graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[2]": {"operator": "hyena_x", "init": "random"}}))
+        graft = dg.build_graft(
+            model, dg.plan_graft(model, {"self_attention[2]": {"operator": "hyena_x", "init": "random"}})
+        )
         common = {"steps": 4, "lr": 1e-3, "progress": False}
         if stage == "one":
-            dg.distill(model, graft, data, dg.DistillConfig(**common), noise_scheduler=SCHEDULER, output_dir=folder, **more)
+            dg.distill(
+                model, graft, data, dg.DistillConfig(**common), noise_scheduler=SCHEDULER, output_dir=folder, **more
+            )
             model.set_graft(graft)
         else:
             model.set_graft(graft)

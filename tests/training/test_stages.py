@@ -8,14 +8,14 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 
 import diffusers_graft as dg
-from diffusers_graft.anatomy import predict as answer
 from diffusers_graft.errors import StateError, TrainingError, UnknownNameError
 from diffusers_graft.evaluation.benchmark import PeakMemory
-from diffusers_graft.training.data import Noising, dropped_labels
-from diffusers_graft.training.objective import denoising_loss
+from diffusers_graft.inspection import predict as answer
+from diffusers_graft.training.batches import Noising, dropped_labels
+from diffusers_graft.training.finetune.objective import denoising_loss
 
+from ..inspection.models import inputs_of, tiny
 from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
-from ..zoo.models import inputs_of, tiny
 
 RANDOM = {"operator": "self_attention", "init": "random"}
 
@@ -50,7 +50,9 @@ def test_stage_one_teaches_every_site_and_touches_nothing_else():
 
 
 def test_a_perfect_start_has_nothing_to_learn():
-    model, graft = grafted({"self_attention[:]": "self_attention", "feed_forward[:]": {"operator": "mlp", "expansion": 6}})
+    model, graft = grafted(
+        {"self_attention[:]": "self_attention", "feed_forward[:]": {"operator": "mlp", "expansion": 6}}
+    )
     reports = dg.distill(model, graft, batches(), quick(1), noise_scheduler=SCHEDULER)
     assert all(report.losses[0] < 1e-6 for report in reports.values())
 
@@ -60,17 +62,26 @@ def test_the_losses_are_the_papers_unless_asked():
     model, graft = grafted({"self_attention[0]": RANDOM, "feed_forward[0]": {"operator": "mlp", "init": "random"}})
     seen = {}
     originals = {e.site.address: model.get_submodule(e.site.path) for e in graft.plan.edits}
-    handles = [module.register_forward_hook(lambda m, a, k, out, address=address: seen.update({address: (a, k, out)}),
-                                            with_kwargs=True) for address, module in originals.items()]  # fmt: skip
+    handles = [
+        module.register_forward_hook(
+            lambda m, a, k, out, address=address: seen.update({address: (a, k, out)}), with_kwargs=True
+        )
+        for address, module in originals.items()
+    ]
     seats = {edit.site.address: graft.seats[edit.site.path] for edit in graft.plan.edits}
     before = {name: {n: p.clone() for n, p in seat.state_dict().items()} for name, seat in seats.items()}
     reports = dg.distill(model, graft, batches(), quick(1), noise_scheduler=SCHEDULER)
     for handle in handles:
         handle.remove()
-    for address, loss in (("self_attention[0]", torch.nn.functional.l1_loss), ("feed_forward[0]", torch.nn.functional.mse_loss)):
+    for address, loss in (
+        ("self_attention[0]", torch.nn.functional.l1_loss),
+        ("feed_forward[0]", torch.nn.functional.mse_loss),
+    ):
         seats[address].load_state_dict(before[address])
         args, kwargs, output = seen[address]
-        assert reports[address].losses[0] == pytest.approx(loss(seats[address](*args, **kwargs), output).item(), rel=1e-5)
+        assert reports[address].losses[0] == pytest.approx(
+            loss(seats[address](*args, **kwargs), output).item(), rel=1e-5
+        )
 
 
 def test_one_teacher_forward_a_step_whatever_the_number_of_sites():
@@ -158,7 +169,7 @@ def test_batches_that_run_out(data, words):
 
 
 def test_clean_samples_need_a_scheduler_and_prepared_arguments_do_not():
-    from diffusers_graft.anatomy import example_inputs
+    from diffusers_graft.inspection import example_inputs
 
     model, graft = grafted({"self_attention[2]": RANDOM})
     with pytest.raises(TrainingError, match="pass noise_scheduler="):
@@ -177,11 +188,21 @@ def test_bad_settings():
         Noising(timesteps="sometimes")
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"patience": 0}, "Counts"), ({"patience": 1.5}, "Counts"), ({"reuse": 1.5}, "Counts"), ({"memory": -5}, "Counts"),
-    ({"ring": "a"}, "Counts"), ({"seed": 1.5}, "a seed are whole numbers"), ({"lr": float("inf")}, "positive learning rate"),
-    ({"lr_scale": "x"}, "Factors"), ({"lr_scale": {"self_attention[1]": "x"}}, "Factors"), ({"closed_form": True}, "ClosedFormConfig"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"patience": 0}, "Counts"),
+        ({"patience": 1.5}, "Counts"),
+        ({"reuse": 1.5}, "Counts"),
+        ({"memory": -5}, "Counts"),
+        ({"ring": "a"}, "Counts"),
+        ({"seed": 1.5}, "a seed are whole numbers"),
+        ({"lr": float("inf")}, "positive learning rate"),
+        ({"lr_scale": "x"}, "Factors"),
+        ({"lr_scale": {"self_attention[1]": "x"}}, "Factors"),
+        ({"closed_form": True}, "ClosedFormConfig"),
+    ],
+)
 def test_settings_that_mean_nothing(settings, words):
     with pytest.raises(TrainingError, match=words):
         dg.DistillConfig(**settings)
@@ -195,10 +216,16 @@ def test_a_site_that_is_never_called_is_named():
         dg.distill(model, graft, batches(1), quick(2), noise_scheduler=SCHEDULER)
 
 
-@pytest.mark.parametrize("settings", [
-    {"train": "operators"}, {"train": "all"}, {"train": "all", "ema_decay": 0.9},
-    {"train": "operators", "lora": LoraConfig(r=2, target_modules=["to_q", "proj"])},
-], ids=["operators", "all", "ema", "lora"])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train": "operators"},
+        {"train": "all"},
+        {"train": "all", "ema_decay": 0.9},
+        {"train": "operators", "lora": LoraConfig(r=2, target_modules=["to_q", "proj"])},
+    ],
+    ids=["operators", "all", "ema", "lora"],
+)
 def test_stage_two_learns_and_comes_out_without_a_trace(settings):
     model, graft = grafted({"self_attention[1::2]": RANDOM})
     before, tensors = predict(model), tensors_of(model)
@@ -230,7 +257,9 @@ def test_lora_leaves_operators_trainable():
     lora = LoraConfig(r=2, target_modules=["to_q"])
     dg.finetune(model, batches(), settle(train="operators", lora=lora), noise_scheduler=SCHEDULER)
     after = graft.own_tensors(model)
-    assert all(not torch.equal(after[name], tensor) for name, tensor in before.items() if not name.endswith("to_k.bias"))
+    assert all(
+        not torch.equal(after[name], tensor) for name, tensor in before.items() if not name.endswith("to_k.bias")
+    )
     assert all(path.endswith("to_q") for path in graft.adapters)
     assert len(graft.adapters) == 2  # of the two attentions that were not grafted
     with pytest.raises(StateError, match="LoRA layers already"):
@@ -277,7 +306,9 @@ def test_the_average_is_taken_before_a_callback_can_fail():
         model, graft = grafted({"self_attention[1]": RANDOM})
         model.set_graft(graft)
         try:
-            dg.finetune(model, batches(1), settle(2, lr=1e-2, ema_decay=0.9), noise_scheduler=SCHEDULER, callbacks=callbacks)
+            dg.finetune(
+                model, batches(1), settle(2, lr=1e-2, ema_decay=0.9), noise_scheduler=SCHEDULER, callbacks=callbacks
+            )
         except KeyboardInterrupt:
             pass
         outputs.append(predict(model))
@@ -339,7 +370,9 @@ class Takes:
 def test_stage_one_ends_where_a_callback_grafts_the_model():
     model, graft = grafted({"self_attention[1]": RANDOM})
     with pytest.raises(StateError, match="grafted the model after step 1"):
-        dg.distill(model, graft, batches(), quick(2), noise_scheduler=SCHEDULER, callbacks=[Takes(model.set_graft, graft)])
+        dg.distill(
+            model, graft, batches(), quick(2), noise_scheduler=SCHEDULER, callbacks=[Takes(model.set_graft, graft)]
+        )
     assert model.graft is graft
 
 
@@ -350,8 +383,13 @@ def test_the_original_is_not_trained_where_a_callback_takes_the_graft_out(verb, 
     before, tensors = predict(model), tensors_of(model)
     model.set_graft(graft)
     with pytest.raises(StateError, match=f"took the graft out after step {step}"):
-        dg.finetune(model, batches(), settle(2, ema_decay=0.9), noise_scheduler=SCHEDULER,
-                    callbacks=[Takes(getattr(model, verb), step=step)])  # fmt: skip
+        dg.finetune(
+            model,
+            batches(),
+            settle(2, ema_decay=0.9),
+            noise_scheduler=SCHEDULER,
+            callbacks=[Takes(getattr(model, verb), step=step)],
+        )
     assert torch.equal(predict(model), before)
     assert same_tensors(model, tensors)
     assert not model.training
@@ -366,7 +404,7 @@ def test_stage_two_needs_a_running_graft_and_a_target():
     with pytest.raises(StateError, match="enable_graft"):
         dg.finetune(model, batches(), settle(), noise_scheduler=SCHEDULER)
     model.enable_graft()
-    from diffusers_graft.anatomy import example_inputs
+    from diffusers_graft.inspection import example_inputs
 
     with pytest.raises(TrainingError, match="what to predict"):
         dg.finetune(model, [example_inputs(model)], settle())
@@ -385,12 +423,14 @@ def test_training_is_reproducible():
 
 
 def test_pixart_both_stages():
-    from diffusers_graft.anatomy import example_inputs
+    from diffusers_graft.inspection import example_inputs
 
     model = tiny_pixart()
     conditions = example_inputs(model, batch_size=4)
     batch = {"sample": conditions.pop("hidden_states"), **{k: v for k, v in conditions.items() if k != "timestep"}}
-    graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[1::2]": "neighborhood", "cross_attention[0]": RANDOM}))
+    graft = dg.build_graft(
+        model, dg.plan_graft(model, {"self_attention[1::2]": "neighborhood", "cross_attention[0]": RANDOM})
+    )
     reports = dg.distill(model, graft, [batch], quick(80), noise_scheduler=SCHEDULER)
     assert all(sum(report.losses[-10:]) < sum(report.losses[:10]) for report in reports.values())
     model.set_graft(graft)
@@ -400,7 +440,10 @@ def test_pixart_both_stages():
 def test_both_stages_of_a_model_that_answers_in_lists():
     model, inputs = tiny("ZImageTransformer2DModel"), inputs_of("ZImageTransformer2DModel")
     batch = {"sample": torch.stack(inputs["x"]), "cap_feats": inputs["cap_feats"]}
-    graft, flow = dg.build_graft(model, dg.plan_graft(model, {"self_attention[:]": "hyena_x"})), FlowMatchEulerDiscreteScheduler()
+    graft, flow = (
+        dg.build_graft(model, dg.plan_graft(model, {"self_attention[:]": "hyena_x"})),
+        FlowMatchEulerDiscreteScheduler(),
+    )
     reports = dg.distill(model, graft, [batch], quick(20), noise_scheduler=flow)
     assert all(sum(report.losses[-5:]) < sum(report.losses[:5]) for report in reports.values())
     model.set_graft(graft)
@@ -410,11 +453,15 @@ def test_both_stages_of_a_model_that_answers_in_lists():
     assert alone.values["denoising_loss"] != dg.evaluate(model, [batch], noise_scheduler=flow).values["denoising_loss"]
 
 
-@pytest.mark.parametrize(("name", "kind"), [
-    ("HiDreamImageTransformer2DModel", "joint_attention"),  # which answers otherwise in training
-    ("Cosmos3OmniTransformer", "joint_attention"),  # whose streams are packed
-    ("T5FilmDecoder", "self_attention"), ("MiniMaxMusic3RVQDepthDecoder", "self_attention"),  # whose forwards have no return_dict
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("HiDreamImageTransformer2DModel", "joint_attention"),  # which answers otherwise in training
+        ("Cosmos3OmniTransformer", "joint_attention"),  # whose streams are packed
+        ("T5FilmDecoder", "self_attention"),
+        ("MiniMaxMusic3RVQDepthDecoder", "self_attention"),  # whose forwards have no return_dict
+    ],
+)
 def test_both_stages_of_models_with_ways_of_their_own(name, kind):
     model, inputs = tiny(name), inputs_of(name)
     graft = dg.build_graft(model, dg.plan_graft(model, {f"{kind}[0]": "self_attention"}))
@@ -429,8 +476,12 @@ def test_both_stages_of_models_with_ways_of_their_own(name, kind):
 def test_a_target_of_another_shape_is_refused():
     (model, graft), batch = grafted({"self_attention[:]": "hyena_x"}), batches(1)[0]
     model.set_graft(graft)
-    odd = {**{name: value for name, value in batch.items() if name != "sample"}, "hidden_states": batch["sample"],
-           "timestep": torch.zeros(len(batch["sample"]), dtype=torch.long), "target": batch["sample"][:, :, :1]}  # fmt: skip
+    odd = {
+        **{name: value for name, value in batch.items() if name != "sample"},
+        "hidden_states": batch["sample"],
+        "timestep": torch.zeros(len(batch["sample"]), dtype=torch.long),
+        "target": batch["sample"][:, :, :1],
+    }
     with pytest.raises(TrainingError, match="The model predicts"):
         dg.finetune(model, [odd], settle())
 
@@ -452,7 +503,9 @@ def test_noise_and_targets_of_ddpm(kind):
 def test_noise_and_targets_of_flow_matching(shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     sample = torch.randn(512, 1, 2, 2)
-    noised = Noising(scheduler=scheduler, timesteps="uniform")(tiny_dit(), {"sample": sample}, torch.Generator().manual_seed(0))
+    noised = Noising(scheduler=scheduler, timesteps="uniform")(
+        tiny_dit(), {"sample": sample}, torch.Generator().manual_seed(0)
+    )
     sigma = noised.inputs["timestep"].view(-1, 1, 1, 1) / 1000
     torch.testing.assert_close(noised.inputs["hidden_states"], sample + sigma * noised.target, rtol=1e-4, atol=1e-4)
     median = shift * 0.5 / (1 + (shift - 1) * 0.5)
@@ -493,10 +546,17 @@ class Singles(torch.utils.data.Dataset):
 
 def test_the_trainer_saves_after_each_stage_and_survives_ctrl_c(tmp_path):
     data = Singles()
-    arguments = dg.GraftTrainingArguments(output_dir=tmp_path / "out", distill=quick(), finetune=settle(train="operators"),
-                                          per_device_train_batch_size=4)  # fmt: skip
-    trainer = dg.GraftTrainer(tiny_dit(), {"self_attention[1::2]": "neighborhood"}, args=arguments, train_dataset=data,
-                              eval_dataset=data, noise_scheduler=SCHEDULER)  # fmt: skip
+    arguments = dg.GraftTrainingArguments(
+        output_dir=tmp_path / "out", distill=quick(), finetune=settle(train="operators"), per_device_train_batch_size=4
+    )
+    trainer = dg.GraftTrainer(
+        tiny_dit(),
+        {"self_attention[1::2]": "neighborhood"},
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        noise_scheduler=SCHEDULER,
+    )
     trainer.distill()
     after_one = predict(trainer.model)
     trainer.train_dataset = interrupted()
@@ -517,8 +577,9 @@ def test_the_trainer_saves_after_each_stage_and_survives_ctrl_c(tmp_path):
 
 def test_the_trainer_trains(tmp_path):
     arguments = dg.GraftTrainingArguments(output_dir=tmp_path, distill=quick(2), finetune=settle(2))
-    trainer = dg.GraftTrainer(tiny_dit(), "self_attention[50%]=hyena_x", args=arguments, train_dataset=batches(),
-                              noise_scheduler=SCHEDULER)  # fmt: skip
+    trainer = dg.GraftTrainer(
+        tiny_dit(), "self_attention[50%]=hyena_x", args=arguments, train_dataset=batches(), noise_scheduler=SCHEDULER
+    )
     trainer.train()
     assert [row["stage"] for row in trainer.graft.history] == ["one", "two"]
     with pytest.raises(StateError, match="eval_dataset"):

@@ -1,0 +1,179 @@
+"""Half the depth on the testbed: pairs side by side through both stages, blocks removed, and a model from scratch.
+
+The removed and the untrained model are finetuned twice: with the stage two that pairs get, and with all that pairs
+get, for which the cost of a step is measured once, in turns. Rows are written as they come; a run that is started
+again goes on behind the last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+
+from diffusers_graft import testbed
+from diffusers_graft.errors import GraftError
+from diffusers_graft.evaluation.benchmark import benchmark, compare
+from diffusers_graft.injection.graft import Graft, build_graft
+from diffusers_graft.injection.install import install, uninstall
+from diffusers_graft.planning.plan import plan_graft
+from diffusers_graft.testbed.sampling import SampleQuality, measure, scheduler
+from diffusers_graft.training.distill.distill import DistillConfig, distill
+from diffusers_graft.training.finetune.finetune import FinetuneConfig, finetune
+
+from .depth_report import report_of
+from .rows import read_rows, write_row
+
+RULES = {"pairs": "block_pair[:]=parallel", "removed": "block[1::2]=remove"}
+ONE, TWO, WHOLE = "stage one", "stage two", "both at once"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Steps of both stages, in batches of `batch_size`; every run that is finetuned gets the same of stage two."""
+
+    stage_one: int = 100
+    stage_two: int = 200
+    batch_size: int = 32
+    lr: tuple[float, float] = (5e-4, 5e-4)
+    seeds: int = 3
+    samples: int = 200
+    sampling_steps: int = 8
+    rounds: int = 7
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model on its way: its row in the table after each stage, or of none; `WHOLE` is the compute of both in stage
+    two.
+    """
+
+    model: str
+    rows: dict[str | None, str]
+    pretrained: bool = True
+
+    @property
+    def seeded(self) -> bool:
+        return any(self.rows)
+
+
+RUNS = (
+    Run("original", {None: "(a) pretrained"}),
+    Run("pairs", {None: "(b) pairs, untrained"}),
+    Run("pairs", {ONE: "(c) pairs, stage one", TWO: "(d) pairs, both stages"}),
+    Run("removed", {TWO: "(e) removed, stage two"}),
+    Run("pairs", {TWO: "(f) pairs from scratch, stage two"}, pretrained=False),
+    Run("removed", {WHOLE: "(e+) removed, compute of (d)"}),
+    Run("pairs", {WHOLE: "(f+) pairs from scratch, compute of (d)"}, pretrained=False),
+)
+
+
+def bench_depth(output: Path, budget: Budget | None = None, *, say: Callable[[str], None]) -> str:
+    """Run what has not been run yet; `output` gets `depth.jsonl`, `depth.png`, and `depth.md`, which is returned.
+
+    Raises `GraftError` where the rows there are of another budget.
+    """
+    budget = budget or Budget()
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "depth.jsonl"
+    head, *rows = _read(path, budget) or [write_row(path, _head(budget))]
+    done = {(row["name"], row["seed"]) for row in rows}
+    for seed in range(budget.seeds):  # seed by seed, so that an interrupted table is a whole one of fewer seeds
+        for run in RUNS:
+            names = {(name, seed) for name in run.rows.values()} if run.seeded or not seed else set()
+            for row in _run(run, budget, seed, head["seconds"]) if names - done else ():
+                if (row["name"], seed) not in done:
+                    rows.append(write_row(path, row))
+    report = report_of(head, rows, RULES, output)
+    say(report)
+    return report
+
+
+def _head(budget: Budget) -> dict[str, Any]:
+    """What does not hang on a seed: depth, parameters, FLOPs and latency of each model, and the price of a step."""
+    model = testbed.load().to("cuda" if torch.cuda.is_available() else "cpu")
+    models = benchmark(model, RULES, [model.config.sample_size], rounds=budget.rounds, progress=False)
+    return {
+        "budget": asdict(budget),
+        "torch": torch.__version__,
+        "device": model.device.type,
+        "seconds": prices(budget),
+        "models": {row.pop("name"): row for row in models},
+    }
+
+
+def prices(budget: Budget) -> dict[str, float]:
+    """Seconds of one step of each stage, measured in turns: by model and stage."""
+    steps, contenders = 4, {}
+    for name, rules in RULES.items():
+        model, graft = _start(rules, 0)
+        batches = list(testbed.letter_batches(budget.batch_size, 0, steps=steps))
+
+        def one(model=model, graft=graft, batches=batches):
+            distill(
+                model, graft, batches, DistillConfig(steps=steps, lr=1e-9, progress=False), noise_scheduler=scheduler()
+            )
+
+        def two(model=model, graft=graft, batches=batches):
+            install(model, graft)
+            finetune(model, batches, FinetuneConfig(steps=steps, lr=1e-9, progress=False), noise_scheduler=scheduler())
+            uninstall(model)
+
+        contenders |= {f"{name}: {ONE}": one, f"{name}: {TWO}": two} if name == "pairs" else {f"{name}: {TWO}": two}
+    return {timing.name: timing.seconds / steps for timing in compare(contenders, rounds=budget.rounds)}
+
+
+def steps_of(stage: str | None, model: str, budget: Budget, seconds: dict[str, float]) -> int:
+    """Steps of a stage; of `WHOLE`, what both stages of the pairs cost buys."""
+    if stage != WHOLE:
+        return {None: 0, ONE: budget.stage_one, TWO: budget.stage_two}[stage]
+    spent = budget.stage_one * seconds[f"pairs: {ONE}"] + budget.stage_two * seconds[f"pairs: {TWO}"]
+    return round(spent / seconds[f"{model}: {TWO}"])
+
+
+def _start(rules: str | None, seed: int, pretrained: bool = True) -> tuple[DiTTransformer2DModel, Graft | None]:
+    model = testbed.load()
+    if not pretrained:
+        torch.manual_seed(seed)
+        model = DiTTransformer2DModel.from_config(model.config).eval()
+    return model, None if rules is None else build_graft(model, plan_graft(model, rules), seed=seed)
+
+
+def _run(run: Run, budget: Budget, seed: int, seconds: dict[str, float]) -> Iterator[dict[str, Any]]:
+    model, graft = _start(RULES.get(run.model), seed, run.pretrained)
+    batches = testbed.letter_batches(budget.batch_size, 100 + seed)
+    quiet = {"progress": False, "seed": seed}
+    spent = []
+    for stage, name in run.rows.items():
+        steps = steps_of(stage, run.model, budget, seconds)
+        if stage == ONE:
+            distill(
+                model,
+                graft,
+                batches,
+                DistillConfig(steps=steps, lr=budget.lr[0], **quiet),
+                noise_scheduler=scheduler(),
+            )
+        if graft is not None and model.graft is None:
+            install(model, graft)
+        if stage in (TWO, WHOLE):
+            config = FinetuneConfig(steps=steps, lr=budget.lr[1], ema_decay=0.98, **quiet)
+            finetune(model, batches, config, noise_scheduler=scheduler())
+        spent += [steps] if steps else []
+        yield {"name": name, "seed": seed, "steps": list(spent), "scores": _measure(model, budget)}
+
+
+def _measure(model: DiTTransformer2DModel, budget: Budget) -> dict[str, float]:
+    return measure(model, SampleQuality(count=budget.samples, steps=budget.sampling_steps)).values
+
+
+def _read(path: Path, budget: Budget) -> list[dict[str, Any]]:
+    rows = read_rows(path)
+    if rows and rows[0].get("budget") != json.loads(json.dumps(asdict(budget))) or rows and "models" not in rows[0]:
+        raise GraftError(f"{path} holds rows of another budget. Give another --output.")
+    return rows

@@ -1,0 +1,128 @@
+"""What loading a graft costs beside what it cannot do without: reading its bytes, and installing its parts."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DiTTransformer2DModel, ModelMixin
+from diffusers.models.modeling_utils import no_init_weights
+
+from diffusers_graft.evaluation.benchmark import table
+from diffusers_graft.injection.graft import build_graft
+from diffusers_graft.injection.install import install, uninstall
+from diffusers_graft.planning.plan import plan_graft
+from diffusers_graft.serialization.config_file import PROOF, WEIGHTS
+from diffusers_graft.serialization.describe import describe_base
+from diffusers_graft.serialization.empty_graft import build_blank
+from diffusers_graft.serialization.graft_folder import fill, load_graft, save_graft
+from diffusers_graft.serialization.proof import replay
+from diffusers_graft.serialization.tensors import read_tensors
+
+RULES = {"self_attention[:]": "mamba2", "feed_forward[::2]": {"operator": "mlp", "expansion": 6}}
+
+
+def measure(folder: Path, model: ModelMixin, rounds: int = 7) -> dict[str, float]:
+    """Seconds, medians over alternating rounds, files in the page cache.
+
+    Args:
+        folder: a graft saved for `model`.
+
+    Returns:
+        `read`: the bytes of the weights; `install`: parts built without a start, and given tensors that are in memory;
+        `load`: `load_graft` without a look at the base and without its proof; `compare`: that look; `replay`: that
+        proof, a forward of the model; `verified`: `load_graft` with both; `ratio`: `load` to the sum of the first two,
+        of the same round, and `verified_ratio`.
+    """
+    path = folder / WEIGHTS
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(path).items()}
+    plan = plan_graft(model, RULES)
+    load_graft(model, folder, verify=False)
+    graft = uninstall(model)
+
+    def installed() -> None:
+        with no_init_weights():
+            graft = build_blank(model, plan)
+        fill(model, graft, tensors, folder)
+        install(model, graft)
+
+    def replayed() -> None:
+        install(model, graft)
+        replay(model, folder / PROOF)
+
+    tasks = {
+        "read": path.read_bytes,
+        "install": installed,
+        "load": lambda: load_graft(model, folder, verify=False),
+        "compare": lambda: describe_base(model, graft.originals),
+        "replay": replayed,
+        "verified": lambda: load_graft(model, folder),
+    }
+    turns = [{name: _timed(task, model) for name, task in tasks.items()} for _ in range(rounds + 1)][1:]
+    seconds = {name: statistics.median(turn[name] for turn in turns) for name in tasks}
+    ratios = {
+        name: statistics.median(turn[of] / (turn["read"] + turn["install"]) for turn in turns)
+        for name, of in (("ratio", "load"), ("verified_ratio", "verified"))
+    }
+    return seconds | ratios
+
+
+def _timed(task: Callable[[], object], model: ModelMixin) -> float:
+    started = time.perf_counter()
+    task()
+    seconds = time.perf_counter() - started
+    if getattr(model, "graft", None) is not None:
+        uninstall(model)
+    return seconds
+
+
+def report(width: int = 768, layers: int = 12, rounds: int = 7) -> str:
+    """A table of what loading costs, on a DiT of random weights."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": width // 64, "attention_head_dim": 64, "num_layers": layers, "sample_size": 32}
+    model = DiTTransformer2DModel(**sizes).eval()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        install(model, build_graft(model, plan_graft(model, RULES)))
+        save_graft(model, folder)
+        uninstall(model)
+        seconds = measure(folder, model, rounds)
+        size = (folder / WEIGHTS).stat().st_size
+    told = {
+        "reading its bytes": "read",
+        "installing its parts": "install",
+        "loading, verify=False": "load",
+        "comparing the base": "compare",
+        "replaying the proof, a forward": "replay",
+        "loading": "verified",
+    }
+    rows = [["step", "ms"], *([name, f"{1000 * seconds[key]:.0f}"] for name, key in told.items())]
+    return (
+        f"# Loading a graft on a CPU\n\n`make bench-loading`: {size / 1e6:.0f} MB of weights (Mamba-2 in {layers} layers of "
+        f"width {width}, every second feed-forward), fp32, files in the page cache, {torch.get_num_threads()} thread, torch "
+        f"{torch.__version__}; medians of {rounds} rounds, ratios within a round.\n\n```\n{table(rows)}\n```\n\n"
+        f"With verify=False loading takes {seconds['ratio']:.2f} x what reading and installing take, with the proof "
+        f"{seconds['verified_ratio']:.2f} x:\nthe proof is a forward of the model over few tokens."
+    )
+
+
+def main() -> None:
+    """Write the table to the standard output, or to a file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for option, value in (("--width", 768), ("--layers", 12), ("--rounds", 7)):
+        parser.add_argument(option, type=int, default=value)
+    parser.add_argument("--output", type=Path)
+    settings = vars(parser.parse_args())
+    output = settings.pop("output")
+    text = report(**settings) + "\n"
+    output.write_text(text, encoding="utf-8") if output else sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""The operator benchmark: time of each against softmax, share of the free mixer's speed-up in a real block, peak
+memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import PixArtTransformer2DModel
+
+from diffusers_graft.core.sites import Context, Grid
+from diffusers_graft.errors import GeometryError, GraftError, OperatorError
+from diffusers_graft.evaluation.benchmark import compare, publish, require_writable, table, worn
+from diffusers_graft.evaluation.operator_costs import example_part, operator_costs, peak_memory, run_of
+from diffusers_graft.injection.attention_core import mix_with_others
+from diffusers_graft.injection.graft import Graft, build_graft
+from diffusers_graft.inspection import example_inputs
+from diffusers_graft.operators import Operator, OperatorConfig, available, get
+from diffusers_graft.operators.base import BlockOperator
+from diffusers_graft.planning.plan import parse_operator, plan_graft
+
+# (operator, most of softmax's time it should take: forward at 4,096 tokens, forward and backward at 16,384)
+MIXERS = [
+    ("sliding_window(window=(64, 64))", None, None),
+    ("sliding_window(window=(128, 128))", 0.08, None),
+    ("sliding_window(window=(256, 256))", 0.13, 0.035),
+    ("neighborhood(kernel=3)", None, None),
+    ("neighborhood(kernel=7)", 0.20, None),
+    ("linear_attention", 0.05, 0.015),
+    ("linear_attention(feature_map='relu')", None, None),
+    ("hyena_x", 0.012, 0.004),
+    ("hyena_se", 0.025, 0.010),
+    ("hyena_y", None, None),
+    ("hyena_x(layout='2d', kernel_size=3)", None, None),
+    ("ttt", None, None),
+    ("pooled_keys", None, None),
+    ("hybrid", None, None),
+    ("identity", None, None),
+]
+COMPILED = [
+    ("hyena_x(backend='compiled')", 0.012, 0.004),
+    ("hyena_se(backend='compiled')", 0.025, 0.010),
+    ("linear_attention(backend='compiled')", 0.05, 0.015),
+    ("ttt(backend='compiled')", None, None),
+]
+WHOLE = ["mamba2", "gated_deltanet"]
+FEED_FORWARDS = [
+    "mlp(expansion=3)",
+    "mlp(expansion=6)",
+    "gated_mlp",
+    "mix_ffn",
+    "hyena_mlp",
+    "low_rank_mlp",
+    "linear_mlp",
+    "moe_mlp",
+]
+
+# A block of PixArt-Sigma-XL, at the tokens of a 1,024 x 1,024 image.
+BLOCK = dict(
+    num_attention_heads=16,
+    attention_head_dim=72,
+    num_layers=1,
+    sample_size=128,
+    patch_size=2,
+    in_channels=4,
+    out_channels=8,
+    cross_attention_dim=1152,
+    caption_channels=512,
+)
+IN_A_BLOCK = ["identity", "hyena_x", "linear_attention", "sliding_window", "neighborhood(kernel=7)"]
+WITH_TEXT = [
+    "identity",
+    "hyena_x",
+    "hyena_x(layout='2d')",
+    "linear_attention",
+    "sliding_window(window=(32, 32))",
+    "sliding_window(window=(64, 64))",
+    "neighborhood(kernel=7)",
+]
+TEXT = 512  # tokens of a prompt, as in FLUX
+WIDTH = 72  # of a head, as in PixArt and DiT-XL
+
+
+def bench_operators(
+    output: Path | None,
+    *,
+    rounds: int = 5,
+    side: int = 64,
+    heads: int = 16,
+    only: str = "",
+    say: Callable[[str], None],
+) -> None:
+    """Print the tables, and store them where an output is named.
+
+    Args:
+        side: of the grid of the first table; the second has four times the tokens, on two heads.
+        heads: of the model.
+        only: text that the titles of the tables to measure begin with; several, with a bar between them.
+
+    Raises `GraftError` where no title begins so.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        titled = dict(_parts(rounds, side, heads))
+        chosen = [(title, titled[title]) for title in titled if title.startswith(tuple(only.split("|")))]
+        if not chosen:
+            raise GraftError(f"No table begins with {only!r}. There are:\n" + "\n".join(titled))
+        require_writable(output)
+        parts = [(title, measured()) for title, measured in chosen]
+    finally:
+        torch.set_num_threads(threads)
+    text = "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in parts)
+    text += (
+        f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios and shares are medians over {rounds} "
+        "rounds in turns,\neach of one round; so is ms, on its own. FLOPs is the ratio of operations: what the time would "
+        "be at the\nbaseline's density."
+    )
+    command = f"python -m benchmarks operators --only {only!r} --rounds {rounds}" if only else "make bench-operators"
+    publish(text, output, title="Operators on a CPU", command=command, say=say)
+
+
+def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, Callable[[], list[list[str]]]]]:
+    """Titles of the tables, and what measures their rows."""
+    half, near, far = (Grid(height=side * n // 2, width=side * n // 2) for n in (1, 2, 4))
+    whole, plain = ([(name, None) for name in names] for names in (WHOLE, FEED_FORWARDS))
+    less, few = max(3, rounds // 2), math.ceil(heads / 4)
+    for kind, mixers in {"Mixers": MIXERS, "Compiled mixers": COMPILED}.items():
+        forward, training = ([(name, targets[way]) for name, *targets in mixers] for way in (0, 1))
+        yield (
+            f"{kind} / softmax, forward, {near.tokens} tokens, {heads} heads",
+            partial(_ratios, forward, near, heads, rounds),
+        )
+        title = f"{kind} / softmax, forward + backward, {far.tokens} tokens, 2 heads"
+        yield title, partial(_ratios, training, far, 2, less, backward=True)
+    title = f"Whole attentions / softmax with its projections, forward, {near.tokens} tokens"
+    yield title, partial(_ratios, whole, near, heads, rounds)
+    title = f"Scans of mamba2 / softmax, forward, {near.tokens} tokens, {heads} heads"
+    yield title, partial(_scans, 0.17, near, heads, rounds)
+    title = f"Scans of mamba2 / softmax, forward + backward, {far.tokens} tokens, 2 heads"
+    yield title, partial(_scans, 0.03, far, 2, less, backward=True)
+    yield f"Feed-forwards / mlp of r = 4, forward, {half.tokens} tokens", partial(_ratios, plain, half, heads, rounds)
+    title = f"A PixArt block, all self-attention replaced, {near.tokens} tokens"
+    yield title, partial(_in_a_block, 2 * side, heads, rounds)
+    title = f"Image and text in one attention / softmax of all, {near.tokens} + {TEXT} tokens, {few} heads"
+    yield title, partial(_with_text, near, few, rounds)
+    yield "Peak memory above the inputs, MiB, 2 heads, forward + backward", partial(_memory, (half, near, far))
+
+
+def _configs(names: Iterable[str]) -> list[OperatorConfig]:
+    return [parse_operator(name) for name in names]
+
+
+def _ratios(
+    wanted: list[tuple[str, float | None]], grid: Grid, heads: int, rounds: int, *, backward: bool = False
+) -> list[list[str]]:
+    configs = _configs(name for name, _ in wanted)
+    costs = operator_costs(configs, grid=grid, width=heads * WIDTH, heads=heads, backward=backward, rounds=rounds)
+    rows = [["operator", "ms", "ratio", "quartiles", "FLOPs", "target"]]
+    for cost, (name, target) in zip(costs, wanted, strict=True):
+        if cost.refusal:
+            rows.append([name, "refused", "", "", "", ""])
+            continue
+        met = "" if target is None else f"{target:g} {'met' if cost.ratio <= target else 'missed'}"
+        rows.append(
+            [
+                name,
+                f"{cost.milliseconds:.1f}",
+                f"{cost.ratio:.4f}",
+                f"{cost.low:.4f} to {cost.high:.4f}",
+                f"{cost.flops_ratio:.4f}",
+                met,
+            ]
+        )
+    return rows
+
+
+def _scans(target: float, grid: Grid, heads: int, rounds: int, *, backward: bool = False) -> list[list[str]]:
+    """The recurrence alone, both directions, without the projections it brings along."""
+    rows = [["scan of", "ms", "ratio", "quartiles", "target"]]
+    softmax = torch.randn(3, 1, grid.tokens, heads, WIDTH, generator=torch.Generator().manual_seed(0)).transpose(2, 3)
+    # The paper's, at twice the width of the model; with heads as wide as softmax's; and at the width that targets are
+    # for.
+    wide = f"head_width={WIDTH}, chunk=64"
+    for name in ("mamba2", f"mamba2({wide})", f"mamba2({wide}, expand=1)"):
+        operator = example_part(parse_operator(name), width=heads * WIDTH, heads=heads)
+        state, heads_of = operator.config.state, (operator.heads, operator.config.head_width)
+        shapes = heads_of, (state,), (state,), (operator.heads,)
+        *inputs, step = (
+            torch.randn(1, grid.tokens, *shape, generator=torch.Generator().manual_seed(1)) for shape in shapes
+        )
+        inputs.append(F.softplus(step + operator.dt_bias.detach()))  # as they are at the start
+        runs = {
+            "softmax": run_of(F.scaled_dot_product_attention, list(softmax), backward),
+            "scan": run_of(operator.scanned, inputs, backward),
+        }
+        timing = compare(runs, rounds=rounds)[1]
+        met = f"{target:g} {'met' if timing.ratio <= target else 'missed'}"
+        rows.append(
+            [
+                name,
+                f"{1000 * timing.seconds:.1f}",
+                f"{timing.ratio:.4f}",
+                f"{timing.low:.4f} to {timing.high:.4f}",
+                met,
+            ]
+        )
+    return rows
+
+
+def _in_a_block(size: int, heads: int, rounds: int) -> list[list[str]]:
+    """Speed-ups, and what share of the `identity` mixer's each is, round by round: the yardstick that travels."""
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        **{**BLOCK, "sample_size": size, "num_attention_heads": heads, "cross_attention_dim": heads * WIDTH}
+    ).eval()
+    grafts: dict[str, Graft | None] = {
+        name: build_graft(model, plan_graft(model, {"self_attention[:]": name})) for name in IN_A_BLOCK
+    }
+    grafts["original"] = None
+    with torch.no_grad():
+        timings = compare(
+            dict.fromkeys(grafts, partial(model, **example_inputs(model, size=size))),
+            rounds=rounds,
+            around=lambda name: worn(model, grafts[name]),
+        )
+    original = timings[-1].ratio
+    rows = [["model", "ms", "speed-up", "share of identity's", "quartiles"]]
+    for one in timings:
+        spread = f"{1 / one.high:.3f} to {1 / one.low:.3f}"
+        rows.append(
+            [one.name, f"{1000 * one.seconds:.0f}", f"{original / one.ratio:.2f}", f"{1 / one.ratio:.3f}", spread]
+        )
+    return rows
+
+
+def _with_text(grid: Grid, heads: int, rounds: int) -> list[list[str]]:
+    """Forward, and forward and backward, of the rule in `diffusers_graft/injection/attention_core.py`; the text comes first."""
+    shape = 3, 1, TEXT + grid.tokens, heads, WIDTH
+    inputs = list(torch.randn(shape, generator=torch.Generator().manual_seed(0)).transpose(2, 3))
+    calls = {"softmax": F.scaled_dot_product_attention}
+    for config in _configs(WITH_TEXT):
+        operator = example_part(config, width=heads * WIDTH, heads=heads)
+        calls[str(config)] = partial(
+            mix_with_others, operator, context=Context(grid=grid), start=TEXT, image=grid.tokens
+        )
+    forward, training = (
+        compare({name: run_of(call, inputs, backward) for name, call in calls.items()}, rounds=rounds)[1:]
+        for backward in (False, True)
+    )
+    rows = [["operator", "forward", "quartiles", "forward + backward", "quartiles"]]
+    for one, other in zip(forward, training, strict=True):
+        spread = (f"{timing.low:.3f} to {timing.high:.3f}" for timing in (one, other))
+        rows.append([one.name, f"{one.ratio:.3f}", next(spread), f"{other.ratio:.3f}", next(spread)])
+    return rows
+
+
+def _memory(grids: tuple[Grid, ...]) -> list[list[str]]:
+    rows = [["operator", *(f"{grid.tokens} tokens" for grid in grids)]]
+    for name in ("self_attention", *(name for name, _, _ in MIXERS), *WHOLE):
+        config = _configs([name])[0]
+        rows.append([name, *(_peak(config, grid) for grid in grids)])
+    return rows
+
+
+def _peak(config: OperatorConfig, grid: Grid) -> str:
+    try:
+        return f"{peak_memory(config, grid, width=2 * WIDTH, heads=2, backward=True) / 2**20:.1f}"
+    except GraftError:
+        return "refused"

@@ -1,0 +1,119 @@
+"""PixArt-Sigma at 2,048 x 2,048 on a GPU: what grafts save of one forward, against the best softmax of the machine.
+
+Random weights, since speed does not depend on them. Layers as in arXiv 2506.05340, section 5.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffusers_graft.errors import GraftError
+from diffusers_graft.evaluation.benchmark import compare, publish, require_writable, table
+from diffusers_graft.inspection import example_inputs
+
+SHAPE = dict(
+    num_attention_heads=16,
+    attention_head_dim=72,
+    num_layers=28,
+    sample_size=256,
+    patch_size=2,
+    in_channels=4,
+    out_channels=8,
+    cross_attention_dim=1152,
+    caption_channels=4096,
+)
+LAYERS = {"14 of 28": "8,10,12,14,16,18,20:28", "28 of 28": ":"}
+CONTENDERS = ("identity", "hyena_x", "neighborhood(kernel=7, backend='auto')", "linear_attention")
+SOFTMAX = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def bench_pixart(output: Path | None, *, rounds: int = 7, say: Callable[[str], None]) -> None:
+    """Print the table, and store it where an output is named. Raises `GraftError` without a CUDA device."""
+    if not torch.cuda.is_available():
+        raise GraftError(
+            "This benchmark times 16,384 tokens through 28 layers on one CUDA device, and torch sees none here. "
+            "On a CPU run: make bench-operators"
+        )
+    require_writable(output)
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(**SHAPE).to("cuda", torch.bfloat16).eval()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        text = pixart_table(model, LAYERS, softmax=SOFTMAX, rounds=rounds, make=compiled)
+    text += f"\n\nOne sample, bf16, compiled, {torch.cuda.get_device_name()}, torch {torch.__version__}."
+    publish(text, output, title="PixArt-Sigma, 2,048 x 2,048", command="make bench-pixart", say=say)
+
+
+def compiled(model: PixArtTransformer2DModel, **settings) -> PixArtTransformer2DModel:
+    """The same model, compiled block by block: whole, each would take minutes.
+
+    Blocks of a kind share a graph, also those of other models, as far as dynamo's `recompile_limit` reaches; a first
+    block has one of its own, since its tokens lie otherwise in memory.
+    """
+    for block in model.transformer_blocks:
+        block.compile(dynamic=False, **settings)
+    return model
+
+
+@torch.no_grad()
+def pixart_table(
+    model: PixArtTransformer2DModel,
+    layers: dict[str, str],
+    *,
+    softmax: tuple[SDPBackend, ...],
+    rounds: int,
+    make: Callable,
+) -> str:
+    """Forward times of a model and its grafts, in turns, as text; all under the softmax that is fastest for the
+    original.
+
+    Args:
+        layers: which self-attentions to replace, by name.
+        softmax: backends to choose from; empty leaves the choice to torch.
+        make: what is timed, from a model: `compiled`, say.
+    """
+    inputs = example_inputs(model)
+    best = _fastest_softmax(model, inputs, softmax)  # as it is: a compiled graph keeps to the softmax it was made with
+    rows = [["layers", "operator", "ms", "speed-up", "quartiles", "share of identity's"]]
+    # What takes a mask falls back on the other.
+    with sdpa_kernel([best, SDPBackend.EFFICIENT_ATTENTION], set_priority=True) if best else nullcontext():
+        original = make(copy.deepcopy(model))
+        for name, items in layers.items():
+            contenders = {"original": original, **dict(_grafted(model, items, inputs, make))}
+            runs = {one: lambda call=call: call(**inputs, return_dict=False) for one, call in contenders.items()}
+            timings = {timing.name: timing for timing in compare(runs, rounds=rounds)}
+            free = timings["identity"].ratio
+            for one, row in timings.items():
+                share = "" if one == "original" else f"{free / row.ratio:.3f}"
+                spread = "" if one == "original" else f"{1 / row.high:.3f} to {1 / row.low:.3f}"
+                rows.append([name, one, f"{1000 * row.seconds:.1f}", f"{1 / row.ratio:.3f}", spread, share])
+    return table(rows) + f"\n\nSoftmax of the layers that keep it: {best.name if best else 'chosen by torch'}."
+
+
+def _grafted(
+    model: PixArtTransformer2DModel, items: str, inputs: dict, make: Callable
+) -> Iterator[tuple[str, Callable]]:
+    for name in CONTENDERS:
+        twin = copy.deepcopy(model)
+        twin.set_graft({f"self_attention[{items}]": name})
+        twin(**inputs, return_dict=False)  # `auto` tries its backends here, and not while it is compiled
+        yield name, make(twin)
+
+
+def _fastest_softmax(call: Callable, inputs: dict, softmax: tuple[SDPBackend, ...]) -> SDPBackend | None:
+    seconds = {}
+    for backend in softmax:
+        with sdpa_kernel(backend):
+            try:
+                seconds[backend] = compare({backend.name: lambda: call(**inputs, return_dict=False)}, rounds=3)[
+                    0
+                ].seconds
+            except RuntimeError:  # not on this device
+                continue
+    return min(seconds, key=seconds.get, default=None)

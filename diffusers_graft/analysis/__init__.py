@@ -1,1 +1,0 @@
-"""Looking at a pretrained model before choosing what to graft."""

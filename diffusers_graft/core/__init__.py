@@ -1,0 +1,1 @@
+"""Values that every room uses: sites, the context of a forward, files on disk."""

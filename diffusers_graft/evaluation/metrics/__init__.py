@@ -1,0 +1,1 @@
+"""Metrics for `dg.evaluate`, one file each."""

@@ -1,0 +1,1 @@
+"""Grafts in a model: building, installing and removing the new parts."""

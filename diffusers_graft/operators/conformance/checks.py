@@ -1,0 +1,245 @@
+"""The checks of the conformance suite, each a function that raises `ConformanceError` under its own name."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...core.sites import Context, Grid
+from ...errors import GeometryError
+from .. import _configured, available, configure
+from .case import Subject, fail, gradients, run
+from .visibility_checks import check_honours_mask, check_honours_others, check_receptive_field, check_sees_ahead  # noqa: F401, in CHECKS
+
+
+def check_config_round_trip(subject: Subject) -> None:
+    """A config comes back from JSON as it was."""
+    config = subject.config
+    written = json.loads(json.dumps(config.to_dict()))
+    missing = {"operator", *(field.name for field in dataclasses.fields(config))} - set(written)
+    if missing or written["operator"] != config.owner.name:
+        fail("config_round_trip", f"to_dict() gave {written}; missing are {sorted(missing) or 'none'}")
+    registered = config.owner.name in available()
+    again = configure(written) if registered else _configured(config.owner, written)
+    if again != config:
+        fail("config_round_trip", f"{subject.config} came back from JSON as {again}")
+
+
+def check_shape_and_dtype(subject: Subject) -> None:
+    """Outputs have the shape and precision of the inputs, which may lie in memory as projections leave them."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        inputs = [tensor.transpose(1, -2).contiguous().transpose(1, -2) for tensor in subject.inputs(dtype=dtype)]
+        output = run(subject.build().to(dtype), inputs, subject.context)
+        if output.shape != inputs[0].shape or output.dtype != dtype:
+            fail("shape_and_dtype", f"{tuple(inputs[0].shape)} {dtype} became {tuple(output.shape)} {output.dtype}")
+
+
+def check_bfloat16_close(subject: Subject) -> None:
+    """In bfloat16 the outputs are those of float64 on the same numbers to within 5 %."""
+    operator, inputs = subject.build().bfloat16(), subject.inputs(dtype=torch.bfloat16)
+    rough = run(operator, inputs, subject.context).double()
+    # Of the rounded weights and inputs: rounding a router's scores may send a token elsewhere, which is no error of
+    # arithmetic.
+    precise = run(operator.double(), [tensor.double() for tensor in inputs], subject.context)
+    error = ((rough - precise).norm() / precise.norm().clamp(min=1e-9)).item()
+    if not error < 0.05:
+        fail("bfloat16_close", f"relative error {error:.3g} to float64")
+
+
+def check_finite_on_large_inputs(subject: Subject) -> None:
+    """Inputs of size 100 do not overflow in float32."""
+    inputs = [100 * tensor.float() for tensor in subject.inputs()]
+    if not run(subject.build().float(), inputs, subject.context).isfinite().all():
+        fail("finite_on_large_inputs", "inputs of size 100 gave values that are not finite")
+
+
+def check_every_grid(subject: Subject) -> None:
+    """Odd, oblong and larger grids give finite outputs, or are refused with words."""
+    for there in subject.accepted():
+        if not run(there.build(), there.inputs(), there.context).isfinite().all():
+            fail("every_grid", f"values that are not finite on the grid {there.grid}")
+
+
+def check_needs_grid(subject: Subject) -> None:
+    """A grid is asked for exactly where that is declared."""
+    operator = subject.build()
+    try:
+        run(operator, subject.inputs(), Context())
+    except GeometryError:
+        if not operator.needs_grid:
+            fail("needs_grid", "needs_grid is False, but it refuses to run without a grid")
+    else:
+        if operator.needs_grid:
+            fail("needs_grid", "needs_grid is True, but it runs without a grid")
+
+
+def check_gradients_reach_everything(subject: Subject) -> None:
+    """Every input and parameter gets a gradient, unless `unused_inputs` names it."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        operator, inputs = subject.build().to(dtype), subject.inputs(dtype=dtype)
+        _, found = gradients(operator, operator, inputs, subject.context)
+        names = [f"input {n}" for n in range(len(inputs))] + [name for name, _ in operator.named_parameters()]
+        useful = [g is not None and bool(g.isfinite().all() and g.any()) for g in found]
+        dead = {name for name, reached in zip(names, useful, strict=True) if not reached}
+        if dead := sorted(dead - set(operator.unused_inputs)):
+            fail("gradients_reach_everything", f"no useful gradient for {', '.join(dead)} in {dtype}")
+
+
+def check_batch_rows_independent(subject: Subject) -> None:
+    """A row gives the same alone as in a batch."""
+    operator, inputs = subject.build(), subject.inputs(batch=3)
+    whole = run(operator, inputs, subject.context)
+    alone = run(operator, [tensor[1:2] for tensor in inputs], subject.context)
+    if not torch.allclose(whole[1:2], alone, rtol=1e-9, atol=1e-9):
+        fail("batch_rows_independent", f"a row alone differs by {(whole[1:2] - alone).abs().max():.3g}")
+
+
+def check_deterministic(subject: Subject) -> None:
+    """The same inputs give the same outputs."""
+    operator, inputs = subject.build(), subject.inputs()
+    if not torch.equal(run(operator, inputs, subject.context), run(operator, inputs, subject.context)):
+        fail("deterministic", "two runs in evaluation mode differ")
+
+
+def check_same_without_gradients(subject: Subject) -> None:
+    """Under `no_grad`, where an operator may take a faster way, it gives the same outputs."""
+    for there in subject.accepted():
+        operator, inputs = there.build(), there.inputs()
+        expected = run(operator, inputs, there.context)
+        with torch.no_grad():
+            given = run(operator, inputs, there.context)
+        if not torch.allclose(given, expected, rtol=1e-9, atol=1e-9):
+            fail("same_without_gradients", f"outputs under no_grad differ on the grid {there.grid}")
+
+
+def check_leaves_inputs_alone(subject: Subject) -> None:
+    """Inputs are not changed in place."""
+    operator, inputs = subject.build(), subject.inputs()
+    before = [tensor.clone() for tensor in inputs]
+    run(operator, inputs, subject.context)
+    with torch.no_grad():
+        run(operator, inputs, subject.context)
+    if not all(map(torch.equal, inputs, before)):
+        fail("leaves_inputs_alone", "an input was changed in place")
+
+
+def check_leaves_generators_alone(subject: Subject) -> None:
+    """Forward does not draw from torch's global generator."""
+    operator = subject.build()
+    before = torch.get_rng_state()
+    run(operator, subject.inputs(), subject.context)
+    if not torch.equal(before, torch.get_rng_state()):
+        fail("leaves_generators_alone", "forward drew from torch's global generator")
+
+
+def check_same_seed_same_start(subject: Subject) -> None:
+    """The seed alone decides the start."""
+    one, other = (subject.build(seed=4).state_dict() for _ in range(2))
+    if list(one) != list(other) or not all(torch.equal(one[name], other[name]) for name in one):
+        fail("same_seed_same_start", "two builds under one seed differ")
+
+
+def check_state_dict_round_trip(subject: Subject) -> None:
+    """Loaded weights and deep copies give the same outputs."""
+    source, target = subject.build(seed=0), subject.build(seed=5)
+    target.load_state_dict(source.state_dict())
+    expected = run(source, subject.inputs(), subject.context)
+    if not torch.equal(run(target, subject.inputs(), subject.context), expected):
+        fail("state_dict_round_trip", "an operator that loaded another's weights gives other outputs")
+    if not torch.equal(run(copy.deepcopy(source), subject.inputs(), subject.context), expected):
+        fail("state_dict_round_trip", "a deep copy gives other outputs")
+
+
+def check_builds_on_meta(subject: Subject) -> None:
+    """Building obeys the default device."""
+    with torch.device("meta"):
+        operator = subject.config.resolved(subject.site).build(subject.site)
+    if any(not parameter.is_meta for parameter in operator.parameters()):
+        fail("builds_on_meta", "a parameter was made on another device than the default one")
+
+
+def check_compiles(subject: Subject) -> None:
+    """`torch.compile(fullgraph=True)` gives the same outputs, with gradients and without."""
+    operator, inputs = subject.build(), subject.inputs()
+    expected = run(operator, inputs, subject.context)
+    torch._dynamo.reset()
+    compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
+    for grad in (True, False):
+        try:
+            with torch.set_grad_enabled(grad):
+                output = compiled(*inputs, subject.context)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            fail(
+                "compiles", f"torch.compile(fullgraph=True) gave {type(error).__name__}: {str(error).splitlines()[0]}"
+            )
+        if not torch.allclose(output, expected, rtol=1e-9, atol=1e-9):
+            fail("compiles", "compiled outputs differ" + ("" if grad else " under no_grad"))
+
+
+def check_trains_after_inference(subject: Subject) -> None:
+    """Nothing that a run in inference mode leaves behind stands in the way of training."""
+    # A grid that no other check runs on, so that what is kept from grid to grid is made here.
+    there = subject.on(Grid(height=subject.grid.height + 3, width=subject.grid.width + 10))
+    operator, inputs = there.build(), there.inputs()
+    with torch.inference_mode():
+        run(operator, there.inputs(), there.context)
+    try:
+        gradients(operator, operator, inputs, there.context)
+    except RuntimeError as error:
+        fail("trains_after_inference", str(error))
+
+
+def check_checkpointing(subject: Subject) -> None:
+    """Gradients under checkpointing are the same."""
+    operator = subject.build()
+
+    def checkpointed(*arguments):
+        return checkpoint(operator, *arguments, use_reentrant=False)
+
+    _, plain = gradients(operator, operator, subject.inputs(), subject.context)
+    _, again = gradients(checkpointed, operator, subject.inputs(), subject.context)
+    pairs = [(a, b) for a, b in zip(plain, again, strict=True) if a is not None]
+    if not all(b is not None and torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in pairs):
+        fail("checkpointing", "gradients under checkpointing differ")
+
+
+def check_agrees_with_reference(subject: Subject) -> bool | None:
+    """Outputs and gradients are those of `reference`."""
+    if not hasattr(subject.config.owner, "reference"):
+        return False
+    for there in subject.accepted():
+        operator = there.build()
+        fast = gradients(operator, operator, there.inputs(), there.context)
+        plain = gradients(operator.reference, operator, there.inputs(), there.context)
+        for number, (a, b) in enumerate(zip((fast[0], *fast[1]), (plain[0], *plain[1]), strict=True)):
+            if (a is None) != (b is None) or (a is not None and not torch.allclose(a, b, rtol=1e-7, atol=1e-7)):
+                what = f"gradient {number}" if number else "output"
+                fail("agrees_with_reference", f"{what} differs from the reference on the grid {there.grid}")
+    return None
+
+
+def check_flops(subject: Subject) -> None:
+    """Within 1 % of what torch's counter sees, plus `uncounted_flops(tokens)` to which it is blind."""
+    operator, tokens = subject.build(), subject.grid.tokens
+    declared = operator.flops(tokens)
+    if type(declared) is not int or declared < 0:
+        fail("flops", f"flops(tokens) is a whole number; got {declared!r}")
+    counter = FlopCounterMode(display=False)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
+        getattr(operator, "countable", operator)(*subject.inputs(batch=1), subject.context)
+    expected = counter.get_total_flops() + operator.uncounted_flops(tokens)
+    if abs(declared - expected) > 0.01 * max(expected, 1):
+        fail("flops", f"flops({tokens}) is {declared:,}; torch's counter and what it is blind to make {expected:,}")
+
+
+_found = [item for name, item in globals().items() if name.startswith("check_") and callable(item)]
+# Those of this module first: what a token may see is asked of operators that run at all.
+CHECKS: tuple[Callable[[Subject], bool | None], ...] = tuple(
+    sorted(_found, key=lambda check: check.__module__ != __name__)
+)

@@ -1,0 +1,233 @@
+"""Faster ways to compute an operator, where a machine has them; plain torch is always there, and the default.
+
+`backend="torch"` never changes by itself. A backend asked for by name runs, or is an error that says what is missing.
+`backend="auto"` takes the first that this device and precision allow and that agrees with plain torch on a small
+example, and says once what it chose.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from ...core.sites import Context, Grid, Site
+from ...errors import MissingDependencyError, OperatorError, UnknownNameError
+from ..base import Mixer, Operator, OperatorConfig
+
+logger = logging.getLogger(__name__)
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One faster way, with the same results up to rounding.
+
+    Attributes:
+        name: what `backend=` takes.
+        run: called as `run(operator, *inputs, context)`.
+        module: what it imports.
+        dtypes: precisions it computes in; all if empty.
+        runs_on, trains_on: device types of its forward and of its backward.
+        pays_on: device types on which `"auto"` considers it.
+    """
+
+    name: str
+    run: Callable[..., torch.Tensor]
+    module: str
+    dtypes: tuple[torch.dtype, ...] = HALF
+    runs_on: tuple[str, ...] = ("cuda",)
+    trains_on: tuple[str, ...] = ("cuda",)
+    pays_on: tuple[str, ...] = ("cuda",)
+
+    def obstacle(self, device: str, dtype: torch.dtype, grad: bool) -> str | None:
+        """Why it cannot run there, or None."""
+        if device not in self.runs_on:
+            return f"it runs on {' and '.join(self.runs_on)}, and the tensors are on {device}"
+        if self.dtypes and dtype not in self.dtypes:
+            return f"it computes in {', '.join(map(str, self.dtypes))}, and the tensors are {dtype}"
+        if grad and device not in self.trains_on:
+            return f"it has no backward on {device}"
+        return None
+
+
+class WithBackends(Operator):
+    """An operator that has faster ways; `in_torch` is the one that is always there, with the signature of `forward`."""
+
+    backends: tuple[Backend, ...] = ()
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(OperatorConfig):
+        """Settings of every such operator.
+
+        Attributes:
+            backend: `torch`, `auto`, or the name of a faster way.
+        """
+
+        backend: str = "torch"
+
+        def __post_init__(self):
+            super().__post_init__()
+            names = ("torch", "auto", *(backend.name for backend in self.owner.backends))
+            if self.backend not in names:
+                raise UnknownNameError(f"backend of {self.owner.name}", self.backend, names)
+
+    def __init__(self, config, site):
+        super().__init__(config, site)
+        for backend in self.backends:
+            if backend.name == config.backend:
+                _import(backend, self.name)
+
+    def in_torch(self, *inputs_and_context: Any) -> torch.Tensor:
+        raise OperatorError(f"{self.name} has no way in plain torch: define in_torch.")
+
+    def forward(self, *inputs: Any, context: Context | None = None) -> torch.Tensor:
+        if context is None:  # it comes last, by name or not
+            *inputs, context = inputs
+        if backend := self.backend_for(*inputs):
+            return backend.run(self, *inputs, context)
+        return self.in_torch(*inputs, context)
+
+    def backend_for(self, *inputs: torch.Tensor) -> Backend | None:
+        """The backend of this forward; None means plain torch. Raises `OperatorError` where the one asked for cannot
+        run.
+        """
+        asked = self.config.backend
+        if asked == "torch":
+            return None
+        like, grad = inputs[0], torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters()))
+        if asked == "auto":
+            return self.constant(_best, self.settings, like.shape[-1], like.device.type, like.dtype, grad)
+        backend = next(backend for backend in self.backends if backend.name == asked)
+        if obstacle := backend.obstacle(like.device.type, like.dtype, grad):
+            raise OperatorError(
+                f'{self.name}: backend {asked!r} was asked for, but {obstacle}. Choose "torch" or "auto".'
+            )
+        return backend
+
+
+def piece_by_piece(like: torch.Tensor) -> bool:
+    """Whether plain torch takes tokens a few at a time, which stay in cache: on CPUs, and where nothing is kept or
+    compiled.
+    """
+    return like.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def plain(number: int) -> int:
+    """A number where code compiled for changing sizes holds a symbol: it is compiled anew for another."""
+    return len([None] * number)
+
+
+def autocast_device(like: torch.Tensor) -> str:
+    """The device type whose autocast concerns a tensor; there is none for tensors without memory."""
+    return "cpu" if like.is_meta else like.device.type
+
+
+def precision_of(like: torch.Tensor) -> torch.dtype:
+    """What torch's products and convolutions of it give: autocast's precision where that is on, else its own."""
+    device = autocast_device(like)
+    cast = torch.is_autocast_enabled(device) and like.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else like.dtype
+
+
+def _in_compiled_torch(operator: WithBackends, *inputs_and_context: Any) -> torch.Tensor:
+    # Under a counter, as in every save, torch would compile nothing, and never again.
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return operator.in_torch(*inputs_and_context)
+    try:
+        return _compiled(operator.config)(operator, *inputs_and_context)
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise OperatorError(
+            f"{operator.name}: torch compiles one operator for {torch._dynamo.config.recompile_limit} shapes, precisions and "
+            'modes of training at most, and met one more. Set torch._dynamo.config.recompile_limit higher, or choose "torch".'
+        ) from error
+
+
+@functools.cache
+def _compiled(config: OperatorConfig) -> Callable[..., torch.Tensor]:
+    """Code of its own for each setting, since torch counts how often it has compiled a piece of code; layers share it."""
+    plain = config.owner.in_torch
+    own = types.FunctionType(
+        plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+# One kernel of many small ones. "auto" leaves it alone: compiling takes seconds for every shape.
+COMPILED = Backend(
+    "compiled",
+    _in_compiled_torch,
+    "torch.compiler",
+    dtypes=(),
+    runs_on=("cuda", "cpu"),
+    trains_on=("cuda", "cpu"),
+    pays_on=(),
+)
+
+
+def _import(backend: Backend, operator: str) -> None:
+    """The exact module it runs, since some packages import without what they need."""
+    try:
+        importlib.import_module(backend.module)
+    except Exception as error:  # kernels fail in many ways where there is no device or compiler for them
+        needs = backend.module.partition(".")[0]
+        raise MissingDependencyError(f"Backend {backend.name!r} of {operator}", needs, extra="kernels") from error
+
+
+def _best(config: OperatorConfig, *case: Any) -> Backend | None:
+    return _kept_best(config, *case)
+
+
+@functools.cache
+def _kept_best(config: OperatorConfig, width: int, device: str, dtype: torch.dtype, grad: bool) -> Backend | None:
+    """The first backend that is there, allowed and right; said once, since the answer is kept."""
+    owner = config.owner
+    for backend in owner.backends:
+        if device not in backend.pays_on or backend.obstacle(device, dtype, grad):
+            continue
+        try:
+            _import(backend, owner.name)
+            error = _disagreement(backend, config, width, device, dtype, grad)
+        except Exception as problem:  # a kernel that cannot run this shape is no reason to stop
+            logger.debug("%s: backend %s cannot run here: %s", owner.name, backend.name, problem)
+            continue
+        if error < 0.03:
+            logger.warning("%s: backend %s on %s, %s", owner.name, backend.name, device, dtype)
+            return backend
+        logger.warning(
+            "%s: backend %s differs from plain torch by %.2g and is not used", owner.name, backend.name, error
+        )
+    logger.warning("%s: backend torch on %s, %s", owner.name, device, dtype)
+    return None
+
+
+def _disagreement(
+    backend: Backend, config: OperatorConfig, width: int, device: str, dtype: torch.dtype, grad: bool
+) -> float:
+    """Largest relative difference to plain torch, of outputs and, where it is to train, of gradients, on 48 x 48
+    tokens.
+    """
+    site = Site(kind="self_attention", index=0, path="example", width=2 * width, heads=2, head_width=width)
+    context, mixes = Context(grid=Grid(height=48, width=48)), issubclass(config.owner, Mixer)
+    shape = (1, 2, 48 * 48, width) if mixes else (1, 48 * 48, 2 * width)
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        operator = replace(config, backend="torch").build(site).to(device, dtype)
+        *inputs, weights = (
+            torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4 if mixes else 2)
+        )
+        inputs = [tensor.requires_grad_(grad) for tensor in inputs]
+        results = []
+        for call in (operator, functools.partial(backend.run, operator)):
+            output = call(*inputs, context)
+            results.append([output, *(torch.autograd.grad((output * weights).sum(), inputs) if grad else ())])
+    pairs = [(one.detach().double(), other.detach().double()) for one, other in zip(*results, strict=True)]
+    return max(((one - other).norm() / one.norm().clamp(min=1e-12)).item() for one, other in pairs)

@@ -1,0 +1,1 @@
+"""Rules and the plans they resolve to."""

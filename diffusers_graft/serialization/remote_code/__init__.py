@@ -1,0 +1,1 @@
+"""Operators and models that travel with their source code."""

@@ -1,0 +1,1 @@
+"""Stage two: finetuning of the whole model."""

@@ -1,0 +1,226 @@
+"""The quick start and the command line; the paper's pattern on the testbed, marked long."""
+
+import functools
+import importlib.util
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffusers_graft as dg
+from diffusers_graft import testbed
+from diffusers_graft.cli.main import build_parser, main
+from diffusers_graft.planning.plan import parse_operator
+from diffusers_graft.testbed import quickstart as qs
+
+TINY = qs.Budget(
+    distill=dg.DistillConfig(steps=3, lr=1e-3),
+    finetune=dg.FinetuneConfig(steps=2, lr=1e-4),
+    samples=60,
+    sampling_steps=2,
+    batch_size=4,
+)
+
+
+def test_the_quick_start_at_tiny_size(tmp_path):
+    lines = []
+    run = qs.quickstart("neighborhood", "self_attention[1::2]", tmp_path, budget=TINY, say=lines.append)
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "graft_config.json",
+        "graft_model.safetensors",
+        "README.md",
+        "samples.png",
+        "locality.png",
+    }
+    report = "\n".join(lines)
+    for words in (
+        "random start",
+        "after stage one",
+        "after stage two",
+        "original",
+        "Frechet distance",
+        "MFLOPs",
+        "bit-equal",
+    ):
+        assert words in report
+    card = (tmp_path / "README.md").read_text()
+    assert "neighborhood(kernel=3, dilation=1)" in card
+    assert f"{run.scores['original']['denoising_loss']:.4g}" in card
+    assert json.loads((tmp_path / "graft_config.json").read_text())["plan"]["model_class"] == "DiTTransformer2DModel"
+
+
+@pytest.mark.parametrize(
+    ("rules", "stages"),
+    [
+        ({"block[1]": "remove"}, ["start", "after stage two"]),
+        ({"self_attention[1]": "neighborhood"}, ["start", "distill", "after stage one", "after stage two"]),
+    ],
+)
+def test_what_has_nothing_to_learn_goes_on_to_stage_two(rules, stages, monkeypatch):
+    told, model = [], testbed.load()
+    monkeypatch.setattr(qs.Run, "measure", lambda run, name: told.append(name))
+    monkeypatch.setattr(qs.Run, "distill", lambda run, graft: told.append("distill"))
+    monkeypatch.setattr(qs.Run, "finetune", lambda run: None)
+    qs.Run(model, TINY).stages(dg.plan_graft(model, rules))
+    assert told == stages
+    assert model.graft is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--operator", "neighbourhood"], "Did you mean 'neighborhood'"),
+        (["--sites", "self_attention[9]"], "matches nothing"),
+        (["--operator", "neighborhood(kernel=4)"], "odd"),
+        (["--sites", "feed_forward[0]"], "replaces self_attention"),
+    ],
+)
+def test_refusals_are_one_line(arguments, words, capsys, tmp_path):
+    assert main(["quickstart", "--output", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sites", "/nonexistent"], "no model of diffusers in /nonexistent"),
+        (["sites", "user/name"], "no model of diffusers in user/name"),
+        (["bench", "--rounds", "1"], "got 1"),
+        (["bench-operators", "--rounds", "0"], "got 0"),
+        (["ablate", "--steps", "0"], "counts its steps from 1"),
+        (["ablate", "--seeds", "0"], "counts its seeds from 1"),
+    ],
+)
+def test_refusals_of_other_verbs_are_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_read_or_written_are_one_line(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": 5}')
+    for arguments in (["sites", str(tmp_path)], ["quickstart", "--output", str(tmp_path / "config.json")]):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main(["bench", "--sizes", "0"])
+    assert "2 wide or more" in capsys.readouterr().err
+
+
+def test_the_package_is_a_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["diffusers_graft", "--version"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("diffusers_graft", run_name="__main__")
+    assert capsys.readouterr().out == f"diffusers-graft {dg.__version__}\n"
+
+
+def test_every_option_says_what_it_is():
+    verbs = next(action for action in build_parser()._actions if action.dest == "verb").choices
+    assert not [(verb, action.dest) for verb, parser in verbs.items() for action in parser._actions if not action.help]
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
+    def interrupt(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qs, "locality", interrupt)
+    assert main(["quickstart", "--output", str(tmp_path)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_listings(capsys):
+    assert main(["operators"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in dg.operators.available())
+    assert main(["sites"]) == 0
+    assert "self_attention[7]" in capsys.readouterr().out
+
+
+def test_the_benchmark_prints_ratios(capsys):
+    assert main(["bench", "--sizes", "8", "--rounds", "2", "--operators", "hyena_x"]) == 0
+    assert "quartiles" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "examples").glob("*.py")), ids=lambda path: path.stem
+)
+def test_examples_run(path, tmp_path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(str(tmp_path), steps=3)
+    assert (tmp_path / "graft_model.safetensors").exists()
+
+
+def test_the_readmes_example_runs_and_trains_beyond_its_warm_up(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    example = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "find_sites" in block)
+    assert all(int(steps) > dg.DistillConfig().warmup for steps in re.findall(r"steps=(\d+)", example))
+    monkeypatch.chdir(tmp_path)
+    exec(re.sub(r"steps=\d+", "steps=1, progress=False", example), {})
+    assert (tmp_path / "my-graft" / "graft_model.safetensors").exists()
+
+
+@functools.cache
+def stages(operator, sites, start="warm"):
+    """Denoising losses of one graft on its way, with the quick start's budget: name of the stage to loss."""
+    model = testbed.load()
+    run = qs.Run(model, qs.Budget(samples=10, sampling_steps=1))
+    plan = dg.plan_graft(model, {sites: parse_operator(operator)})
+    run.measure("original")
+    run.stages(plan if start == "warm" else qs.random_start(plan))
+    return {name: scores["denoising_loss"] for name, scores in run.scores.items()}
+
+
+HALF, ALL = "self_attention[50%]", "self_attention[:]"
+
+
+@pytest.mark.long
+class TestThePapersPattern:
+    """Wide margins on the held-out denoising loss, as excess over the original's."""
+
+    def excess(self, stage, *arguments):
+        losses = stages(*arguments)
+        return losses[stage] - losses["original"]
+
+    def test_a_random_start_is_far_worse_than_stage_one(self):
+        assert self.excess("start", "self_attention", HALF, "random") > 5 * self.excess(
+            "after stage one", "self_attention", HALF, "random"
+        )
+
+    def test_stage_two_comes_closer(self):
+        assert self.excess("after stage two", "hyena_x", HALF) < self.excess("after stage one", "hyena_x", HALF)
+
+    def test_half_comes_close_to_the_original(self):
+        losses = stages("neighborhood", HALF)
+        assert losses["after stage two"] < 1.1 * losses["original"]
+
+    def test_all_is_worse_than_half(self):
+        assert self.excess("after stage two", "hyena_x", ALL) > 1.5 * self.excess("after stage two", "hyena_x", HALF)
+
+    def test_a_self_graft_recovers(self):
+        losses = stages("self_attention", HALF, "random")
+        assert losses["after stage two"] < 1.1 * losses["original"]
+
+    def test_a_warm_neighborhood_after_stage_one_alone_beats_a_random_hyena_after_both(self):
+        one = stages("neighborhood", HALF)["after stage one"]
+        assert one < stages("hyena_x", HALF, "random")["after stage two"]
+
+
+def test_the_reload_check_can_fail(tmp_path):
+    model = testbed.load()
+    model.set_graft({"self_attention[0]": "neighborhood"})
+    model.save_graft(tmp_path)
+    qs._prove_reload(model, tmp_path)
+    with torch.no_grad():
+        model.proj_out_1.bias.add_(1e-6)
+    with pytest.raises(dg.GraftError, match="other outputs"):
+        qs._prove_reload(model, tmp_path)

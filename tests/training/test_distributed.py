@@ -1,0 +1,107 @@
+"""Two processes end where one does, with the same batches; also where weights are spread over them."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import diffusers_graft as dg
+from diffusers_graft.errors import TrainingError
+from diffusers_graft.training import distributed as processes
+
+from ..models import SCHEDULER, batches, tensors_of, tiny_dit
+from .sharing import RULES, both_stages
+from .spreading import every_way
+
+ROOT = Path(__file__).parents[2]
+SPREAD = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+REFUSED = {
+    "launch with --use_fsdp --fsdp_version 2": {"ACCELERATE_USE_DEEPSPEED": "true"},
+    "launch with --fsdp_version 2": {**SPREAD, "FSDP_VERSION": "1"},
+    "launch without --fsdp_offload_params": {**SPREAD, "FSDP_OFFLOAD_PARAMS": "true"},
+    "FinetuneConfig.gradient_checkpointing=True": {**SPREAD, "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+    "torch.optim.Adafactor cannot step": SPREAD,
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_launches_that_cannot_be_followed_are_refused_before_anything_is_touched(words, monkeypatch):
+    alone = processes.state()
+    for name, value in REFUSED[words].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(alone, "num_processes", 2)
+    model = tiny_dit()
+    model.set_graft(RULES)
+    before = tensors_of(model)
+    config = dg.FinetuneConfig(steps=1, progress=False, optimizer="Adafactor")
+    with pytest.raises(TrainingError, match=words):
+        dg.finetune(model, batches(), config, noise_scheduler=SCHEDULER)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def free_port():
+    with socket.socket() as plug:
+        plug.bind(("127.0.0.1", 0))
+        return plug.getsockname()[1]
+
+
+def two_processes(program, folder, **variables):
+    """What each of two processes has written to a folder."""
+    variables |= {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "1",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"tests.training.{program}", str(folder)],
+            cwd=ROOT,
+            env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
+
+
+def assert_as_alone(first, second, alone):
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        if name.endswith("to_k.bias"):
+            continue  # softmax does not see it: its gradient is rounding, which Adam makes large
+        torch.testing.assert_close(
+            first[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize(
+    "variables", [{}, pytest.param(SPREAD, marks=pytest.mark.long)], ids=["whole weights", "spread weights"]
+)
+def test_two_processes_are_one(variables, tmp_path):
+    first, second = two_processes("sharing", tmp_path, **variables)
+    alone = both_stages()
+    assert set(first) == set(alone)
+    assert_as_alone(first, second, alone)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"training.jsonl", ".checkpoints", "again"}
+    resumed = both_stages(tmp_path / "run", resume=True)  # by one process, what two have finished
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in first.items())
+
+
+@pytest.mark.long
+def test_every_way_of_stage_two_with_spread_weights(tmp_path):
+    first, second = two_processes("spreading", tmp_path, **SPREAD)
+    held, total = first.pop("share").tolist()
+    assert held < 0.6 * total
+    resumed = [name for name in first if name.startswith("resumed.")]
+    assert len(resumed) > 100
+    assert all(torch.equal(first[name], first[name.removeprefix("resumed.")]) for name in resumed)
+    assert_as_alone(first, second, every_way())
