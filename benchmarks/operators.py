@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 
 from diffusers_graft.core.sites import Context, Grid
-from diffusers_graft.errors import GeometryError, GraftError, OperatorError
+from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.benchmark import compare, publish, require_writable, table, worn
 from diffusers_graft.evaluation.operator_costs import example_part, operator_costs, peak_memory, run_of
 from diffusers_graft.injection.attention_core import mix_with_others
 from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.inspection import example_inputs
-from diffusers_graft.operators import Operator, OperatorConfig, available, get
-from diffusers_graft.operators.base import BlockOperator
+from diffusers_graft.operators import OperatorConfig
 from diffusers_graft.planning.plan import parse_operator, plan_graft
 
 # (operator, most of softmax's time it should take: forward at 4,096 tokens, forward and backward at 16,384)

@@ -4,10 +4,10 @@ Importing gives every diffusers model the methods set_graft, unset_graft, enable
 load_graft, and the property graft.
 """
 
+from . import data, operators
 from ._version import __version__
 from .cards.card import card
 from .core.sites import Context, Grid, Site, Sites
-from . import data, operators
 from .errors import GraftError
 from .evaluation.benchmark import benchmark
 from .evaluation.evaluate import Scores, evaluate

@@ -119,9 +119,10 @@ def flow_pipeline(name):
         FlowMatchEulerDiscreteScheduler(),
         {"text_encoder": None, "tokenizer": None},
     )
-    text = lambda prompt, value, width: torch.stack(
-        [torch.full((5, width), float(value or len(one))) for one in prompt]
-    )  # noqa: E731
+
+    def text(prompt, value, width):
+        return torch.stack([torch.full((5, width), float(value or len(one))) for one in prompt])
+
     if name.startswith("Wan"):
         pipe = WanPipeline(vae=wan_vae(), scheduler=flow, transformer=model, **rest)
         pipe.encode_prompt = lambda prompt, **_: (text(prompt, None, 16), text(prompt, 9, 16))
