@@ -103,7 +103,7 @@ def _bound(model: ModelMixin, graft: Graft, inputs: dict, calls: dict[str, Call]
     """One step at its least: nothing but forwards, backwards and optimiser steps."""
     pupils = []
     for edit in graft.plan.edits:
-        graft.unshare(edit.site.path)
+        graft.untie(edit.site.path)
         seat = graft.seats[edit.site.path].train()
         parameters = [p.requires_grad_() for p in seat.parameters()]
         pupils.append(
@@ -126,7 +126,7 @@ def memory(model: ModelMixin, graft: Graft, inputs: dict, calls: dict[str, Call]
     """Bytes at the peak of stage one beyond its state; and of a teacher's forward plus one part's forward and
     backward.
     """
-    state = 3 * sum(t.numel() * t.element_size() for path in graft.seats for t in graft.own_tensors_of(path).values())
+    state = 3 * sum(t.numel() * t.element_size() for path in graft.seats for t in graft.tensors_of(path).values())
     with PeakMemory() as whole:
         _stage_one(model, graft, inputs, 2)
     with PeakMemory() as teacher, torch.no_grad():
@@ -135,7 +135,7 @@ def memory(model: ModelMixin, graft: Graft, inputs: dict, calls: dict[str, Call]
     for edit in graft.plan.edits:
         call, seat = calls[edit.site.path], graft.seats[edit.site.path]
         graft.slot.current = call.context
-        own = sum(t.numel() * t.element_size() for t in graft.own_tensors_of(edit.site.path).values())
+        own = sum(t.numel() * t.element_size() for t in graft.tensors_of(edit.site.path).values())
         with PeakMemory() as alone:
             loss_for(edit.site.kind, "auto")(seat(*call.args, **call.kwargs), call.output).backward()
         seat.zero_grad()

@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 
 from .errors import StateError
 from .injection import named_grafts as named
-from .injection.graft import Graft, build_graft, installed
+from .injection.graft import Graft, build_graft, get_graft
 from .injection.install import disable, enable, install, require_graft
 from .inspection import require_model
 from .planning.plan import GraftPlan, plan_graft
@@ -44,7 +44,7 @@ def set_graft(
         graft = _set_alone(model, graft, revision, seed, loading)
         named.remember(model, {graft_name or named.DEFAULT: graft}, (graft_name or named.DEFAULT,))
         return graft
-    if graft_name is None and installed(model) is None:
+    if graft_name is None and get_graft(model) is None:
         raise StateError(
             f"Grafts named {', '.join(map(repr, there))} wait here: give this one a graft_name, or unset them."
         )
@@ -54,7 +54,7 @@ def set_graft(
         raise StateError(
             f"This model has a graft {graft_name!r} already. Choose another name, or unset_graft({graft_name!r})."
         )
-    if any(one.standalone for one in there.values()):
+    if any(one.is_standalone for one in there.values()):
         raise StateError(
             "This model was loaded whole, without the base that another graft needs. Load the base model."
         )
@@ -117,7 +117,7 @@ def save_graft(model: ModelMixin, folder: str | Path, *, graft_name: str | None 
 
 def _graft(model: ModelMixin) -> Graft | None:
     """The installed graft, or None; of several that run, one graft made of all their parts."""
-    return installed(model)
+    return get_graft(model)
 
 
 def _unset_graft(model: ModelMixin, graft_name: str | None = None) -> Graft:

@@ -12,7 +12,7 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from .errors import StateError, TrainingError
 from .evaluation.evaluate import Scores, evaluate
-from .injection.graft import Graft, build_graft, installed, is_enabled
+from .injection.graft import Graft, build_graft, get_graft, is_enabled
 from .injection.install import disable, enable, install
 from .planning.plan import GraftPlan, plan_graft
 from .serialization.graft_folder import save_graft
@@ -168,7 +168,7 @@ class GraftTrainer:
         return push_graft(self.args.output_dir, repo_id, **hub_arguments)
 
     def _run_graft(self) -> None:
-        if installed(self.model) is self.graft:
+        if get_graft(self.model) is self.graft:
             enable(self.model)
         else:
             install(self.model, self.graft)

@@ -54,7 +54,7 @@ def card(
             `pipeline_tag`, `limits` in words, and `speed`, the rows of `evaluation.benchmark.benchmark`.
     """
     graft = require_graft(model)
-    whole = graft.standalone
+    whole = graft.is_standalone
     config = (describe_whole if whole else describe)(model, graft, "")
     config["scores"] = checked_scores(scores) or config["scores"]
     config["about"] = checked_about(about)

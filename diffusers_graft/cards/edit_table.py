@@ -24,7 +24,7 @@ _LARGEST = 32  # latents: counting should not cost minutes where a model was mad
 
 def own_parameters(graft: Graft) -> str:
     """How many values a graft has of its own."""
-    return f"{sum(t.numel() for path in graft.seats for t in graft.own_tensors_of(path).values()):,}"
+    return f"{sum(t.numel() for path in graft.seats for t in graft.tensors_of(path).values()):,}"
 
 
 def strip(graft: Graft) -> str:

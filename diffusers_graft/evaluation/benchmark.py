@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter
 from tqdm.auto import tqdm
 
 from ..errors import FileError, GraftError, StateError
-from ..injection.graft import Graft, build_graft, installed
+from ..injection.graft import Graft, build_graft, get_graft
 from ..injection.install import install, uninstall
 from ..inspection import evaluating, example_inputs, read_context
 from ..planning.plan import Rules, plan_graft
@@ -137,7 +137,7 @@ def benchmark(
 
 
 def _contenders(model: ModelMixin, rules: Mapping[str, Rules]) -> dict[str, Graft | None]:
-    if installed(model) is not None:
+    if get_graft(model) is not None:
         raise StateError("A benchmark compares grafts with the original: call model.unset_graft() first.")
     if "original" in rules:
         raise GraftError('"original" is the name of the model without a graft. Give these rules another name.')

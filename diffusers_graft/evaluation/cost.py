@@ -11,7 +11,7 @@ from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.sites import BLOCK_KINDS
-from ..injection.graft import installed, is_enabled
+from ..injection.graft import get_graft, is_enabled
 from ..inspection import evaluating, example_inputs, find_sites, predict
 from ..operators import BlockOperator, Mixer, Operator
 
@@ -34,7 +34,7 @@ def count_parameters(model: ModelMixin) -> int:
 def count_depth(model: ModelMixin) -> int:
     """Blocks that run one after the other: those side by side are one, and what stands in for removed ones is none."""
     depth = len(find_sites(model, blocks=True).where(kind="block"))
-    for edit in installed(model).plan.edits if is_enabled(model) else ():
+    for edit in get_graft(model).plan.edits if is_enabled(model) else ():
         if edit.site.kind in BLOCK_KINDS:
             depth -= edit.site.blocks - edit.config.owner.runs_blocks
     return depth
@@ -54,7 +54,7 @@ def count_flops(model: ModelMixin, inputs: dict[str, Any] | None = None) -> int:
     inputs = inputs or example_inputs(model)
     counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     counter.mod_tracker = _NoModules()
-    operators = installed(model).operators().values() if is_enabled(model) else ()
+    operators = get_graft(model).operators().values() if is_enabled(model) else ()
     prices = [_Price(operator, counter) for operator in operators if not isinstance(operator, BlockOperator)]
     with evaluating(model), counter, contextlib.ExitStack() as hooks:
         for price in prices:

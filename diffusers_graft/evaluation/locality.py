@@ -15,7 +15,7 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from ..core.sites import Context, Grid, Site
 from ..errors import GraftError, OperatorError, StateError
-from ..injection.graft import build_graft, installed
+from ..injection.graft import build_graft, get_graft
 from ..injection.install import install, uninstall
 from ..inspection import evaluating, find_sites, predict
 from ..operators import Mixer
@@ -114,7 +114,7 @@ def locality(
         OperatorError: a band or a kernel that is none.
         GraftError: nothing to measure: no batches, or no such attention.
     """
-    if installed(model) is not None:
+    if get_graft(model) is not None:
         raise StateError("Locality is a property of the original: call model.unset_graft() first.")
     config = _Probe.Config(band=band, kernel=kernel)
     edits = tuple(Edit(site, config) for site in find_sites(model).where(kind="self_attention"))

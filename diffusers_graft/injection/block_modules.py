@@ -231,7 +231,7 @@ def fill_block(seats: dict[str, nn.Module], path: str) -> None:
         holder._modules[last] = seats[other]
 
 
-def unshare(
+def untie(
     seat: nn.Module, original: nn.Module, children: set[str] | None, inner: frozenset[str], here: str = ""
 ) -> None:
     """Copies of what is shared; on the way to seats inside, which are parts of their own, module by module."""
@@ -241,7 +241,7 @@ def unshare(
         if seat._modules.get(name) is child:
             seat._modules[name] = own_copy(child)
         elif type(seat._modules.get(name)) is nn.Module or any(other.startswith(f"{here}{name}.") for other in inner):
-            unshare(seat._modules[name], child, None, inner, f"{here}{name}.")
+            untie(seat._modules[name], child, None, inner, f"{here}{name}.")
     for name, parameter in original._parameters.items():
         if (
             parameter is not None

@@ -24,7 +24,7 @@ from ..inspection.source import is_causal
 from ..operators import AttentionOperator, Operator
 from ..planning.plan import Edit, GraftPlan, build_operator
 from .attention_processor import graft_processor
-from .block_modules import fill_block, is_hooked, own_copy, removed, shallow_copy, side_by_side, unshare
+from .block_modules import fill_block, is_hooked, own_copy, removed, shallow_copy, side_by_side, untie
 from .modules import AttentionSeat, FeedForwardSeat
 
 # Quantised and fp8 weights are stored, not computed with; a new part takes the model's dtype there.
@@ -45,7 +45,7 @@ class Graft:
             values.
         adapters: LoRA layers outside the seats, by path, with `adapter_config` that made them.
         history: what was done to the graft: JSON-able rows written by the verbs that train it.
-        standalone: the model was loaded whole, so there are no originals to go back to.
+        is_standalone: the model was loaded whole, so there are no originals to go back to.
     """
 
     plan: GraftPlan
@@ -57,26 +57,26 @@ class Graft:
     adapters: dict[str, nn.Module] = field(default_factory=dict)
     adapter_config: Any = None
     history: list[dict[str, Any]] = field(default_factory=list)
-    standalone: bool = False
+    is_standalone: bool = False
 
     def operators(self) -> dict[str, Operator]:
         """The new parts by the path they stand at, in forward order."""
         return {edit.site.path: self.seats[edit.site.path].graft for edit in self.plan.edits}
 
     @property
-    def learns(self) -> bool:
+    def is_trainable(self) -> bool:
         """Whether any new part has weights: where blocks are removed alone, there is nothing to teach."""
         return any(True for seat in self.seats.values() for _ in seat.parameters())
 
-    def own_tensors(self, model: ModelMixin) -> dict[str, torch.Tensor]:
+    def tensors(self, model: ModelMixin) -> dict[str, torch.Tensor]:
         """Every tensor the graft adds or changes, by its name in the model: parameters and buffers, not copied."""
         trained = _tensors(model) if is_enabled(model) else self.body
         tensors = {name: trained[name] for name in self.body}
         for path in self.seats:
-            tensors.update({f"{path}.{name}": tensor for name, tensor in self.own_tensors_of(path).items()})
+            tensors.update({f"{path}.{name}": tensor for name, tensor in self.tensors_of(path).items()})
         return tensors
 
-    def own_tensors_of(self, path: str) -> dict[str, torch.Tensor]:
+    def tensors_of(self, path: str) -> dict[str, torch.Tensor]:
         """The tensors of one seat, by name inside it, that it does not share with the original."""
         shared = {id(tensor) for tensor in _tensors(self.originals[path]).values()}
         inner = tuple(f"{name}." for name in self._inside(path))
@@ -87,9 +87,9 @@ class Graft:
         """Seats inside a block's seat, by path in it."""
         return [other.removeprefix(f"{path}.") for other in self.seats if other.startswith(f"{path}.")]
 
-    def unshare(self, path: str, children: set[str] | None = None) -> None:
+    def untie(self, path: str, children: set[str] | None = None) -> None:
         """Give a seat its own copy of the children (all, unless named) it still shares with the original."""
-        unshare(self.seats[path], self.originals[path], children, frozenset(self._inside(path)))
+        untie(self.seats[path], self.originals[path], children, frozenset(self._inside(path)))
 
     def __str__(self) -> str:
         return str(self.plan)
@@ -100,7 +100,7 @@ class Graft:
 
 def base_tensors(model: ModelMixin) -> dict[str, torch.Tensor]:
     """The tensors of the pretrained model, by name, whatever graft or LoRA sits in it now."""
-    tensors, graft = _tensors(model), installed(model)
+    tensors, graft = _tensors(model), get_graft(model)
     if graft is None or not is_enabled(model):
         return tensors
     seats = tuple(f"{path}." for path in graft.seats)
@@ -158,7 +158,7 @@ def _device_of_starts(original: nn.Module) -> torch.device:
 
 def _original(model: ModelMixin, path: str) -> nn.Module:
     """The pretrained part at a path, also while a graft sits there."""
-    present = installed(model)
+    present = get_graft(model)
     names = path.split(".")
     for end in range(1, len(names) + 1) if present else ():
         if (outer := present.originals.get(".".join(names[:end]))) is not None:
@@ -166,7 +166,7 @@ def _original(model: ModelMixin, path: str) -> nn.Module:
     return model.get_submodule(path)
 
 
-def installed(model: ModelMixin) -> Graft | None:
+def get_graft(model: ModelMixin) -> Graft | None:
     """The graft installed in a model, enabled or not."""
     return vars(model).get("_graft")
 

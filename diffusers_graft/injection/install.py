@@ -16,7 +16,7 @@ from ..errors import StateError
 from ..inspection import argument_names, bind_arguments, context_of, family_of, require_model
 from .attention_processor import is_grafted
 from .checkpointing import forget_contexts, remember_contexts
-from .graft import COMPUTE_DTYPES, AttentionSeat, Graft, installed, is_enabled
+from .graft import COMPUTE_DTYPES, AttentionSeat, Graft, get_graft, is_enabled
 
 _GRAFT, _ENABLED, _SKIPPED = "_graft", "_graft_enabled", "_skip_layerwise_casting_patterns"
 _BESIDE = "_graft_dtype_beside"  # kept on a part that waits: the dtype of what took its place, as it was then
@@ -28,7 +28,7 @@ def install(model: ModelMixin, graft: Graft) -> None:
     Raises:
         StateError: a graft is installed already, or this one was built beside another model object.
     """
-    if (present := installed(model)) is not None:
+    if (present := get_graft(model)) is not None:
         both = {e.site.address for e in present.plan.edits} & {e.site.address for e in graft.plan.edits}
         where = f" on the same sites ({', '.join(sorted(both))})" if both else ""
         raise StateError(
@@ -65,7 +65,7 @@ def disable(model: ModelMixin) -> None:
     graft = require_graft(model)
     if not is_enabled(model):
         return
-    if graft.standalone:
+    if graft.is_standalone:
         raise StateError(
             "This model was loaded whole: the parts its graft replaced are not in the file. Load the base model."
         )
@@ -78,7 +78,7 @@ def disable(model: ModelMixin) -> None:
 
 def require_graft(model: ModelMixin) -> Graft:
     """The installed graft. Raises `StateError` where there is none, `ModelError` for a pipeline."""
-    graft = installed(model)
+    graft = get_graft(model)
     if graft is None:
         require_model(model)
         raise StateError("This model has no graft. Install one with model.set_graft(...) or model.load_graft(...).")
@@ -102,7 +102,7 @@ def require_built_beside(model: ModelMixin, graft: Graft) -> None:
             )
 
 
-def check_seats(graft: Graft) -> None:
+def check_processors(graft: Graft) -> None:
     """Raise `StateError` where something else has thrown a graft's processor away."""
     for path, seat in graft.seats.items():
         processor = getattr(seat, "processor", None)
@@ -121,7 +121,7 @@ class ContextReader:
         self.graft, self.family, self.names = graft, family_of(model), argument_names(type(model))
 
     def __call__(self, model: ModelMixin, args: tuple, kwargs: dict) -> None:
-        check_seats(self.graft)
+        check_processors(self.graft)
         inputs = bind_arguments(self.names, args, kwargs)
         self.graft.slot.current = context_of(model, self.family, inputs)
         if torch.compiler.is_compiling():

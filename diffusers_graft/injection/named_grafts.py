@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from ..core.sites import ContextSlot
 from ..errors import StateError, UnknownNameError
 from ..planning.plan import GraftPlan
-from .graft import Graft, installed, is_enabled
+from .graft import Graft, get_graft, is_enabled
 from .install import disable, install, uninstall
 
 DEFAULT = "default"
@@ -30,7 +30,7 @@ class _State:
 
 def _state(model: ModelMixin) -> _State:
     """As it is now, whoever installed or removed a graft meanwhile."""
-    state, present = vars(model).get(_STATE, _State({})), installed(model)
+    state, present = vars(model).get(_STATE, _State({})), get_graft(model)
     if present is state.running:
         return state
     return _State({}) if present is None else _State({DEFAULT: present}, (DEFAULT,), present)
@@ -48,7 +48,7 @@ def active(model: ModelMixin) -> tuple[str, ...]:
 
 def remember(model: ModelMixin, known: dict[str, Graft], names: Sequence[str]) -> None:
     """Note the grafts of a model by name, and which of them are installed now."""
-    vars(model)[_STATE] = _State(dict(known), tuple(names), installed(model))
+    vars(model)[_STATE] = _State(dict(known), tuple(names), get_graft(model))
 
 
 def bind(graft: Graft) -> None:
@@ -84,7 +84,7 @@ def activate(model: ModelMixin, names: str | Sequence[str], *, enabled: bool = T
 
 def put_away(model: ModelMixin) -> None:
     """The original model; whatever ran goes back, with what training gave it, to the grafts it is made of."""
-    graft, names, known = installed(model), active(model), held(model)
+    graft, names, known = get_graft(model), active(model), held(model)
     if graft is None:
         return
     uninstall(model)
@@ -101,7 +101,7 @@ def forget(model: ModelMixin, name: str | None = None) -> Graft:
     """
     known, running, enabled = held(model), active(model), is_enabled(model)
     if name is None or set(known) == {name}:
-        graft = uninstall(model) if installed(model) is not None or not known else next(iter(known.values()))
+        graft = uninstall(model) if get_graft(model) is not None or not known else next(iter(known.values()))
         if graft not in known.values():
             _share_out(graft, [known[each] for each in running])
             bind(graft)
@@ -125,7 +125,7 @@ def without_grafts(model: ModelMixin) -> Iterator[None]:
     try:
         yield
     finally:
-        if installed(model) is not None:
+        if get_graft(model) is not None:
             uninstall(model)
         remember(model, known, ())
         activate(model, names, enabled=enabled)

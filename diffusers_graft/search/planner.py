@@ -182,9 +182,9 @@ class Survey:
             addresses = {site.address for site in sites}
             for path in (site.path for site in sites):
                 _require_alike(path, judged.originals[path], graft.originals[path])
-                own = judged.own_tensors_of(path)
-                graft.unshare(path, {name.partition(".")[0] for name in own})
-                for name, tensor in graft.own_tensors_of(path).items():
+                own = judged.tensors_of(path)
+                graft.untie(path, {name.partition(".")[0] for name in own})
+                for name, tensor in graft.tensors_of(path).items():
                     tensor.data.copy_(own[name])
             for row in judged.history if sites else ():
                 graft.history.append({**row, "sites": [told for told in row["sites"] if told["site"] in addresses]})

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..errors import GraftError, OperatorError, RuleError, StateError, TrainingError
 from ..evaluation.benchmark import compare, require_rounds, worn
 from ..evaluation.cost import count_flops, count_parameters
-from ..injection.graft import Graft, build_graft, installed
+from ..injection.graft import Graft, build_graft, get_graft
 from ..inspection import evaluating, predict
 from ..planning.plan import Edit, GraftPlan, plan_graft
 from ..training.batches import Batch, Noising
@@ -74,7 +74,7 @@ def survey(
         saved = _savings(
             model, grafts, exam.inputs[0], rounds
         )  # before anything is taught: a part that cannot run is found
-    for turn, graft in enumerate(graft for graft in grafts if config and graft.learns):
+    for turn, graft in enumerate(graft for graft in grafts if config and graft.is_trainable):
         folder = None if output_dir is None else Path(output_dir) / f"candidates-{turn}"
         distill(model, graft, batches, config, noise_scheduler=noise_scheduler, output_dir=folder, resume=resume)
     singles = [(edit, _part(graft, [edit])) for graft in grafts for edit in graft.plan.edits]
@@ -88,7 +88,7 @@ def survey(
 def _require_ready(
     model: ModelMixin, batches: Iterable[Batch] | None, config: DistillConfig | None, rounds: int
 ) -> None:
-    if installed(model) is not None:
+    if get_graft(model) is not None:
         raise StateError("A survey starts from the original: call model.unset_graft() first.")
     if (batches is None) != (config is None):
         raise TrainingError("Stage one needs both batches= and config=, such as dg.DistillConfig(steps=100).")

@@ -80,7 +80,7 @@ def is_adapter(name: str) -> bool:
 
 def as_whole(model: ModelMixin, graft: Graft, **carried: Any) -> None:
     """Note that a model stands without the base it was made on, and what its description carries on."""
-    graft.standalone = True
+    graft.is_standalone = True
     vars(model)[ORIGIN] = {name: carried.get(name) for name in CARRIED}
 
 

@@ -42,7 +42,7 @@ def describe(model: ModelMixin, graft: Graft, total: str) -> dict[str, Any]:
 def describe_whole(model: ModelMixin, graft: Graft, total: str) -> dict[str, Any]:
     """What `graft_config.json` holds beside a whole model."""
     origin = vars(model).get(ORIGIN, {})
-    base = origin.get("base") if graft.standalone else _base(model, graft)
+    base = origin.get("base") if graft.is_standalone else _base(model, graft)
     return {
         "format": FORMAT,
         "versions": versions(),

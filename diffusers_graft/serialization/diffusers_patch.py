@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from ..errors import StateError, UnknownNameError
-from ..injection.graft import installed, is_enabled
+from ..injection.graft import get_graft, is_enabled
 from .atomic_folder import settle
 from .config_file import described
 from .load_model import FETCHING, load_as_diffusers
@@ -46,7 +46,7 @@ def _saving(original):
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, **kwargs):
-        graft = installed(self)
+        graft = get_graft(self)
         forget_description(self)
         if graft is None or not is_enabled(self):
             if kwargs.pop("self_contained", False):
@@ -116,7 +116,7 @@ def _pushing(original):
 
     @functools.wraps(original)
     def push_to_hub(self, repo_id, *args, **kwargs):
-        graft = installed(self)
+        graft = get_graft(self)
         kwargs |= dict(zip(names, args, strict=False))
         if kwargs.get("subfolder"):
             return original(self, repo_id, **kwargs)

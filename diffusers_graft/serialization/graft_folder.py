@@ -19,7 +19,7 @@ from diffusers.models.modeling_utils import ContextManagers, no_init_weights
 from ..cards.card import checked_about, checked_scores, write_card
 from ..errors import FileError, MismatchError, StateError
 from ..injection.graft import Graft, base_tensors, is_enabled
-from ..injection.install import check_seats, install, require_graft, uninstall
+from ..injection.install import check_processors, install, require_graft, uninstall
 from .atomic_folder import local_folder, replacing
 from .compression import compress as compressed
 from .compression import restore
@@ -102,16 +102,16 @@ def _holding(own: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> I
 def _tensors(model: ModelMixin, graft: Graft) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The graft's own tensors and those of its LoRA, sound enough to be read again."""
     _require_whole(model, graft)
-    own, adapters = graft.own_tensors(model), adapter_tensors(model, graft)
+    own, adapters = graft.tensors(model), adapter_tensors(model, graft)
     require_finite({**own, **adapters}, "the graft")
     return own, adapters
 
 
 def _require_whole(model: ModelMixin, graft: Graft) -> None:
-    check_seats(graft)
+    check_processors(graft)
     if not is_enabled(model):
         raise StateError("This graft is disabled: call model.enable_graft(), so that the proof shows its outputs.")
-    if graft.standalone:
+    if graft.is_standalone:
         raise StateError("This model was loaded whole, without the base it was made on: save it with save_pretrained.")
 
 
@@ -261,8 +261,8 @@ def fill(model: ModelMixin, graft: Graft, tensors: dict[str, torch.Tensor], fold
         else:
             raise FileError(f"{folder} does not fit: it holds {name}, which this model does not have.")
     for path, saved in by_seat.items():
-        graft.unshare(path, {name.partition(".")[0] for name in saved})
-        expected = graft.own_tensors_of(path)
+        graft.untie(path, {name.partition(".")[0] for name in saved})
+        expected = graft.tensors_of(path)
         if odd := sorted(expected.keys() ^ saved.keys()):
             raise FileError(f"{folder} does not fit {path}: {', '.join(odd[:4])} are missing, or too many.")
         for name, tensor in saved.items():

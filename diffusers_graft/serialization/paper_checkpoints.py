@@ -20,7 +20,7 @@ from diffusers.models.modeling_utils import no_init_weights
 
 from ..core.sites import Site
 from ..errors import FileError
-from ..injection.graft import installed
+from ..injection.graft import get_graft
 from ..injection.install import install
 from ..inspection import find_sites
 from ..operators import configure
@@ -80,7 +80,7 @@ def import_upstream(
     base = _BASE if all(config[name] == value for name, value in _DIT_XL.items()) else None
     as_whole(
         model,
-        installed(model),
+        get_graft(model),
         base={"model_class": type(model).__name__, "name_or_path": base},
         settings=settings,
         imported={"from": path.name if Path(source).exists() else str(source), "weights": weights, "license": license},

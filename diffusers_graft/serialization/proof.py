@@ -12,7 +12,7 @@ import torch
 from diffusers import ModelMixin
 
 from ..errors import FileError, ModelError
-from ..injection.graft import installed
+from ..injection.graft import get_graft
 from ..inspection import evaluating, example_inputs, pack_inputs, predict, unpack_inputs
 from .tensors import read_tensors
 
@@ -60,7 +60,7 @@ def _to_prove_by(model: ModelMixin) -> Iterator[tuple[dict[str, Any], dict[str, 
             yield inputs, _flat(inputs)
         return
     except ModelError:
-        inputs = installed(model).slot.arguments or {}
+        inputs = get_graft(model).slot.arguments or {}
     why = f"No inputs are known for {type(model).__name__}: run it once with its graft, without gradients, then save."
     try:
         tensors, recipe = pack_inputs(inputs)

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import FrozenDict
 from ..cards.card import write_card
 from ..errors import StateError
 from ..injection.graft import Graft
-from ..injection.install import check_seats
+from ..injection.install import check_processors
 from .atomic_folder import replacing, settle
 from .config_file import CONFIG, MARK, described, holds_graft, is_adapter, to_text
 from .describe import describe_whole
@@ -50,7 +50,7 @@ def save_whole(
         raise StateError(
             "A grafted model is saved as safetensors and read from nothing else. Leave the other format out."
         )
-    check_seats(graft)
+    check_processors(graft)
     weights = _weights(model, graft)
     require_finite(weights, "the model")
     code = sources(graft.plan) if self_contained else {}

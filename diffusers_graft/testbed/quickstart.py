@@ -92,7 +92,7 @@ class Run:
         graft = self.start(plan)
         install(self.model, graft)
         self.measure("start")
-        if graft.learns:
+        if graft.is_trainable:
             uninstall(self.model)
             self.distill(graft)
             install(self.model, graft)

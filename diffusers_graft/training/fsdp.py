@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..core.sites import Sites
 from ..errors import TrainingError
-from ..injection.graft import Graft, installed
+from ..injection.graft import Graft, get_graft
 from ..injection.install import disable, enable
 from . import distributed as processes
 
@@ -119,7 +119,7 @@ def blocks_of(model: ModelMixin, sites: Sites) -> list[str]:
 
 def _twin(model: ModelMixin, trained: bool) -> ModelMixin:
     """Other modules over the same weights, frozen unless they are to be trained."""
-    graft = installed(model)
+    graft = get_graft(model)
     parts = [model, *(graft.seats.values() if graft else ()), *(graft.originals.values() if graft else ())]
     known: dict[int, Any] = {id(tensor): tensor for tensor in (graft.body.values() if graft else ())}
     for parameter in (parameter for part in parts for parameter in part.parameters()):

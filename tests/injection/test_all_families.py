@@ -296,7 +296,7 @@ def learn_and_share(model, name, folder, *, trains=True):
 
 
 def one_step(model, inputs, *, trains=True):
-    own = list(model.graft.own_tensors(model).values())
+    own = list(model.graft.tensors(model).values())
     trained = [parameter for parameter in own if parameter.requires_grad] or [
         parameter for seat in model.graft.seats.values() for parameter in seat.parameters() if parameter.requires_grad
     ]

@@ -69,7 +69,7 @@ def test_a_shared_self_graft_shares_and_adds_nothing():
     names = list(model.state_dict())
     model.set_graft({"self_attention[:]": "self_attention"})
     assert list(model.state_dict()) == names
-    assert model.graft.own_tensors(model) == {}
+    assert model.graft.tensors(model) == {}
 
 
 def test_other_attention_is_untouched_by_masks():
@@ -176,7 +176,7 @@ def test_building_leaves_torchs_generator_alone_and_follows_its_seed():
     state = torch.get_rng_state()
     grafts = [dg.build_graft(model, plan, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), state)
-    one, same, other = (graft.own_tensors(model) for graft in grafts)
+    one, same, other = (graft.tensors(model) for graft in grafts)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
@@ -186,7 +186,7 @@ def test_projections_that_start_at_random_are_drawn_alike_in_every_precision():
     one, half = tiny_dit(), tiny_dit().to(torch.bfloat16)
     one.set_graft(rules)
     half.set_graft(rules)
-    drawn, rounded = (model.graft.own_tensors(model) for model in (one, half))
+    drawn, rounded = (model.graft.tensors(model) for model in (one, half))
     assert all(torch.equal(tensor.bfloat16(), rounded[name]) for name, tensor in drawn.items())
 
 

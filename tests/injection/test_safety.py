@@ -54,7 +54,7 @@ def test_a_model_of_full_size_on_meta_is_grafted_in_no_time_and_without_memory()
         38,
     ]
     assert took < 2
-    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.graft.own_tensors(model).values()])
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.graft.tensors(model).values()])
 
 
 def test_copies_and_pickles():
@@ -223,7 +223,7 @@ def test_layerwise_casting_skips_what_it_skips_without_a_graft():
 def test_parts_that_wait_are_not_stored_as_their_trained_copies_are():
     model = tiny(FLUX).to(torch.bfloat16)
     model.set_graft({"joint_attention[0]": "neighborhood"})
-    model.graft.unshare("transformer_blocks.0.attn")
+    model.graft.untie("transformer_blocks.0.attn")
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     model.unset_graft()
     assert {parameter.dtype for parameter in model.transformer_blocks[0].attn.parameters()} == {torch.bfloat16}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from diffusers_graft.core.sites import Context, Grid, Site
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError, UnknownNameError
 from diffusers_graft.injection.attention_core import mix
-from diffusers_graft.injection.graft import AttentionSeat, FeedForwardSeat
+from diffusers_graft.injection.modules import AttentionSeat, FeedForwardSeat
 from diffusers_graft.operators import AttentionOperator, LinearPair, Mixer, available, configure, get
 from diffusers_graft.operators.base import BlockOperator
 from diffusers_graft.operators.conformance.case import Subject

@@ -230,7 +230,7 @@ def test_parts_come_as_they_were_judged(surveyed):
     graft = found.graft(model, plan)
     for edit in plan.edits:
         judged = next(one for one in found.grafts if edit in one.plan.edits)
-        own, copied = judged.own_tensors_of(edit.site.path), graft.own_tensors_of(edit.site.path)
+        own, copied = judged.tensors_of(edit.site.path), graft.tensors_of(edit.site.path)
         assert len(own) == len(copied) > 0
         assert all(torch.equal(own[name], copied[name]) for name in own)
         assert all(own[name].data_ptr() != copied[name].data_ptr() for name in own)

@@ -19,7 +19,7 @@ from .forging import CONFIG, PROOF, RULES, WEIGHTS, saved
 def as_format_1(model, folder):
     """What the first version of this library wrote: LoRA in files of peft's, everything hashed whole."""
     graft = model.graft
-    tensors = {name: tensor.detach().clone() for name, tensor in graft.own_tensors(model).items()}
+    tensors = {name: tensor.detach().clone() for name, tensor in graft.tensors(model).items()}
     config = {
         "format": 1,
         "versions": {"diffusers_graft": "0.1.0"},

@@ -90,7 +90,7 @@ def test_a_mixer_on_dit_xl_is_less_than_one_percent(name):
     model = model.to("meta")
     base = sum(tensor.numel() for tensor in model.state_dict().values())
     graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[:]": name}))
-    own = sum(tensor.numel() for path in graft.seats for tensor in graft.own_tensors_of(path).values())
+    own = sum(tensor.numel() for path in graft.seats for tensor in graft.tensors_of(path).values())
     assert base > 675_000_000
     assert own < 0.01 * base
 

@@ -53,7 +53,7 @@ def run(stage, folder=None, **settings):
         model.set_graft(graft)
         config = dg.FinetuneConfig(**common, ema_decay=0.9)
         result = dg.finetune(model, data, config, noise_scheduler=SCHEDULER, output_dir=folder, **settings)
-    return {name: tensor.detach().clone() for name, tensor in graft.own_tensors(model).items()}, result
+    return {name: tensor.detach().clone() for name, tensor in graft.tensors(model).items()}, result
 
 
 if __name__ == "__main__":

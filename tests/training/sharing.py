@@ -45,7 +45,7 @@ def both_stages(folder=None, resume=False):
         resume=resume,
     )
     model.set_graft(graft)
-    after_one = {f"one.{name}": tensor.detach().clone() for name, tensor in graft.own_tensors(model).items()}
+    after_one = {f"one.{name}": tensor.detach().clone() for name, tensor in graft.tensors(model).items()}
     two = dg.FinetuneConfig(**common, ema_decay=0.5, min_snr=5.0, distill_output=0.5)
     losses = dg.finetune(model, batches(), two, noise_scheduler=SCHEDULER, output_dir=folder, resume=resume)
     after_two = {f"two.{name}": tensor.detach().clone() for name, tensor in model.state_dict().items()}

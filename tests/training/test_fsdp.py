@@ -132,5 +132,5 @@ def test_the_teacher_is_spread_and_the_new_parts_are_whole():
     dg.distill(model, graft, batches(), dg.DistillConfig(steps=2, progress=False), noise_scheduler=SCHEDULER)
     assert kinds == {torch.nn.Parameter}
     assert not any(
-        isinstance(tensor, sharding.DTensor) for path in graft.seats for tensor in graft.own_tensors_of(path).values()
+        isinstance(tensor, sharding.DTensor) for path in graft.seats for tensor in graft.tensors_of(path).values()
     )

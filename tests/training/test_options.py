@@ -326,7 +326,7 @@ def test_mixed_precision_keeps_weights_and_stays_close(mixed):
     assert rounded.losses[-1] == pytest.approx(exact.losses[-1], rel=0.1)
     assert rounded.losses != exact.losses
     graft = runs[mixed][1]
-    assert {tensor.dtype for path in graft.seats for tensor in graft.own_tensors_of(path).values()} == {torch.float32}
+    assert {tensor.dtype for path in graft.seats for tensor in graft.tensors_of(path).values()} == {torch.float32}
 
 
 def test_accumulated_batches_are_one_larger_batch():
@@ -338,8 +338,8 @@ def test_accumulated_batches_are_one_larger_batch():
     halves = [{name: value[i : i + 4] for name, value in whole.items()} for i in (0, 4)]
     _, one, _ = teach({"self_attention[1]": HYENA}, model, [whole], loss="l2")
     _, two, _ = teach({"self_attention[1]": HYENA}, model, halves, loss="l2", accumulate=2)
-    for name, tensor in one.own_tensors(model).items():
-        torch.testing.assert_close(tensor, two.own_tensors(model)[name], rtol=1e-4, atol=1e-5)
+    for name, tensor in one.tensors(model).items():
+        torch.testing.assert_close(tensor, two.tensors(model)[name], rtol=1e-4, atol=1e-5)
 
 
 def test_prompts_are_dropped_where_there_is_a_null_prompt():

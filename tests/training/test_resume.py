@@ -245,7 +245,7 @@ def test_every_way_of_stage_one_goes_on(way, tmp_path):
             **settings,
         )
         model.set_graft(graft)
-        return {name: t.detach().clone() for name, t in graft.own_tensors(model).items()}, reports
+        return {name: t.detach().clone() for name, t in graft.tensors(model).items()}, reports
 
     expected, expected_reports = teach(tmp_path / "whole")
     with pytest.raises(StopError):
@@ -316,7 +316,7 @@ def test_a_broken_loss_saves_the_last_good_state(stage, tmp_path):
         else:
             model.set_graft(graft)
             dg.finetune(model, data, dg.FinetuneConfig(**common), noise_scheduler=SCHEDULER, output_dir=folder, **more)
-        return {name: t.detach().clone() for name, t in graft.own_tensors(model).items()}
+        return {name: t.detach().clone() for name, t in graft.tensors(model).items()}
 
     with pytest.raises(TrainingError, match="at step 2, batch 2"):
         go([good, good, bad], tmp_path)
@@ -338,7 +338,7 @@ def test_blocks_with_labels_go_on_without_dice_of_their_own(tmp_path):
         graft = dg.build_graft(model, dg.plan_graft(model, {"block_pair[:]": "parallel"}))
         config = dg.DistillConfig(steps=4, warmup=0, lr=1e-3, progress=False)
         dg.distill(model, graft, batches(), config, noise_scheduler=SCHEDULER, output_dir=tmp_path, **more)
-        return graft.own_tensors(model)
+        return graft.tensors(model)
 
     whole = teach()
     teach(callbacks=[StopsAt(2)])

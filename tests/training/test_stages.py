@@ -109,11 +109,11 @@ def peak_of_stage_one(sites):
     model = tiny_dit(num_layers=8, num_attention_heads=4, attention_head_dim=16)
     graft = dg.build_graft(model, dg.plan_graft(model, {f"self_attention[:{sites}]": RANDOM}))
     for path in graft.seats:
-        graft.unshare(path)
+        graft.untie(path)
     data = batches(count=1, size=32)
     with PeakMemory() as memory:
         dg.distill(model, graft, data, quick(2), noise_scheduler=SCHEDULER)
-    own = sum(t.numel() * t.element_size() for path in graft.seats for t in graft.own_tensors_of(path).values())
+    own = sum(t.numel() * t.element_size() for path in graft.seats for t in graft.tensors_of(path).values())
     return memory.peak - 3 * own  # a gradient, and the two tensors that AdamW keeps for each weight
 
 
@@ -144,7 +144,7 @@ def test_nan_in_stage_one_names_the_site_and_step_and_cleans_up():
         dg.distill(model, graft, poisoned(), quick(), noise_scheduler=SCHEDULER)
     assert same_tensors(model, tensors)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert all(t.isfinite().all() for t in graft.own_tensors(model).values())
+    assert all(t.isfinite().all() for t in graft.tensors(model).values())
 
 
 def interrupted():
@@ -253,10 +253,10 @@ def test_lora_leaves_operators_trainable():
     """peft freezes whatever it did not add."""
     model, graft = grafted({"self_attention[1::2]": RANDOM})
     model.set_graft(graft)
-    before = {name: t.clone() for name, t in graft.own_tensors(model).items()}
+    before = {name: t.clone() for name, t in graft.tensors(model).items()}
     lora = LoraConfig(r=2, target_modules=["to_q"])
     dg.finetune(model, batches(), settle(train="operators", lora=lora), noise_scheduler=SCHEDULER)
-    after = graft.own_tensors(model)
+    after = graft.tensors(model)
     assert all(
         not torch.equal(after[name], tensor) for name, tensor in before.items() if not name.endswith("to_k.bias")
     )

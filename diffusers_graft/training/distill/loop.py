@@ -38,8 +38,8 @@ def enroll(
     pupils = {}
     for site in sites:
         for path in site.paths:
-            graft.unshare(path)
-        own = [tensor for path in site.paths for tensor in graft.own_tensors_of(path).values()]
+            graft.untie(path)
+        own = [tensor for path in site.paths for tensor in graft.tensors_of(path).values()]
         tensors = list({id(tensor): tensor for tensor in own}.values())
         parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
         if not parameters:

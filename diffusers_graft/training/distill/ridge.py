@@ -260,7 +260,7 @@ def _regression(graft: Graft, edit: Edit) -> _Regression | None:
     """Of a layer of its own: that of a mixer is shared with the original until now."""
     seat = graft.seats[edit.site.path]
     if isinstance(seat.graft, Mixer):
-        graft.unshare(edit.site.path, {"to_out"})
+        graft.untie(edit.site.path, {"to_out"})
     layer = output_layer(seat)
     return None if layer is None else _Regression(edit.site, seat, layer)
 

@@ -19,7 +19,7 @@ from peft import LoraConfig
 
 from ...errors import StateError, TrainingError
 from ...injection.graft import Graft, is_enabled
-from ...injection.install import check_seats, require_graft
+from ...injection.install import check_processors, require_graft
 from ..batches import Batch, Noising, Stream
 from ..config import TrainingConfig, one_of, or_usual
 from ..distill.student import tail
@@ -142,7 +142,7 @@ def _checked(model: ModelMixin, config: FinetuneConfig) -> Graft:
     graft = require_graft(model)
     if not is_enabled(model):
         raise StateError("Stage two trains the grafted model: call model.enable_graft() first.")
-    check_seats(graft)
+    check_processors(graft)
     refuse_foreign_lora(model, graft)
     if config.gradient_checkpointing and not model._supports_gradient_checkpointing:
         raise TrainingError(f"{type(model).__name__} cannot recompute its blocks: set gradient_checkpointing=False.")
@@ -158,7 +158,7 @@ def _trainable(
     An error that comes before there are `losses` leaves no LoRA and no copies of weights behind, so one can try again.
     """
     for path in graft.seats:
-        graft.unshare(path)
+        graft.untie(path)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}
     checkpointed, adapted, kept = model.is_gradient_checkpointing, graft.adapter_config is not None, set(graft.body)
@@ -204,7 +204,7 @@ def _chosen(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> set[int]
     lora = {id(p) for name, p in model.named_parameters() if ".lora_" in name}
     if config.train == "all":
         return {id(parameter) for parameter in model.parameters() if parameter.is_floating_point()}
-    return lora | {id(tensor) for path in graft.seats for tensor in graft.own_tensors_of(path).values()}
+    return lora | {id(tensor) for path in graft.seats for tensor in graft.tensors_of(path).values()}
 
 
 def _keep_untrained(model: ModelMixin, graft: Graft, chosen: set[int]) -> None:

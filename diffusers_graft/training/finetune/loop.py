@@ -11,7 +11,7 @@ import torch
 from diffusers import ModelMixin
 
 from ...errors import StateError, TrainingError
-from ...injection.graft import installed, is_enabled
+from ...injection.graft import get_graft, is_enabled
 from ...inspection import predict
 from .. import distributed as processes
 from ..batches import Noised, Noising, Stream
@@ -31,7 +31,7 @@ class Settling:
         self, model: ModelMixin, teacher: Teacher, config: FinetuneConfig, noising: Noising, losses: list[float]
     ):
         self.model, self.teacher, self.config, self.noising, self.losses = model, teacher, config, noising, losses
-        self.graft = installed(model)
+        self.graft = get_graft(model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not parameters:
             raise TrainingError(
@@ -85,7 +85,7 @@ class Settling:
         run.save(self._state)
 
     def _grafted(self) -> bool:
-        return installed(self.model) is self.graft and is_enabled(self.model)
+        return get_graft(self.model) is self.graft and is_enabled(self.model)
 
     def _step(self) -> None:
         heard = torch.stack([self._backward() for _ in range(self.config.accumulate)]).mean(0)

@@ -231,7 +231,7 @@ def test_a_mixers_output_projection(spec, family):
     assert same_tensors(model, tensors)
     for edit in graft.plan.edits:
         assert reports[edit.site.address].relative_error < reports[edit.site.address].first_error
-        names = set(graft.own_tensors_of(edit.site.path))
+        names = set(graft.tensors_of(edit.site.path))
         assert {"to_out.0.weight", "to_out.0.bias"} <= names
         assert "to_q.weight" not in names  # still the original's own
 
@@ -267,10 +267,10 @@ def test_values_that_are_not_finite_are_refused(spec):
     model, graft = grafted({"feed_forward[2]": spec})
     bad = batches()
     bad[1]["sample"][0] = float("nan")
-    before = {name: tensor.clone() for name, tensor in graft.own_tensors(model).items()}
+    before = {name: tensor.clone() for name, tensor in graft.tensors(model).items()}
     with pytest.raises(TrainingError, match=r"feed_forward\[2\] are not finite"):
         dg.closed_form(model, graft, bad, quick(), noise_scheduler=SCHEDULER)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in graft.own_tensors(model).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in graft.tensors(model).items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert graft.history == []
 
@@ -340,11 +340,11 @@ def test_where_one_part_cannot_be_solved_for_none_is_changed(monkeypatch):
         return solve(self, ridge)
 
     graft = dg.build_graft(model, dg.plan_graft(model, {"feed_forward[1:3]": "mlp"}))
-    before = {name: tensor.clone() for name, tensor in graft.own_tensors(model).items()}
+    before = {name: tensor.clone() for name, tensor in graft.tensors(model).items()}
     monkeypatch.setattr(_Regression, "solve", fails)
     with pytest.raises(TrainingError, match="too much alike"):
         dg.closed_form(model, graft, batches(), dg.ClosedFormConfig(steps=1, energy=False), noise_scheduler=SCHEDULER)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in graft.own_tensors(model).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in graft.tensors(model).items())
 
 
 def test_only_the_model_that_a_graft_was_built_beside_is_watched():
