@@ -18,7 +18,7 @@ from .planning.plan import GraftPlan, plan_graft
 from .serialization.graft_folder import save_graft
 from .serialization.upload import push_graft
 from .training import distributed as processes
-from .training.batches import Batch, batches_of
+from .training.batches import Batch, make_batches
 from .training.distill.distill import DistillConfig, SiteReport, distill
 from .training.finetune.finetune import FinetuneConfig, finetune
 from .training.fsdp import settings as fsdp_settings
@@ -178,8 +178,8 @@ class GraftTrainer:
 
     def _batches(self) -> Iterable[Batch]:
         size = self.args.per_device_train_batch_size * processes.state().num_processes
-        return batches_of(self.train_dataset, size, self.args.seed, workers=self.args.dataloader_num_workers)
+        return make_batches(self.train_dataset, size, self.args.seed, workers=self.args.dataloader_num_workers)
 
     def _held_out(self) -> list[Batch]:
         size = self.args.per_device_train_batch_size * processes.state().num_processes
-        return list(itertools.islice(batches_of(self.eval_dataset, size, self.args.seed), self.args.eval_batches))
+        return list(itertools.islice(make_batches(self.eval_dataset, size, self.args.seed), self.args.eval_batches))

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TrainingError
 from ..inspection.families import argument_names, bind_arguments
-from ..training.batches import clock
+from ..training.noised_batch import find_timestep_name
 
 _BY_HAND = "make the batches yourself, as dicts of a sample and conditioning."
 
@@ -56,7 +56,7 @@ def _heard(pipe: DiffusionPipeline) -> Iterator[dict[str, Any]]:
             names = argument_names(type(model))
             given = bind_arguments(names, args, kwargs)
             heard["taken"] = given[names[0]]
-            besides = (names[0], clock(model), "return_dict")
+            besides = (names[0], find_timestep_name(model), "return_dict")
             told = {name: value for name, value in given.items() if name not in besides}
             heard["conditioning"] = _tensors(
                 type(pipe).__name__, told, inspect.signature(type(model).forward).parameters

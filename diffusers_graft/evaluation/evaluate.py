@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from ..errors import TrainingError
 from ..inspection import evaluating, predict, require_model
-from ..training.batches import Batch, Noising
+from ..training.batches import Batch
 from ..training.finetune.objective import denoising_loss
+from ..training.noised_batch import Noising
 
 Metric = Callable[[ModelMixin], dict[str, float]]
 

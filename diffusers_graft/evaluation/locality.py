@@ -20,7 +20,8 @@ from ..injection.install import install, uninstall
 from ..inspection import evaluating, find_sites, predict
 from ..operators import Mixer
 from ..planning.plan import Edit, GraftPlan
-from ..training.batches import Batch, Noising
+from ..training.batches import Batch
+from ..training.noised_batch import Noising
 
 
 @dataclass

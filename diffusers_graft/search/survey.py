@@ -21,9 +21,10 @@ from ..evaluation.cost import count_flops, count_parameters
 from ..injection.graft import Graft, build_graft, get_graft
 from ..inspection import evaluating, predict
 from ..planning.plan import Edit, GraftPlan, plan_graft
-from ..training.batches import Batch, Noising
+from ..training.batches import Batch
 from ..training.distill.distill import DistillConfig, distill
 from ..training.finetune.objective import mean_of
+from ..training.noised_batch import Noising
 from .planner import Choice, Survey
 
 logger = logging.getLogger(__name__)

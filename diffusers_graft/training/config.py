@@ -40,7 +40,7 @@ class TrainingConfig:
         accumulate: batches of one optimiser step.
         precision: `"no"`, or mixed: `"bf16"`, `"fp16"` (weights stay as they are); None is what `accelerate launch
             --mixed_precision` says, and else `"no"`.
-        timesteps: of the noise, see `diffusers_graft.training.batches.Noising`.
+        timesteps: of the noise, see `diffusers_graft.training.noised_batch.Noising`.
         prompt_dropout: rate at which a prompt is dropped, where a null prompt is given; 0.1 is what most models were
             trained with. Class labels are dropped at the model's own rate.
         seed: of the noise.

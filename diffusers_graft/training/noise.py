@@ -55,7 +55,7 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     return straight or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
-def require_known(scheduler: SchedulerMixin) -> None:
+def require_known_scheduler(scheduler: SchedulerMixin) -> None:
     """Raise `TrainingError` for a scheduler under which it is not known how models are trained, or what they predict."""
     if not isinstance(scheduler, SchedulerMixin):
         raise TrainingError(f"A noise_scheduler is a scheduler of diffusers, as pipe.scheduler is; got {scheduler!r}.")
@@ -70,10 +70,10 @@ def require_known(scheduler: SchedulerMixin) -> None:
         raise UnknownNameError("prediction type", config.prediction_type, PREDICTIONS)
 
 
-def noise(
+def add_noise(
     scheduler: SchedulerMixin, sample: torch.Tensor, epsilon: torch.Tensor, share: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noised sample, timestep [B] as the scheduler counts, and what is to be predicted, `share` [B] of the way to
+    """NoisedBatch sample, timestep [B] as the scheduler counts, and what is to be predicted, `share` [B] of the way to
     noise.
     """
     steps, config = scheduler.config.num_train_timesteps, scheduler.config
@@ -92,7 +92,7 @@ def noise(
     return signal * sample + noisiness * epsilon, timestep, targets[config.prediction_type]
 
 
-def as_told(
+def convert_for_model(
     model: ModelMixin, scheduler: SchedulerMixin, timestep: torch.Tensor, target: torch.Tensor
 ) -> tuple[Any, Any]:
     """Timestep and target in the way of a model, as its pipelines have them."""

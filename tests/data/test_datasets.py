@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 import diffusers_graft as dg
 from diffusers_graft.data import datasets
 from diffusers_graft.errors import FileError, StateError, TrainingError
-from diffusers_graft.training.batches import Noising, Shuffled, Stream, batches_of
+from diffusers_graft.training.batches import BatchStream, ShuffledBatches, make_batches
+from diffusers_graft.training.noised_batch import Noising
 
 from ..inspection.models import tiny
 from ..models import SCHEDULER, batches, same_tensors, tensors_of, tiny_dit, tiny_pixart
@@ -89,7 +90,7 @@ def test_a_label_pipeline_makes_its_training_set(tmp_path):
     assert found[-1]["sample"].shape == (4, 8, 8)
     graft = dg.build_graft(pipe.transformer, dg.plan_graft(pipe.transformer, {"self_attention[1]": "hyena_x"}))
     config = dg.DistillConfig(steps=2, progress=False)
-    dg.distill(pipe.transformer, graft, batches_of(found, 4, 0), config, noise_scheduler=SCHEDULER)
+    dg.distill(pipe.transformer, graft, make_batches(found, 4, 0), config, noise_scheduler=SCHEDULER)
 
 
 def test_a_prompt_pipeline_gives_the_conditioning_of_the_prompt_itself(tmp_path):
@@ -100,7 +101,7 @@ def test_a_prompt_pipeline_gives_the_conditioning_of_the_prompt_itself(tmp_path)
     assert [found[i]["encoder_hidden_states"].unique().tolist() for i in range(4)] == [[3.0], [5.0]] * 2
     assert found[0]["encoder_attention_mask"].all()
     assert not any(module._forward_pre_hooks for module in pipe.transformer.modules())
-    batch = next(iter(Shuffled(found, 2, 0)))
+    batch = next(iter(ShuffledBatches(found, 2, 0)))
     graft = dg.build_graft(pipe.transformer, dg.plan_graft(pipe.transformer, {"self_attention[1]": "hyena_x"}))
     dg.distill(pipe.transformer, graft, [batch], dg.DistillConfig(steps=1, progress=False), noise_scheduler=SCHEDULER)
 
@@ -142,7 +143,7 @@ def test_sets_of_flow_pipelines_are_what_their_models_train_on(name, tmp_path):
     assert [found[i]["encoder_hidden_states"].unique().tolist() for i in range(3)] == [[3.0], [5.0], [3.0]]
     pipe.transformer.set_graft({"block_pair[0]": "parallel"})
     dg.finetune(
-        pipe.transformer, batches_of(found, 3, 0), dg.FinetuneConfig(steps=1, progress=False), noise_scheduler=flow
+        pipe.transformer, make_batches(found, 3, 0), dg.FinetuneConfig(steps=1, progress=False), noise_scheduler=flow
     )
 
 
@@ -294,20 +295,20 @@ def test_latents_of_every_autoencoder_are_scaled_as_its_pipelines_do(tmp_path):
 
 
 def test_shuffled_batches_hold_every_sample_once_an_epoch():
-    batches = taken(Shuffled(Numbers(), 3, seed=0), 6)
+    batches = taken(ShuffledBatches(Numbers(), 3, seed=0), 6)
     first, second = sum(batches[:3], []), sum(batches[3:], [])
     assert len(set(first)) == len(set(second)) == 9
     assert first != second
-    assert taken(Shuffled(Numbers(), 3, seed=0), 6) == batches
-    assert taken(Shuffled(Numbers(), 3, seed=1), 6) != batches
-    assert [len(batch) for batch in taken(Shuffled(Numbers(2), 5, seed=0), 2)] == [2, 2]
-    assert taken(Shuffled(Numbers(), 3, seed=0, workers=1), 2) == batches[:2]
+    assert taken(ShuffledBatches(Numbers(), 3, seed=0), 6) == batches
+    assert taken(ShuffledBatches(Numbers(), 3, seed=1), 6) != batches
+    assert [len(batch) for batch in taken(ShuffledBatches(Numbers(2), 5, seed=0), 2)] == [2, 2]
+    assert taken(ShuffledBatches(Numbers(), 3, seed=0, workers=1), 2) == batches[:2]
 
 
 def test_batches_of_nothing_are_refused():
     for samples, size in (([], 4), ([1, 2], 0), ([1, 2], -1)):
         with pytest.raises(TrainingError, match=f"batches of {size} out of {len(samples)} samples"):
-            Shuffled(samples, size, seed=0)
+            ShuffledBatches(samples, size, seed=0)
 
 
 def test_stages_take_batches_and_say_so_of_single_samples(tmp_path):
@@ -323,14 +324,14 @@ def test_stages_take_batches_and_say_so_of_single_samples(tmp_path):
 
 
 def test_seeking_reads_nothing_of_a_dataset_and_all_of_an_iterator():
-    expected = taken(Shuffled(Numbers(), 3, seed=0), 9)
+    expected = taken(ShuffledBatches(Numbers(), 3, seed=0), 9)
     data = Numbers()
-    stream = Stream(Shuffled(data, 3, seed=0))
+    stream = BatchStream(ShuffledBatches(data, 3, seed=0))
     stream.seek(7)
     assert data.read == 0
     assert taken(stream, 2) == expected[7:]
     assert stream.position == 9
-    stream = Stream({"sample": torch.tensor([float(i)])} for i in range(9))
+    stream = BatchStream({"sample": torch.tensor([float(i)])} for i in range(9))
     stream.seek(7)
     assert taken([stream.peek()], 1) == taken(stream, 1) == [[7.0]]
 

@@ -32,7 +32,7 @@ from diffusers_graft.planning.plan import Edit
 from diffusers_graft.search.planner import MEASURES, Choice, Survey
 from diffusers_graft.search.survey import Exam
 from diffusers_graft.testbed.sampling import scheduler
-from diffusers_graft.training.batches import Noising
+from diffusers_graft.training.noised_batch import Noising
 
 from ..inspection.models import inputs_of, tiny
 from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart

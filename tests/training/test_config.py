@@ -7,9 +7,9 @@ from diffusers.optimization import SchedulerType
 
 import diffusers_graft as dg
 from diffusers_graft.errors import StateError, TrainingError
-from diffusers_graft.training.batches import Noising
 from diffusers_graft.training.config import TrainingConfig, optimizers
 from diffusers_graft.training.distill import replay_buffer as ring
+from diffusers_graft.training.noised_batch import Noising
 from diffusers_graft.training.optimizer import Learner
 
 from ..models import SCHEDULER, batches, tiny_dit

@@ -6,9 +6,9 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusers_graft.errors import TrainingError
-from diffusers_graft.training.batches import Noising
 from diffusers_graft.training.finetune.objective import objective
 from diffusers_graft.training.noise import _ONE_LESS, _SHARE, _TO_SAMPLE
+from diffusers_graft.training.noised_batch import Noising
 
 from ..inspection.models import exported
 from ..models import batches, tiny_dit

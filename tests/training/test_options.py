@@ -253,7 +253,7 @@ def test_sequential_lessons_show_what_comes_through_the_new_parts():
     assert not torch.equal(heard["parallel"], heard["sequential"])
     model.set_graft(graft)
     generator = torch.Generator().manual_seed(0)
-    from diffusers_graft.training.batches import Noising
+    from diffusers_graft.training.noised_batch import Noising
 
     noised = Noising(scheduler=SCHEDULER)(model, batches()[0], generator)
     seen = []
@@ -344,7 +344,7 @@ def test_accumulated_batches_are_one_larger_batch():
 
 def test_prompts_are_dropped_where_there_is_a_null_prompt():
     from diffusers_graft.inspection import example_inputs
-    from diffusers_graft.training.batches import Noising
+    from diffusers_graft.training.noised_batch import Noising
 
     model = tiny_pixart()
     conditions = example_inputs(model, batch_size=400)

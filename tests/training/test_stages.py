@@ -11,8 +11,8 @@ import diffusers_graft as dg
 from diffusers_graft.errors import StateError, TrainingError, UnknownNameError
 from diffusers_graft.evaluation.benchmark import PeakMemory
 from diffusers_graft.inspection import predict as answer
-from diffusers_graft.training.batches import Noising, dropped_labels
 from diffusers_graft.training.finetune.objective import denoising_loss
+from diffusers_graft.training.noised_batch import Noising, drop_class_labels
 
 from ..inspection.models import inputs_of, tiny
 from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
@@ -513,7 +513,7 @@ def test_noise_and_targets_of_flow_matching(shift):
 
 
 def test_labels_are_dropped_for_the_whole_sample_at_the_models_rate():
-    labels = dropped_labels(tiny_dit(), torch.zeros(4000, dtype=torch.long), torch.Generator().manual_seed(0))
+    labels = drop_class_labels(tiny_dit(), torch.zeros(4000, dtype=torch.long), torch.Generator().manual_seed(0))
     assert set(labels.tolist()) == {0, 5}
     assert (labels == 5).float().mean().item() == pytest.approx(0.1, abs=0.02)
 

@@ -22,9 +22,10 @@ from ...injection.graft import Graft, is_enabled
 from ...injection.install import require_built_beside
 from ...inspection import evaluating
 from ...planning.plan import select
-from ..batches import Batch, Noising, Stream, first
+from ..batches import Batch, BatchStream, read_first
 from ..config import TrainingConfig, one_of, or_usual
 from ..fsdp import beside, spread
+from ..noised_batch import Noising
 from ..session import is_resumable
 from .loop import Classroom, enroll
 from .losses import LOSSES
@@ -137,11 +138,11 @@ def distill(
     config = or_usual(config, DistillConfig)
     _require_originals(model, graft)
     noising, stream, chosen = (
-        Noising.told(config, noise_scheduler, null_prompt),
-        Stream(batches),
+        Noising.from_config(config, noise_scheduler, null_prompt),
+        BatchStream(batches),
         _chosen(graft, config),
     )
-    held_out = None if held_out is None else first(held_out, config.held_out_batches)
+    held_out = None if held_out is None else read_first(held_out, config.held_out_batches)
     noising.require_usable(model, stream.peek(), *(held_out or ()))
     with evaluating(model), spread(model, graft.sites) as teacher, beside(graft, model, teacher):
         if config.closed_form is not None and not (resume and is_resumable(output_dir, "one")):
@@ -169,7 +170,7 @@ def _require_originals(model: ModelMixin, graft: Graft) -> None:
 def _solve(
     teacher: ModelMixin,
     graft: Graft,
-    stream: Stream,
+    stream: BatchStream,
     chosen: list[Site],
     config: ClosedFormConfig,
     noise_scheduler: SchedulerMixin | None,

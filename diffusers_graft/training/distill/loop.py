@@ -19,7 +19,8 @@ from ...errors import StateError, TrainingError
 from ...injection.graft import Graft, is_enabled
 from ...inspection import evaluating
 from .. import distributed as processes
-from ..batches import Batch, Noising, Stream
+from ..batches import Batch, BatchStream
+from ..noised_batch import Noising
 from ..optimizer import mixed
 from ..session import Run, draws, redraw
 from . import replay_buffer as ring
@@ -86,7 +87,7 @@ class Classroom:
         self.groups, self.done, self.room, self.samples = [list(pupils)], [0], 0, 0
 
     def teach(
-        self, stream: Stream, *, output_dir: str | Path | None, resume: bool, callbacks: Iterable[Any]
+        self, stream: BatchStream, *, output_dir: str | Path | None, resume: bool, callbacks: Iterable[Any]
     ) -> dict[str, Any]:
         """Every lesson, for every pupil; the best weights are theirs afterwards. Returns what it took."""
         self.stream = stream

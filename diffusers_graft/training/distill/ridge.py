@@ -27,8 +27,9 @@ from ...injection.install import ContextReader, require_built_beside
 from ...inspection import evaluating, linear_pair, predict
 from ...operators import Mixer
 from ...planning.plan import Edit
-from ..batches import Batch, Noising, Stream
+from ..batches import Batch, BatchStream
 from ..config import or_usual
+from ..noised_batch import Noising
 
 Run = Callable[[str], None]
 
@@ -42,7 +43,7 @@ class ClosedFormConfig:
         ridge: pull towards the present weights, as a share of the mean square of a feature.
         energy: first look which of the original's neurons are active, and start the narrower parts anew from those.
             Only parts that start warm and that nothing has trained yet.
-        timesteps, seed: of the noise, see `diffusers_graft.training.batches.Noising`.
+        timesteps, seed: of the noise, see `diffusers_graft.training.noised_batch.Noising`.
         progress: show a bar, on a terminal.
     """
 
@@ -234,7 +235,7 @@ def _runner(
     model: ModelMixin, batches: Iterable[Batch], config: ClosedFormConfig, scheduler: SchedulerMixin | None
 ) -> Run:
     """A function that runs the model on the next batches, under a name for the bar."""
-    stream, generator = Stream(batches), torch.Generator().manual_seed(config.seed)
+    stream, generator = BatchStream(batches), torch.Generator().manual_seed(config.seed)
     noising = Noising(scheduler=scheduler, timesteps=config.timesteps)
     noising.require_usable(model, stream.peek())
 

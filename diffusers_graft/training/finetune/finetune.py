@@ -20,11 +20,12 @@ from peft import LoraConfig
 from ...errors import StateError, TrainingError
 from ...injection.graft import Graft, is_enabled
 from ...injection.install import check_processors, require_graft
-from ..batches import Batch, Noising, Stream
+from ..batches import Batch, BatchStream
 from ..config import TrainingConfig, one_of, or_usual
 from ..distill.student import tail
 from ..fsdp import settings as fsdp_settings
 from ..fsdp import spread, ungrafted
+from ..noised_batch import Noising
 from .loop import Settling
 from .lora import add_lora, lora_settings, refuse_foreign_lora, remove_lora
 from .objective import VARIANCES
@@ -123,7 +124,7 @@ def finetune(
     """
     config = or_usual(config, FinetuneConfig)
     graft = _checked(model, config)
-    noising, stream, losses = Noising.told(config, noise_scheduler, null_prompt), Stream(batches), []
+    noising, stream, losses = Noising.from_config(config, noise_scheduler, null_prompt), BatchStream(batches), []
     noising.require_usable(model, stream.peek())
     with _trainable(model, graft, config, losses, resume), spread(model, graft.sites, trained=True) as trained:
         weights = {"output": config.distill_output, "features": config.distill_features}

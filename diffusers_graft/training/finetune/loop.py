@@ -14,7 +14,8 @@ from ...errors import StateError, TrainingError
 from ...injection.graft import get_graft, is_enabled
 from ...inspection import predict
 from .. import distributed as processes
-from ..batches import Noised, Noising, Stream
+from ..batches import BatchStream
+from ..noised_batch import NoisedBatch, Noising
 from ..optimizer import Learner, mixed
 from ..session import Run, draws, redraw
 from .objective import objective
@@ -45,7 +46,7 @@ class Settling:
         self.samples = 0
 
     def run(
-        self, stream: Stream, *, output_dir: str | Path | None, resume: bool, callbacks: Iterable[Any]
+        self, stream: BatchStream, *, output_dir: str | Path | None, resume: bool, callbacks: Iterable[Any]
     ) -> dict[str, Any]:
         """Every step; the averaged weights are the model's afterwards. Returns what it took."""
         self.stream, device = stream, self.model.device
@@ -119,7 +120,7 @@ class Settling:
         self.names = list(terms)
         return torch.stack([total, *terms.values()]).detach()
 
-    def _draw(self) -> Noised:
+    def _draw(self) -> NoisedBatch:
         whole = self.noising(self.model, next(self.stream), self.generator)
         if whole.target is None:
             raise TrainingError(
@@ -127,7 +128,7 @@ class Settling:
             )
         self.samples = whole.count * self.config.accumulate
         parts = (whole.inputs, whole.target, whole.sample, whole.timestep)
-        return Noised(*(processes.share(part, whole.count) for part in parts))
+        return NoisedBatch(*(processes.share(part, whole.count) for part in parts))
 
     def _values(self) -> dict[str, Any]:
         recent = self.losses[-self.config.log_every :]

@@ -13,15 +13,15 @@ import torch
 from diffusers import SchedulerMixin
 
 from ...errors import TrainingError, UnknownNameError
-from ..batches import Noised
 from ..noise import is_flow
+from ..noised_batch import NoisedBatch
 
 VARIANCES = ("auto", "vb", "ignore")
 
 
 def objective(
     prediction: torch.Tensor,
-    noised: Noised,
+    noised: NoisedBatch,
     scheduler: SchedulerMixin | None,
     *,
     variance: str = "auto",
@@ -65,7 +65,7 @@ def mean_of(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return mean
 
 
-def teaches_variance(scheduler: SchedulerMixin | None, noised: Noised, variance: str) -> bool:
+def teaches_variance(scheduler: SchedulerMixin | None, noised: NoisedBatch, variance: str) -> bool:
     """Whether predicted variances are trained."""
     able = scheduler is not None and not is_flow(scheduler) and scheduler.config.prediction_type == "epsilon"
     if variance == "vb" and not (able and noised.sample is not None):
@@ -88,7 +88,7 @@ def snr_weight(scheduler: SchedulerMixin, timestep: torch.Tensor, gamma: float) 
     return snr.clamp(max=gamma) * kinds[scheduler.config.prediction_type]
 
 
-def variational_bound(prediction: torch.Tensor, noised: Noised, scheduler: SchedulerMixin) -> torch.Tensor:
+def variational_bound(prediction: torch.Tensor, noised: NoisedBatch, scheduler: SchedulerMixin) -> torch.Tensor:
     """Bits per dimension of q(x_{t-1} | x_t, x_0) under the predicted Gaussian, at t = 0 those of the 8-bit sample:
     [B].
 
@@ -149,7 +149,7 @@ def _normal_share(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _asked(scheduler: SchedulerMixin | None, noised: Noised, name: str) -> SchedulerMixin:
+def _asked(scheduler: SchedulerMixin | None, noised: NoisedBatch, name: str) -> SchedulerMixin:
     if scheduler is None or noised.sample is None:
         raise TrainingError(f"{name} needs to know the noise: pass noise_scheduler= and batches with a clean sample.")
     return scheduler

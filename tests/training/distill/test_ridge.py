@@ -6,8 +6,8 @@ from torch import nn
 
 import diffusers_graft as dg
 from diffusers_graft.errors import OperatorError, StateError, TrainingError
-from diffusers_graft.training.batches import Noising
 from diffusers_graft.training.distill.ridge import _Regression
+from diffusers_graft.training.noised_batch import Noising
 
 from ...models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
 

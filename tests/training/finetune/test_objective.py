@@ -11,11 +11,11 @@ from peft import LoraConfig
 
 import diffusers_graft as dg
 from diffusers_graft.errors import TrainingError, UnknownNameError
-from diffusers_graft.training.batches import Noised, Noising
 from diffusers_graft.training.finetune.objective import objective, snr_weight
 from diffusers_graft.training.finetune.teacher import masked_error
 from diffusers_graft.training.fsdp import blocks_of
 from diffusers_graft.training.metrics_log import read_journal
+from diffusers_graft.training.noised_batch import NoisedBatch, Noising
 
 from ...models import SCHEDULER, batches, predict, tensors_of, tiny_dit, tiny_pixart
 
@@ -94,7 +94,7 @@ def learned_sigma_batch():
     timestep = torch.tensor([0, 0, 1, 30, 500, 999])
     output = torch.randn(6, 4, 4, 4, generator=generator)
     noised = SCHEDULER.add_noise(sample, noise, timestep)
-    return Noised({"hidden_states": noised, "timestep": timestep}, noise, sample, timestep), output
+    return NoisedBatch({"hidden_states": noised, "timestep": timestep}, noise, sample, timestep), output
 
 
 def test_learned_sigma_is_the_original_mse_plus_vb():
@@ -108,7 +108,7 @@ def test_learned_sigma_is_the_original_mse_plus_vb():
         output.double().numpy(),
     )
     for number in range(6):  # sample by sample, since the first step's likelihood is far larger than the rest
-        one = Noised(
+        one = NoisedBatch(
             {name: value[[number]] for name, value in noised.inputs.items()},
             noised.target[[number]],
             noised.sample[[number]],
@@ -166,7 +166,7 @@ def test_min_snr_of_flow_matching():
     weight = snr_weight(scheduler, 1000 * sigma, gamma)
     torch.testing.assert_close(weight, ((1 - sigma) / sigma).square().clamp(max=gamma) * sigma.square())
     ones = torch.ones(1, 1, 2, 2)
-    for noised, known in ((Noised({}, ones), scheduler), (Noised({}, ones, ones), None)):
+    for noised, known in ((NoisedBatch({}, ones), scheduler), (NoisedBatch({}, ones, ones), None)):
         with pytest.raises(TrainingError, match="noise_scheduler="):
             objective(ones, noised, known, min_snr=5.0)
 
