@@ -15,7 +15,7 @@ from diffusers import PixArtTransformer2DModel
 
 from diffusers_graft.core.sites import Context, Grid
 from diffusers_graft.errors import GraftError
-from diffusers_graft.evaluation.benchmark import compare, publish, require_writable, table, worn
+from diffusers_graft.evaluation.benchmark import compare, publish, require_writable, table, with_graft
 from diffusers_graft.evaluation.operator_costs import example_part, operator_costs, peak_memory, run_of
 from diffusers_graft.injection.attention_core import mix_with_others
 from diffusers_graft.injection.graft import Graft, build_graft
@@ -226,7 +226,7 @@ def _in_a_block(size: int, heads: int, rounds: int) -> list[list[str]]:
         timings = compare(
             dict.fromkeys(grafts, partial(model, **example_inputs(model, size=size))),
             rounds=rounds,
-            around=lambda name: worn(model, grafts[name]),
+            around=lambda name: with_graft(model, grafts[name]),
         )
     original = timings[-1].ratio
     rows = [["model", "ms", "speed-up", "share of identity's", "quartiles"]]

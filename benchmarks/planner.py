@@ -20,7 +20,7 @@ from diffusers import DiTTransformer2DModel
 from diffusers_graft import testbed
 from diffusers_graft.core.sites import Site
 from diffusers_graft.errors import GraftError
-from diffusers_graft.evaluation.benchmark import compare, worn
+from diffusers_graft.evaluation.benchmark import compare, with_graft
 from diffusers_graft.injection.graft import Graft
 from diffusers_graft.injection.install import install, uninstall
 from diffusers_graft.inspection import evaluating, predict
@@ -167,7 +167,7 @@ def _promises(spending: Spending) -> list[dict[str, float]]:
         timings = compare(
             dict.fromkeys(grafts, partial(predict, model, inputs)),
             rounds=spending.rounds,
-            around=lambda name: worn(model, grafts[name]),
+            around=lambda name: with_graft(model, grafts[name]),
         )
     return [
         {

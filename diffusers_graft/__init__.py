@@ -6,7 +6,6 @@ load_graft, and the property graft.
 
 from . import data, operators
 from ._version import __version__
-from .cards.card import card
 from .core.sites import Context, Grid, Site, Sites
 from .errors import GraftError
 from .evaluation.benchmark import benchmark
@@ -19,6 +18,7 @@ from .planning.plan import GraftPlan, interleaved, plan_graft
 from .search.planner import Survey
 from .search.survey import survey
 from .serialization.load_model import load_pretrained
+from .serialization.model_card import card
 from .serialization.paper_checkpoints import import_upstream
 from .trainer import GraftTrainer, GraftTrainingArguments
 from .training.distill.distill import DistillConfig, distill

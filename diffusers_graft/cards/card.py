@@ -14,13 +14,11 @@ from diffusers import ModelMixin
 from ..errors import FileError, GraftError, UnknownNameError
 from ..evaluation.evaluate import Scores
 from ..injection.graft import Graft
-from ..injection.install import require_graft
-from ..serialization.describe import describe, describe_whole
 from ..serialization.tensors import write_text
 from ..training.metrics_log import read_journal
 from .edit_table import edit_rows, own_parameters, strip
 from .training_table import draw_curves, training
-from .user_edits import finished, front_matter, merged
+from .user_edits import add_note, front_matter, merge_edits
 
 CARD = "README.md"
 ORIGINAL = "original"  # how rows of scores and of speed name the ungrafted model
@@ -35,33 +33,7 @@ _TAGS = {
 }
 
 
-def card(
-    model: ModelMixin,
-    *,
-    source: str = "user/name",
-    scores: dict[str, Any] | None = None,
-    journal: str | Path | None = None,
-    **about: Any,
-) -> str:
-    """The card of a grafted model as text. What is not given, and was not measured, is absent.
-
-    Args:
-        source: the repository or folder that the lines on loading name.
-        scores: measured results by row, as `dg.evaluate` gives them; several rows are compared in one table. A row
-            named `original` is the ungrafted model's; the last of the others is the graft's own, which the Hub shows.
-        journal: the folder of a run, whose `training.jsonl` tells what the graft's own history does not.
-        about: `license`, which is that of the base's own card unless given, `datasets` and `hardware` of the training,
-            `pipeline_tag`, `limits` in words, and `speed`, the rows of `evaluation.benchmark.benchmark`.
-    """
-    graft = require_graft(model)
-    whole = graft.is_standalone
-    config = (describe_whole if whole else describe)(model, graft, "")
-    config["scores"] = checked_scores(scores) or config["scores"]
-    config["about"] = checked_about(about)
-    return finished(render_card(model, graft, config, source=source, whole=whole, journal=journal))
-
-
-def checked_scores(scores: dict[str, Scores] | None) -> dict[str, Any]:
+def check_scores(scores: dict[str, Scores] | None) -> dict[str, Any]:
     """Measured results by row, as data. Raises `GraftError` for anything but `Scores` by name."""
     rows = {} if scores is None else scores
     if not isinstance(rows, dict) or not all(
@@ -73,7 +45,7 @@ def checked_scores(scores: dict[str, Scores] | None) -> dict[str, Any]:
     return {name: row.to_dict() for name, row in rows.items()}
 
 
-def checked_about(about: dict[str, Any] | None) -> dict[str, Any]:
+def check_about(about: dict[str, Any] | None) -> dict[str, Any]:
     """What a person tells of a graft.
 
     Raises `UnknownNameError` for an entry that no card has, `GraftError` for a value that it cannot hold.
@@ -99,15 +71,22 @@ def checked_about(about: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def write_card(
-    stage: Path, folder: Path, model: ModelMixin, graft: Graft, config: dict[str, Any], *, whole: bool = False
+    stage: Path, folder: Path, model: ModelMixin, graft: Graft, config: dict[str, Any], *, is_full_model: bool = False
 ) -> None:
     """Write the card of a graft that is saved to `folder`; what a person changed in the one that is there is kept."""
     present, picture = _present(folder / CARD), _PICTURE if (folder / _PICTURE).exists() else None
     curves, source = draw_curves(stage, folder, graft.history), folder.resolve().name
     fresh = render_card(
-        model, graft, config, source=source, whole=whole, picture=picture, curves=curves, journal=folder
+        model,
+        graft,
+        config,
+        source=source,
+        is_full_model=is_full_model,
+        picture=picture,
+        curves=curves,
+        journal=folder,
     )
-    write_text(stage / CARD, finished(fresh) if present is None else merged(finished(fresh), present))
+    write_text(stage / CARD, add_note(fresh) if present is None else merge_edits(add_note(fresh), present))
 
 
 def _present(path: Path) -> str | None:
@@ -126,7 +105,7 @@ def render_card(
     config: dict[str, Any],
     *,
     source: str,
-    whole: bool,
+    is_full_model: bool,
     picture: str | None = None,
     curves: str | None = None,
     journal: str | Path | None = None,
@@ -138,16 +117,16 @@ def render_card(
     papers = sorted({edit.config.owner.paper for edit in graft.plan.edits} - {""})
     flops, rows = edit_rows(model, graft)
     return template("graft_card").render(
-        front_matter=front_matter(_front_matter(model, config, operators, whole, source)),
+        front_matter=front_matter(_front_matter(model, config, operators, is_full_model, source)),
         title=type(model).__name__ + (f" with {' and '.join(operators)}" if operators else ""),
         base=f"`{base}`" if base else f"a `{type(model).__name__}`",
         summary=_summary(graft),
         source=source,
         edits=rows,
-        contained=whole and bool(config.get("code")),
+        contained=is_full_model and bool(config.get("code")),
         flops_at=flops,
         strip=strip(graft),
-        whole=whole,
+        is_full_model=is_full_model,
         model_class=type(model).__name__,
         own=own_parameters(graft),
         body=len(graft.body),
@@ -184,12 +163,12 @@ def template(name: str) -> jinja2.Template:
 
 
 def _front_matter(
-    model: ModelMixin, config: dict[str, Any], operators: list[str], whole: bool, source: str
+    model: ModelMixin, config: dict[str, Any], operators: list[str], is_full_model: bool, source: str
 ) -> dict[str, Any]:
     base, about = (config["base"] or {}).get("name_or_path"), config.get("about") or {}
     data = {"library_name": "diffusers-graft", "tags": ["diffusers", "diffusers-graft", "graft", *operators]}
     if base:
-        data |= {"base_model": base, "base_model_relation": "finetune" if whole else "adapter"}
+        data |= {"base_model": base, "base_model_relation": "finetune" if is_full_model else "adapter"}
     license = about.get("license") or (config.get("imported") or {}).get("license")
     of_base = (config["base"] or {}).get("license")
     data |= {"license": license} if license else of_base if isinstance(of_base, dict) else {}

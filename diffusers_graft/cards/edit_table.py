@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.sites import BLOCK_KINDS
 from ..errors import GraftError
-from ..evaluation.cost import _UNCOUNTED as UNCOUNTED
+from ..evaluation.cost import FLOP_FORMULAS
 from ..injection.graft import Graft
 from ..inspection import evaluating, example_inputs, predict, read_context
 from ..operators import BlockOperator, Operator
@@ -141,7 +141,7 @@ def _counts_of_original(cls: type[ModelMixin], config: str, size: int | None) ->
 
 def _counts(model: ModelMixin, inputs: dict[str, Any]) -> dict[str, int]:
     """What torch's counter saw in each module of a model, by path."""
-    counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
+    counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     with evaluating(model), counter:
         predict(model, inputs)
     root = f"{type(model).__name__}."

@@ -14,7 +14,7 @@ OURS = "written by diffusers-graft"
 _NOTE = f"<!-- {OURS}: sections you edit are kept when it is saved again. State: {{state}} -->"
 
 
-def finished(text: str) -> str:
+def add_note(text: str) -> str:
     """A freshly rendered card with the note of what we wrote, by which later edits are told apart."""
     return _noted(text, {name: _digest(body) for name, body in _parts(text).items()})
 
@@ -32,7 +32,7 @@ def _written(card: str) -> tuple[str, dict[str, str] | None]:
         return card, None
 
 
-def merged(fresh: str, present: str) -> str:
+def merge_edits(fresh: str, present: str) -> str:
     """A fresh card in which everything stands that a person added to, changed in, or removed from the present one.
 
     A card without our note is a person's own altogether.
@@ -52,7 +52,7 @@ def merged(fresh: str, present: str) -> str:
     return _noted(_joined(parts), state)
 
 
-def moved(card: str, source: str, repo_id: str) -> str:
+def rename_source(card: str, source: str, repo_id: str) -> str:
     """A card whose lines on loading name a repository in place of a folder; what a person wrote stays as it is."""
     body, written = _written(card)
     parts, ours = _parts(body), written or {}
@@ -67,7 +67,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.strip().encode()).hexdigest()[:12]
 
 
-def head_of(card: str) -> dict[str, Any]:
+def read_front_matter(card: str) -> dict[str, Any]:
     """The front matter of a card; empty where it has none, or none that can be read."""
     match = _HEAD.match(card)
     try:
@@ -79,7 +79,7 @@ def head_of(card: str) -> dict[str, Any]:
 
 def _parts(card: str) -> dict[str, str]:
     """Keys of the front matter (as `:key`) and sections (by heading, the first as an empty name), in order."""
-    data, match = head_of(card), _HEAD.match(card)
+    data, match = read_front_matter(card), _HEAD.match(card)
     parts = {
         f":{key}": yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True) for key, value in data.items()
     }

@@ -115,8 +115,8 @@ def benchmark(
             inputs = example_inputs(model, size=size)
             tokens = read_context(model, (), inputs).grid.tokens
             contenders = dict.fromkeys(grafts, partial(model, **inputs))
-            for timing in compare(contenders, rounds=rounds, around=lambda name: worn(model, grafts[name])):
-                with worn(model, grafts[timing.name]):
+            for timing in compare(contenders, rounds=rounds, around=lambda name: with_graft(model, grafts[name])):
+                with with_graft(model, grafts[timing.name]):
                     shape = {
                         "depth": count_depth(model),
                         "parameters": count_parameters(model),
@@ -145,7 +145,7 @@ def _contenders(model: ModelMixin, rules: Mapping[str, Rules]) -> dict[str, Graf
 
 
 @contextmanager
-def worn(model: ModelMixin, graft: Graft | None) -> Iterator[None]:
+def with_graft(model: ModelMixin, graft: Graft | None) -> Iterator[None]:
     """The model with a graft, or without one, so that they can take turns without a second copy."""
     if graft is None:
         yield

@@ -23,7 +23,7 @@ def _softmax_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
 
 
 # torch's counter knows the softmax kernels of CUDA but not the one of CPUs.
-_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _softmax_flops}
+FLOP_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _softmax_flops}
 
 
 def count_parameters(model: ModelMixin) -> int:
@@ -52,7 +52,7 @@ def count_flops(model: ModelMixin, inputs: dict[str, Any] | None = None) -> int:
         inputs: arguments of the model; one example of its own size unless given.
     """
     inputs = inputs or example_inputs(model)
-    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     counter.mod_tracker = _NoModules()
     operators = get_graft(model).operators().values() if is_enabled(model) else ()
     prices = [_Price(operator, counter) for operator in operators if not isinstance(operator, BlockOperator)]

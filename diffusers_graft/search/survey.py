@@ -16,7 +16,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from tqdm.auto import tqdm
 
 from ..errors import GraftError, OperatorError, RuleError, StateError, TrainingError
-from ..evaluation.benchmark import compare, require_rounds, worn
+from ..evaluation.benchmark import compare, require_rounds, with_graft
 from ..evaluation.cost import count_flops, count_parameters
 from ..injection.graft import Graft, build_graft, get_graft
 from ..inspection import evaluating, predict
@@ -159,7 +159,7 @@ class Exam:
 
     def harm(self, model: ModelMixin, graft: Graft) -> float:
         """Squared error of the model with a graft, relative to the square of the intact model's answer."""
-        with worn(model, graft):
+        with with_graft(model, graft):
             pairs = zip(self._answers(model), self.answers, strict=True)
             return sum((new - old).square().sum() for new, old in pairs).item() / self.square
 
@@ -189,7 +189,7 @@ def _savings(
     timings = compare(
         dict.fromkeys(parts, partial(predict, model, inputs)),
         rounds=rounds,
-        around=lambda name: worn(model, parts[name]),
+        around=lambda name: with_graft(model, parts[name]),
     )
     for timing in timings[1:]:
         edits = parts[timing.name].plan.edits
@@ -199,7 +199,7 @@ def _savings(
 
 
 def _counts(model: ModelMixin, graft: Graft | None, inputs: dict[str, Any]) -> tuple[int, int]:
-    with worn(model, graft):
+    with with_graft(model, graft):
         return count_flops(model, inputs), count_parameters(model)
 
 

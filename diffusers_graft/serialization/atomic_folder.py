@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from ..errors import FileError, UnknownNameError
-from .hub_errors import HUB_ERRORS, explained
+from .hub_errors import HUB_ERRORS, explain
 from .tensors import DISK_ERRORS, write_text
 
 _STAGE, _DONE, _STALE = ".saving-", ".saved", ".stale"
@@ -172,7 +172,7 @@ def local_folder(source: str | Path, patterns: list[str], *, subfolder: str = ""
         try:
             folder = Path(snapshot_download(source, allow_patterns=wanted, **hub_arguments)) / subfolder
         except HUB_ERRORS as error:
-            raise explained(error, source, hub_arguments.get("revision")) from error
+            raise explain(error, source, hub_arguments.get("revision")) from error
     if not folder.is_dir():
         raise FileError(f"There is no folder {subfolder} in {source}.")
     settle(folder)

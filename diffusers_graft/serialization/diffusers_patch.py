@@ -18,7 +18,7 @@ from .config_file import described
 from .load_model import FETCHING, load_as_diffusers
 from .remote_code.pack import CODE
 from .save_model import forget_description, require_alone, save_whole
-from .upload import fetch_config, push_whole
+from .upload import download_config, push_model
 
 _PUSHING = ("private", "token", "commit_message", "create_pr")
 _LIBRARY = __name__.partition(".")[
@@ -67,7 +67,7 @@ def _saving(original):
         folder, pushing = Path(save_directory), {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
         repo_id, push_to_hub = kwargs.pop("repo_id", folder.name), kwargs.pop("push_to_hub", False)
         save_whole(original, self, graft, folder, **kwargs)
-        return push_whole(folder, repo_id, variant=kwargs.get("variant"), **pushing) if push_to_hub else None
+        return push_model(folder, repo_id, variant=kwargs.get("variant"), **pushing) if push_to_hub else None
 
     return save_pretrained
 
@@ -75,7 +75,7 @@ def _saving(original):
 def _require_alone_there(repo_id: str, given: dict[str, Any]) -> None:
     """`require_alone`, of a repository."""
     with tempfile.TemporaryDirectory() as folder:
-        fetch_config(repo_id, folder, given.get("token"))
+        download_config(repo_id, folder, given.get("token"))
         require_alone(Path(folder), given.get("variant"), where=repo_id)
 
 
@@ -124,11 +124,11 @@ def _pushing(original):
             _require_alone_there(repo_id, kwargs)
             return original(self, repo_id, **kwargs)
         with tempfile.TemporaryDirectory() as folder:
-            fetch_config(repo_id, folder, kwargs.get("token"))
+            download_config(repo_id, folder, kwargs.get("token"))
             kwargs.pop("subfolder", None)
             pushing = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
             self.save_pretrained(folder, **kwargs)
-            return push_whole(Path(folder), repo_id, variant=kwargs.get("variant"), **pushing)
+            return push_model(Path(folder), repo_id, variant=kwargs.get("variant"), **pushing)
 
     return push_to_hub
 

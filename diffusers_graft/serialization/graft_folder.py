@@ -16,7 +16,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.modeling_utils import ContextManagers, no_init_weights
 
-from ..cards.card import checked_about, checked_scores, write_card
+from ..cards.card import check_about, check_scores, write_card
 from ..errors import FileError, MismatchError, StateError
 from ..injection.graft import Graft, base_tensors, is_enabled
 from ..injection.install import check_processors, install, require_graft, uninstall
@@ -71,7 +71,7 @@ def save_graft(
             proof = prove(model)
     stored = {**stored, **adapters}
     config = describe(model, graft, checksum(stored))
-    config |= {"scores": checked_scores(scores), "about": checked_about(about)}
+    config |= {"scores": check_scores(scores), "about": check_about(about)}
     code = sources(graft.plan) if self_contained else {}
     config |= {"compressed": told, "code": describe_code(code)}
     proof, text = proof or prove(model), to_text(config)

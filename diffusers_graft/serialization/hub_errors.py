@@ -31,7 +31,7 @@ _STATUS = {
 }
 
 
-def explained(error: Exception, repo_id: str, revision: str | None = None) -> FileError:
+def explain(error: Exception, repo_id: str, revision: str | None = None) -> FileError:
     """The error as one of ours: which repository, what the Hub said, what to do."""
     return FileError(f"The Hub repository {repo_id} {_reason(error, revision)}")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from ..cards.user_edits import head_of
+from ..cards.user_edits import read_front_matter
 from .hub_errors import HUB_ERRORS
 
 _CARD = "README.md"
@@ -24,7 +24,7 @@ def license_of(folder: str | Path, repo_id: str | None, revision: str | None) ->
     nearby = [Path(folder) / _CARD, Path(folder).parent / _CARD] if folder and Path(folder).is_dir() else []
     path = next((path for path in nearby if path.is_file()), None) or _from_hub(repo_id, revision)
     try:
-        head = head_of(path.read_text(encoding="utf-8")) if path else {}
+        head = read_front_matter(path.read_text(encoding="utf-8")) if path else {}
     except (OSError, UnicodeDecodeError):
         return {}
     told = {name: head[name] for name in _ENTRIES if isinstance(head.get(name), str)}

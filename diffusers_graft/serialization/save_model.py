@@ -71,7 +71,7 @@ def save_whole(
         )  # for people and tools; config.json is what is read
         for name, text in {**code, **shown}.items():
             write_text(stage / name, text)
-        write_card(stage, folder, model, graft, description, whole=True)
+        write_card(stage, folder, model, graft, description, is_full_model=True)
 
 
 def _describe_in_config(

@@ -10,12 +10,12 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
 from ..cards.card import CARD
-from ..cards.user_edits import OURS, merged, moved
+from ..cards.user_edits import OURS, merge_edits, rename_source
 from ..errors import FileError
 from .atomic_folder import settle
 from .config_file import ALL_WEIGHTS, CONFIG, WEIGHTS
 from .graft_folder import read_graft
-from .hub_errors import HUB_ERRORS, explained
+from .hub_errors import HUB_ERRORS, explain
 from .load_model import STEM, weight_files
 from .remote_code.pack import FILE
 
@@ -54,7 +54,7 @@ def push_graft(folder: str | Path, repo_id: str, **hub_arguments) -> str:
     return _push(folder, repo_id, _GRAFT, **hub_arguments)
 
 
-def push_whole(folder: Path, repo_id: str, *, variant: str | None = None, **hub_arguments) -> str:
+def push_model(folder: Path, repo_id: str, *, variant: str | None = None, **hub_arguments) -> str:
     """Upload a whole model that was saved; other files of this variant's weights that the repository had are deleted.
 
     Raises `FileError` where the Hub refuses.
@@ -70,7 +70,7 @@ def _has_graft(repo_id: str, token: str | bool | None) -> bool:
     return False
 
 
-def fetch_config(repo_id: str, folder: str, token: str | bool | None) -> None:
+def download_config(repo_id: str, folder: str, token: str | bool | None) -> None:
     """The `config.json` of a repository, if it has one, so that a save there keeps what it says of other variants."""
     with contextlib.suppress(*HUB_ERRORS):
         hf_hub_download(repo_id, "config.json", local_dir=folder, token=token)
@@ -102,7 +102,7 @@ def _push(
             repo_id, operations, commit_message=commit_message, create_pr=create_pr, revision=revision
         )
     except HUB_ERRORS as error:
-        raise explained(error, repo_id, revision) from error
+        raise explain(error, repo_id, revision) from error
     return (commit.pr_url if create_pr else None) or commit.commit_url
 
 
@@ -112,10 +112,10 @@ def _is_any(name: str, patterns: Sequence[str]) -> bool:
 
 def _card(api: HfApi, folder: Path, repo_id: str, revision: str | None, there: list[str]) -> bytes:
     """The card of a folder as it stands in a repository: it names that, and what a person wrote there is kept."""
-    card = moved((folder / CARD).read_text(encoding="utf-8"), folder.resolve().name, repo_id)
+    card = rename_source((folder / CARD).read_text(encoding="utf-8"), folder.resolve().name, repo_id)
     if CARD in there:
         present = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(
             encoding="utf-8", errors="replace"
         )
-        card = merged(card, present) if OURS in present else card
+        card = merge_edits(card, present) if OURS in present else card
     return card.encode()

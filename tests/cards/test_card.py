@@ -10,11 +10,12 @@ from huggingface_hub import ModelCard
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusers_graft as dg
-from diffusers_graft.cards.card import card, speed_table
+from diffusers_graft.cards.card import speed_table
 from diffusers_graft.cards.edit_table import _ranges, edit_rows
 from diffusers_graft.errors import FileError, GraftError, UnknownNameError
-from diffusers_graft.evaluation.cost import _UNCOUNTED
+from diffusers_graft.evaluation.cost import FLOP_FORMULAS
 from diffusers_graft.inspection import example_inputs
+from diffusers_graft.serialization.model_card import card
 
 from ..models import FAMILIES, SCHEDULER, batches, tiny_dit
 from ..serialization.forging import RULES, saved
@@ -99,7 +100,7 @@ def test_edits_alike_stand_together():
 def test_parameters_and_flops_are_those_of_the_parts(family):
     model = FAMILIES[family]()
     inputs = example_inputs(model)
-    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     with counter:
         model(**inputs)
     path = "transformer_blocks.1.ff"

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 import diffusers_graft as dg
-from diffusers_graft.cards.card import card
 from diffusers_graft.cards.training_table import training
+from diffusers_graft.serialization.model_card import card
 from diffusers_graft.training.metrics_log import FACTS, facts, forget_after, read_journal
 
 from ..models import SCHEDULER, batches, tiny_dit
