@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from ..core.sites import Context, Grid, Site
 from ..errors import GeometryError, OperatorError
 from ..operators import Mixer, OperatorConfig
-from ..operators.ops.backends import plain, precision_of
+from ..operators.ops.backends import compute_dtype, specialize
 
 FIELD = 64  # tokens that stand for a receptive field, at most
 AT_ONCE = 256
@@ -137,7 +137,7 @@ def _shared(
     That score is two channels that only this key looks at, what the query's precision holds of it and the rest. Its
     value is one more channel, which comes out as 1 - p. Eight channels in all, as kernels want them.
     """
-    held = precision_of(query)  # autocast lowers queries that it has left in float32
+    held = compute_dtype(query)  # autocast lowers queries that it has left in float32
     limit = torch.finfo(held).max / 4
     score = (seen / scale).clamp(-limit, limit)
     high = score.to(held)
@@ -197,7 +197,7 @@ class _FieldScores(torch.autograd.Function):
 
 def _split(part: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
     return part.split(
-        max(AT_ONCE, -(-plain(part.size(dim)) // 16)), dim
+        max(AT_ONCE, -(-specialize(part.size(dim)) // 16)), dim
     )  # of a constant, compiled code knows no `shape`
 
 

@@ -6,7 +6,7 @@ inner filter starts as the identity).
 
 from __future__ import annotations
 
-from .ops.hyena import GatedConvolution
+from .ops.gated_convolution import GatedConvolution
 
 
 class HyenaSe(GatedConvolution):

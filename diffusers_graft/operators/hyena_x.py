@@ -5,7 +5,7 @@ Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, s
 
 from __future__ import annotations
 
-from .ops.hyena import GatedConvolution
+from .ops.gated_convolution import GatedConvolution
 
 
 class HyenaX(GatedConvolution):

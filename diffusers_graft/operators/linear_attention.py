@@ -15,7 +15,7 @@ from torch import nn
 from ..core.sites import Context, Site
 from ..errors import OperatorError, UnknownNameError
 from .base import Mixer
-from .ops.backends import COMPILED, WithBackends, piece_by_piece
+from .ops.backends import COMPILED, WithBackends, runs_in_pieces
 from .ops.depthwise import ShortConvolution, heads_first, tokens_last
 
 FEATURE_MAPS = ("elu", "relu", "softmax")
@@ -174,7 +174,7 @@ class EluPlusOne(torch.autograd.Function):
 
 def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Of the tokens, the last axis but one."""
-    return tensor.split(TOGETHER, dim=-2) if piece_by_piece(tensor) else (tensor,)
+    return tensor.split(TOGETHER, dim=-2) if runs_in_pieces(tensor) else (tensor,)
 
 
 def key_weights(mask: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:

@@ -23,7 +23,7 @@ from diffusers_graft.operators import gated_deltanet, mamba2, neighborhood, slid
 from diffusers_graft.operators.base import Mixer
 from diffusers_graft.operators.conformance.suite import example_site
 from diffusers_graft.operators.ops import backends as _backends
-from diffusers_graft.operators.ops import hyena as _hyena
+from diffusers_graft.operators.ops import gated_convolution as _hyena
 from diffusers_graft.operators.ops.backends import Backend, WithBackends
 from diffusers_graft.operators.ops.flex import mask_of
 

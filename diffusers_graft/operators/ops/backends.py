@@ -114,14 +114,14 @@ class WithBackends(Operator):
         return backend
 
 
-def piece_by_piece(like: torch.Tensor) -> bool:
+def runs_in_pieces(like: torch.Tensor) -> bool:
     """Whether plain torch takes tokens a few at a time, which stay in cache: on CPUs, and where nothing is kept or
     compiled.
     """
     return like.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
-def plain(number: int) -> int:
+def specialize(number: int) -> int:
     """A number where code compiled for changing sizes holds a symbol: it is compiled anew for another."""
     return len([None] * number)
 
@@ -131,7 +131,7 @@ def autocast_device(like: torch.Tensor) -> str:
     return "cpu" if like.is_meta else like.device.type
 
 
-def precision_of(like: torch.Tensor) -> torch.dtype:
+def compute_dtype(like: torch.Tensor) -> torch.dtype:
     """What torch's products and convolutions of it give: autocast's precision where that is on, else its own."""
     device = autocast_device(like)
     cast = torch.is_autocast_enabled(device) and like.dtype != torch.float64

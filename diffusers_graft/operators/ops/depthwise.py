@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .backends import precision_of
+from .backends import compute_dtype
 
 LAYOUTS = ("causal_1d", "centered_1d", "2d")
 
@@ -53,7 +53,7 @@ class ShortConvolution(nn.Conv2d):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """With channels last in memory, and the same padding on both sides: `reach`, the longer of the two needed."""
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            return self.by_taps(image).to(precision_of(image))  # its gradient would be slower than a convolution's
+            return self.by_taps(image).to(compute_dtype(image))  # its gradient would be slower than a convolution's
         reach = [max(before, size - 1 - before) for size, before in zip(self.kernel_size, self.before, strict=True)]
         image, starts = image.permute(0, 3, 1, 2), (0, 0)
         if torch.is_grad_enabled():

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ...core.sites import Grid
-from .backends import autocast_device, piece_by_piece, plain
+from .backends import autocast_device, runs_in_pieces, specialize
 
 ORDERS = ("raster", "column", "zigzag")
 
@@ -79,7 +79,7 @@ class _Carried(torch.autograd.Function):
 
 
 def _entering(added: torch.Tensor, kept: torch.Tensor, backwards: bool, matrices: bool) -> torch.Tensor:
-    chunks, start = plain(added.shape[1]), torch.zeros_like(added[:, 0])
+    chunks, start = specialize(added.shape[1]), torch.zeros_like(added[:, 0])
     cheap = added.device.type == "cpu" and not torch.compiler.is_compiling()
     if cheap or chunks < 8:
         return _one_by_one(added, kept, start, backwards, matrices)[0]
@@ -160,7 +160,7 @@ def state_space(
     log_decay = chunked(log_decay, chunk).transpose(2, 3)
     ways = [decay_sums(log_decay, backwards) for backwards in ((False, True) if bidirectional else (False,))]
     at_once, in_turns = (_within_chunks, _with_other_chunks), (_within_each_chunk, _from_chunk_to_chunk)
-    within, beyond = in_turns if piece_by_piece(value) else at_once
+    within, beyond = in_turns if runs_in_pieces(value) else at_once
     mixed = within(value, key, query, ways)
     for backwards, since in enumerate(ways):
         mixed = beyond(mixed, value, key, query, since, log_decay.sum(-1), bool(backwards))

@@ -1,4 +1,4 @@
-"""Softmax attention in which each query sees a box of keys around it: linear in tokens, exact, plain torch.
+"""Softmax attention in which each query sees a box of keys around it: linear in tokens, exact, in plain torch.
 
 Queries are cut into tiles. A tile gathers the keys its queries may see (its halo), and one softmax call with a small
 mask serves all tiles. Which keys a query sees is said for each axis of the grid by itself.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .backends import piece_by_piece, plain, precision_of
+from .backends import compute_dtype, runs_in_pieces, specialize
 
 # An axis is its length and the settings of a rule; the rule lists, for each place, the places it sees.
 Axis = tuple[int, ...]
@@ -134,9 +134,9 @@ def tiled_attention(
             query all of whose keys are hidden gives zeros.
     """
     # A tiling belongs to one grid.
-    axes = tuple(tuple(plain(setting) for setting in axis) for axis in axes)
+    axes = tuple(tuple(specialize(setting) for setting in axis) for axis in axes)
     # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind; it must not be kept for real ones.
-    others = plain(key.shape[2] - query.shape[2])
+    others = specialize(key.shape[2] - query.shape[2])
     tile = max(tile, round((others / 4) ** (1 / len(axes))))  # each tile gathers the others anew: fewer tiles then
     cut = (tiling if type(query) is torch.Tensor else _made)(rule, axes, tile, others, query.device)
     # Code compiled for changing sizes knows the `size()` of such constants, and not their `shape`.
@@ -144,7 +144,7 @@ def tiled_attention(
     if tiles == 1:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=_both(cut.mask, mask), scale=scale)
     whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if cut.starts and piece_by_piece(query):
+    if cut.starts and runs_in_pieces(query):
         return _in_turns(query, key, value, cut, others, scale, mask)
     # Whole tokens [B, N, H * E] are gathered fastest, and without gradients a few tiles at a time, which stay in
     # cache.
@@ -172,7 +172,7 @@ def _in_turns(
         own = part.narrow(dim, low, keys)
         return torch.cat([own, part.narrow(dim, tokens, others)], dim) if others else own
 
-    mixed = value.new_empty(query.shape[0], query.shape[2], value.shape[1], value.shape[3], dtype=precision_of(value))
+    mixed = value.new_empty(query.shape[0], query.shape[2], value.shape[1], value.shape[3], dtype=compute_dtype(value))
     for (first, low), window in zip(cut.starts, cut.mask[:, 0], strict=True):
         own = slice(first, first + queries)
         parts = query[:, :, own], near(key, 2, low), near(value, 2, low)

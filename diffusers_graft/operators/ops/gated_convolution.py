@@ -11,7 +11,7 @@ from torch import nn
 from ...core.sites import Context, Grid, Site
 from ...errors import OperatorError, UnknownNameError
 from ..base import Mixer
-from .backends import COMPILED, HALF, Backend, WithBackends, precision_of
+from .backends import COMPILED, HALF, Backend, WithBackends, compute_dtype
 from .depthwise import LAYOUTS, ShortConvolution, heads_first, tokens_last
 
 
@@ -103,7 +103,7 @@ class GatedConvolution(WithBackends, Mixer):
 
         def featurised(name: str, part: torch.Tensor) -> torch.Tensor:
             image = tokens_last(part, *layout)
-            return convolve(self.convolutions[name], image) if self.has_featurisers else image.to(precision_of(image))
+            return convolve(self.convolutions[name], image) if self.has_featurisers else image.to(compute_dtype(image))
 
         # One after the other, so that the next can have the memory of the last.
         product = _times(featurised("key", key), featurised("value", value), own=self.has_featurisers)
