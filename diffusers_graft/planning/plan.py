@@ -75,12 +75,12 @@ class GraftPlan:
 
     def save(self, path: str | Path) -> None:
         """Raises `FileError` for a path that cannot be written."""
-        write_json(path, self.to_dict(), "plan")
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> GraftPlan:
         """Raises `FileError` for a file that is missing or no plan."""
-        return cls.from_dict(read_json(path, "plan"))
+        return cls.from_dict(read_json(path))
 
     def check(self, model: ModelMixin, sites: Sites | None = None) -> None:
         """Raise `MismatchError` unless every site of this plan is there in `model`, with the same sizes.

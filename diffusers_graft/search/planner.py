@@ -194,13 +194,13 @@ class Survey:
         """Write it as JSON, without the parts. Raises `FileError` for a path that cannot be written."""
         tried = GraftPlan(self.model_class, tuple(choice.edit for choice in self.choices))
         scores = [{"harm": choice.harm, "saved": choice.saved} for choice in self.choices]
-        write_json(path, {**tried.to_dict(), "scores": scores, "protocol": self.protocol}, "survey")
+        write_json(path, {**tried.to_dict(), "scores": scores, "protocol": self.protocol})
 
     @classmethod
     def load(cls, path: str | Path) -> Survey:
         """Raises `FileError` for a file that is missing or no survey."""
-        data = read_json(path, "survey")
         try:
+            data = read_json(path)
             tried = GraftPlan.from_dict(data)
             scores = zip(tried.edits, data["scores"], strict=True)
             choices = tuple(

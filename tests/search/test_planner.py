@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -265,14 +266,14 @@ def test_a_survey_is_kept_and_solved_again(surveyed, tmp_path):
 
 
 def test_a_save_that_fails_leaves_what_is_there(surveyed, tmp_path, monkeypatch):
-    def full(path, text, **settings):
-        path.write_bytes(text[:9].encode())
+    def full(descriptor):
         raise OSError("No space left on device")
 
     surveyed[1].save(tmp_path / "survey.json")
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FileError, match="No space left"):
         surveyed[1].save(tmp_path / "survey.json")
+    monkeypatch.undo()
     with pytest.raises(FileError, match="cannot be written"):
         surveyed[1].save(tmp_path / "survey.json" / "inside a file")
     assert Survey.load(tmp_path / "survey.json") == surveyed[1]
