@@ -19,12 +19,13 @@ from .serialization.graft_folder import save_graft
 from .serialization.upload import push_graft
 from .training import distributed as processes
 from .training.batches import Batch, make_batches
+from .training.callbacks import RunState
 from .training.distill.distill import DistillConfig, SiteReport, distill
 from .training.finetune.finetune import FinetuneConfig, finetune
 from .training.fsdp import settings as fsdp_settings
 from .training.fsdp import spread
 from .training.metrics_log import copy_journal
-from .training.session import RunState, is_resumable
+from .training.session import is_resumable
 
 
 @dataclass(frozen=True, kw_only=True)

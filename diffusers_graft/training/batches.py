@@ -8,7 +8,7 @@ arguments used as it is, with the `target` of stage two among them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ class ShuffledBatches:
         """Begin the next reading at the batch of this number."""
         self._start = batch
 
+    def __len__(self) -> int:
+        return len(self.dataset) // self.batch_size or 1
+
     def __iter__(self) -> Iterator[Batch]:
         own = torch.Generator().manual_seed(
             self.seed
@@ -45,7 +48,7 @@ class ShuffledBatches:
         )
 
     def _indices(self, start: int) -> Iterator[list[int]]:
-        full = len(self.dataset) // self.batch_size or 1
+        full = len(self)
         epoch, skipped = divmod(start, full)
         while True:
             order = torch.randperm(
@@ -90,6 +93,11 @@ class BatchStream:
         batch = next(self._next)
         self.position += 1
         return batch
+
+    @property
+    def epoch(self) -> float | None:
+        """How often the batches were read, a fraction within an epoch; None where their number is not known."""
+        return self.position / len(self.batches) if isinstance(self.batches, Sized) else None
 
     def peek(self) -> Batch:
         """The next batch, not yet taken."""

@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm.auto import tqdm
 
 from ..errors import FileError, StateError
+from .callbacks import CallbackArguments, Callbacks, RunState
 from .checkpoint import Checkpoints
 from .config import TrainingConfig, one_of
 from .distributed import hardware, is_main, smallest
@@ -26,28 +26,6 @@ STAGES = ("one", "two")  # the second goes on from the first
 CHECKPOINTS = ".checkpoints"  # of the machine that trains: a push to the Hub leaves out what begins with a dot
 
 
-@dataclass
-class RunState:
-    """Where a run is; what callbacks are shown.
-
-    Attributes:
-        stage: `"one"` or `"two"`.
-        global_step, max_steps: of the stage.
-        seconds, samples: spent, and learned from by all processes together, also before a resume; a sample that is
-            used again counts again.
-        log_history: the rows of `training.jsonl` written by this process.
-        should_training_stop: set it to end the stage after this step.
-    """
-
-    stage: str
-    max_steps: int
-    global_step: int = 0
-    seconds: float = 0.0
-    samples: int = 0
-    log_history: list[dict[str, Any]] = field(default_factory=list)
-    should_training_stop: bool = False
-
-
 class Run:
     """One stage on its way.
 
@@ -55,9 +33,8 @@ class Run:
         identity: whatever decides the weights; a checkpoint of another one is refused.
         device: that it runs on.
         folder: for `training.jsonl` and `.checkpoints`; None keeps nothing on disk.
-        callbacks: objects with any of the methods `on_train_begin`, `on_step_end`, `on_log`, `on_save`,
-            `on_train_end`, each called as those of a `transformers.TrainerCallback`: `(args, state, control,
-            **kwargs)`.
+        callbacks: see `diffusers_graft.training.callbacks.Callbacks`.
+        model, held_out: that callbacks are shown.
     """
 
     def __init__(
@@ -69,8 +46,14 @@ class Run:
         *,
         folder: str | Path | None = None,
         callbacks: Iterable[Any] = (),
+        model: torch.nn.Module | None = None,
+        held_out: list[Any] | None = None,
     ):
-        self.config, self.state, self.callbacks = config, RunState(stage, config.steps), list(callbacks)
+        self.config, self.state = config, RunState(stage, config.steps)
+        arguments = CallbackArguments(
+            config, None if folder is None else str(folder), has_evaluation=held_out is not None
+        )
+        self.callbacks = Callbacks(callbacks, arguments, self.state, model=model, eval_dataloader=held_out)
         self.identity, self.hardware = json.loads(json.dumps(identity)), hardware(device)
         self.folder = None if folder is None else Path(folder)
         self.checkpoints = None if folder is None else Checkpoints(self.folder / CHECKPOINTS, stage, config.keep)
@@ -127,7 +110,7 @@ class Run:
                     f"The output_dir {self.folder} cannot be written to: {error}. Give another one."
                 ) from error
             self.trackers = [_tracker(name, self.config, self.folder, f"stage-{one.stage}") for name in self._wanted]
-        self._tell("on_train_begin")
+        self.callbacks.call("on_train_begin")
 
     def _forget_what_is_ahead(self) -> None:
         """Rows of steps that will be done again; checkpoints of another run, from which a later `resume` would go on."""
@@ -136,22 +119,30 @@ class Run:
         for stage in STAGES[STAGES.index(one.stage) :] if one.global_step == 0 else ():
             Checkpoints(self.folder / CHECKPOINTS, stage, self.config.keep).drop()
 
-    def advance(self, step: int, values: Callable[[], dict[str, Any]], *, samples: int) -> bool:
+    def advance(
+        self, step: int, values: Callable[[], dict[str, Any]], *, samples: int, epoch: float | None = None
+    ) -> bool:
         """After a step: log where it is time to; whether to go on.
 
         Args:
             values: what to log; only called then.
             samples: of one step, all processes together.
+            epoch: how often the training set was read.
         """
         one, before = self.state, self.state.global_step
         one.global_step, one.seconds = step, time.perf_counter() - self._began
         one.samples += samples * (step - before)
         self.bar.update(step - before)
-        if step // self.config.log_every > self._logged or step >= one.max_steps:
+        one.epoch = epoch
+        control = self.callbacks.control
+        control.clear()
+        self.callbacks.call("on_step_end")
+        control = self.callbacks.control
+        due = step // self.config.log_every > self._logged or step >= one.max_steps
+        if due or control.should_log:
             self._logged = step // self.config.log_every
             self.log({**values(), "samples_per_second": round(one.samples / max(one.seconds, 1e-9), 2)})
-        self._tell("on_step_end")
-        return not one.should_training_stop
+        return not control.should_training_stop
 
     def log(self, values: dict[str, Any]) -> None:
         """A row for the journal, the bar, trackers and callbacks."""
@@ -165,15 +156,17 @@ class Run:
             tracker.log(
                 {f"{self.state.stage}/{name}": value for name, value in plain.items()}, step=self.state.global_step
             )
-        self._tell("on_log", logs=row)
+        self.callbacks.call("on_log", logs=dict(row))
 
     def facts(self) -> dict[str, Any]:
         """What was spent so far, and on what."""
         return dict(zip(FACTS, (self.state.samples, round(self.state.seconds, 2), self.hardware), strict=True))
 
     def due(self) -> bool:
-        """Whether it is time for a checkpoint."""
-        return self.checkpoints is not None and self.state.global_step - self._saved >= self.config.save_every
+        """Whether it is time for a checkpoint, or a callback asked for one."""
+        if self.checkpoints is None:
+            return False
+        return self.callbacks.control.should_save or self.state.global_step - self._saved >= self.config.save_every
 
     def save(self, make: Callable[[], dict[str, Any]]) -> None:
         """Write a checkpoint of the state that `make` tells, and its step, where there is a folder for it.
@@ -195,19 +188,14 @@ class Run:
             raise failure or FileError(
                 f"The checkpoint of step {step} could not be written; the first process says why."
             )
-        self._tell("on_save")
+        self.callbacks.call("on_save")
 
     def end(self) -> None:
         """Close what is open; also after an error."""
         self.bar.close()
         for tracker in self.trackers:
             tracker.finish()
-        self._tell("on_train_end")
-
-    def _tell(self, event: str, **details: Any) -> None:
-        for callback in self.callbacks:
-            if (method := getattr(callback, event, None)) is not None:
-                method(self.config, self.state, self.state, **details)
+        self.callbacks.call("on_train_end")
 
 
 def is_resumable(folder: str | Path | None, stage: str) -> bool:

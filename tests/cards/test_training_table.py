@@ -120,7 +120,7 @@ def test_without_matplotlib_there_is_no_picture_and_no_word_of_one(run, tmp_path
 
 def test_what_was_stopped_early_tells_the_steps_it_took(tmp_path):
     class Stop:
-        def on_step_end(self, args, state, control):
+        def on_step_end(self, args, state, control, **_):
             control.should_training_stop = state.global_step == 2
 
     model = tiny_dit()

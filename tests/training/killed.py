@@ -21,7 +21,7 @@ class Kill:
     def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, args, state, control):
+    def on_step_end(self, args, state, control, **_):
         if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 

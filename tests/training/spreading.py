@@ -29,7 +29,7 @@ WAYS = {
 class Stop:
     """Ends a stage before its last step."""
 
-    def on_step_end(self, args, state, control):
+    def on_step_end(self, args, state, control, **_):
         control.should_training_stop = state.global_step == 2
 
 

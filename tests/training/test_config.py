@@ -111,7 +111,7 @@ def test_the_average_is_the_one_of_every_steps_weights():
     class Watcher:
         seen = []
 
-        def on_step_end(self, args, state, control):
+        def on_step_end(self, args, state, control, **_):
             self.seen.append(weights_of(model))
 
     model, decay = grafted(), 0.3

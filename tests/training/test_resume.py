@@ -207,7 +207,7 @@ class StopAt:
     def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, args, state, control):
+    def on_step_end(self, args, state, control, **_):
         if state.global_step >= self.step:
             raise StopError
 
@@ -328,8 +328,8 @@ class StopsAt:
     def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, args, state, control):
-        state.should_training_stop = state.global_step == self.step
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == self.step
 
 
 def test_blocks_with_labels_go_on_without_dice_of_their_own(tmp_path):

@@ -296,7 +296,7 @@ def test_weights_in_float16_are_not_trained(precision):
 
 
 class StopsAtTheEnd:
-    def on_train_end(self, args, state, control):
+    def on_train_end(self, args, state, control, **_):
         raise KeyboardInterrupt
 
 
@@ -362,7 +362,7 @@ class Takes:
     def __init__(self, verb, *arguments, step=1):
         self.verb, self.arguments, self.step = verb, arguments, step
 
-    def on_step_end(self, args, state, control):
+    def on_step_end(self, args, state, control, **_):
         if state.global_step == self.step:
             self.verb(*self.arguments)
 

@@ -92,7 +92,16 @@ class Classroom:
         """Every lesson, for every pupil; the best weights are theirs afterwards. Returns what it took."""
         self.stream = stream
         identity = {"stage": "one", "config": self.config.deciding(), "plan": self.graft.plan.to_dict()}
-        run = Run("one", self.config, identity, self.model.device, folder=output_dir, callbacks=callbacks)
+        run = Run(
+            "one",
+            self.config,
+            identity,
+            self.model.device,
+            folder=output_dir,
+            callbacks=callbacks,
+            model=self.model,
+            held_out=self.held_out,
+        )
         with self._prepared():
             if not (resume and run.resume(self._load)):
                 self._divide()
@@ -115,17 +124,22 @@ class Classroom:
                 before = self.done[number]
                 self._stream(number, active) if self.config.reuse == 1 else self._reuse(number, active)
                 self._look(number, active, before)
-                go_on = run.advance(sum(self.done), lambda active=active: self._values(active), samples=self.samples)
+                go_on = run.advance(
+                    sum(self.done),
+                    lambda active=active: self._values(active),
+                    samples=self.samples,
+                    epoch=self.stream.epoch,
+                )
                 if is_enabled(self.model):
                     raise StateError(
                         f"A callback grafted the model after step {sum(self.done)}, and stage one watches the original parts: "
-                        "let callbacks call model.unset_graft() before they return, or set state.should_training_stop."
+                        "let callbacks call model.unset_graft() before they return, or set control.should_training_stop."
                     )
                 if run.due():
                     run.save(self._state)
                 if not go_on:
                     break
-            if run.state.should_training_stop:
+            if run.callbacks.control.should_training_stop:
                 break
         for pupil in self.pupils.values():
             pupil.keep_best()

@@ -51,7 +51,7 @@ class Settling:
         """Every step; the averaged weights are the model's afterwards. Returns what it took."""
         self.stream, device = stream, self.model.device
         identity = {"stage": "two", "config": self.config.deciding(), "plan": self.graft.plan.to_dict()}
-        run = Run("two", self.config, identity, device, folder=output_dir, callbacks=callbacks)
+        run = Run("two", self.config, identity, device, folder=output_dir, callbacks=callbacks, model=self.model)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.config.seed)
             if resume:
@@ -73,11 +73,11 @@ class Settling:
         while self.learner.done < self.config.steps:
             self._step()
             self.mark = self._stand()
-            go_on = run.advance(self.learner.done, self._values, samples=self.samples)
+            go_on = run.advance(self.learner.done, self._values, samples=self.samples, epoch=self.stream.epoch)
             if not self._grafted():
                 raise StateError(
                     f"A callback took the graft out after step {self.learner.done}, and the original weights are not to be "
-                    "trained: let callbacks enable it again before they return, or set state.should_training_stop."
+                    "trained: let callbacks enable it again before they return, or set control.should_training_stop."
                 )
             if run.due():
                 run.save(self._state)

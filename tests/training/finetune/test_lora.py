@@ -20,10 +20,10 @@ class StopAt:
     def __init__(self, step):
         self.step = step
 
-    def on_train_begin(self, args, state, control):
+    def on_train_begin(self, args, state, control, **_):
         self.on_step_end(args, state, control)
 
-    def on_step_end(self, args, state, control):
+    def on_step_end(self, args, state, control, **_):
         if state.global_step == self.step:
             raise StopError
 

@@ -346,7 +346,7 @@ def test_a_teacher_does_not_bring_back_the_dice_of_labels_in_a_grafted_block():
     model, training = grafted(rules={"block_pair[0]": "parallel"}), []
 
     class Watcher:
-        def on_step_end(self, args, state, control):
+        def on_step_end(self, args, state, control, **_):
             training.extend(module.training for module in model.modules() if isinstance(module, LabelEmbedding))
 
     settle(model, steps=2, distill_output=1.0, callbacks=[Watcher()])
