@@ -55,12 +55,20 @@ def count_flops(model: ModelMixin, inputs: dict[str, Any] | None = None) -> int:
     counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     counter.mod_tracker = _NoModules()
     operators = get_graft(model).operators().values() if is_enabled(model) else ()
-    prices = [_Price(operator, counter) for operator in operators if not isinstance(operator, BlockOperator)]
+    prices = [_Price(part, counter) for operator in operators for part in _computing_parts(operator)]
     with evaluating(model), counter, contextlib.ExitStack() as hooks:
         for price in prices:
             hooks.enter_context(price.hooks())
         predict(model, inputs)
     return counter.get_total_flops() + sum(price.difference for price in prices)
+
+
+def _computing_parts(operator: Operator) -> list[Operator]:
+    """The operators with a price: those inside a hybrid, which beside text run one by one, or the operator itself."""
+    if isinstance(operator, BlockOperator):
+        return []
+    inner = [part for child in operator.children() if isinstance(child, Operator) for part in _computing_parts(child)]
+    return inner or [operator]
 
 
 class _NoModules(contextlib.nullcontext):

@@ -90,7 +90,10 @@ def mix_with_others(
     if query.shape[2] < image:
         return _softmax(query, key, value, context, slice(0, query.shape[2]))
     seen_by_image = replace(context, mask=_rows(context.mask, queries))
-    mixed = _image_queries(operator, query[:, :, queries], key, value, seen_by_image, start)
+    # Each part of a hybrid shares attention with the text by its own rule, as it would alone.
+    mixed = operator.mix_parts(
+        functools.partial(_image_queries, start=start), query[:, :, queries], key, value, seen_by_image
+    )
     parts = [slice(0, queries.start), slice(queries.stop, query.shape[2])]
     before, after = (_softmax(query[:, :, part], key, value, context, part) for part in parts)
     return torch.cat([before, mixed, after], dim=2) if query.shape[2] > image else mixed
@@ -105,7 +108,7 @@ def _softmax(query, key, value, context: Context, part: slice) -> torch.Tensor:
     )
 
 
-def _image_queries(operator: Mixer, query, key, value, context: Context, start: int) -> torch.Tensor:
+def _image_queries(operator: Mixer, query, key, value, context: Context, *, start: int) -> torch.Tensor:
     image = query.shape[2]
     own, rest = slice(start, start + image), (slice(0, start), slice(start + image, key.shape[2]))
     if operator.honours_others and not context.causal:

@@ -234,6 +234,20 @@ class Mixer(Operator):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         raise OperatorError(f"{self.name} has no forward.")
 
+    def mix_parts(
+        self,
+        mix: Callable[..., torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: Context,
+    ) -> torch.Tensor:
+        """Call `mix(mixer, query, key, value, context)` for every mixer inside this one, on the heads that it serves.
+
+        Returns [B, H, N, E] of all heads. A mixer that is not made of others is called itself.
+        """
+        return mix(self, query, key, value, context)
+
 
 class AttentionOperator(Operator):
     """Replaces a whole self-attention with its projections: `forward(hidden_states, context)` takes and returns [B, N,

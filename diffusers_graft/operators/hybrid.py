@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,7 +45,8 @@ class Hybrid(Mixer):
                 object.__setattr__(self, name, config)
             if not _is_split(self.split):
                 raise OperatorError(
-                    f"hybrid: split is a share of the heads, a count of them, or a tuple of them; got {self.split!r}. Try 0.75."
+                    "hybrid: split is a share of the heads, a count of them, or a tuple of them; "
+                    f"got {self.split!r}. Try 0.75."
                 )
 
         def resolved(self, site: Site) -> Hybrid.Config:
@@ -56,25 +58,26 @@ class Hybrid(Mixer):
                 raise OperatorError(
                     f"hybrid: {site.path} has one head, and two mixers need two. Choose one of them there."
                 )
-            share = isinstance(self.split, float)
-            count = min(max(1, round(self.split * site.heads)), site.heads - 1) if share else self.split
-            chosen = count if isinstance(count, tuple) else tuple(range(min(count, site.heads)))
+            chosen = self.split
+            if isinstance(chosen, float):
+                # A share never leaves a mixer without heads; a count that does is an error.
+                chosen = min(max(1, round(chosen * site.heads)), site.heads - 1)
+            if isinstance(chosen, int):
+                chosen = tuple(range(min(chosen, site.heads)))
             if not 0 < len(chosen) < site.heads or max(chosen) >= site.heads:
                 raise OperatorError(
-                    f"hybrid: split {self.split!r} does not share the {site.heads} heads of {site.path} between two mixers. "
-                    f"Give a count from 1 to {site.heads - 1}, or a tuple of heads up to {site.heads - 1}."
+                    f"hybrid: split {self.split!r} does not share the {site.heads} heads of {site.path} between two "
+                    f"mixers. Give a count from 1 to {site.heads - 1}, or a tuple of heads up to {site.heads - 1}."
                 )
             return chosen
 
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
-        heads = config.heads(site)
-        others = tuple(head for head in range(site.heads) if head not in heads)
-        self.groups = (heads, others)
-        self.first, self.second = (
-            part.build(replace(site, heads=len(group)))
-            for part, group in zip((config.first, config.second), self.groups, strict=True)
-        )
+        first = config.heads(site)
+        second = tuple(head for head in range(site.heads) if head not in first)
+        self.groups = (first, second)
+        self.first = config.first.build(replace(site, heads=len(first)))
+        self.second = config.second.build(replace(site, heads=len(second)))
         self.needs_grid = any(part.needs_grid for part in self.parts)
         for name in ("honours_mask", "honours_others", "honours_causal", "causal_operator"):
             setattr(self, name, all(getattr(part, name) for part in self.parts))
@@ -82,6 +85,7 @@ class Hybrid(Mixer):
 
     @property
     def parts(self) -> tuple[Mixer, Mixer]:
+        """The two mixers, in the order of `groups`, their heads."""
         return self.first, self.second
 
     @property
@@ -93,25 +97,45 @@ class Hybrid(Mixer):
             part.init_from(original)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-        return self._mixed(self.parts, query, key, value, context)
+        return self._join(lambda part: part, query, key, value, context)
 
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """Each mixer by its definition."""
-        return self._mixed([getattr(part, "reference", part) for part in self.parts], query, key, value, context)
+        return self._join(lambda part: getattr(part, "reference", part), query, key, value, context)
 
     def countable(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         """Each mixer as torch's counter sees it best."""
-        return self._mixed([getattr(part, "countable", part) for part in self.parts], query, key, value, context)
+        return self._join(lambda part: getattr(part, "countable", part), query, key, value, context)
 
-    def _mixed(
-        self, mixers, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context
+    def mix_parts(
+        self,
+        mix: Callable[..., torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: Context,
     ) -> torch.Tensor:
-        outputs = [
-            mixer(*(_of_heads(part, group) for part in (query, key, value)), _context_of(context, group))
-            for mixer, group in zip(mixers, self.groups, strict=True)
-        ]
+        def call_of(part: Mixer) -> Callable[..., torch.Tensor]:
+            return lambda *inputs: part.mix_parts(mix, *inputs)
+
+        return self._join(call_of, query, key, value, context)
+
+    def _join(
+        self,
+        call_of: Callable[[Mixer], Callable[..., torch.Tensor]],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: Context,
+    ) -> torch.Tensor:
+        """Run `call_of(part)` for each mixer on its heads, and put the heads back in order."""
+        outputs = []
+        for part, heads in zip(self.parts, self.groups, strict=True):
+            inputs = [_select_heads(tensor, heads) for tensor in (query, key, value)]
+            outputs.append(call_of(part)(*inputs, _context_of(context, heads)))
         order = self.groups[0] + self.groups[1]
-        return _of_heads(torch.cat(outputs, dim=1), tuple(map(order.index, range(len(order)))))
+        places = tuple(order.index(head) for head in range(len(order)))
+        return _select_heads(torch.cat(outputs, dim=1), places)
 
     def receptive_field(self, token: int, grid: Grid) -> set[int]:
         return {seen for part in self.parts for seen in part.receptive_field(token, grid)}
@@ -124,20 +148,26 @@ class Hybrid(Mixer):
 
 
 def _is_split(split: Any) -> bool:
+    """Whether a setting can be a split at some number of heads."""
     if isinstance(split, tuple):
         return bool(split) and len(set(split)) == len(split) and all(type(head) is int and head >= 0 for head in split)
-    return (type(split) is int and split > 0) or (type(split) is float and 0 < split < 1)
+    if type(split) is float:
+        return 0 < split < 1
+    return type(split) is int and split > 0
 
 
-def _of_heads(tensor: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
+def _select_heads(tensor: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
     """Those heads of [B, H, ...], without a copy where they are neighbours in order."""
-    if heads == tuple(range(heads[0], heads[0] + len(heads))):
-        return tensor[:, heads[0] : heads[0] + len(heads)]
+    first = heads[0]
+    if heads == tuple(range(first, first + len(heads))):
+        return tensor[:, first : first + len(heads)]
     return torch.stack([tensor[:, head] for head in heads], dim=1)
 
 
 def _context_of(context: Context, heads: tuple[int, ...]) -> Context:
-    """A mask may differ from head to head."""
-    if context.mask is None or context.mask.dim() < 3 or context.mask.shape[-3] == 1:
+    """The context for some heads, since a mask may differ from head to head."""
+    mask = context.mask
+    if mask is None or mask.dim() < 3 or mask.shape[-3] == 1:
         return context
-    return replace(context, mask=_of_heads(context.mask[(None,) * (4 - context.mask.dim())], heads))
+    mask = mask[(None,) * (4 - mask.dim())]
+    return replace(context, mask=_select_heads(mask, heads))

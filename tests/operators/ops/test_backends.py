@@ -27,7 +27,7 @@ from diffusers_graft.operators.ops import gated_convolution as _hyena
 from diffusers_graft.operators.ops.backends import Backend, WithBackends
 from diffusers_graft.operators.ops.flex import mask_of
 
-from ..models import predict, tiny_dit
+from ...models import predict, tiny_dit
 
 SITE = example_site("self_attention")
 

@@ -12,7 +12,7 @@ from diffusers_graft.operators import configure
 from diffusers_graft.operators.neighborhood import around
 from diffusers_graft.operators.ops import tiles as _tiles
 
-from .test_operators import build, natten_places, qkv
+from ..examples import build, natten_places, qkv, with_gradients
 
 # More tokens than are served by one dense mask.
 GRID = Grid(height=18, width=17)
@@ -25,13 +25,6 @@ def _fresh():
     _tiles._kept.cache_clear()
     yield
     _tiles._kept.cache_clear()
-
-
-def with_gradients(call, inputs):
-    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    output = call(*inputs)
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-    return [output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)]
 
 
 def assert_is_masked_softmax(operator, seen, context):

@@ -1,0 +1,123 @@
+"""Linear attention against all pairs of tokens, its masks and its convolution of values."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from diffusers_graft.core.sites import Context, Grid
+from diffusers_graft.errors import GeometryError, OperatorError
+from diffusers_graft.operators import configure
+from diffusers_graft.operators.conformance.suite import example_site
+
+from .examples import ATTENTION, build, qkv
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.tensor([True] * 5 + [False] * 2)[None, None, None],
+        torch.tensor([0.0] * 5 + [-10000.0] * 2)[None, None, None],
+    ],
+)
+def test_linear_attention_hides_masked_keys(mask):
+    operator = build("linear_attention")
+    query, key, value = qkv(7)
+    mixed = operator(query, key, value, Context(mask=mask))
+    torch.testing.assert_close(mixed, operator(query, key[:, :, :5], value[:, :, :5], Context()))
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "relu", "softmax"])
+def test_linear_attention_and_its_gradients_by_hand(feature_map):
+    operator = build({"operator": "linear_attention", "feature_map": feature_map})
+
+    def phi(tensor, head, which):
+        if feature_map == "elu":
+            return torch.where(tensor > 0, tensor + 1, tensor.exp())
+        if feature_map == "relu":
+            return tensor.clamp(min=0) + 1e-3
+        mapped = (
+            (tensor @ operator.feature_weight[which, head]).exp(),
+            (-tensor @ operator.feature_weight[which, head]).exp(),
+        )
+        return torch.cat([half / half.sum() for half in mapped])
+
+    def by_hand(query, key, value):
+        rows = []
+        for head, place in itertools.product(range(3), range(6)):
+            weights = [phi(query[0, head, place], head, 0) @ phi(key[0, head, j], head, 1) for j in range(6)]
+            rows.append(sum(w * value[0, head, j] for j, w in enumerate(weights)) / sum(weights))
+        return torch.stack(rows).view(1, 3, 6, 4)
+
+    inputs = [part.requires_grad_() for part in qkv(6)]
+    fast, plain = operator(*inputs, Context()), by_hand(*inputs)
+    torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-10)
+    wanted = [*inputs, *operator.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (fast, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("feature_map", "query", "key"), [("elu", [0, 0, 0, 0], [-36] * 4), ("softmax", [18, -18, 0, 0], [-18, 18, 0, 0])]
+)
+def test_linear_attention_of_tiny_features(feature_map, query, key):
+    """Rows stay averages of the values, with finite gradients, where the weights of all keys are near e^-36."""
+    operator, value = (
+        configure({"operator": "linear_attention", "feature_map": feature_map}).build(ATTENTION),
+        qkv(6)[2].float(),
+    )
+    inputs = [torch.tensor(part).float().expand_as(value).clone().requires_grad_() for part in (query, key)] + [value]
+    mixed = operator(*inputs, Context())
+    torch.testing.assert_close(mixed, value.mean(2, keepdim=True).expand_as(value))
+    wanted = [*inputs[:2], *operator.parameters()]
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(mixed.square().sum(), wanted))
+
+
+def test_linear_attention_sums_in_float32():
+    """Sums of 4096 keys kept in bfloat16 would be wrong by percents."""
+    operator = configure("linear_attention").build(ATTENTION)
+    inputs = [part.bfloat16() for part in qkv(4096)]
+    precise = operator(*(part.double() for part in inputs), Context())
+    error = (operator(*inputs, Context()).double() - precise).norm() / precise.norm()
+    assert error < 0.01
+
+
+def test_an_additive_mask_weighs_keys_as_in_softmax():
+    operator, (query, key, value) = build("linear_attention"), qkv(3)
+    twice = operator(query, key, value, Context(mask=torch.tensor([0.0, math.log(2), 0.0])[None, None, None].double()))
+    again = torch.tensor([0, 1, 1, 2])
+    torch.testing.assert_close(twice, operator(query, key[:, :, again], value[:, :, again], Context()))
+
+
+def test_a_value_convolution_starts_silent_and_stays_within_frames():
+    operator, plain = build({"operator": "linear_attention", "value_conv": 3}), build("linear_attention")
+    context, (query, key, value) = Context(grid=Grid(frames=2, height=4, width=5)), qkv(40)
+    assert torch.equal(operator(query, key, value, context), plain(query, key, value, context))
+    torch.nn.init.ones_(operator.value_convolution.weight)
+    near = operator(query, key, value, context) - plain(query, key, value, context)
+    torch.testing.assert_close(near[:, :, 20], value[:, :, [20, 21, 25, 26]].sum(2))
+    torch.testing.assert_close(near[:, :, 19], value[:, :, [13, 14, 18, 19]].sum(2))
+
+
+def test_a_value_convolution_needs_self_attention_and_a_grid():
+    with pytest.raises(OperatorError, match="value_conv=0"):
+        build({"operator": "linear_attention", "value_conv": 3}, example_site("cross_attention"))
+    with pytest.raises(GeometryError, match="gave no grid"):
+        build({"operator": "linear_attention", "value_conv": 3})(*qkv(4), Context())
+
+
+def test_compiled_linear_attention_refuses_a_mask_it_cannot_look_at():
+    torch._dynamo.reset()
+    operator = torch.compile(build("linear_attention"), fullgraph=True, backend="eager")
+    row = torch.tensor([True, True, False])[None, None, None]
+    torch.testing.assert_close(
+        operator(*qkv(3), Context(mask=row)), build("linear_attention")(*qkv(3), Context(mask=row))
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="OperatorError"):
+        operator(*qkv(3), Context(mask=torch.ones(3, 3, dtype=torch.bool).tril()[None, None]))
+
+
+def test_linear_attention_refuses_a_mask_of_queries():
+    with pytest.raises(OperatorError, match="same keys"):
+        build("linear_attention")(*qkv(4), Context(mask=torch.ones(4, 4, dtype=torch.bool).tril()[None, None]))
