@@ -185,7 +185,7 @@ def _trainable(
 def _prepare(model: ModelMixin, graft: Graft, config: FinetuneConfig, resume: bool) -> None:
     """LoRA first, since peft freezes whatever it did not add; then what is trained, and how."""
     if config.lora is not None:
-        add_lora(model, graft, config.lora, resume=resume)
+        add_lora(model, graft, config.lora, resume=resume, seed=config.seed)
     chosen = _chosen(model, graft, config)
     if config.train == "all":
         _keep_untrained(model, graft, chosen)

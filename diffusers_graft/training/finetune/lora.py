@@ -1,4 +1,4 @@
-"""LoRA on a grafted model: peft's layers, installed and removed as seats are."""
+"""LoRA beside a graft: layers of peft that are installed and removed as seats are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import re
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,8 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ...errors import StateError, TrainingError
 from ...injection.graft import Graft
 
-# What may differ from peft's own: these neither change the weights under a layer nor need more of a saved graft.
-_CARRIED = {
+# Settings that may differ from peft's: they neither change the weights under a layer nor add to a saved graft.
+_SAVED_SETTINGS = {
     "r",
     "lora_alpha",
     "target_modules",
@@ -30,74 +31,95 @@ _CARRIED = {
     "layers_pattern",
     "task_type",
 }
-_STARTS = (True, False, "gaussian", "orthogonal")
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
-def add_lora(model: ModelMixin, graft: Graft, config: LoraConfig, *, resume: bool = False) -> None:
-    """Put LoRA layers into the body of a grafted model; the graft remembers them.
+def add_lora(model: ModelMixin, graft: Graft, config: LoraConfig, *, resume: bool = False, seed: int = 0) -> None:
+    """Add LoRA layers to a grafted model and record them in its graft.
 
-    Works on models without diffusers' peft mixin, DiT and PixArt among them. Seats are left out unless
-    `config.exclude_modules` says otherwise: new parts are trained whole. Without `config.target_modules`, all linear
-    layers get them. To `resume`, layers that the graft got by the same settings are kept.
+    Works on models without diffusers' peft mixin, DiT and PixArt among them. Seats get none unless
+    `config.exclude_modules` says otherwise, since their weights are trained in full. Without `config.target_modules`,
+    all linear layers get them.
 
-    Raises `StateError` where the model carries LoRA already, `TrainingError` for settings that a graft cannot save and
-    take out again, or that fit no layer.
+    Args:
+        resume: keep layers that the graft has already, if the same settings made them.
+        seed: of the initial weights; torch's global generator is left as it is.
+
+    Raises:
+        StateError: the model has LoRA layers already.
+        TrainingError: settings that a graft cannot save and remove again, or that fit no layer.
     """
-    _require_plain(config)
+    _require_saveable(config)
+    config = _with_defaults(config, graft)
+    if resume and graft.adapter_config is not None and lora_settings(graft.adapter_config) == lora_settings(config):
+        return
+    if _find_layers(model):
+        raise StateError("This model carries LoRA layers already. Fuse or unload them before training new ones.")
+    # peft leaves this record behind when its layers are removed, and would refuse new ones for it.
+    vars(model).pop("peft_config", None)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            # A copy, since peft shortens long lists of targets in place.
+            inject_adapter_in_model(copy.deepcopy(config), model)
+        except ValueError as error:
+            raise TrainingError(f"This LoRA does not fit {type(model).__name__}: {error}") from error
+    graft.adapter_config = config
+    layers = _find_layers(model)
+    for layer in layers.values():
+        # peft's layers start in training mode: their dropout would run in a model that evaluates.
+        layer.train(layer.get_base_layer().training)
+    seats = tuple(f"{path}." for path in graft.seats)
+    graft.adapters = {path: layer for path, layer in layers.items() if not path.startswith(seats)}
+
+
+def remove_lora(model: ModelMixin, graft: Graft) -> None:
+    """Remove the LoRA layers of a model, with what they learned, and put back the layers they wrapped."""
+    for path, layer in _find_layers(model).items():
+        model.set_submodule(path, layer.get_base_layer())
+    graft.adapters = {}
+    graft.adapter_config = None
+
+
+def refuse_foreign_lora(model: ModelMixin, graft: Graft) -> None:
+    """Raise `StateError` for LoRA layers that the graft did not add: it would neither save nor remove them."""
+    layers = _find_layers(model)
+    if layers and graft.adapter_config is None:
+        raise StateError(
+            f"This model carries LoRA layers that are not the graft's ({next(iter(layers))} and others). Fuse or "
+            "unload them first; those that dg.finetune trains are the graft's, and are saved with it."
+        )
+
+
+def lora_settings(config: LoraConfig) -> dict[str, Any]:
+    """Return the settings that differ from peft's defaults, JSON-able."""
+    defaults = LoraConfig().to_dict()
+    chosen = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in chosen.items()}
+
+
+def _require_saveable(config: LoraConfig) -> None:
+    settings = lora_settings(config)
+    refused = {name: value for name, value in settings.items() if name not in _SAVED_SETTINGS}
+    if refused.get("init_lora_weights", True) in _INITIALISATIONS:
+        refused.pop("init_lora_weights", None)
+    if refused:
+        named = ", ".join(f"{name}={value!r}" for name, value in refused.items())
+        raise TrainingError(
+            f"The LoRA of a graft is plain, so that it can be saved and removed again: leave out {named}."
+        )
+
+
+def _with_defaults(config: LoraConfig, graft: Graft) -> LoraConfig:
+    """Return the settings with target layers filled in: all linear ones outside the seats."""
     if config.target_modules is None:
         config = dataclasses.replace(config, target_modules="all-linear")
     if config.exclude_modules is None:
         seats = "|".join(re.escape(path) for path in graft.seats)
         config = dataclasses.replace(config, exclude_modules=rf"({seats})\..*")
-    if resume and graft.adapter_config is not None and lora_settings(graft.adapter_config) == lora_settings(config):
-        return
-    if _layers(model):
-        raise StateError("This model carries LoRA layers already. Fuse or unload them before training new ones.")
-    vars(model).pop("peft_config", None)  # of layers that are gone
-    try:
-        inject_adapter_in_model(copy.deepcopy(config), model)  # peft shortens long lists of targets in place
-    except ValueError as error:
-        raise TrainingError(f"This LoRA does not fit {type(model).__name__}: {error}") from error
-    graft.adapter_config = config
-    inside = tuple(f"{path}." for path in graft.seats)
-    for layer in _layers(model).values():
-        layer.train(layer.get_base_layer().training)  # or its dropout would run in a model that evaluates
-    graft.adapters = {path: layer for path, layer in _layers(model).items() if not path.startswith(inside)}
+    return config
 
 
-def _require_plain(config: LoraConfig) -> None:
-    more = {name: value for name, value in lora_settings(config).items() if name not in _CARRIED}
-    if more.pop("init_lora_weights", True) not in _STARTS:
-        more["init_lora_weights"] = config.init_lora_weights
-    if more:
-        told = ", ".join(f"{name}={value!r}" for name, value in more.items())
-        raise TrainingError(
-            f"The LoRA of a graft is plain, so that it can be saved and taken out again: leave out {told}."
-        )
-
-
-def remove_lora(model: ModelMixin, graft: Graft) -> None:
-    """Put back the layers that `add_lora` wrapped; what LoRA learned is lost."""
-    for path, layer in _layers(model).items():
-        model.set_submodule(path, layer.get_base_layer())
-    graft.adapters, graft.adapter_config = {}, None
-
-
-def refuse_foreign_lora(model: ModelMixin, graft: Graft) -> None:
-    """Raise `StateError` for LoRA layers that the graft did not bring: it would neither save nor remove them."""
-    if graft.adapter_config is None and (layers := _layers(model)):
-        raise StateError(
-            f"This model carries LoRA layers that are not the graft's ({next(iter(layers))} and others). Fuse or unload them "
-            "first; those that dg.finetune trains are the graft's, and are saved with it."
-        )
-
-
-def lora_settings(config: LoraConfig) -> dict[str, Any]:
-    """What was chosen, JSON-able: settings that differ from peft's own."""
-    usual = LoraConfig().to_dict()
-    chosen = {name: value for name, value in config.to_dict().items() if value != usual[name]}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in chosen.items()}
-
-
-def _layers(model: ModelMixin) -> dict[str, BaseTunerLayer]:
+def _find_layers(model: ModelMixin) -> dict[str, BaseTunerLayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}

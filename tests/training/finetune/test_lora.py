@@ -158,3 +158,16 @@ def test_lora_goes_on_all_linear_layers_unless_told():
     model = grafted()
     settle(model, lora=LoraConfig(r=2), steps=1)
     assert {"transformer_blocks.0.attn1.to_q", "transformer_blocks.3.ff.net.2"} <= model.graft.adapters.keys()
+
+
+def test_the_initial_weights_follow_the_seed_and_leave_the_global_generator_alone():
+    starts = []
+    for seed, global_seed in ((3, 1), (3, 2), (4, 1)):
+        model = grafted()
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        settle(model, lora=LORA, steps=1, lr=1e-30, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        starts.append(torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name]))
+    torch.testing.assert_close(starts[0], starts[1])
+    assert (starts[0] - starts[2]).abs().max() > 0.1
