@@ -26,9 +26,11 @@ from diffusers_graft.injection.install import install, uninstall
 from diffusers_graft.operators import OperatorConfig
 from diffusers_graft.planning.plan import parse_operator, plan_graft
 from diffusers_graft.testbed.sampling import SampleQuality, measure, scheduler
-from diffusers_graft.training.distill.distill import DistillConfig, distill
-from diffusers_graft.training.distill.ridge import ClosedFormConfig, closed_form
-from diffusers_graft.training.finetune.finetune import FinetuneConfig, finetune
+from diffusers_graft.training.distill.config import ClosedFormConfig, DistillConfig
+from diffusers_graft.training.distill.distill import distill
+from diffusers_graft.training.distill.ridge import closed_form
+from diffusers_graft.training.finetune.config import FinetuneConfig
+from diffusers_graft.training.finetune.finetune import finetune
 
 from .rows import read_rows, write_row
 

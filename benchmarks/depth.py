@@ -23,8 +23,10 @@ from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.injection.install import install, uninstall
 from diffusers_graft.planning.plan import plan_graft
 from diffusers_graft.testbed.sampling import SampleQuality, measure, scheduler
-from diffusers_graft.training.distill.distill import DistillConfig, distill
-from diffusers_graft.training.finetune.finetune import FinetuneConfig, finetune
+from diffusers_graft.training.distill.config import DistillConfig
+from diffusers_graft.training.distill.distill import distill
+from diffusers_graft.training.finetune.config import FinetuneConfig
+from diffusers_graft.training.finetune.finetune import finetune
 
 from .depth_report import report_of
 from .rows import read_rows, write_row

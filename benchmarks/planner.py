@@ -28,9 +28,9 @@ from diffusers_graft.planning.plan import Edit, GraftPlan, interleaved, parse_op
 from diffusers_graft.search.planner import Survey
 from diffusers_graft.search.survey import Exam, survey
 from diffusers_graft.testbed.sampling import measure, scheduler
-from diffusers_graft.training.distill.distill import DistillConfig
-from diffusers_graft.training.distill.ridge import ClosedFormConfig
-from diffusers_graft.training.finetune.finetune import FinetuneConfig, finetune
+from diffusers_graft.training.distill.config import ClosedFormConfig, DistillConfig
+from diffusers_graft.training.finetune.config import FinetuneConfig
+from diffusers_graft.training.finetune.finetune import finetune
 
 from .models import SHAPE
 from .planner_report import CHANCE, PLANNED, report_of

@@ -22,8 +22,9 @@ from diffusers_graft.injection.install import install
 from diffusers_graft.inspection import evaluating, example_inputs
 from diffusers_graft.planning.plan import plan_graft
 from diffusers_graft.testbed.sampling import scheduler
-from diffusers_graft.training.distill.capture import Call, Watch
-from diffusers_graft.training.distill.distill import DistillConfig, distill
+from diffusers_graft.training.distill.capture import Call, Capture
+from diffusers_graft.training.distill.config import DistillConfig
+from diffusers_graft.training.distill.distill import distill
 from diffusers_graft.training.distill.losses import loss_for
 
 SHAPE = dict(
@@ -93,7 +94,7 @@ def _stage_one(model: ModelMixin, graft: Graft, inputs: dict, steps: int) -> Non
 
 def _calls(model: ModelMixin, graft: Graft, inputs: dict) -> dict[str, Call]:
     calls: dict[str, Call] = {}
-    watch = Watch(model, graft)
+    watch = Capture(model, graft)
     with evaluating(model), watch.hooks():
         watch.run(inputs, graft.seats, lambda path, call: calls.update({path: call}))
     return calls

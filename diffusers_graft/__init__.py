@@ -21,9 +21,11 @@ from .serialization.load_model import load_pretrained
 from .serialization.model_card import card
 from .serialization.paper_checkpoints import import_upstream
 from .trainer import GraftTrainer, GraftTrainingArguments
-from .training.distill.distill import DistillConfig, distill
-from .training.distill.ridge import ClosedFormConfig, closed_form
-from .training.finetune.finetune import FinetuneConfig, finetune
+from .training.distill.config import ClosedFormConfig, DistillConfig
+from .training.distill.distill import distill
+from .training.distill.ridge import closed_form
+from .training.finetune.config import FinetuneConfig
+from .training.finetune.finetune import finetune
 
 __all__ = [
     "ClosedFormConfig",

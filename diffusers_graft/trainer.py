@@ -20,12 +20,13 @@ from .serialization.upload import push_graft
 from .training import distributed as processes
 from .training.batches import Batch, make_batches
 from .training.callbacks import RunState
-from .training.distill.distill import DistillConfig, SiteReport, distill
-from .training.finetune.finetune import FinetuneConfig, finetune
-from .training.fsdp import settings as fsdp_settings
-from .training.fsdp import spread
-from .training.metrics_log import copy_journal
-from .training.session import is_resumable
+from .training.distill.config import DistillConfig
+from .training.distill.distill import SiteReport, distill
+from .training.finetune.config import FinetuneConfig
+from .training.finetune.finetune import finetune
+from .training.fsdp import fsdp_plugin, shard
+from .training.metrics_log import copy_metrics
+from .training.session import has_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class GraftTrainer:
             weights.
         noise_scheduler: of the model's pipeline.
         null_prompt: conditioning of no prompt; prompts are dropped where it is given.
-        callbacks: objects with methods of `transformers.TrainerCallback`, see `diffusers_graft.training.session.Run`.
+        callbacks: objects with methods of `transformers.TrainerCallback`, see `diffusers_graft.training.session.Session`.
         args: settings.
     """
 
@@ -87,9 +88,9 @@ class GraftTrainer:
         if isinstance(eval_dataset, Iterator):  # that is read once, and looked at in stage one and by `evaluate`
             eval_dataset = list(itertools.islice(eval_dataset, args.eval_batches))
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        several = processes.state().num_processes > 1 or processes.state().device.type == "cuda"
-        if several and fsdp_settings() is None:
-            model.to(processes.state().device)
+        several = processes.process_state().num_processes > 1 or processes.process_state().device.type == "cuda"
+        if several and fsdp_plugin() is None:
+            model.to(processes.process_state().device)
         self.plan = plan if isinstance(plan, GraftPlan) else plan_graft(model, plan)
         self.graft: Graft = build_graft(model, self.plan, seed=args.seed)
         self.scores: dict[str, Scores] = {}
@@ -120,7 +121,7 @@ class GraftTrainer:
                 **self.common,
             )
         self._run_graft()
-        if not (resume_from_checkpoint and is_resumable(self.args.output_dir, "two")):
+        if not (resume_from_checkpoint and has_checkpoint(self.args.output_dir, "two")):
             self.save_model()
         return reports
 
@@ -145,7 +146,7 @@ class GraftTrainer:
         """
         if self.eval_dataset is None:
             raise StateError("There is nothing to evaluate on: give the trainer an eval_dataset.")
-        with spread(self.model, self.graft.sites) as model:
+        with shard(self.model, self.graft.sites) as model:
             self.scores[name] = evaluate(model, self._held_out(), noise_scheduler=self.common["noise_scheduler"])
         state = RunState("evaluation", 0)
         for callback in self.callbacks:
@@ -157,11 +158,11 @@ class GraftTrainer:
         """Save the graft, by default to the `output_dir` of the arguments, else with the journal of the run; by one
         process.
         """
-        if processes.is_main():
+        if processes.is_main_process():
             if output_dir is not None:
-                copy_journal(self.args.output_dir, output_dir)
+                copy_metrics(self.args.output_dir, output_dir)
             save_graft(self.model, output_dir or self.args.output_dir, scores=self.scores)
-        processes.wait()
+        processes.wait_for_all()
 
     def push_to_hub(self, repo_id: str, **hub_arguments: Any) -> str:
         """Save, and push the graft with its card to the Hub; returns the address of the commit."""
@@ -178,9 +179,9 @@ class GraftTrainer:
         return {"output_dir": self.args.output_dir, "resume": resume, "callbacks": self.callbacks}
 
     def _batches(self) -> Iterable[Batch]:
-        size = self.args.per_device_train_batch_size * processes.state().num_processes
+        size = self.args.per_device_train_batch_size * processes.process_state().num_processes
         return make_batches(self.train_dataset, size, self.args.seed, workers=self.args.dataloader_num_workers)
 
     def _held_out(self) -> list[Batch]:
-        size = self.args.per_device_train_batch_size * processes.state().num_processes
+        size = self.args.per_device_train_batch_size * processes.process_state().num_processes
         return list(itertools.islice(make_batches(self.eval_dataset, size, self.args.seed), self.args.eval_batches))

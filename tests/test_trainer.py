@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 
 import diffusers_graft as dg
 from diffusers_graft.evaluation.plots import draw_training
-from diffusers_graft.training.metrics_log import read_journal
+from diffusers_graft.training.metrics_log import read_metrics
 
 from .models import SCHEDULER, batches, predict, tiny_dit
 
@@ -61,7 +61,7 @@ def test_a_callback_of_transformers_follows_both_stages(tmp_path):
     scores = one.evaluate()
     steps = [(stage, step) for stage in ("one", "two") for step in range(1, 5)]
     assert watcher.events == [*steps, scores.values]
-    rows = read_journal(tmp_path)
+    rows = read_metrics(tmp_path)
     assert [(row["stage"], row["step"]) for row in rows] == steps
     assert "held_out" in rows[3]["sites"]["self_attention[1]"]
     draw_training(tmp_path / "training.png", rows)

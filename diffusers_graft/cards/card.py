@@ -15,7 +15,7 @@ from ..errors import FileError, GraftError, UnknownNameError
 from ..evaluation.evaluate import Scores
 from ..injection.graft import Graft
 from ..serialization.tensors import write_text
-from ..training.metrics_log import read_journal
+from ..training.metrics_log import read_metrics
 from .edit_table import edit_rows, own_parameters, strip
 from .training_table import draw_curves, training
 from .user_edits import add_note, front_matter, merge_edits
@@ -142,7 +142,7 @@ def render_card(
         versions=config["versions"],
         limits=about.get("limits"),
         speed=speed_table(about.get("speed") or []),
-        **training(graft.history, read_journal(journal) if journal else [], about.get("hardware")),
+        **training(graft.history, read_metrics(journal) if journal else [], about.get("hardware")),
         **_score_table(config.get("scores") or {}),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import MissingDependencyError
 from ..evaluation.plots import draw_training
-from ..training.metrics_log import facts, read_journal
+from ..training.metrics_log import read_metrics, stage_costs
 
 CURVES = "training.png"
 
@@ -26,7 +26,7 @@ def training(
     """
     stages = _stages(history)
     for number in {row["stage"]: number for number, row in enumerate(stages)}.values():
-        stages[number] = facts(journal, stages[number]["stage"]) | stages[number]
+        stages[number] = stage_costs(journal, stages[number]["stage"]) | stages[number]
     rows = [_stage_row(row) for row in stages]
     measured = dict.fromkeys(row["hardware"] for row in stages if row.get("hardware"))
     sites = [_site_row(stage, row) for stage in stages for row in stage.get("sites", ())]
@@ -45,7 +45,7 @@ def draw_curves(stage: Path, folder: Path, history: Sequence[dict[str, Any]]) ->
     None where there is no such journal, of these stages, or no matplotlib.
     """
     taught = {row["stage"] for row in _stages(history)}
-    if not (rows := [row for row in read_journal(folder) if row["stage"] in taught]):
+    if not (rows := [row for row in read_metrics(folder) if row["stage"] in taught]):
         return None
     with contextlib.suppress(MissingDependencyError):
         draw_training(stage / CURVES, rows)

@@ -22,7 +22,8 @@ from ..injection.graft import Graft, build_graft, get_graft
 from ..inspection import evaluating, predict
 from ..planning.plan import Edit, GraftPlan, plan_graft
 from ..training.batches import Batch
-from ..training.distill.distill import DistillConfig, distill
+from ..training.distill.config import DistillConfig
+from ..training.distill.distill import distill
 from ..training.finetune.objective import mean_of
 from ..training.noised_batch import Noising
 from .planner import Choice, Survey

@@ -28,8 +28,10 @@ from ..operators import OperatorConfig
 from ..planning.plan import Edit, GraftPlan, plan_graft
 from ..serialization.graft_folder import load_graft, save_graft
 from ..serialization.tensors import digest
-from ..training.distill.distill import DistillConfig, distill
-from ..training.finetune.finetune import FinetuneConfig, finetune
+from ..training.distill.config import DistillConfig
+from ..training.distill.distill import distill
+from ..training.finetune.config import FinetuneConfig
+from ..training.finetune.finetune import finetune
 from .sampling import SampleQuality, measure, sample, save_sample_grid, scheduler
 
 LETTERS_SHOWN = 40

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import TrainingError
 from .config import TrainingConfig
-from .distributed import is_main
+from .distributed import is_main_process
 
 # Names of `transformers.TrainingArguments`, and the setting of a stage that says the same.
 SETTING_OF_ARGUMENT = {
@@ -176,8 +176,8 @@ class Callbacks:
         state.logging_steps = args.logging_steps
         state.save_steps = args.save_steps
         state.eval_steps = getattr(args, "eval_steps", args.logging_steps)
-        state.is_local_process_zero = is_main()
-        state.is_world_process_zero = is_main()
+        state.is_local_process_zero = is_main_process()
+        state.is_world_process_zero = is_main_process()
 
     def call(self, event: str, **details: Any) -> None:
         """Call the method of this name on every callback that has it."""

@@ -1,4 +1,4 @@
-"""What both stages can be told: one set of settings, the same names in each."""
+"""Settings that both stages share: optimizer, schedule, precision, noise, checkpoints and logs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,9 @@ from ..errors import TrainingError, UnknownNameError
 
 PRECISIONS = ("no", "bf16", "fp16")
 Settings = TypeVar("Settings")
-SELDOM = (
-    "save_every",
-    "keep",
-    "log_every",
-    "progress",
-    "trackers",
-)  # change no weight, so a resumed run may change them
+
+# They change no weight, so a resumed run may change them.
+_WITHOUT_EFFECT_ON_WEIGHTS = ("save_every", "keep", "log_every", "progress", "trackers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +27,26 @@ class TrainingConfig:
     """Settings that both stages share.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimizer steps.
         lr, warmup: peak learning rate, reached linearly in so many steps.
-        schedule, schedule_args: what follows the warm-up: a schedule of `diffusers.optimization` by name, and its
+        schedule, schedule_args: the schedule after the warm-up, by its name in `diffusers.optimization`, and its
             settings.
-        optimizer, optimizer_args: any optimiser of `torch.optim` by name, and its settings.
-        max_grad_norm: clipping.
-        accumulate: batches of one optimiser step.
+        optimizer, optimizer_args: any optimizer of `torch.optim` by name, and its settings.
+        weight_decay: of matrices; biases, norms and other vectors are spared.
+        max_grad_norm: gradients are clipped to this norm.
+        accumulate: batches of one optimizer step.
         precision: `"no"`, or mixed: `"bf16"`, `"fp16"` (weights stay as they are); None is what `accelerate launch
             --mixed_precision` says, and else `"no"`.
         timesteps: of the noise, see `diffusers_graft.training.noised_batch.Noising`.
         prompt_dropout: rate at which a prompt is dropped, where a null prompt is given; 0.1 is what most models were
             trained with. Class labels are dropped at the model's own rate.
-        seed: of the noise.
+        seed: of the noise, and of new LoRA layers.
+        evaluate_every, held_out_batches: with held-out batches, so many of them are evaluated before the first step,
+            every so many steps and after the last one; the weights that were best on them are the result.
         save_every, keep: with an output folder, a checkpoint every so many steps, and how many of them stay.
-        log_every: steps of a row of `training.jsonl`.
+        log_every: steps between two rows of `training.jsonl` and two lines of the log.
         trackers: of accelerate, by name; None takes tensorboard where it is installed and there is an output folder.
-        progress: show a bar, on a terminal.
+        progress: show a bar on a terminal, and lines elsewhere.
     """
 
     steps: int = 500
@@ -64,6 +63,8 @@ class TrainingConfig:
     timesteps: str = "auto"
     prompt_dropout: float = 0.1
     seed: int = 0
+    evaluate_every: int = 100
+    held_out_batches: int = 4
     save_every: int = 500
     keep: int = 2
     log_every: int = 10
@@ -73,10 +74,11 @@ class TrainingConfig:
     def __post_init__(self):
         if self.precision is None:
             object.__setattr__(self, "precision", os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
-        one_of("precision", self.precision, PRECISIONS)
-        one_of("schedule", self.schedule, [kind.value for kind in SchedulerType])
-        one_of("optimizer", self.optimizer, optimizers())
+        require_one_of("precision", self.precision, PRECISIONS)
+        require_one_of("schedule", self.schedule, [kind.value for kind in SchedulerType])
+        require_one_of("optimizer", self.optimizer, list_optimizers())
         counts = (self.steps, self.accumulate, self.save_every, self.keep, self.log_every)
+        counts += (self.evaluate_every, self.held_out_batches)
         if not all(isinstance(value, int | float) for value in (self.lr, self.max_grad_norm, self.prompt_dropout)):
             raise TrainingError(f"A learning rate, a norm and a rate are numbers; got {self}.")
         if not all(isinstance(count, int) for count in (*counts, self.warmup, self.seed)) or self.warmup < 0:
@@ -92,27 +94,31 @@ class TrainingConfig:
         self.lr_factors()
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting, JSON-able; numbers that are not finite, which JSON lacks, as text."""
+        """Return every setting, JSON-able; numbers that are not finite, which JSON lacks, as text."""
         return json.loads(json.dumps(asdict(self), default=str), parse_constant=str)
 
-    def deciding(self) -> dict[str, Any]:
-        """The settings that decide the weights."""
-        return {name: value for name, value in self.to_dict().items() if name not in SELDOM}
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide the weights: a run is resumed only with the same ones."""
+        return {name: value for name, value in self.to_dict().items() if name not in _WITHOUT_EFFECT_ON_WEIGHTS}
 
     def make_optimizer(self, parameters: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """Raises `TrainingError` for settings that the optimiser does not take."""
+        """Create the optimizer. Raises `TrainingError` for settings that it does not take."""
         cls = getattr(torch.optim, self.optimizer)
-        decays = self.weight_decay or "weight_decay" in inspect.signature(cls).parameters  # Rprop knows none
-        settings = {"weight_decay": self.weight_decay} if decays else {}
+        settings = {"lr": lr, "weight_decay": self.weight_decay, **self.optimizer_args}
+        groups: list[Any] = list(parameters)
+        if not settings["weight_decay"] and "weight_decay" not in inspect.signature(cls).parameters:
+            del settings["weight_decay"]  # Rprop has none
+        elif settings["weight_decay"]:
+            groups = _spare_vectors(groups)
         try:
-            return cls(list(parameters), lr=lr, **settings | self.optimizer_args)
+            return cls(groups, **settings)
         except (TypeError, ValueError, IndexError) as error:
             raise TrainingError(f"torch.optim.{self.optimizer} does not take these settings: {error}.") from error
 
     def lr_factors(self) -> Callable[[int], float]:
-        """Factor on the learning rate at a step, never zero: the schedule is read one step ahead and ends one step
-        late.
+        """Return the factor on the learning rate at a step; it is never zero.
 
+        The schedule is read one step ahead and ends one step late, so the first and the last step move something.
         Raises `TrainingError` for settings that the schedule does not take.
         """
         dummy = torch.optim.SGD([torch.zeros(1)], lr=self.lr)
@@ -124,25 +130,32 @@ class TrainingConfig:
         return lambda step: factor(step + 1)
 
 
-def or_usual(config: Any, kind: type[Settings]) -> Settings:
-    """The settings given, or the usual ones. Raises `TrainingError` for those of something else."""
+def config_or_default(config: Any, kind: type[Settings]) -> Settings:
+    """Return the settings given, or the default ones. Raises `TrainingError` for settings of another verb."""
     if not isinstance(config, kind | None):
         raise TrainingError(f"The settings here are a dg.{kind.__name__}, or None for the usual ones; got {config!r}.")
     return config or kind()
 
 
-def one_of(what: str, name: str, available: Iterable[str]) -> None:
+def require_one_of(what: str, name: str, available: Iterable[str]) -> None:
     """Raise `UnknownNameError` unless `name` is one of those available."""
     available = list(available)
     if name not in available:
         raise UnknownNameError(what, name, available)
 
 
-def optimizers() -> list[str]:
-    """Optimisers of torch that need nothing but gradients."""
+def list_optimizers() -> list[str]:
+    """Return the optimizers of torch that need nothing but gradients, by name."""
     found = (
         name
         for name, value in vars(torch.optim).items()
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
     )
     return sorted(set(found) - {"Optimizer", "LBFGS", "SparseAdam"})
+
+
+def _spare_vectors(parameters: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """Divide parameters into those that decay and vectors (biases, norms, scales), whose size means something."""
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]

@@ -32,12 +32,12 @@ from . import distributed as processes
 UNABLE = ("Adafactor",)  # the norms of rows and columns that it takes in place are of whole tensors
 
 
-def settings(optimizer: str = "AdamW") -> FullyShardedDataParallelPlugin | None:
+def fsdp_plugin(optimizer: str = "AdamW") -> FullyShardedDataParallelPlugin | None:
     """What accelerate was told about FSDP; None where weights stay whole: without it, and on one process.
 
     Raises `TrainingError` for what is not done here, an optimiser that needs whole tensors included.
     """
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP") or processes.state().num_processes == 1:
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP") or processes.process_state().num_processes == 1:
         return None
     told = FullyShardedDataParallelPlugin()
     if told.fsdp_version != 2:
@@ -57,7 +57,7 @@ def settings(optimizer: str = "AdamW") -> FullyShardedDataParallelPlugin | None:
 
 
 @contextmanager
-def spread(model: ModelMixin, sites: Sites, *, trained: bool = False) -> Iterator[ModelMixin]:
+def shard(model: ModelMixin, sites: Sites, *, trained: bool = False) -> Iterator[ModelMixin]:
     """The model itself, or a twin whose weights are spread; where they are `trained` inside, they are the model's
     afterwards.
 
@@ -67,7 +67,7 @@ def spread(model: ModelMixin, sites: Sites, *, trained: bool = False) -> Iterato
 
     Raises `TrainingError` for weights that cannot be spread together.
     """
-    if (told := settings()) is None:
+    if (told := fsdp_plugin()) is None:
         yield model
         return
     twin = _sharded(_twin(model, trained), sites, told)
@@ -79,11 +79,11 @@ def spread(model: ModelMixin, sites: Sites, *, trained: bool = False) -> Iterato
     _bring_back(twin, model, trained)
 
 
-def ungrafted(model: ModelMixin, sites: Sites) -> ModelMixin | None:
+def shard_original(model: ModelMixin, sites: Sites) -> ModelMixin | None:
     """A spread twin of what a grafted model was before; None where weights are whole, which can be changed in their
     place.
     """
-    if (told := settings()) is None:
+    if (told := fsdp_plugin()) is None:
         return None
     disable(model)
     try:
@@ -93,7 +93,7 @@ def ungrafted(model: ModelMixin, sites: Sites) -> ModelMixin | None:
 
 
 @contextmanager
-def beside(graft: Graft, model: ModelMixin, teacher: ModelMixin) -> Iterator[None]:
+def seats_beside(graft: Graft, model: ModelMixin, teacher: ModelMixin) -> Iterator[None]:
     """New parts on the device of their teacher, where that is a twin of the model and may be elsewhere."""
     moved = list(graft.seats.values()) if teacher is not model else []
     try:
@@ -105,7 +105,7 @@ def beside(graft: Graft, model: ModelMixin, teacher: ModelMixin) -> Iterator[Non
             seat.to(model.device)
 
 
-def blocks_of(model: ModelMixin, sites: Sites) -> list[str]:
+def find_blocks(model: ModelMixin, sites: Sites) -> list[str]:
     """Paths of the outermost blocks that sites lie in; none where they lie in no list of blocks."""
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     found = [
@@ -135,8 +135,8 @@ def _sharded(twin: ModelMixin, sites: Sites, told: FullyShardedDataParallelPlugi
             f"Weights that are trained while spread are of one dtype, and these are of {' and '.join(sorted(dtypes))}: "
             'call model.to(torch.float32), with precision="bf16" for speed.'
         )
-    mesh = init_device_mesh(processes.state().device.type, (processes.state().num_processes,))
-    blocks = {id(twin.get_submodule(path)) for path in blocks_of(twin, sites)}
+    mesh = init_device_mesh(processes.process_state().device.type, (processes.process_state().num_processes,))
+    blocks = {id(twin.get_submodule(path)) for path in find_blocks(twin, sites)}
     for module in reversed(list(twin.modules())):
         # DiT calls the embedding of its first block from outside that block.
         embeds_labels = any(isinstance(child, LabelEmbedding) for child in module.children())
@@ -151,38 +151,38 @@ def _bring_back(twin: ModelMixin, model: ModelMixin, trained: bool) -> None:
         return
     for home, own in zip(model.parameters(), twin.parameters(), strict=True):
         if own.requires_grad:
-            home.copy_(whole(own))
+            home.copy_(full_tensor(own))
     for home, buffer in zip(model.buffers(), twin.buffers(), strict=True):
         home.copy_(buffer)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor put together; every process has to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(state: Any) -> Any:
+def gather_state(state: Any) -> Any:
     """A nested state with whole tensors, in the host's memory of the process that writes; the others get nothing."""
 
     def together(tensor: DTensor) -> torch.Tensor:
         all_of_it = tensor.full_tensor()
-        return all_of_it.cpu() if processes.is_main() else all_of_it.new_empty(0)
+        return all_of_it.cpu() if processes.is_main_process() else all_of_it.new_empty(0)
 
     return tree_map_only(DTensor, together, state)
 
 
-def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A whole tensor spread as a parameter is; one of another shape, such as a count of steps, as it is."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
-def optimizer_like(state: Mapping[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
+def shard_optimizer_state(state: Mapping[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
     """The whole state of an optimiser, each tensor spread as its parameter is."""
     spread_out = {
         number: {
-            name: like(value, parameters[number]) if isinstance(value, torch.Tensor) else value
+            name: shard_like(value, parameters[number]) if isinstance(value, torch.Tensor) else value
             for name, value in own.items()
         }
         for number, own in state["state"].items()

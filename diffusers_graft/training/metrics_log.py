@@ -9,18 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-JOURNAL = "training.jsonl"
-FACTS = ("samples", "seconds", "hardware")
+METRICS_LOG = "training.jsonl"
+COST_FIELDS = ("samples", "seconds", "hardware")
 
 
-def read_journal(folder: str | Path) -> list[dict[str, Any]]:
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of a folder's `training.jsonl`, none without such a file; lines that are no rows of ours are left out."""
     return [row for line in _lines(Path(folder)) if (row := _row(line)) is not None]
 
 
 def _lines(folder: Path) -> list[str]:
     """The whole lines of a journal; the last one of a run that was killed may not be. Bytes that are no text are kept."""
-    path = folder / JOURNAL
+    path = folder / METRICS_LOG
     return path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1] if path.exists() else []
 
 
@@ -34,31 +34,31 @@ def _row(line: str) -> dict[str, Any] | None:
     return row if ours else None
 
 
-def write_row(folder: Path, row: dict[str, Any]) -> None:
+def append_row(folder: Path, row: dict[str, Any]) -> None:
     """Add a row to a folder's journal."""
-    with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
+    with (folder / METRICS_LOG).open("a", encoding="utf-8") as journal:
         journal.write(json.dumps(row) + "\n")
 
 
-def forget_after(folder: Path, stage: str, step: int) -> None:
+def drop_rows_after(folder: Path, stage: str, step: int) -> None:
     """Drop the rows of steps that will be done again; lines that are none of ours stay."""
     ahead = lambda row: row is not None and row["stage"] == stage and row["step"] > step  # noqa: E731
     kept = [line for line in _lines(folder) if not ahead(_row(line))]
-    temporary = (folder / JOURNAL).with_suffix(".tmp")
+    temporary = (folder / METRICS_LOG).with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8", errors="surrogateescape")
-    os.replace(temporary, folder / JOURNAL)
+    os.replace(temporary, folder / METRICS_LOG)
 
 
-def copy_journal(source: str | Path, folder: str | Path) -> None:
+def copy_metrics(source: str | Path, folder: str | Path) -> None:
     """Put the journal that lies in one folder, where there is one, into another."""
-    if (Path(source) / JOURNAL).exists() and Path(source).resolve() != Path(folder).resolve():
+    if (Path(source) / METRICS_LOG).exists() and Path(source).resolve() != Path(folder).resolve():
         Path(folder).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(source) / JOURNAL, Path(folder) / JOURNAL)
+        shutil.copyfile(Path(source) / METRICS_LOG, Path(folder) / METRICS_LOG)
 
 
-def facts(rows: Iterable[dict[str, Any]], stage: str) -> dict[str, Any]:
+def stage_costs(rows: Iterable[dict[str, Any]], stage: str) -> dict[str, Any]:
     """Samples, seconds and hardware of a stage, as its rows tell them; nothing where there is none."""
     own = [row for row in rows if row["stage"] == stage]
-    found = {name: own[-1][name] for name in FACTS if own and name in own[-1]}
+    found = {name: own[-1][name] for name in COST_FIELDS if own and name in own[-1]}
     kinds = dict.fromkeys(row["hardware"] for row in own if "hardware" in row)  # a run may go on elsewhere
     return found | ({"hardware": ", then ".join(kinds)} if kinds else {})

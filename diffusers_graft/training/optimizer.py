@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import TrainingError
 from .config import TrainingConfig
 from .distributed import average_gradients
-from .fsdp import gathered, like, optimizer_like, whole
+from .fsdp import full_tensor, gather_state, shard_like, shard_optimizer_state
 
 
 def mixed(device: torch.device, precision: str) -> torch.autocast:
@@ -23,7 +23,7 @@ def mixed(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, kind, enabled=kind is not None, cache_enabled=False)
 
 
-class Learner:
+class StageOptimizer:
     """One optimiser over some parameters.
 
     A step is: `backward` for every batch of it, `gather` (which tells whether the gradients can be used), `step`.
@@ -64,7 +64,7 @@ class Learner:
         """Gradients averaged over processes and clipped; their norm before that, 0 where the scaler looks after it."""
         average_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         return torch.zeros_like(norm) if self.scaler.is_enabled() else norm.detach()
 
     def step(self) -> None:
@@ -88,17 +88,17 @@ class Learner:
     def take(self, values: Sequence[torch.Tensor]) -> None:
         """Set the parameters."""
         for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(like(value, parameter))
+            parameter.copy_(shard_like(value, parameter))
 
     def state_dict(self) -> dict[str, Any]:
         """With whole tensors, also where weights are spread over processes; every process has to ask."""
         state = {"parameters": self.parameters, "average": self.average, "optimizer": self.optimizer.state_dict()}
-        return {**gathered(state), "scaler": self.scaler.state_dict(), "done": self.done}
+        return {**gather_state(state), "scaler": self.scaler.state_dict(), "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.take(state["parameters"])
         for average, saved in zip(self.average, state["average"], strict=True):
-            average.copy_(like(saved, average))
-        self.optimizer.load_state_dict(optimizer_like(state["optimizer"], self.parameters))
+            average.copy_(shard_like(saved, average))
+        self.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], self.parameters))
         self.scaler.load_state_dict(state["scaler"])
         self.done = state["done"]

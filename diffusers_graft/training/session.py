@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from ..errors import FileError, StateError
 from .callbacks import CallbackArguments, Callbacks, RunState
 from .checkpoint import Checkpoints
-from .config import TrainingConfig, one_of
-from .distributed import hardware, is_main, smallest
-from .metrics_log import FACTS, forget_after, write_row
+from .config import TrainingConfig, require_one_of
+from .distributed import describe_hardware, is_main_process, min_over_processes
+from .metrics_log import COST_FIELDS, append_row, drop_rows_after
 
 logger = logging.getLogger(__name__)
 PARTS = ("step", "seconds", "samples", "identity", "state")  # of a checkpoint
@@ -26,7 +26,7 @@ STAGES = ("one", "two")  # the second goes on from the first
 CHECKPOINTS = ".checkpoints"  # of the machine that trains: a push to the Hub leaves out what begins with a dot
 
 
-class Run:
+class Session:
     """One stage on its way.
 
     Args:
@@ -54,12 +54,12 @@ class Run:
             config, None if folder is None else str(folder), has_evaluation=held_out is not None
         )
         self.callbacks = Callbacks(callbacks, arguments, self.state, model=model, eval_dataloader=held_out)
-        self.identity, self.hardware = json.loads(json.dumps(identity)), hardware(device)
+        self.identity, self.hardware = json.loads(json.dumps(identity)), describe_hardware(device)
         self.folder = None if folder is None else Path(folder)
         self.checkpoints = None if folder is None else Checkpoints(self.folder / CHECKPOINTS, stage, config.keep)
         self.trackers: list[Any] = []
         self._wanted = () if folder is None else _wanted(config)
-        if config.warmup >= config.steps and is_main():
+        if config.warmup >= config.steps and is_main_process():
             told = (config.warmup, config.steps, config.lr)
             logger.warning("A warm-up of %d steps out of %d: the learning rate stays below %g.", *told)
         self._began, self._logged, self._saved = time.perf_counter(), 0, 0
@@ -99,9 +99,9 @@ class Run:
             initial=one.global_step,
             desc=f"stage {one.stage}",
             unit="step",
-            disable=None if self.config.progress and is_main() else True,
+            disable=None if self.config.progress and is_main_process() else True,
         )
-        if self.folder is not None and is_main():
+        if self.folder is not None and is_main_process():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._forget_what_is_ahead()
@@ -115,7 +115,7 @@ class Run:
     def _forget_what_is_ahead(self) -> None:
         """Rows of steps that will be done again; checkpoints of another run, from which a later `resume` would go on."""
         one = self.state
-        forget_after(self.folder, one.stage, one.global_step)
+        drop_rows_after(self.folder, one.stage, one.global_step)
         for stage in STAGES[STAGES.index(one.stage) :] if one.global_step == 0 else ():
             Checkpoints(self.folder / CHECKPOINTS, stage, self.config.keep).drop()
 
@@ -146,21 +146,21 @@ class Run:
 
     def log(self, values: dict[str, Any]) -> None:
         """A row for the journal, the bar, trackers and callbacks."""
-        row = {"stage": self.state.stage, "step": self.state.global_step, **self.facts(), **values}
+        row = {"stage": self.state.stage, "step": self.state.global_step, **self.costs(), **values}
         self.state.log_history.append(row)
         plain = {name: value for name, value in flat(values).items() if isinstance(value, int | float)}
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in plain.items() if "." not in name})
-        if self.folder is not None and is_main():
-            write_row(self.folder, row)
+        if self.folder is not None and is_main_process():
+            append_row(self.folder, row)
         for tracker in self.trackers:
             tracker.log(
                 {f"{self.state.stage}/{name}": value for name, value in plain.items()}, step=self.state.global_step
             )
         self.callbacks.call("on_log", logs=dict(row))
 
-    def facts(self) -> dict[str, Any]:
+    def costs(self) -> dict[str, Any]:
         """What was spent so far, and on what."""
-        return dict(zip(FACTS, (self.state.samples, round(self.state.seconds, 2), self.hardware), strict=True))
+        return dict(zip(COST_FIELDS, (self.state.samples, round(self.state.seconds, 2), self.hardware), strict=True))
 
     def due(self) -> bool:
         """Whether it is time for a checkpoint, or a callback asked for one."""
@@ -178,13 +178,13 @@ class Run:
             return
         state, failure = make(), None
         step = self._saved = state["step"]
-        if is_main():
+        if is_main_process():
             spent = {"seconds": time.perf_counter() - self._began, "samples": self.state.samples}
             try:
                 self.checkpoints.save(step, {"step": step, **spent, "identity": self.identity, "state": state})
             except FileError as error:
                 failure = error
-        if not smallest(int(failure is None)):
+        if not min_over_processes(int(failure is None)):
             raise failure or FileError(
                 f"The checkpoint of step {step} could not be written; the first process says why."
             )
@@ -198,18 +198,18 @@ class Run:
         self.callbacks.call("on_train_end")
 
 
-def is_resumable(folder: str | Path | None, stage: str) -> bool:
+def has_checkpoint(folder: str | Path | None, stage: str) -> bool:
     """Whether a folder holds a checkpoint of a stage."""
     return folder is not None and bool(Checkpoints(Path(folder) / CHECKPOINTS, stage, 1).steps())
 
 
-def draws(generator: torch.Generator, device: torch.device) -> dict[str, torch.Tensor]:
+def random_state(generator: torch.Generator, device: torch.device) -> dict[str, torch.Tensor]:
     """The state of all randomness of a run."""
     state = {"noise": generator.get_state(), "torch": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def redraw(state: dict[str, torch.Tensor], generator: torch.Generator, device: torch.device) -> None:
+def restore_random_state(state: dict[str, torch.Tensor], generator: torch.Generator, device: torch.device) -> None:
     """Bring randomness back to a state."""
     generator.set_state(state["noise"])
     torch.set_rng_state(state["torch"])
@@ -238,7 +238,7 @@ def _wanted(config: TrainingConfig) -> Iterable[str]:
     """Names of trackers. Raises `UnknownNameError` for one that is not installed."""
     installed = [str(tracker) for tracker in get_available_trackers()]
     for one in config.trackers or ():
-        one_of("installed tracker", one, installed)
+        require_one_of("installed tracker", one, installed)
     return {"tensorboard"} & set(installed) if config.trackers is None else config.trackers
 
 

@@ -8,7 +8,7 @@ import pytest
 import diffusers_graft as dg
 from diffusers_graft.cards.training_table import training
 from diffusers_graft.serialization.model_card import card
-from diffusers_graft.training.metrics_log import FACTS, facts, forget_after, read_journal
+from diffusers_graft.training.metrics_log import COST_FIELDS, drop_rows_after, read_metrics, stage_costs
 
 from ..models import SCHEDULER, batches, tiny_dit
 from ..test_trainer import trainer
@@ -40,10 +40,10 @@ def rows_of(text, start):
 
 def test_the_card_tells_what_the_run_took(run):
     one, folder = run
-    text, journal = training_of(folder), read_journal(folder)
+    text, journal = training_of(folder), read_metrics(folder)
     for stage, row in zip(("one", "two"), one.graft.history, strict=True):
-        told = facts(journal, stage)
-        assert told == {name: row[name] for name in FACTS}
+        told = stage_costs(journal, stage)
+        assert told == {name: row[name] for name in COST_FIELDS}
         assert told["samples"] == STEPS * BATCH
         ((_, steps, lr, _, samples, time, _, last, held_out),) = rows_of(text, stage)[:1]
         assert (steps, lr, samples, time) == (str(STEPS), "0.001", str(STEPS * BATCH), f"{told['seconds']:.3g} s")
@@ -77,7 +77,7 @@ def test_the_journal_tells_what_the_history_does_not(run):
     before = [dict(row) for row in one.graft.history]
     try:
         for row in one.graft.history:
-            for name in FACTS:
+            for name in COST_FIELDS:
                 del row[name]
         assert "Hardware" not in card(one.model)
         text = card(one.model, journal=folder)
@@ -91,12 +91,12 @@ def test_a_damaged_journal_and_an_edited_history_are_told_as_far_as_they_can_be_
     one, folder = run
     rows, strange = (folder / "training.jsonl").read_bytes(), b'{"loss": 1}\n[1]\n\0\xff\n'
     (tmp_path / "training.jsonl").write_bytes(strange + rows)
-    assert read_journal(tmp_path) == read_journal(folder)
+    assert read_metrics(tmp_path) == read_metrics(folder)
     one.model.save_graft(tmp_path)
     assert training_of(tmp_path) == training_of(folder)
-    assert training(["a", 1, *one.graft.history], read_journal(tmp_path)) == training(one.graft.history, [])
-    forget_after(tmp_path, "one", 0)
-    forget_after(tmp_path, "two", 0)
+    assert training(["a", 1, *one.graft.history], read_metrics(tmp_path)) == training(one.graft.history, [])
+    drop_rows_after(tmp_path, "one", 0)
+    drop_rows_after(tmp_path, "two", 0)
     assert (tmp_path / "training.jsonl").read_bytes() == strange
 
 

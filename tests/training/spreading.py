@@ -11,7 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import diffusers_graft as dg
-from diffusers_graft.training.fsdp import spread
+from diffusers_graft.training.fsdp import shard
 
 from ..models import SCHEDULER, batches, tiny_dit
 from .sharing import RULES
@@ -51,7 +51,7 @@ def every_way():
 def share_of_the_weights():
     """How many numbers of the model this process holds while it trains, and how many there are."""
     model = tiny_dit()
-    with spread(model, dg.find_sites(model)) as twin:
+    with shard(model, dg.find_sites(model)) as twin:
         held = sum(parameter.to_local().numel() for parameter in twin.parameters())
     return torch.tensor([held, sum(parameter.numel() for parameter in model.parameters())])
 

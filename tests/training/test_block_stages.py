@@ -45,9 +45,9 @@ def test_a_pair_learns_what_the_second_block_gave_for_the_firsts_input():
         second.register_forward_hook(lambda module, args, output: calls.update(wanted=output)),
     ]
     from diffusers_graft.inspection import example_inputs
-    from diffusers_graft.training.distill.capture import Watch
+    from diffusers_graft.training.distill.capture import Capture
 
-    watch, seen = Watch(model, graft), {}
+    watch, seen = Capture(model, graft), {}
     with watch.hooks():
         watch.run(example_inputs(model), graft.operators(), lambda path, call: seen.update({path: call}))
     for hook in hooks:

@@ -7,10 +7,10 @@ from diffusers.optimization import SchedulerType
 
 import diffusers_graft as dg
 from diffusers_graft.errors import StateError, TrainingError
-from diffusers_graft.training.config import TrainingConfig, optimizers
+from diffusers_graft.training.config import TrainingConfig, list_optimizers
 from diffusers_graft.training.distill import replay_buffer as ring
 from diffusers_graft.training.noised_batch import Noising
-from diffusers_graft.training.optimizer import Learner
+from diffusers_graft.training.optimizer import StageOptimizer
 
 from ..models import SCHEDULER, batches, tiny_dit
 from .test_options import HYENA, calls_of, teach
@@ -43,10 +43,10 @@ def prepared(size=8):
     return {**noised.inputs, "target": noised.target}
 
 
-@pytest.mark.parametrize("name", optimizers())
+@pytest.mark.parametrize("name", list_optimizers())
 def test_every_optimiser_of_torch_takes_steps(name):
     weight = torch.nn.Parameter(torch.full((4, 4), 2.0))
-    learner = Learner([weight], TrainingConfig(optimizer=name, lr=1e-2, schedule="constant", max_grad_norm=1e9))
+    learner = StageOptimizer([weight], TrainingConfig(optimizer=name, lr=1e-2, schedule="constant", max_grad_norm=1e9))
     for _ in range(5):
         learner.backward(weight.square().sum())
         learner.gather()
@@ -54,10 +54,10 @@ def test_every_optimiser_of_torch_takes_steps(name):
     assert weight.square().sum() < 4 * 4 * 2.0**2
     if name in MATRICES_ALONE:
         with pytest.raises(TrainingError, match="does not take these settings"):
-            Learner([torch.nn.Parameter(torch.ones(4))], TrainingConfig(optimizer=name))
+            StageOptimizer([torch.nn.Parameter(torch.ones(4))], TrainingConfig(optimizer=name))
     if name in WITHOUT_DECAY:
         with pytest.raises(TrainingError, match="weight_decay"):
-            Learner([weight], TrainingConfig(optimizer=name, weight_decay=0.1))
+            StageOptimizer([weight], TrainingConfig(optimizer=name, weight_decay=0.1))
 
 
 def test_weight_decay_reaches_the_optimiser():
@@ -80,7 +80,7 @@ def test_every_schedule_of_diffusers(schedule):
 def test_every_step_has_the_learning_rate_of_its_place():
     weight, lengths = torch.nn.Parameter(torch.zeros(1)), []
     config = TrainingConfig(steps=STEPS, optimizer="SGD", lr=0.1, schedule="linear", warmup=WARMUP)
-    learner = Learner([weight], config)
+    learner = StageOptimizer([weight], config)
     for _ in range(STEPS):
         before, weight.grad = weight.item(), torch.ones(1)
         learner.step()
@@ -218,7 +218,7 @@ def test_bars_are_for_terminals(capfd):
 
 def test_the_average_moves_in_shares_that_bfloat16_cannot_hold():
     weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    learner = Learner([weight], TrainingConfig(), ema_decay=0.999)
+    learner = StageOptimizer([weight], TrainingConfig(), ema_decay=0.999)
     learner.done = 10**6
     learner.take([torch.full_like(weight, 1.25)])
     for _ in range(100):

@@ -31,7 +31,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_launches_that_cannot_be_followed_are_refused_before_anything_is_touched(words, monkeypatch):
-    alone = processes.state()
+    alone = processes.process_state()
     for name, value in REFUSED[words].items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(alone, "num_processes", 2)

@@ -9,7 +9,7 @@ import diffusers_graft as dg
 from diffusers_graft.errors import TrainingError
 from diffusers_graft.training import distributed as processes
 from diffusers_graft.training import fsdp as sharding
-from diffusers_graft.training.fsdp import spread
+from diffusers_graft.training.fsdp import shard
 
 from ..injection.test_all_families import NAMES
 from ..inspection.models import first, inputs_of, tiny
@@ -22,10 +22,10 @@ SAMPLES_ONLY = {"AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel"
 
 @pytest.fixture(autouse=True, scope="module")
 def group():
-    processes.state()  # which would take the group below for a launch
+    processes.process_state()  # which would take the group below for a launch
     distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "settings", lambda *_: FullyShardedDataParallelPlugin(fsdp_version=2))
+        patch.setattr(sharding, "fsdp_plugin", lambda *_: FullyShardedDataParallelPlugin(fsdp_version=2))
         yield
     distributed.destroy_process_group()
 
@@ -36,13 +36,15 @@ def gradients(model, name):
         output = first(model(**inputs_of(name)))
     if output.requires_grad:
         output.float().square().mean().backward()
-    return output.detach(), {n: sharding.whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    return output.detach(), {
+        n: sharding.full_tensor(p.grad) for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_gives_the_same_outputs_and_gradients(name):
     model = tiny(name).eval()
-    with spread(model, dg.find_sites(model), trained=True) as twin:
+    with shard(model, dg.find_sites(model), trained=True) as twin:
         assert all(isinstance(parameter, sharding.DTensor) for parameter in twin.parameters())
         output, found = gradients(twin, name)
     expected, wanted = gradients(model, name)

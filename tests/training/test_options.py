@@ -10,7 +10,7 @@ import diffusers_graft as dg
 from diffusers_graft.errors import ModelError, TrainingError, UnknownNameError
 from diffusers_graft.evaluation.benchmark import PeakMemory
 from diffusers_graft.training.distill.losses import LOSSES, relative_l2
-from diffusers_graft.training.metrics_log import read_journal
+from diffusers_graft.training.metrics_log import read_metrics
 
 from ..models import SCHEDULER, batches, predict, tiny_dit, tiny_pixart
 
@@ -377,7 +377,7 @@ def test_the_journal_says_how_it_went(tmp_path):
         held_out=batches(1, seed=9),
         output_dir=tmp_path,
     )
-    rows = read_journal(tmp_path)
+    rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert rows[-1]["stage"] == "one"
     assert set(rows[-1]["sites"]["self_attention[1]"]) == {"loss", "error", "cosine", "held_out"}

@@ -16,7 +16,7 @@ import diffusers_graft as dg
 from diffusers_graft.errors import FileError, StateError, TrainingError, UnknownNameError
 from diffusers_graft.training import checkpoint
 from diffusers_graft.training.checkpoint import Checkpoints
-from diffusers_graft.training.metrics_log import read_journal
+from diffusers_graft.training.metrics_log import read_metrics
 
 from ..models import SCHEDULER, batches, tiny_dit
 from .killed import STEPS, run
@@ -47,7 +47,7 @@ def test_killed_at_a_random_step_it_ends_bit_equal(stage, tmp_path):
     expected, expected_result = uninterrupted(stage)
     assert same(tensors, expected), step
     assert result == expected_result
-    rows = [row["step"] for row in read_journal(tmp_path)]
+    rows = [row["step"] for row in read_metrics(tmp_path)]
     assert rows == sorted(set(rows))
     assert rows[-1] == STEPS
 
@@ -117,8 +117,8 @@ def test_no_process_waits_for_one_that_could_not_write(tmp_path, monkeypatch):
     """As the second of two processes sees it: the first has failed."""
     from diffusers_graft.training import session as runs
 
-    monkeypatch.setattr(runs, "is_main", lambda: False)
-    monkeypatch.setattr(runs, "smallest", lambda written: 0)
+    monkeypatch.setattr(runs, "is_main_process", lambda: False)
+    monkeypatch.setattr(runs, "min_over_processes", lambda written: 0)
     with pytest.raises(FileError, match="step 2 could not be written; the first process says why"):
         run("two", tmp_path)
 

@@ -45,7 +45,7 @@ class _Enough(Exception):  # noqa: N818  no error: the rest of the forward is of
     pass
 
 
-class Watch:
+class Capture:
     """A model under watch: `run` shows every call of the chosen parts to a visitor.
 
     What a visitor returns takes the place of the answer, None leaves it. The forward ends after the last chosen part,
@@ -76,7 +76,7 @@ class Watch:
 
     @contextmanager
     def hooks(self, *, gated: bool = False) -> Iterator[None]:
-        """Watch inside; no trace of it afterwards, whatever happens."""
+        """Capture inside; no trace of it afterwards, whatever happens."""
         with ExitStack() as stack:
             stack.callback(
                 self.model.register_forward_pre_hook(ContextReader(self.graft, self.model), with_kwargs=True).remove

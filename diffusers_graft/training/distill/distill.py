@@ -9,7 +9,6 @@ on disk, and the peak is one site's activations. Paper: arXiv 2506.05340, Eq. 2,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,78 +22,14 @@ from ...injection.install import require_built_beside
 from ...inspection import evaluating
 from ...planning.plan import select
 from ..batches import Batch, BatchStream, read_first
-from ..config import TrainingConfig, one_of, or_usual
-from ..fsdp import beside, spread
+from ..config import config_or_default
+from ..fsdp import seats_beside, shard
 from ..noised_batch import Noising
-from ..session import is_resumable
+from ..session import has_checkpoint
+from .config import ClosedFormConfig, DistillConfig
 from .loop import Classroom, enroll
-from .losses import LOSSES
-from .ridge import ClosedFormConfig, closed_form, output_layer
+from .ridge import closed_form, output_layer
 from .student import SiteReport
-
-MODES = ("parallel", "sequential")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig(TrainingConfig):
-    """Settings of stage one, beside those of both stages (`diffusers_graft.training.config.TrainingConfig`).
-
-    Attributes:
-        loss: `"auto"` (the paper's choice: `l1` for attention, `l2` for feed-forwards), `l1`, `l2`, `huber` or
-            `relative_l2`; or a loss for each rule key.
-        lr_scale: factors on the learning rate by rule key.
-        gated: compare answers as the block adds them, multiplied by its adaLN gate, instead of raw ones.
-        sites: rule keys of the sites to train; None trains all. The teacher's forward ends after the last one.
-        mode: `"parallel"` shows every part what the intact model would; `"sequential"` what reaches it through the new
-            parts before it, whose errors it can then make up for.
-        closed_form: solve for output layers first, where parts have one (see `dg.closed_form`); a start that costs
-            seconds.
-        evaluate_every, patience, held_out_batches: with held-out batches, so many of them are looked at before the
-            first step and every so many steps, and the best weights are kept; a site that has not got better for
-            `patience` looks is finished, and costs nothing more. None lets every site use all its steps, which a
-            falling learning rate rewards.
-        reuse, ring, memory: each batch of the teacher is used `reuse` times, out of a ring of up to `ring` batches
-            that takes at most `memory` bytes (half of what is free, unless given); sites learn in groups whose
-            activations fit. On the testbed 4 takes half the time of 1 and is as good
-            (examples/benchmarks/training-cpu.md); 1 keeps nothing in memory, shows every part fresh noise at every
-            step, and does not depend on what is free, so it is the default.
-        host: keep the ring in the memory of the host instead of the device's.
-    """
-
-    loss: str | Mapping[str, str] = "auto"
-    lr_scale: Mapping[str, float] = field(default_factory=dict)
-    gated: bool = False
-    sites: str | tuple[str, ...] | None = None
-    mode: str = "parallel"
-    schedule: str = "cosine"
-    max_grad_norm: float = 10.0
-    closed_form: ClosedFormConfig | None = None
-    evaluate_every: int = 100
-    patience: int | None = None
-    held_out_batches: int = 4
-    reuse: int = 1
-    ring: int = 16
-    memory: int | None = None
-    host: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in self.loss.values() if isinstance(self.loss, Mapping) else [self.loss]:
-            one_of("loss", name, ("auto", *LOSSES))
-        one_of("mode", self.mode, MODES)
-        counts = [self.reuse, self.evaluate_every, self.held_out_batches, self.ring]
-        counts += [count for count in (self.patience, self.memory) if count is not None]
-        if not all(isinstance(count, int) and count >= 1 for count in counts) or self.ring < 2:
-            raise TrainingError(f"Counts are whole numbers from one, a ring's from two; got {self}.")
-        scales = self.lr_scale.values() if isinstance(self.lr_scale, Mapping) else [self.lr_scale]
-        if not all(isinstance(scale, int | float) for scale in scales):
-            raise TrainingError(f"Factors on the learning rate are numbers; got {self.lr_scale!r}.")
-        if not isinstance(self.closed_form, ClosedFormConfig | None):
-            raise TrainingError(f"closed_form takes a dg.ClosedFormConfig(), or None; got {self.closed_form!r}.")
-        if self.reuse > 1 and self.mode == "sequential":
-            raise TrainingError(
-                'reuse keeps what the intact model did, and mode="sequential" changes it: choose one of them.'
-            )
 
 
 @torch.inference_mode(False)
@@ -123,7 +58,7 @@ def distill(
         null_prompt: conditioning of no prompt, one sample of each; prompts are dropped where it is given.
         output_dir: for `training.jsonl` and checkpoints; nothing is written without it.
         resume: continue from the last checkpoint there, exactly; start where there is none.
-        callbacks: see `diffusers_graft.training.session.Run`.
+        callbacks: see `diffusers_graft.training.session.Session`.
 
     Returns a report for every site that was trained, by address. Launched with `--use_fsdp --fsdp_version 2`, the
     weights of the model are spread over processes (see `training.sharding`), and every process holds the new parts
@@ -135,7 +70,7 @@ def distill(
         TrainingError: a loss that is not finite, batches that ran out, other settings, or a launch that cannot be
             followed.
     """
-    config = or_usual(config, DistillConfig)
+    config = config_or_default(config, DistillConfig)
     _require_originals(model, graft)
     noising, stream, chosen = (
         Noising.from_config(config, noise_scheduler, null_prompt),
@@ -144,8 +79,8 @@ def distill(
     )
     held_out = None if held_out is None else read_first(held_out, config.held_out_batches)
     noising.require_usable(model, stream.peek(), *(held_out or ()))
-    with evaluating(model), spread(model, graft.sites) as teacher, beside(graft, model, teacher):
-        if config.closed_form is not None and not (resume and is_resumable(output_dir, "one")):
+    with evaluating(model), shard(model, graft.sites) as teacher, seats_beside(graft, model, teacher):
+        if config.closed_form is not None and not (resume and has_checkpoint(output_dir, "one")):
             _solve(teacher, graft, stream, chosen, config.closed_form, noise_scheduler)
         pupils = enroll(
             graft, chosen, config, _by_site(graft, config.loss, "auto"), _by_site(graft, config.lr_scale, 1.0)

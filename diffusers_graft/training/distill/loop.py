@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -22,19 +22,17 @@ from .. import distributed as processes
 from ..batches import Batch, BatchStream
 from ..noised_batch import Noising
 from ..optimizer import mixed
-from ..session import Run, draws, redraw
+from ..session import Session, random_state, restore_random_state
 from . import replay_buffer as ring
-from .capture import Call, Visit, Watch
+from .capture import Call, Capture, Visit
+from .config import DistillConfig
 from .losses import loss_for
-from .student import Pupil
-
-if TYPE_CHECKING:
-    from .distill import DistillConfig
+from .student import Student
 
 
 def enroll(
     graft: Graft, sites: Iterable[Site], config: DistillConfig, losses: dict[str, str], lr_scales: dict[str, float]
-) -> dict[str, Pupil]:
+) -> dict[str, Student]:
     """A pupil for every site with something to learn, by path. Raises `TrainingError` where there is none."""
     pupils = {}
     for site in sites:
@@ -49,7 +47,7 @@ def enroll(
             parameter.requires_grad_(True)
         buffers = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
         loss = loss_for(site.kind, losses[site.path])
-        pupils[site.path] = Pupil(
+        pupils[site.path] = Student(
             site,
             graft.seats[site.path],
             parameters,
@@ -75,14 +73,14 @@ class Classroom:
         self,
         model: ModelMixin,
         graft: Graft,
-        pupils: dict[str, Pupil],
+        pupils: dict[str, Student],
         config: DistillConfig,
         noising: Noising,
         held_out: list[Batch] | None,
     ):
         self.model, self.graft, self.pupils, self.config, self.noising = model, graft, pupils, config, noising
         self.held_out = held_out
-        self.watch, self.generator = Watch(model, graft), torch.Generator().manual_seed(config.seed)
+        self.watch, self.generator = Capture(model, graft), torch.Generator().manual_seed(config.seed)
         self.where = torch.device("cpu") if config.host else model.device
         self.groups, self.done, self.room, self.samples = [list(pupils)], [0], 0, 0
 
@@ -91,8 +89,8 @@ class Classroom:
     ) -> dict[str, Any]:
         """Every lesson, for every pupil; the best weights are theirs afterwards. Returns what it took."""
         self.stream = stream
-        identity = {"stage": "one", "config": self.config.deciding(), "plan": self.graft.plan.to_dict()}
-        run = Run(
+        identity = {"stage": "one", "config": self.config.identity(), "plan": self.graft.plan.to_dict()}
+        run = Session(
             "one",
             self.config,
             identity,
@@ -114,9 +112,9 @@ class Classroom:
                 raise
             finally:
                 run.end()
-        return {"steps": max(pupil.learner.done for pupil in self.pupils.values()), **run.facts()}
+        return {"steps": max(pupil.learner.done for pupil in self.pupils.values()), **run.costs()}
 
-    def _every_lesson(self, run: Run) -> None:
+    def _every_lesson(self, run: Session) -> None:
         for number, group in enumerate(self.groups):
             if not self.done[number]:
                 self._look(number, self._active(group), -1)  # the start may be the best
@@ -170,10 +168,10 @@ class Classroom:
             return
         noised = self.noising(self.model, self.stream.peek(), torch.Generator().manual_seed(0))
         sizes: dict[str, int] = {}
-        inputs = processes.share(noised.inputs, noised.count)
+        inputs = processes.local_share(noised.inputs, noised.count)
         self.watch.run(inputs, self.pupils, lambda path, call: sizes.update({path: ring.size_of(call)}))
         lessons = {path: size * self.config.accumulate for path, size in sizes.items()}
-        limit = processes.smallest(self.config.memory or ring.free_memory(self.where))
+        limit = processes.min_over_processes(self.config.memory or ring.free_memory(self.where))
         self.groups = ring.groups(lessons, limit, self.config.ring)
         self.room = min(
             ring.capacity((lessons[path] for path in group), limit, self.config.ring) for group in self.groups
@@ -186,10 +184,10 @@ class Classroom:
     def _stream(self, number: int, active: list[str]) -> None:
         """One step of every pupil, each inside the teacher's forward."""
         for _ in range(self.config.accumulate):
-            self.watch.run(self._draw(self.generator), *self._lesson(active, Pupil.learn))
+            self.watch.run(self._draw(self.generator), *self._lesson(active, Student.learn))
         self._step(number, active)
 
-    def _lesson(self, active: list[str], take: Callable[[Pupil, Call], torch.Tensor]) -> tuple[list[str], Visit]:
+    def _lesson(self, active: list[str], take: Callable[[Student, Call], torch.Tensor]) -> tuple[list[str], Visit]:
         """Whom to call upon in a forward, and how. In sequential mode all answer, and those behind them hear it."""
         sequential = self.config.mode == "sequential"
 
@@ -228,13 +226,13 @@ class Classroom:
         """This process's share of the model's arguments for the next batch."""
         noised = self.noising(self.model, next(self.stream), generator)
         self.samples = noised.count * self.config.accumulate
-        return processes.share(noised.inputs, noised.count)
+        return processes.local_share(noised.inputs, noised.count)
 
     def _step(self, number: int, active: list[str]) -> None:
         """Steps of all, once all their gradients are known to be sound."""
         pupils = [self.pupils[path] for path in active]
         norms = torch.stack([pupil.learner.gather() for pupil in pupils])
-        heard = processes.mean(torch.stack([pupil.heard() for pupil in pupils]))
+        heard = processes.mean_over_processes(torch.stack([pupil.heard() for pupil in pupils]))
         heard, norms = heard.tolist(), norms.tolist()
         for pupil, values, norm in zip(pupils, heard, norms, strict=True):
             if not math.isfinite(values[0]) or not math.isfinite(norm):
@@ -245,7 +243,7 @@ class Classroom:
         if self.config.reuse == 1:
             self.mark = self._stand()
 
-    def _broken(self, pupils: list[Pupil], pupil: Pupil, loss: float, norm: float) -> TrainingError:
+    def _broken(self, pupils: list[Student], pupil: Student, loss: float, norm: float) -> TrainingError:
         for one in pupils:
             one.drop()
         what = (
@@ -267,7 +265,7 @@ class Classroom:
         noising = replace(self.noising, drop_labels=False, prompt_dropout=0.0)
         for batch in self.held_out:
             noised = noising(self.model, batch, generator)
-            self.watch.run(processes.share(noised.inputs, noised.count), *self._lesson(active, Pupil.examine))
+            self.watch.run(processes.local_share(noised.inputs, noised.count), *self._lesson(active, Student.examine))
         for path in active:
             self.pupils[path].judge()
 
@@ -281,7 +279,7 @@ class Classroom:
         return {**total, "lr": learner.optimizer.param_groups[0]["lr"], "sites": rows}
 
     def _stand(self) -> dict[str, Any]:
-        return {"position": self.stream.position, "draws": draws(self.generator, self.model.device)}
+        return {"position": self.stream.position, "draws": random_state(self.generator, self.model.device)}
 
     def _state(self) -> dict[str, Any]:
         pupils = {path: pupil.state_dict() for path, pupil in self.pupils.items()}
@@ -301,4 +299,4 @@ class Classroom:
         self.groups, self.done, self.room = state["groups"], state["done"], state["room"]
         self.graft.history[:] = state["history"]
         self.stream.seek(state["position"])
-        redraw(state["draws"], self.generator, self.model.device)
+        restore_random_state(state["draws"], self.generator, self.model.device)

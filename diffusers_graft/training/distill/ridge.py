@@ -10,7 +10,6 @@ kept, in float64, so memory does not grow with samples: 8 (F + 1)^2 bytes a site
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,35 +27,11 @@ from ...inspection import evaluating, linear_pair, predict
 from ...operators import Mixer
 from ...planning.plan import Edit
 from ..batches import Batch, BatchStream
-from ..config import or_usual
+from ..config import config_or_default
 from ..noised_batch import Noising
+from .config import ClosedFormConfig
 
 Run = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClosedFormConfig:
-    """Settings of the solution.
-
-    Attributes:
-        steps: batches it sees, once more before that where `energy` asks for it; a few hundred samples do.
-        ridge: pull towards the present weights, as a share of the mean square of a feature.
-        energy: first look which of the original's neurons are active, and start the narrower parts anew from those.
-            Only parts that start warm and that nothing has trained yet.
-        timesteps, seed: of the noise, see `diffusers_graft.training.noised_batch.Noising`.
-        progress: show a bar, on a terminal.
-    """
-
-    steps: int = 16
-    ridge: float = 1e-4
-    energy: bool = True
-    timesteps: str = "auto"
-    seed: int = 0
-    progress: bool = True
-
-    def __post_init__(self):
-        if type(self.steps) is not int or self.steps < 1 or not 0 < self.ridge < math.inf:
-            raise TrainingError(f"A closed form needs at least one step and a positive ridge; got {self}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +181,7 @@ def closed_form(
         OperatorError: no part, or one whose output layer cannot be solved for.
         TrainingError: values that are not finite, batches that ran out, or other settings.
     """
-    config = or_usual(config, ClosedFormConfig)
+    config = config_or_default(config, ClosedFormConfig)
     if is_enabled(model):
         raise StateError(
             "A closed form watches the original parts: call model.unset_graft() or model.disable_graft() first."

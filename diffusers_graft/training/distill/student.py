@@ -15,8 +15,8 @@ from ...core.sites import Site
 from ...errors import TrainingError
 from ...inspection import evaluating
 from ..config import TrainingConfig
-from ..distributed import mean
-from ..optimizer import Learner
+from ..distributed import mean_over_processes
+from ..optimizer import StageOptimizer
 from .capture import Call
 from .losses import Loss, likeness
 
@@ -77,7 +77,7 @@ class SiteReport:
         return row
 
 
-class Pupil:
+class Student:
     """A seat, its loss, its optimiser, its report.
 
     Args:
@@ -98,7 +98,7 @@ class Pupil:
         patience: int | None = None,
     ):
         self.site, self.seat, self.loss, self.patience = site, seat, loss, patience
-        self.learner, self.report = Learner(parameters, config, lr_scale=lr_scale), SiteReport(site)
+        self.learner, self.report = StageOptimizer(parameters, config, lr_scale=lr_scale), SiteReport(site)
         self.buffers, self.best = list(buffers), []
         self._heard: list[torch.Tensor] = []
 
@@ -158,7 +158,7 @@ class Pupil:
         """After held-out batches: keep the weights if they are the best so far, and finish if they no longer get
         better.
         """
-        look = HeldOut(self.learner.done, *mean(self.heard()).tolist())
+        look = HeldOut(self.learner.done, *mean_over_processes(self.heard()).tolist())
         if not math.isfinite(look.error):
             raise TrainingError(
                 f"Stage one: the held-out error of {self.site.address} is {look.error}. Look at those batches."

@@ -5,86 +5,27 @@ Paper: arXiv 2506.05340, section 3.1 (end-to-end finetuning against accumulated 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.models.embeddings import LabelEmbedding
-from peft import LoraConfig
 
 from ...errors import StateError, TrainingError
 from ...injection.graft import Graft, is_enabled
 from ...injection.install import check_processors, require_graft
 from ..batches import Batch, BatchStream
-from ..config import TrainingConfig, one_of, or_usual
+from ..config import config_or_default
 from ..distill.student import tail
-from ..fsdp import settings as fsdp_settings
-from ..fsdp import spread, ungrafted
+from ..fsdp import fsdp_plugin, shard, shard_original
 from ..noised_batch import Noising
+from .config import FinetuneConfig
 from .loop import Settling
-from .lora import add_lora, lora_settings, refuse_foreign_lora, remove_lora
-from .objective import VARIANCES
+from .lora import add_lora, refuse_foreign_lora, remove_lora
 from .teacher import Teacher
-
-TRAINABLE = ("operators", "operators+lora", "all")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig):
-    """Settings of stage two, beside those of both stages (`diffusers_graft.training.config.TrainingConfig`).
-
-    The paper: learning rate 1e-4 after 1,000 steps of warm-up.
-
-    Attributes:
-        train: `"operators"` (the new parts), `"operators+lora"` (LoRA on the rest of the model beside them), or
-            `"all"` weights of the model, as in the paper's class-conditional runs; `"all"` unless `lora` is given,
-            which alone means `"operators+lora"`.
-        lora: settings of LoRA; rank 64 on every linear layer of the blocks, as the paper's text-to-image run, unless
-            given. LoRA layers learn beside whatever else `train` names.
-        ema_decay: exponential moving average whose weights are kept at the end; 0 keeps the last ones.
-        variance: of models that predict it: `"auto"`, `"vb"` or `"ignore"`, see
-            `diffusers_graft.training.finetune.objective`.
-        min_snr: gamma of min-SNR weighting, 5 is usual; None weights all noise levels alike.
-        distill_output: weight of the distance to the ungrafted model's prediction; costs its forward at every step.
-        distill_features: weight of the distance to the ungrafted model's block outputs, massive activations left out;
-            costs the same forward, and keeps the outputs of all blocks in memory.
-        gradient_checkpointing: recompute blocks in the backward: less memory, a third more time.
-        compile: compile the training forward, by a backend's name or True for torch's default.
-    """
-
-    train: str | None = None
-    lora: LoraConfig | None = None
-    ema_decay: float = 0.0
-    variance: str = "auto"
-    min_snr: float | None = None
-    distill_output: float = 0.0
-    distill_features: float = 0.0
-    gradient_checkpointing: bool = False
-    compile: bool | str = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.train is None:
-            object.__setattr__(self, "train", "all" if self.lora is None else "operators+lora")
-        one_of("set of weights to train", self.train, TRAINABLE)
-        one_of("treatment of predicted variances", self.variance, VARIANCES)
-        if self.train == "operators+lora" and self.lora is None:
-            object.__setattr__(self, "lora", LoraConfig(r=64, lora_alpha=64, target_modules="all-linear"))
-        if not 0 <= self.ema_decay < 1 or min(self.distill_output, self.distill_features) < 0:
-            raise TrainingError(f"A decay lies from 0 up to 1, weights are not negative; got {self}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        settings = dataclasses.replace(self, lora=None) if self.train != "operators+lora" else self
-        row = super(FinetuneConfig, settings).to_dict()
-        return {**row, "lora": None if self.lora is None else {"r": self.lora.r, "alpha": self.lora.lora_alpha}}
-
-    def deciding(self) -> dict[str, Any]:
-        return {**super().deciding(), "lora": None if self.lora is None else lora_settings(self.lora)}
 
 
 @torch.inference_mode(False)
@@ -112,7 +53,7 @@ def finetune(
         output_dir: for `training.jsonl` and checkpoints; nothing is written without it.
         resume: continue from the last checkpoint there, exactly, on a model prepared as the first time; start where
             there is none.
-        callbacks: see `diffusers_graft.training.session.Run`.
+        callbacks: see `diffusers_graft.training.session.Session`.
 
     Launched with `--use_fsdp --fsdp_version 2`, weights are spread over processes (see `training.sharding`): leave the
     model in the host's memory then, where it stays whole. Returns the loss of every step.
@@ -122,13 +63,15 @@ def finetune(
         TrainingError: a loss that is not finite, batches that ran out, blocks that cannot be recomputed, other
             settings, or a launch that cannot be followed.
     """
-    config = or_usual(config, FinetuneConfig)
+    config = config_or_default(config, FinetuneConfig)
     graft = _checked(model, config)
     noising, stream, losses = Noising.from_config(config, noise_scheduler, null_prompt), BatchStream(batches), []
     noising.require_usable(model, stream.peek())
-    with _trainable(model, graft, config, losses, resume), spread(model, graft.sites, trained=True) as trained:
+    with _trainable(model, graft, config, losses, resume), shard(model, graft.sites, trained=True) as trained:
         weights = {"output": config.distill_output, "features": config.distill_features}
-        teacher = Teacher(trained, **weights, apart=ungrafted(model, graft.sites) if any(weights.values()) else None)
+        teacher = Teacher(
+            trained, **weights, apart=shard_original(model, graft.sites) if any(weights.values()) else None
+        )
         settling = Settling(trained, teacher, config, noising, losses)
         facts = settling.run(stream, output_dir=output_dir, resume=resume, callbacks=callbacks)
     graft.history.append(
@@ -139,7 +82,7 @@ def finetune(
 
 def _checked(model: ModelMixin, config: FinetuneConfig) -> Graft:
     """The running graft; what cannot be done is refused before anything is touched."""
-    fsdp_settings(config.optimizer)
+    fsdp_plugin(config.optimizer)
     graft = require_graft(model)
     if not is_enabled(model):
         raise StateError("Stage two trains the grafted model: call model.enable_graft() first.")

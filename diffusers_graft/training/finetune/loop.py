@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -16,13 +16,11 @@ from ...inspection import predict
 from .. import distributed as processes
 from ..batches import BatchStream
 from ..noised_batch import NoisedBatch, Noising
-from ..optimizer import Learner, mixed
-from ..session import Run, draws, redraw
+from ..optimizer import StageOptimizer, mixed
+from ..session import Session, random_state, restore_random_state
+from .config import FinetuneConfig
 from .objective import objective
 from .teacher import Teacher
-
-if TYPE_CHECKING:
-    from .finetune import FinetuneConfig
 
 
 class Settling:
@@ -38,7 +36,7 @@ class Settling:
             raise TrainingError(
                 'None of the new parts has weights: train="operators+lora" or "all" teaches the others.'
             )
-        self.learner = Learner(parameters, config, ema_decay=config.ema_decay)
+        self.learner = StageOptimizer(parameters, config, ema_decay=config.ema_decay)
         self.generator = torch.Generator().manual_seed(config.seed)
         backend = {} if config.compile is True else {"backend": config.compile}
         self.call = torch.compile(model, **backend) if config.compile else model
@@ -50,8 +48,8 @@ class Settling:
     ) -> dict[str, Any]:
         """Every step; the averaged weights are the model's afterwards. Returns what it took."""
         self.stream, device = stream, self.model.device
-        identity = {"stage": "two", "config": self.config.deciding(), "plan": self.graft.plan.to_dict()}
-        run = Run("two", self.config, identity, device, folder=output_dir, callbacks=callbacks, model=self.model)
+        identity = {"stage": "two", "config": self.config.identity(), "plan": self.graft.plan.to_dict()}
+        run = Session("two", self.config, identity, device, folder=output_dir, callbacks=callbacks, model=self.model)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.config.seed)
             if resume:
@@ -67,9 +65,9 @@ class Settling:
                 if self.learner.average and self._grafted():
                     self.learner.take(self.learner.average)
                 run.end()
-        return {"steps": self.learner.done, **run.facts()}
+        return {"steps": self.learner.done, **run.costs()}
 
-    def _every_step(self, run: Run) -> None:
+    def _every_step(self, run: Session) -> None:
         while self.learner.done < self.config.steps:
             self._step()
             self.mark = self._stand()
@@ -91,7 +89,7 @@ class Settling:
     def _step(self) -> None:
         heard = torch.stack([self._backward() for _ in range(self.config.accumulate)]).mean(0)
         norm = self.learner.gather()
-        (loss, *terms), norm = processes.mean(heard).tolist(), norm.item()
+        (loss, *terms), norm = processes.mean_over_processes(heard).tolist(), norm.item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.learner.clear()
             what = f"gradient's norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
@@ -128,7 +126,7 @@ class Settling:
             )
         self.samples = whole.count * self.config.accumulate
         parts = (whole.inputs, whole.target, whole.sample, whole.timestep)
-        return NoisedBatch(*(processes.share(part, whole.count) for part in parts))
+        return NoisedBatch(*(processes.local_share(part, whole.count) for part in parts))
 
     def _values(self) -> dict[str, Any]:
         recent = self.losses[-self.config.log_every :]
@@ -139,7 +137,7 @@ class Settling:
         }
 
     def _stand(self) -> dict[str, Any]:
-        return {"position": self.stream.position, "draws": draws(self.generator, self.model.device)}
+        return {"position": self.stream.position, "draws": random_state(self.generator, self.model.device)}
 
     def _state(self) -> dict[str, Any]:
         losses = torch.tensor(self.losses, dtype=torch.float64)
@@ -149,4 +147,4 @@ class Settling:
         self.learner.load_state_dict(state["learner"])
         self.losses[:] = state["losses"].tolist()
         self.stream.seek(state["position"])
-        redraw(state["draws"], self.generator, self.model.device)
+        restore_random_state(state["draws"], self.generator, self.model.device)

@@ -19,7 +19,7 @@ from torch import nn
 from ...errors import TrainingError
 from ...injection.install import disable, enable, require_graft
 from ...inspection import evaluating, predict
-from ..fsdp import blocks_of
+from ..fsdp import find_blocks
 
 
 class Teacher:
@@ -39,7 +39,7 @@ class Teacher:
         self, model: ModelMixin, *, output: float = 0.0, features: float = 0.0, apart: ModelMixin | None = None
     ):
         self.model, self.output, self.features, self.apart = model, output, features, apart
-        self.blocks = blocks_of(model, require_graft(model).sites) if features else []
+        self.blocks = find_blocks(model, require_graft(model).sites) if features else []
         if features and not self.blocks:
             raise TrainingError("Features are those of blocks, and this model's sites lie in no list of blocks.")
         self.prediction: torch.Tensor | None = None

@@ -13,8 +13,8 @@ import diffusers_graft as dg
 from diffusers_graft.errors import TrainingError, UnknownNameError
 from diffusers_graft.training.finetune.objective import objective, snr_weight
 from diffusers_graft.training.finetune.teacher import masked_error
-from diffusers_graft.training.fsdp import blocks_of
-from diffusers_graft.training.metrics_log import read_journal
+from diffusers_graft.training.fsdp import find_blocks
+from diffusers_graft.training.metrics_log import read_metrics
 from diffusers_graft.training.noised_batch import NoisedBatch, Noising
 
 from ...models import SCHEDULER, batches, predict, tensors_of, tiny_dit, tiny_pixart
@@ -262,7 +262,7 @@ def test_massive_activations_are_left_out():
     halves = [masked_error(one, other).item() for one, other in zip(student.split(1), teacher.split(1), strict=True)]
     assert masked_error(student, teacher).item() == pytest.approx(sum(halves) / 2)  # however a batch is shared out
     model = grafted()
-    assert blocks_of(model, model.graft.sites) == [f"transformer_blocks.{i}" for i in range(4)]
+    assert find_blocks(model, model.graft.sites) == [f"transformer_blocks.{i}" for i in range(4)]
 
 
 def test_checkpointed_gradients_are_the_same():
@@ -285,7 +285,7 @@ def test_a_lora_of_rank_64_is_the_default_beside_operators():
 
 def test_what_distillation_costs_stands_in_the_journal(tmp_path):
     settle(grafted(), output_dir=tmp_path, log_every=1, distill_output=1.0, distill_features=1.0)
-    rows = read_journal(tmp_path)
+    rows = read_metrics(tmp_path)
     assert [set(row["terms"]) for row in rows] == [{"denoising", "output", "features"}] * 3
     assert all(term > 0 for row in rows for term in row["terms"].values())
     assert rows[0]["loss"] == pytest.approx(sum(rows[0]["terms"].values()), rel=1e-5)

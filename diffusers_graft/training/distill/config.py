@@ -1,0 +1,96 @@
+"""Settings of stage one, and of the closed-form start before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ...errors import TrainingError
+from ..config import TrainingConfig, require_one_of
+from .losses import LOSSES
+
+MODES = ("parallel", "sequential")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosedFormConfig:
+    """Settings of `dg.closed_form`.
+
+    Attributes:
+        steps: batches it sees, once more before that where `energy` asks for it; a few hundred samples do.
+        ridge: pull towards the present weights, as a share of the mean square of a feature.
+        energy: first measure which of the original's neurons are active, and start the narrower parts anew from those.
+            Only parts that start warm and that nothing has trained yet.
+        timesteps, seed: of the noise, see `diffusers_graft.training.noised_batch.Noising`.
+        progress: show a bar, on a terminal.
+    """
+
+    steps: int = 16
+    ridge: float = 1e-4
+    energy: bool = True
+    timesteps: str = "auto"
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self):
+        if type(self.steps) is not int or self.steps < 1 or not 0 < self.ridge < math.inf:
+            raise TrainingError(f"A closed form needs at least one step and a positive ridge; got {self}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(TrainingConfig):
+    """Settings of stage one, beside those of both stages (`diffusers_graft.training.config.TrainingConfig`).
+
+    Attributes:
+        loss: `"auto"` (the paper's choice: `l1` for attention, `l2` for feed-forwards), `l1`, `l2`, `huber` or
+            `relative_l2`; or a loss for each rule key.
+        lr_scale: factors on the learning rate by rule key.
+        gated: compare outputs as the block adds them, multiplied by its adaLN gate, instead of raw ones.
+        sites: rule keys of the sites to train; None trains all. The teacher's forward ends after the last one.
+        mode: `"parallel"` shows every new part what the original model would; `"sequential"` what reaches it through
+            the new parts before it, whose errors it can then make up for.
+        closed_form: solve for output layers first, where parts have one (see `dg.closed_form`); a start that costs
+            seconds.
+        patience: a site that did not improve in so many evaluations is finished, and costs nothing more. None lets
+            every site use all its steps, which a falling learning rate rewards.
+        reuse, ring, memory: each batch of the teacher is used `reuse` times, out of a buffer of up to `ring` batches
+            that takes at most `memory` bytes (half of what is free, unless given); sites train in groups whose
+            activations fit. On the testbed 4 takes half the time of 1 and is as good
+            (examples/benchmarks/training-cpu.md); 1 stores nothing, shows every part fresh noise at every step, and
+            does not depend on what is free, so it is the default.
+        host: put the buffer into the memory of the host instead of the device's.
+    """
+
+    loss: str | Mapping[str, str] = "auto"
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
+    gated: bool = False
+    sites: str | tuple[str, ...] | None = None
+    mode: str = "parallel"
+    schedule: str = "cosine"
+    max_grad_norm: float = 10.0
+    closed_form: ClosedFormConfig | None = None
+    patience: int | None = None
+    reuse: int = 1
+    ring: int = 16
+    memory: int | None = None
+    host: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.loss.values() if isinstance(self.loss, Mapping) else [self.loss]:
+            require_one_of("loss", name, ("auto", *LOSSES))
+        require_one_of("mode", self.mode, MODES)
+        counts = [self.reuse, self.ring]
+        counts += [count for count in (self.patience, self.memory) if count is not None]
+        if not all(isinstance(count, int) and count >= 1 for count in counts) or self.ring < 2:
+            raise TrainingError(f"Counts are whole numbers from one, a ring's from two; got {self}.")
+        scales = self.lr_scale.values() if isinstance(self.lr_scale, Mapping) else [self.lr_scale]
+        if not all(isinstance(scale, int | float) for scale in scales):
+            raise TrainingError(f"Factors on the learning rate are numbers; got {self.lr_scale!r}.")
+        if not isinstance(self.closed_form, ClosedFormConfig | None):
+            raise TrainingError(f"closed_form takes a dg.ClosedFormConfig(), or None; got {self.closed_form!r}.")
+        if self.reuse > 1 and self.mode == "sequential":
+            raise TrainingError(
+                'reuse stores what the original model did, and mode="sequential" changes it: choose one of them.'
+            )

@@ -1,0 +1,71 @@
+"""Settings of stage two."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig
+
+from ...errors import TrainingError
+from ..config import TrainingConfig, require_one_of
+from .lora import lora_settings
+from .objective import VARIANCES
+
+TRAINABLE = ("operators", "operators+lora", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Settings of stage two, beside those of both stages (`diffusers_graft.training.config.TrainingConfig`).
+
+    The paper: learning rate 1e-4 after 1,000 steps of warm-up.
+
+    Attributes:
+        train: `"operators"` (the new parts), `"operators+lora"` (LoRA on the rest of the model beside them), or
+            `"all"` weights of the model, as in the paper's class-conditional runs; `"all"` unless `lora` is given,
+            which alone means `"operators+lora"`.
+        lora: settings of LoRA; rank 64 on every linear layer of the blocks, as the paper's text-to-image run, unless
+            given. LoRA layers are trained beside whatever else `train` names.
+        ema_decay: decay of an exponential moving average (diffusers' `EMAModel`), whose weights are the result; 0
+            has the last ones.
+        variance: of models that predict it: `"auto"`, `"vb"` or `"ignore"`, see
+            `diffusers_graft.training.finetune.objective`.
+        min_snr: gamma of min-SNR weighting, 5 is usual; None weights all noise levels alike.
+        distill_output: weight of the distance to the ungrafted model's prediction; costs its forward at every step.
+        distill_features: weight of the distance to the ungrafted model's block outputs, massive activations left out;
+            costs the same forward, and holds the outputs of all blocks in memory.
+        gradient_checkpointing: recompute blocks in the backward: less memory, a third more time.
+        compile: compile the training forward, by a backend's name or True for torch's default.
+    """
+
+    train: str | None = None
+    lora: LoraConfig | None = None
+    ema_decay: float = 0.0
+    variance: str = "auto"
+    min_snr: float | None = None
+    distill_output: float = 0.0
+    distill_features: float = 0.0
+    gradient_checkpointing: bool = False
+    compile: bool | str = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train is None:
+            object.__setattr__(self, "train", "all" if self.lora is None else "operators+lora")
+        require_one_of("set of weights to train", self.train, TRAINABLE)
+        require_one_of("treatment of predicted variances", self.variance, VARIANCES)
+        if self.train == "operators+lora" and self.lora is None:
+            object.__setattr__(self, "lora", LoraConfig(r=64, lora_alpha=64, target_modules="all-linear"))
+        if not 0 <= self.ema_decay < 1 or min(self.distill_output, self.distill_features) < 0:
+            raise TrainingError(f"A decay lies from 0 up to 1, weights are not negative; got {self}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every setting, JSON-able; of LoRA, rank and alpha."""
+        settings = TrainingConfig.to_dict(dataclasses.replace(self, lora=None, train=self.train))
+        return {**settings, "lora": None if self.lora is None else {"r": self.lora.r, "alpha": self.lora.lora_alpha}}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide the weights, all of LoRA's among them."""
+        return {**super().identity(), "lora": None if self.lora is None else lora_settings(self.lora)}
