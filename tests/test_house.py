@@ -42,6 +42,7 @@ HOMES = {
     "safetensors": {"core.storage", "serialization", "testbed", "training.checkpoint", "data"},
     "huggingface_hub": {"serialization", "cards"},
     "jinja2": {"cards"},
+    "rich": {"core.tables"},
     "yaml": {"cards"},
     "matplotlib": {"evaluation.plots", "testbed.sampling"},
     "PIL": {"testbed"},  # renders the letters

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 import torch
 
 from ..errors import FileError, GeometryError, UnknownNameError
+from .tables import Table, Tabular
 
 KINDS = ("self_attention", "cross_attention", "joint_attention", "feed_forward", "block_pair", "block", "block_run")
 BLOCK_KINDS = KINDS[4:]
@@ -82,7 +83,7 @@ class Site:
         return cls(**data)
 
 
-class Sites(Sequence[Site]):
+class Sites(Tabular, Sequence[Site]):
     """An immutable sequence of sites; `str(sites)` is a table, and below it what was seen and is no site (`notes`)."""
 
     def __init__(self, sites: Iterable[Site] = (), notes: Iterable[str] = ()):
@@ -106,14 +107,14 @@ class Sites(Sequence[Site]):
             raise UnknownNameError("kind", kind, KINDS)
         return Sites(site for site in self if site.kind == kind)
 
-    def __str__(self) -> str:
-        rows = [("site", "path", "width", "heads", "hidden")]
+    def to_table(self) -> Table:
+        """Return the table that `str` shows."""
+        rows = []
         for site in self:
             heads = f"{site.heads} x {site.head_width}" if site.heads else ""
             rows.append((site.address, site.path, str(site.width), heads, str(site.hidden or "")))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, *self.notes])
+        heading = ("site", "path", "width", "heads", "hidden")
+        return Table(rows, heading=heading, notes=self.notes)
 
     def __repr__(self) -> str:
         return f"Sites({len(self)})\n{self}"

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from tqdm.auto import tqdm
 
+from ..core.tables import Table
 from ..errors import FileError, GraftError, StateError
 from ..injection.graft import Graft, build_graft, get_graft
 from ..injection.install import install, uninstall
@@ -197,14 +198,8 @@ def table(rows: list[list[str]]) -> str:
     """Rows as text with aligned columns, the first row as heading."""
     if not rows:
         raise GraftError("A table needs at least its heading.")
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    heading, *others = rows
+    return Table(others, heading=heading, numbers=range(1, len(heading)), is_ruled=True).to_text()
 
 
 def require_writable(output: Path | None) -> None:

@@ -19,6 +19,7 @@ from diffusers import ModelMixin
 
 from ..core.sites import BLOCK_KINDS, KINDS, Site, Sites
 from ..core.storage import read_json, write_json
+from ..core.tables import Table, Tabular
 from ..errors import FileError, MismatchError, OperatorError, RuleError, UnknownNameError
 from ..inspection import find_sites
 from ..inspection.blocks import refusals, require_alike, require_one_width, run_of
@@ -40,8 +41,8 @@ class Edit:
         return f"{self.site.address} at {self.site.path}: {self.config}"
 
 
-@dataclass(frozen=True)
-class GraftPlan:
+@dataclass(frozen=True, repr=False)
+class GraftPlan(Tabular):
     """What to graft where, for models of one class. Pure data.
 
     Attributes:
@@ -106,10 +107,9 @@ class GraftPlan:
     def __repr__(self) -> str:
         return f"GraftPlan({len(self.edits)})\n{self}"
 
-    def __str__(self) -> str:
-        rows = [(edit.site.address, edit.site.path, str(edit.config)) for edit in self.edits]
-        widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
-        return "\n".join(f"{a.ljust(widths[0])}  {p.ljust(widths[1])}  {c}" for a, p, c in rows)
+    def to_table(self) -> Table:
+        """Return the table that `str` shows."""
+        return Table([(edit.site.address, edit.site.path, str(edit.config)) for edit in self.edits])
 
 
 def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:

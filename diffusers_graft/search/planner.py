@@ -22,6 +22,7 @@ from torch import nn
 
 from ..core.sites import Site
 from ..core.storage import read_json, write_json
+from ..core.tables import Table, Tabular
 from ..errors import FileError, GraftError, MismatchError, StateError, UnknownNameError
 from ..injection.graft import Graft, build_graft
 from ..planning.plan import Edit, GraftPlan
@@ -97,7 +98,7 @@ class _Totals:
 
 
 @dataclass(frozen=True)
-class Survey:
+class Survey(Tabular):
     """What every choice does and saves: measured once (`dg.survey`), solved for any budget in no time.
 
     Attributes:
@@ -231,23 +232,14 @@ class Survey:
             totals.add(options)
         return totals
 
-    def __str__(self) -> str:
-        head = ["site", "operator", "harm", *MEASURES]
-        rows = [
-            [
-                choice.edit.site.address,
-                str(choice.edit.config),
-                f"{choice.harm:.2e}",
-                *(f"{0 - choice.saved[measure]:+.2%}" for measure in MEASURES),
-            ]
-            for choice in self.choices
-        ]
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = [
-            [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-            for row in [head, *rows]
-        ]
-        return "\n".join("  ".join(line) for line in lines)
+    def to_table(self) -> Table:
+        """Return the table that `str` shows."""
+        heading = ("site", "operator", "harm", *MEASURES)
+        rows = []
+        for choice in self.choices:
+            changes = [f"{0 - choice.saved[measure]:+.2%}" for measure in MEASURES]
+            rows.append((choice.edit.site.address, str(choice.edit.config), f"{choice.harm:.2e}", *changes))
+        return Table(rows, heading=heading, numbers=range(2, len(heading)))
 
 
 def _require_alike(path: str, surveyed: nn.Module, original: nn.Module) -> None:
