@@ -4,8 +4,9 @@ VENV ?= .venv
 OUTPUT ?= quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+LOWEST := $(VENV)-lowest
 
-.PHONY: help quickstart test test-all test-diffusers-versions ablate bench bench-loading bench-operators bench-depth bench-pixart bench-planner bench-training testbed lint clean
+.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate bench bench-loading bench-operators bench-depth bench-pixart bench-planner bench-training testbed lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -28,6 +29,12 @@ test: $(READY) ## The test suite
 
 test-all: $(READY) ## The test suite with the long tests
 	$(BIN)/python -m pytest -q -m 'long or not long'
+
+test-lowest: ## The tests of sites, operators, grafts and files under the lowest versions that are declared
+	@[ -f $(LOWEST)/ready ] || { $(PYTHON) -m venv $(LOWEST) && \
+		$(LOWEST)/bin/pip install -q --disable-pip-version-check -r tests/lowest_versions.txt && \
+		$(LOWEST)/bin/pip install -q --disable-pip-version-check --no-deps -e . && touch $(LOWEST)/ready; }
+	$(LOWEST)/bin/python -m pytest -q tests/core tests/inspection tests/planning tests/operators tests/injection tests/serialization
 
 test-diffusers-versions: $(READY) ## The zoo under diffusers 0.36, 0.40 and the newest
 	@for version in 0.36.0 0.40.0 newest; do \
@@ -67,8 +74,11 @@ testbed: $(READY) ## Train the testbed's model and its judge from scratch (hours
 	$(BIN)/python -m benchmarks.testbed.pretrain --output runs/testbed
 	$(BIN)/python -m benchmarks.testbed.card --output runs/testbed
 
-lint: $(READY) ## Style
+lint: $(READY) ## Format, style, spelling and types; the same tools as pre-commit
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/basedpyright --level error --pythonpath $(BIN)/python
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) quickstart runs dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) quickstart runs dist .pytest_cache .ruff_cache .hypothesis
