@@ -1,0 +1,143 @@
+"""Train the scenes' text encoder: `python benchmarks/testbed/scenes_text.py --output DIR`.
+
+A small `T5EncoderModel` with a tokenizer of whole words learns to read captions: at each noun it names kind, colour, count,
+size and relation of the group, and at the end the whole scene. Then it is frozen, and the transformer attends to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from diffusers_graft.testbed.scenes.grammar import COLOURS, KIND_WORDS, KINDS, PUNCTUATION, RELATIONS, Scene, sample_scene, vocabulary
+
+CONFIG = {
+    "d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 3, "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+# Answers at a noun: kind; colour or none; count; size or none; relation to the other group or none.
+ANSWERS = (len(KINDS), len(COLOURS) + 1, 5, 3, len(RELATIONS) + 1)
+SIZES = (None, "small", "large")
+PLURALS = {word: pair[1] for pairs in KIND_WORDS.values() for pair in pairs for word in pair}
+
+
+def make_tokenizer() -> T5Tokenizer:
+    """A T5 tokenizer whose pieces are the words of the grammar; any other word becomes `<unk>`."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    # Unigram scores are log-probabilities of pieces: with equal ones the fewest pieces win, which are whole words.
+    words = [("▁" + word, -1.0) for word in vocabulary()]
+    punctuation = [(character, -1.0) for character in PUNCTUATION]
+    return T5Tokenizer(vocab=special + words + punctuation, extra_ids=0, model_max_length=64)
+
+
+def tokenize(tokenizer: T5Tokenizer, captions: list[str]) -> dict[str, torch.Tensor]:
+    """Token ids and mask, [B, N], padded to the longest caption."""
+    return dict(tokenizer(captions, padding="longest", return_tensors="pt"))
+
+
+def answers_at_nouns(scenes: list[Scene]) -> torch.Tensor:
+    """The right answers, [nouns, 5], in the order of the nouns in the captions."""
+    rows = []
+    for scene in scenes:
+        for index, group in enumerate(scene.groups):
+            relation = 0
+            if scene.relation is not None and index < 2:
+                own = scene.relation if index == 0 else OPPOSITE[scene.relation]
+                relation = 1 + RELATIONS.index(own)
+            colour = COLOURS.index(group.colour) if group.is_colour_named else len(COLOURS)
+            rows.append((KINDS.index(group.kind), colour, group.count, SIZES.index(group.size), relation))
+    return torch.tensor(rows)
+
+
+def totals_of(scenes: list[Scene]) -> torch.Tensor:
+    """What the scene's end answers: objects of each kind, and of each named colour, [B, 16]."""
+    totals = torch.zeros(len(scenes), len(KINDS) + len(COLOURS))
+    for row, scene in zip(totals, scenes, strict=True):
+        for group in scene.groups:
+            row[KINDS.index(group.kind)] += group.count
+            if group.is_colour_named:
+                row[len(KINDS) + COLOURS.index(group.colour)] += group.count
+    return totals
+
+
+class Reader(nn.Module):
+    """The encoder with one linear head for the nouns and one for the end; heads are dropped after training."""
+
+    def __init__(self, tokenizer: T5Tokenizer):
+        super().__init__()
+        config = T5Config(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, **CONFIG)
+        self.encoder = T5EncoderModel(config)
+        self.noun_head = nn.Linear(CONFIG["d_model"], sum(ANSWERS))
+        self.end_head = nn.Linear(CONFIG["d_model"], len(KINDS) + len(COLOURS))
+        nouns = [word for pairs in KIND_WORDS.values() for pair in pairs for word in pair]
+        self.register_buffer("nouns", torch.tensor(tokenizer.convert_tokens_to_ids(["▁" + word for word in nouns])))
+        self.end = tokenizer.eos_token_id
+
+    def forward(self, tokens: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        states = self.encoder(**tokens).last_hidden_state
+        at_nouns = states[torch.isin(tokens["input_ids"], self.nouns)]
+        at_end = states[tokens["input_ids"] == self.end]
+        return self.noun_head(at_nouns), self.end_head(at_end)
+
+
+def reader_loss(reader: Reader, tokens: dict[str, torch.Tensor], scenes: list[Scene]) -> tuple[torch.Tensor, float]:
+    """The loss, and the share of nouns whose five answers are all right."""
+    at_nouns, at_end = reader(tokens)
+    truths = answers_at_nouns(scenes)
+    loss = 0.1 * F.mse_loss(at_end, totals_of(scenes))
+    is_right = torch.ones(len(truths), dtype=torch.bool)
+    for guess, truth in zip(at_nouns.split(ANSWERS, 1), truths.T, strict=True):
+        loss = loss + F.cross_entropy(guess, truth)
+        is_right &= guess.argmax(1) == truth
+    return loss, is_right.float().mean().item()
+
+
+def train_reader(output: Path, steps: int, batch_size: int = 64, lr: float = 2e-3, seed: int = 0) -> None:
+    """Train from scratch, and save encoder and tokenizer under `output`."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = make_tokenizer()
+    reader = Reader(tokenizer)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    started = time.monotonic()
+    for step in range(1, steps + 1):
+        scenes = [sample_scene(rng) for _ in range(batch_size)]
+        loss, _ = reader_loss(reader, tokenize(tokenizer, [scene.caption for scene in scenes]), scenes)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 250 == 0 or step == steps:
+            held_out = random.Random(10**6)
+            scenes = [sample_scene(held_out) for _ in range(1000)]
+            with torch.no_grad():
+                loss, right = reader_loss(reader, tokenize(tokenizer, [scene.caption for scene in scenes]), scenes)
+            row = {"step": step, "held_out_loss": loss.item(), "right": right, "seconds": round(time.monotonic() - started, 1)}
+            with (output / "text.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps(row) + "\n")
+            reader.encoder.save_pretrained(output / "text_encoder")
+    tokenizer.save_pretrained(output / "tokenizer")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2000)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    train_reader(arguments.output, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
