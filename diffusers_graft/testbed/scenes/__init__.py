@@ -1,0 +1,27 @@
+"""Scenes: a pretrained text-to-image pipeline, its endless data, its prompts and its score.
+
+`pipeline()` gives a `PixArtSigmaPipeline` that draws a few coloured objects; `weights/README.md` is its card.
+"""
+
+from __future__ import annotations
+
+from .detect import Found, detect
+from .draw import draw_scenes
+from .grammar import HELD_OUT_COLOURS, HELD_OUT_COUNTS, Scene, sample_scene, vocabulary
+from .pipeline import pipeline
+from .score import SceneScore, draw_prompts, load_prompts
+
+__all__ = [
+    "HELD_OUT_COLOURS",
+    "HELD_OUT_COUNTS",
+    "Found",
+    "Scene",
+    "SceneScore",
+    "detect",
+    "draw_prompts",
+    "draw_scenes",
+    "load_prompts",
+    "pipeline",
+    "sample_scene",
+    "vocabulary",
+]

@@ -41,7 +41,11 @@ COLOUR_WORDS = {
     "white": ("white", "ivory"),
     "black": ("black", "ebony"),
 }
-COUNT_WORDS = {2: ("two", "2", "a pair of"), 3: ("three", "3", "a group of three"), 4: ("four", "4", "a group of four")}
+COUNT_WORDS = {
+    2: ("two", "2", "a pair of"),
+    3: ("three", "3", "a group of three"),
+    4: ("four", "4", "a group of four"),
+}
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 RELATION_WORDS = {
     "left of": ("left of", "to the left of", "on the left of"),
@@ -141,7 +145,9 @@ def sample_group(rng: random.Random, kind: str, counts: tuple[int, ...] = (1,)) 
 
 def _sample_groups(tag: str, rng: random.Random) -> tuple[Group, ...]:
     if tag == "several":
-        sizes = rng.choice(((1, 1, 1), (1, 1, 1), (1, 1, 1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 1, 1), (1, 2, 1)))
+        sizes = rng.choice(
+            ((1, 1, 1), (1, 1, 1), (1, 1, 1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 1, 1), (1, 2, 1))
+        )
     elif tag == "counting":
         sizes = (rng.choice((2, 3, 4)),)
     elif tag in ("single_object", "colors"):

@@ -1,4 +1,4 @@
-"""Train the scenes' transformer: `python benchmarks/testbed/scenes_transformer.py --output DIR --tokens 64`.
+"""Train the scenes' transformer: `python -m benchmarks.testbed.scenes.transformer --output DIR --tokens 64`.
 
 Flow matching on latents of an endless stream of scenes, Muon for the matrices of the blocks and AdamW for the rest, and an
 exponential moving average of the weights, which is what ships. One phase is one number of tokens (64, 256 or 1,024); each
@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, PixArtTransformer2DModel
-from scenes_text import tokenize
 from torch import nn
 from transformers import T5EncoderModel, T5Tokenizer
 
 from diffusers_graft.testbed.scenes.draw import draw_with_coverage
 from diffusers_graft.testbed.scenes.grammar import COLOURS, KINDS, Scene, sample_scene
+
+from .text import tokenize
 
 MODEL = {
     "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 8, "sample_size": 32, "patch_size": 1,
@@ -43,12 +44,12 @@ class Recipe:
     """Everything that decides the weights of one phase; written to its log."""
 
     tokens: int = 64
-    steps: int = 20_000
+    steps: int = 60_000
     decay: int = 3_000
     warmup: int = 100
-    batch_size: int = 64
+    batch_size: int = 32
     lr: float = 2e-3
-    ema_decay: float = 0.999
+    ema_decay: float = 0.998
     caption_dropout: float = 0.1
     planning_weight: float = 0.3
     # More tokens show the same scene, so that it takes more noise to hide it (arXiv 2403.03206, section 5.3.2).
@@ -221,7 +222,9 @@ def pretrain(recipe: Recipe, output: Path, save_every: int) -> None:
     if run.checkpoint().exists():
         run.resume()
     log = (output / "training.jsonl").open("a", encoding="utf-8")
-    log.write(json.dumps({"recipe": asdict(recipe), "model": MODEL, "torch": torch.__version__, "step": run.step}) + "\n")
+    log.write(
+        json.dumps({"recipe": asdict(recipe), "model": MODEL, "torch": torch.__version__, "step": run.step}) + "\n"
+    )
     log.flush()
     started = time.monotonic()
     losses = []

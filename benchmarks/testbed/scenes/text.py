@@ -1,4 +1,4 @@
-"""Train the scenes' text encoder: `python benchmarks/testbed/scenes_text.py --output DIR`.
+"""Train the scenes' text encoder: `python -m benchmarks.testbed.scenes.text --output DIR`.
 
 A small `T5EncoderModel` with a tokenizer of whole words learns to read captions: at each noun it names kind, colour, count,
 size and relation of the group, and at the end the whole scene. Then it is frozen, and the transformer attends to it.
@@ -17,7 +17,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from diffusers_graft.testbed.scenes.grammar import COLOURS, KIND_WORDS, KINDS, PUNCTUATION, RELATIONS, Scene, sample_scene, vocabulary
+from diffusers_graft.testbed.scenes.grammar import (
+    COLOURS,
+    KIND_WORDS,
+    KINDS,
+    PUNCTUATION,
+    RELATIONS,
+    Scene,
+    sample_scene,
+    vocabulary,
+)
 
 CONFIG = {
     "d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 3, "dropout_rate": 0.0,
@@ -123,7 +132,12 @@ def train_reader(output: Path, steps: int, batch_size: int = 64, lr: float = 2e-
             scenes = [sample_scene(held_out) for _ in range(1000)]
             with torch.no_grad():
                 loss, right = reader_loss(reader, tokenize(tokenizer, [scene.caption for scene in scenes]), scenes)
-            row = {"step": step, "held_out_loss": loss.item(), "right": right, "seconds": round(time.monotonic() - started, 1)}
+            row = {
+                "step": step,
+                "held_out_loss": loss.item(),
+                "right": right,
+                "seconds": round(time.monotonic() - started, 1),
+            }
             with (output / "text.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(row) + "\n")
             reader.encoder.save_pretrained(output / "text_encoder")

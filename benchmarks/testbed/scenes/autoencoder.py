@@ -1,4 +1,4 @@
-"""Train the scenes' autoencoder: `python benchmarks/testbed/scenes_autoencoder.py --output DIR`.
+"""Train the scenes' autoencoder: `python -m benchmarks.testbed.scenes.autoencoder --output DIR`.
 
 An `AutoencoderTiny` of diffusers, 8 x 8 pixels to one latent of 12 numbers. Its encoder needs no training: it is the
 principal components of patches, written into the convolutions. So one transformer meets the same latents at every size,

@@ -1,0 +1,84 @@
+"""The pretrained text-to-image pipeline, a `PixArtSigmaPipeline` of diffusers that draws scenes."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+
+from ...errors import GraftError, ModelError
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def pipeline(transformer: PixArtTransformer2DModel | None = None) -> PixArtSigmaPipeline:
+    """Load the pretrained pipeline.
+
+    It draws 256 x 256 pixels (1,024 tokens), and other sizes with `use_resolution_binning=False`. Beside what diffusers
+    checks, it warns of empty prompts and of words that it never learned, and refuses schedulers of other families.
+
+    Args:
+        transformer: used instead of the pretrained one, grafted for example.
+    """
+    components = {}
+    if transformer is not None:
+        components["transformer"] = transformer
+    loaded = PixArtSigmaPipeline.from_pretrained(WEIGHTS, torch_dtype=torch.float32, **components)
+    loaded.transformer.eval()
+    # An attribute of the instance, so that the pipeline is saved and loaded as diffusers' own class.
+    loaded.encode_prompt = functools.partial(_encode_checked_prompt, loaded)
+    return loaded
+
+
+def _encode_checked_prompt(
+    checked: PixArtSigmaPipeline, prompt: str | list[str] | None = None, *arguments, **settings
+) -> tuple:
+    check_pipeline(checked)
+    if prompt is not None:
+        warn_of_unknown_words(checked, [prompt] if isinstance(prompt, str) else prompt)
+    return PixArtSigmaPipeline.encode_prompt(checked, prompt, *arguments, **settings)
+
+
+def check_pipeline(checked: PixArtSigmaPipeline) -> None:
+    """Refuse a pipeline that would draw wrong pictures without a word.
+
+    Raises `ModelError` where text encoder or tokenizer is missing, and `GraftError` for a scheduler that does not take
+    velocities of flow matching.
+    """
+    if checked.text_encoder is None or checked.tokenizer is None:
+        raise ModelError(
+            "The pipeline has no text encoder or no tokenizer; prompts cannot be read. Load it with both."
+        )
+    scheduler = checked.scheduler
+    is_flow = scheduler.config.get("prediction_type") == "flow_prediction" and scheduler.config.get("use_flow_sigmas")
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise GraftError(
+            "PixArtSigmaPipeline cannot run FlowMatchEulerDiscreteScheduler, which lacks scale_model_input. Use "
+            "DPMSolverMultistepScheduler or UniPCMultistepScheduler, made by from_config from the pipeline's scheduler."
+        )
+    if not is_flow:
+        raise GraftError(
+            f"{type(scheduler).__name__} (prediction_type={scheduler.config.get('prediction_type')!r}) does not fit a model "
+            "trained by flow matching. Make it by from_config from the pipeline's scheduler, with use_flow_sigmas=True and "
+            'prediction_type="flow_prediction".'
+        )
+
+
+def warn_of_unknown_words(checked: PixArtSigmaPipeline, prompts: list[str]) -> None:
+    """Warn of words that become `<unk>`, and of prompts without words, which draw a scene at random."""
+    tokenizer = checked.tokenizer
+    unknown = []
+    for word in dict.fromkeys(word for prompt in prompts for word in prompt.lower().split()):
+        if tokenizer.unk_token_id in tokenizer(word).input_ids:
+            unknown.append(word)
+    if unknown:
+        warnings.warn(
+            f"Words that the scenes never learned are read as <unk>: {', '.join(unknown)}. "
+            "`testbed.scenes.vocabulary()` lists those it knows.",
+            stacklevel=2,
+        )
+    if any(not prompt.strip() for prompt in prompts):
+        warnings.warn("An empty prompt draws a scene at random.", stacklevel=2)
