@@ -57,6 +57,16 @@ OPENINGS = ("", "", "a picture of", "a photo of", "an image of", "a drawing of",
 PUNCTUATION = (",", ".")
 JOINERS = ("and", "with", "together with")
 
+# How many objects the groups of a scene have, by kind of prompt; two single objects where nothing is said.
+_COUNTS = {
+    "single_object": ((1,),),
+    "colors": ((1,),),
+    "counting": ((2,), (3,), (4,)),
+    "several": ((1, 1, 1), (1, 1, 1), (1, 1, 1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 1, 1), (1, 2, 1)),
+}
+# How often captions name the colours, by kind of prompt.
+_COLOUR_NAMED = {"single_object": 0.0, "two_object": 0.0, "counting": 0.4, "position": 0.35, "several": 0.8}
+
 # Radius of an object, as a share of the picture's width, by how many objects there are.
 _RADII = {1: (0.17, 0.32), 2: (0.14, 0.23), 3: (0.125, 0.185), 4: (0.12, 0.165)}
 _SMALL = 0.3  # the lowest and the highest share of the range of radii are called small and large
@@ -144,35 +154,27 @@ def sample_group(rng: random.Random, kind: str, counts: tuple[int, ...] = (1,)) 
 
 
 def _sample_groups(tag: str, rng: random.Random) -> tuple[Group, ...]:
-    if tag == "several":
-        sizes = rng.choice(
-            ((1, 1, 1), (1, 1, 1), (1, 1, 1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 1, 1), (1, 2, 1))
-        )
-    elif tag == "counting":
-        sizes = (rng.choice((2, 3, 4)),)
-    elif tag in ("single_object", "colors"):
-        sizes = (1,)
-    else:
-        sizes = (1, 1)
-    is_named = {"single_object": 0.0, "counting": 0.4, "two_object": 0.0, "position": 0.35}.get(tag, 1.0)
+    counts = rng.choice(_COUNTS.get(tag, ((1, 1),)))
+    kinds = _sample_kinds(counts, is_repeated=tag == "color_attr" and rng.random() < 0.1, rng=rng)
     while True:
-        kinds = rng.sample(KINDS, len(sizes))
-        # Two groups of one kind and different colours also occur, as "a red star and a blue star" asks for.
-        if tag == "color_attr" and rng.random() < 0.1:
-            kinds[1] = kinds[0]
-        if not any((size, kind) in HELD_OUT_COUNTS for size, kind in zip(sizes, kinds, strict=True)):
-            break
-    while True:
-        groups = [sample_group(rng, kind, (size,)) for size, kind in zip(sizes, kinds, strict=True)]
+        groups = [sample_group(rng, kind, (count,)) for count, kind in zip(counts, kinds, strict=True)]
         if len({(group.kind, group.colour) for group in groups}) == len(groups):
             break
-    is_colour_named = rng.random() < is_named
-    if tag == "several" and rng.random() < 0.2:
-        is_colour_named = False
+    is_colour_named = rng.random() < _COLOUR_NAMED.get(tag, 1.0)
     size = None
-    if len(sizes) == 1 and rng.random() < 0.2:
+    if len(groups) == 1 and rng.random() < 0.2:
         size = rng.choice(tuple(SIZE_WORDS))
-    return tuple(Group(g.kind, g.colour, g.count, size, is_colour_named) for g in groups)
+    return tuple(Group(group.kind, group.colour, group.count, size, is_colour_named) for group in groups)
+
+
+def _sample_kinds(counts: tuple[int, ...], is_repeated: bool, rng: random.Random) -> list[str]:
+    """Different kinds, or one kind twice, as "a red star and a blue star" asks for."""
+    while True:
+        kinds = rng.sample(KINDS, len(counts))
+        if is_repeated:
+            kinds[1] = kinds[0]
+        if not any((count, kind) in HELD_OUT_COUNTS for count, kind in zip(counts, kinds, strict=True)):
+            return kinds
 
 
 def describe(groups: tuple[Group, ...], relation: str | None, rng: random.Random) -> str:
