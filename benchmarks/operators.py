@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 
-from diffusers_graft.core.sites import Context, Grid
+from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.benchmark import compare, publish, require_writable, table, with_graft
 from diffusers_graft.evaluation.operator_costs import example_part, operator_costs, peak_memory, run_of

@@ -6,7 +6,8 @@ load_graft, and the property graft.
 
 from . import data, operators
 from ._version import __version__
-from .core.sites import Context, Grid, Site, Sites
+from .core.context import Context, Grid
+from .core.sites import Site, Sites
 from .errors import GraftError
 from .evaluation.benchmark import benchmark
 from .evaluation.evaluate import Scores, evaluate

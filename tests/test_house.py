@@ -44,6 +44,7 @@ HOMES = {
     "accelerate": {"training"},
     "safetensors": {"core.storage", "serialization", "testbed", "training.checkpoint", "data"},
     "huggingface_hub": {"serialization", "cards"},
+    "jaxtyping": {"core.shapes"},
     "jinja2": {"cards"},
     "rich": {"core.tables"},
     "yaml": {"cards"},

@@ -1,108 +1,200 @@
-"""Where a graft can go, and what a part is told while it runs.
+"""Sites: the replaceable parts of a model, as pure data.
 
-A `Site` is pure data: it can be written to JSON, compared, and sent to a colleague who has no model at hand.
+A site can be written to JSON, compared, and sent to somebody who has no model at hand.
 """
 
 from __future__ import annotations
 
-import threading
+import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, get_type_hints, overload
 
-import torch
-
-from ..errors import FileError, GeometryError, UnknownNameError
+from ..errors import FileError, UnknownNameError
 from .tables import Table, Tabular
 
-KINDS = ("self_attention", "cross_attention", "joint_attention", "feed_forward", "block_pair", "block", "block_run")
-BLOCK_KINDS = KINDS[4:]
+ATTENTION_KINDS = ("self_attention", "cross_attention", "joint_attention")
+BLOCK_KINDS = ("block_pair", "block", "block_run")
+_LARGEST_SIZE = 2**31 - 1
+
+KINDS = (*ATTENTION_KINDS, "feed_forward", *BLOCK_KINDS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One replaceable part of a model, with the sizes an operator builds itself from.
+    """A replaceable part of a model, with the sizes that an operator builds itself from.
+
+    `Site(kind=..., ...)` makes one of the class that belongs to the kind: `AttentionSite`, `FeedForwardSite` or
+    `BlockSite`.
 
     Attributes:
         kind: one of `KINDS`.
         index: position among the model's sites of this kind, in forward order.
         path: dotted module path inside the model.
-        width: features of a token entering and leaving the part (D).
-        heads, head_width: attention only (H, E).
-        hidden: feed-forward only, neurons between the two linear layers.
-        activation: feed-forward only, diffusers' name of the activation, as in `activation_fn="gelu-approximate"`.
-        blocks: blocks only, how many neighbours the site spans, the first of them at `path`.
-        streams: blocks only, how many streams they carry on: one, or image and prompt.
+        width: features of a token that enters and leaves the part (D).
     """
+
+    kinds: ClassVar[tuple[str, ...]] = ()
 
     kind: str
     index: int
     path: str
     width: int
-    heads: int | None = None
-    head_width: int | None = None
-    hidden: int | None = None
-    activation: str | None = None
-    blocks: int | None = None
-    streams: int | None = None
+
+    # As pathlib.Path does: the base class makes an instance of the subclass that fits.
+    def __new__(cls, *, kind: str = "", **sizes: Any):
+        return super().__new__(_class_of(kind) if cls is Site and kind else cls)
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UnknownNameError("kind", self.kind, KINDS)
+        if self.kind not in self.kinds:
+            raise UnknownNameError("kind", self.kind, self.kinds)
 
     @property
     def address(self) -> str:
-        """The rule key that names this site alone: `self_attention[3]`."""
-        if self.kind == "block_run":
-            return f"block_run[{self.index}:{self.index + self.blocks}]"
+        """Rule key that names this site alone: `self_attention[3]`."""
         return f"{self.kind}[{self.index}]"
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of all modules that it replaces: its own, and those of the blocks behind it that it spans."""
-        holder, _, number = self.path.rpartition(".")
-        return (self.path, *(f"{holder}.{int(number) + step}" for step in range(1, self.blocks or 1)))
+        """Paths of all modules that it replaces."""
+        return (self.path,)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known of the site, JSON-able; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Site:
+        """Read what `to_dict` wrote.
+
+        Raises `FileError` for entries that such a site does not have, lacks, or has of another type, and
+        `UnknownNameError` for an unknown kind.
+        """
+        site_class = _class_of(data["kind"])
+        types = _types_of(site_class)
+        unknown = sorted(set(data) - set(types))
+        if unknown:
+            raise FileError(f"A site has the unknown entries {unknown}; it was written by a newer diffusers-graft.")
+        wrong = [name for name, kind in types.items() if type(data.get(name)) is not kind]
+        if wrong:
+            raise FileError(
+                f"A site lacks entries, or has them of another type than they are written with: {', '.join(wrong)}."
+            )
+        large = [name for name, kind in types.items() if kind is int and not 0 <= data[name] <= _LARGEST_SIZE]
+        if large:
+            raise FileError(f"A site has sizes that no model has: {', '.join(large)}.")
+        return site_class(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite(Site):
+    """An attention.
+
+    Attributes:
+        heads: number of heads (H).
+        head_width: features of a head (E).
+    """
+
+    kinds = ATTENTION_KINDS
+
+    heads: int
+    head_width: int
 
     @property
     def inner_width(self) -> int:
         """Width of queries, keys and values together (H * E)."""
         return self.heads * self.head_width
 
-    def to_dict(self) -> dict:
-        """What is known of the site, JSON-able; `from_dict` reads it back."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
-    @classmethod
-    def from_dict(cls, data: dict) -> Site:
-        """Raises `FileError` for entries that a site does not have, or of another type."""
-        types = get_type_hints(cls)
-        if unknown := sorted(set(data) - set(types)):
-            raise FileError(f"A site has the unknown entries {unknown}; it was written by a newer diffusers-graft.")
-        if wrong := sorted(name for name, value in data.items() if not isinstance(value, types[name])):
-            raise FileError(f"A site has entries of another type than they are written with: {', '.join(wrong)}.")
-        return cls(**data)
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardSite(Site):
+    """A feed-forward.
+
+    Attributes:
+        hidden: neurons between the two linear layers.
+        activation: diffusers' name of the activation, as in `activation_fn="gelu-approximate"`.
+    """
+
+    kinds = ("feed_forward",)
+
+    hidden: int
+    activation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSite(Site):
+    """A block, or neighbouring ones.
+
+    Attributes:
+        blocks: how many neighbours the site spans, the first of them at `path`.
+        streams: how many streams they carry on: one, or image and prompt.
+    """
+
+    kinds = BLOCK_KINDS
+
+    blocks: int
+    streams: int
+
+    @property
+    def address(self) -> str:
+        """Rule key that names this site alone: `block[3]`, `block_run[2:4]`."""
+        if self.kind == "block_run":
+            return f"block_run[{self.index}:{self.index + self.blocks}]"
+        return super().address
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all modules that it replaces: the first block and those behind it."""
+        holder, _, number = self.path.rpartition(".")
+        return (self.path, *(f"{holder}.{int(number) + step}" for step in range(1, self.blocks)))
+
+
+def _class_of(kind: str) -> type[Site]:
+    for site_class in (AttentionSite, FeedForwardSite, BlockSite):
+        if kind in site_class.kinds:
+            return site_class
+    raise UnknownNameError("kind", kind, KINDS)
+
+
+@functools.cache
+def _types_of(site_class: type[Site]) -> dict[str, type]:
+    hints = get_type_hints(site_class)
+    return {name: hints[name] for name in site_class.__dataclass_fields__ if name != "kinds"}
 
 
 class Sites(Tabular, Sequence[Site]):
-    """An immutable sequence of sites; `str(sites)` is a table, and below it what was seen and is no site (`notes`)."""
+    """An immutable sequence of sites; `str(sites)` is a table.
+
+    Attributes:
+        notes: sentences on parts that were found and are no sites; they follow the table.
+    """
 
     def __init__(self, sites: Iterable[Site] = (), notes: Iterable[str] = ()):
-        self._sites, self.notes = tuple(sites), tuple(notes)
+        self._sites = tuple(sites)
+        self.notes = tuple(notes)
 
-    def __getitem__(self, index):
-        return Sites(self._sites[index]) if isinstance(index, slice) else self._sites[index]
+    @overload
+    def __getitem__(self, index: int) -> Site: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sites: ...
+
+    def __getitem__(self, index: int | slice) -> Site | Sites:
+        if isinstance(index, slice):
+            return Sites(self._sites[index])
+        return self._sites[index]
 
     def __len__(self) -> int:
         return len(self._sites)
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Sites) and self._sites == other._sites
 
     def __hash__(self) -> int:
         return hash(self._sites)
 
     def where(self, *, kind: str) -> Sites:
-        """The sites of one kind, in forward order. Raises `UnknownNameError` for a kind that does not exist."""
+        """Return the sites of one kind, in forward order. Raises `UnknownNameError` for an unknown kind."""
         if kind not in KINDS:
             raise UnknownNameError("kind", kind, KINDS)
         return Sites(site for site in self if site.kind == kind)
@@ -111,142 +203,10 @@ class Sites(Tabular, Sequence[Site]):
         """Return the table that `str` shows."""
         rows = []
         for site in self:
-            heads = f"{site.heads} x {site.head_width}" if site.heads else ""
-            rows.append((site.address, site.path, str(site.width), heads, str(site.hidden or "")))
-        heading = ("site", "path", "width", "heads", "hidden")
-        return Table(rows, heading=heading, notes=self.notes)
+            heads = f"{site.heads} x {site.head_width}" if isinstance(site, AttentionSite) else ""
+            hidden = str(site.hidden) if isinstance(site, FeedForwardSite) else ""
+            rows.append((site.address, site.path, str(site.width), heads, hidden))
+        return Table(rows, heading=("site", "path", "width", "heads", "hidden"), notes=self.notes)
 
     def __repr__(self) -> str:
         return f"Sites({len(self)})\n{self}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """How tokens lie: frames x height x width, raster order, last axis fastest.
-
-    Raises `GeometryError` for a side that holds no token.
-    """
-
-    frames: int = 1
-    height: int
-    width: int
-
-    def __post_init__(self):
-        if self.frames < 1 or self.height < 1 or self.width < 1:
-            raise GeometryError(
-                f"A grid has 1 or more tokens on every side; got {self.frames} x {self.height} x {self.width}."
-            )
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens."""
-        return self.frames * self.height * self.width
-
-    def place_of(self, token: int) -> tuple[int, ...]:
-        """Row and column of a token, behind its frame where there are several."""
-        frame, rest = divmod(token, self.height * self.width)
-        place = divmod(rest, self.width)
-        return (frame, *place) if self.frames > 1 else place
-
-    def __str__(self) -> str:
-        return f"{self.frames} x {self.height} x {self.width}" if self.frames > 1 else f"{self.height} x {self.width}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Context:
-    """What a part is told about the forward pass it runs in.
-
-    Attributes:
-        grid: layout of the image or video tokens, or None where it is unknown.
-        text_tokens: tokens of the prompt.
-        text_first: in sequences that hold more than the image (prompt, registers, earlier frames), whether the others
-            stand before it; None where that is unknown.
-        aside: paths of parts that run on other sequences alone, such as a prompt's refiner.
-        pyramid: whether parts also run on halved grids, as in a UNet.
-        timestep: the model's own timestep argument.
-        mask: attention mask as `scaled_dot_product_attention` takes it, broadcastable to [B, H, N, M].
-        scale: factor on query-key products; None means 1 / sqrt(E).
-        causal: whether the replaced attention was causal.
-    """
-
-    grid: Grid | None = None
-    text_tokens: int = 0
-    text_first: bool | None = None
-    aside: tuple[str, ...] = ()
-    pyramid: bool = False
-    timestep: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    scale: float | None = None
-    causal: bool = False
-
-    def at(self, site: Site, tokens: int) -> Context:
-        """This context for one part and the tokens it is given: a frame of a video, a level of a pyramid, or no grid."""
-        grid = self.grid
-        if grid is None or grid.tokens == tokens:
-            return self
-        if self.aside and site.path.startswith(self.aside):
-            return replace(self, grid=None, text_first=None)
-        if not self.pyramid and grid.frames == 1:
-            return self
-        height, width = grid.height, grid.width
-        while self.pyramid and height * width > tokens:
-            height, width = (height + 1) // 2, (width + 1) // 2
-        return replace(self, grid=Grid(height=height, width=width)) if height * width == tokens else self
-
-    def require_grid(self, who: str, tokens: int) -> Grid:
-        """The grid of a forward.
-
-        Args:
-            who: the operator that asks, to be named in errors.
-            tokens: that it was given.
-
-        Raises `GeometryError` where there is no grid, or one that does not hold `tokens` tokens.
-        """
-        if self.grid is None:
-            raise GeometryError(
-                f"{who} needs to know how tokens lie on the image, and this forward gave no grid. "
-                "Call the model as a whole (not one of its blocks), or choose a sequence operator such as sliding_window. "
-                "For a family that is not read yet, add a row to diffusers_graft/inspection/families.py that says how its "
-                "tokens lie."
-            )
-        if self.grid.tokens != tokens:
-            raise GeometryError(
-                f"{who} was given {tokens} tokens, but the grid is {self.grid} = {self.grid.tokens}. "
-                "Call the model as a whole, so that the grid of this very forward is read; parts that run on other tokens "
-                "(a prompt's refiner, the frames of one place) take sequence operators, such as sliding_window."
-            )
-        return self.grid
-
-
-@dataclass
-class ContextSlot:
-    """Where the root's pre-hook leaves the context of the running forward for the parts of one graft.
-
-    It is not cleared afterwards: parts may run again during the backward pass (see `checkpointing`). Threads that run
-    one model at once have a context each; compiled code, and threads that ran no forward, are given the last of all.
-
-    Attributes:
-        arguments: of the last forward of the grafted model, by name; what a saved graft proves itself by where a
-            family has no example inputs.
-    """
-
-    arguments: dict[str, Any] | None = None
-    _last: Context = field(default_factory=Context)
-    _by_thread: dict[int, Context] = field(default_factory=dict)
-
-    @property
-    def current(self) -> Context:
-        """Of the forward that runs in this thread, or that ran last."""
-        return self._last if torch.compiler.is_compiling() else self._by_thread.get(threading.get_ident(), self._last)
-
-    @current.setter
-    def current(self, context: Context) -> None:
-        self._last = context
-        if torch.compiler.is_compiling():
-            self._by_thread = {}  # it does not know its thread, which would otherwise keep an older one
-        else:
-            self._by_thread[threading.get_ident()] = context
-
-    def with_attention(self, *, mask: torch.Tensor | None, scale: float | None, causal: bool) -> Context:
-        """The current context, with what the attention that runs was given."""
-        return replace(self.current, mask=mask, scale=scale, causal=causal)

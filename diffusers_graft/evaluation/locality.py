@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
 
-from ..core.sites import Context, Grid, Site
+from ..core.context import Context, Grid
+from ..core.sites import Site
 from ..errors import GraftError, OperatorError, StateError
 from ..injection.graft import build_graft, get_graft
 from ..injection.install import install, uninstall

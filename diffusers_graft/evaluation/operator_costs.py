@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..core.sites import Context, Grid, Site
+from ..core.context import Context, Grid
+from ..core.sites import Site
 from ..errors import GeometryError, GraftError, OperatorError
 from ..operators import AttentionOperator, Mixer, Operator, OperatorConfig, available, get
 from ..operators.base import BlockOperator

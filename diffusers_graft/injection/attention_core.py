@@ -25,7 +25,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from ..core.sites import Context, Grid, Site
+from ..core.context import Context, Grid
+from ..core.sites import Site
 from ..errors import GeometryError, OperatorError
 from ..operators import Mixer, OperatorConfig
 from ..operators.ops.backends import compute_dtype, specialize

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.overrides import TorchFunctionMode
 
-from ..core.sites import Context, Site
+from ..core.context import Context
+from ..core.sites import Site
 from ..errors import OperatorError
 from ..inspection.source import text_comes_first
 from .attention_core import mix, mix_with_others

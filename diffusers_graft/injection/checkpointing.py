@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from ..core.sites import ContextSlot
+from ..core.context import ContextSlot
 
 _NAME = "_gradient_checkpointing_func"
 

@@ -17,7 +17,8 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from ..core.sites import BLOCK_KINDS, ContextSlot, Site, Sites
+from ..core.context import ContextSlot
+from ..core.sites import BLOCK_KINDS, Site, Sites
 from ..errors import OperatorError, RuleError
 from ..inspection import find_sites, linear_pair, projections
 from ..inspection.source import is_causal

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from diffusers import ModelMixin
 
-from ..core.sites import ContextSlot
+from ..core.context import ContextSlot
 from ..errors import StateError, UnknownNameError
 from ..planning.plan import GraftPlan
 from .graft import Graft, get_graft, is_enabled

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from diffusers import ModelMixin
 from torch import nn
 
-from ..core.sites import Site, Sites
+from ..core.sites import BlockSite, Site, Sites
 from ..errors import OperatorError
 from .block_loops import apart
 from .source import parameters_of, returned_names
@@ -70,7 +70,7 @@ def run_of(blocks: Sites) -> Site:
 
 def _span(kind: str, index: int, blocks: list[Site]) -> Site:
     last = blocks[-1]
-    return Site(
+    return BlockSite(
         kind=kind, index=index, path=blocks[0].path, width=last.width, blocks=len(blocks), streams=last.streams
     )
 
@@ -78,7 +78,7 @@ def _span(kind: str, index: int, blocks: list[Site]) -> Site:
 def _block(path: str, block: nn.Module, index: int, parts: Sites) -> Site:
     inside = [site for site in parts if site.path.startswith(f"{path}.")]
     streams = len(streams_of(block_class(block)).names) - getattr(block, "context_pre_only", False)
-    return Site(kind="block", index=index, path=path, width=inside[0].width, blocks=1, streams=streams)
+    return BlockSite(kind="block", index=index, path=path, width=inside[0].width, blocks=1, streams=streams)
 
 
 def _lists(model: ModelMixin, parts: Sites) -> list[tuple[str, nn.ModuleList]]:

@@ -19,7 +19,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models import transformers
 
-from ..core.sites import Context, Grid
+from ..core.context import Context, Grid
 from . import grids as geometry
 from .grids import Inputs
 

@@ -11,7 +11,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from ..core.sites import Site, Sites
+from ..core.sites import AttentionSite, FeedForwardSite, Site, Sites
 from ..errors import ModelError
 from .blocks import block_sites
 from .inline_feed_forwards import inline_feed_forwards
@@ -81,7 +81,7 @@ def _describe(
     name = path.rpartition(".")[2]
     if _attends(module):
         kind, heads = _attention_kind(module, parent, name), _first_number(module, _HEADS)
-        return Site(
+        return AttentionSite(
             kind=kind,
             index=seen[kind],
             path=path,
@@ -92,7 +92,7 @@ def _describe(
     if parent is not None and _is_feed_forward(module, parent, name, attending):
         width = _width(module)
         hidden = max((layer[0] for layer in _layers(module) if layer[1] == width), default=width)
-        return Site(
+        return FeedForwardSite(
             kind="feed_forward",
             index=seen["feed_forward"],
             path=path,

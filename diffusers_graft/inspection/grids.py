@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from ..core.sites import Grid
+from ..core.context import Grid
 
 Inputs = dict[str, Any]
 

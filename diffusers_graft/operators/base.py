@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from ..core.sites import Context, ContextSlot, Grid, Site
+from ..core.context import Context, ContextSlot, Grid
+from ..core.sites import Site
 from ..errors import OperatorError, UnknownNameError
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..core.sites import Context, Site
+from ..core.context import Context
+from ..core.sites import Site
 from .base import FeedForwardOperator, LinearPair
 from .ops.activations import ACTIVATIONS, GATED
 from .ops.feed_forward import HiddenConfig, copy_input, copy_output, hidden_width, is_narrower, strongest

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.sites import Context, Grid, Site
+from ..core.context import Context, Grid
+from ..core.sites import Site
 from ..errors import OperatorError
 from . import configure
 from .base import Mixer

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.sites import Context, Site
+from ..core.context import Context
+from ..core.sites import Site
 from .base import FeedForwardOperator, LinearPair
 from .ops.feed_forward import hidden_width, is_narrower, polynomials, require_count, require_ratio, strongest
 

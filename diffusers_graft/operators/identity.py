@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.sites import Context, Grid, Site
+from ..core.context import Context, Grid
+from ..core.sites import Site
 from ..errors import UnknownNameError
 from .base import Mixer
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..core.sites import Context, Site
+from ..core.context import Context
+from ..core.sites import Site
 from .base import FeedForwardOperator, LinearPair
 from .ops.feed_forward import polynomials
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..core.sites import Context, Site
+from ..core.context import Context
+from ..core.sites import Site
 from ..errors import OperatorError
 from .base import FeedForwardOperator, LinearPair
 from .ops.activations import ACTIVATIONS

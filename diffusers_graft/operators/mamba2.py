@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.sites import Context, Grid, Site
+from ..core.context import Context, Grid
+from ..core.sites import Site
 from ..errors import OperatorError, UnknownNameError
 from .base import AttentionOperator
 from .ops.backends import HALF, Backend, WithBackends

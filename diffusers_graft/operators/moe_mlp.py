@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.sites import Context, Site
+from ..core.context import Context
+from ..core.sites import Site
 from ..errors import OperatorError
 from .base import FeedForwardOperator, LinearPair
 from .ops.activations import ACTIVATIONS

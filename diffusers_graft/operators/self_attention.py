@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..core.sites import Context, Site
+from ..core.context import Context
+from ..core.sites import Site
 from ..errors import OperatorError
 from .base import Mixer
 

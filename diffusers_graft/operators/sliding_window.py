@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.sites import Context, Grid, Site
+from ..core.context import Context, Grid
+from ..core.sites import Site
 from ..errors import GeometryError, OperatorError
 from .base import Mixer
 from .ops.backends import Backend, WithBackends

@@ -56,7 +56,7 @@ def test_the_width_is_that_of_the_terminal_and_unlimited_elsewhere(monkeypatch):
 
 
 def test_sites_are_shown_as_a_table_in_text_and_in_notebooks():
-    site = Site(kind="feed_forward", index=0, path="blocks.0.ff", width=16, hidden=64)
+    site = Site(kind="feed_forward", index=0, path="blocks.0.ff", width=16, hidden=64, activation="gelu")
     sites = Sites([site], notes=["nothing else"])
     assert str(sites) == (
         "site             path         width  heads  hidden\n"

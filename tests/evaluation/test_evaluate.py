@@ -17,7 +17,8 @@ import diffusers_graft as dg
 from benchmarks import models
 from benchmarks.rows import read_rows, write_row
 from diffusers_graft.cli.main import main
-from diffusers_graft.core.sites import Context, Grid, Site
+from diffusers_graft.core.context import Context, Grid
+from diffusers_graft.core.sites import Site
 from diffusers_graft.errors import FileError, GraftError, StateError
 from diffusers_graft.evaluation.benchmark import PeakMemory, benchmark, compare, table
 from diffusers_graft.evaluation.cost import count_flops, count_parameters

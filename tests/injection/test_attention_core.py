@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import diffusers_graft as dg
-from diffusers_graft.core.sites import Context, Grid, Site
+from diffusers_graft.core.context import Context, Grid
+from diffusers_graft.core.sites import Site
 from diffusers_graft.errors import OperatorError
 from diffusers_graft.evaluation.benchmark import PeakMemory
 from diffusers_graft.injection import attention_core as mixing

@@ -181,7 +181,7 @@ def test_a_touched_token_reaches_its_neighbours_on_the_grid_of_its_level(name):
         model.set_graft({site.address: "neighborhood"})
         before = attended(model, name, site.path)
         height = math.isqrt(len(before) * 2 // 3)  # the latents are two by three
-        grid = dg.site.Grid(height=height, width=height * 3 // 2)
+        grid = dg.Grid(height=height, width=height * 3 // 2)
         levels.add(grid)
         token = grid.width + 4
         assert changed(before, attended(model, name, site.path, touched=token)) == near(token, grid)

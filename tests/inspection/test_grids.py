@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import diffusers_graft as dg
-from diffusers_graft.core.sites import Grid
+from diffusers_graft.core.context import Grid
 from diffusers_graft.errors import GeometryError
 from diffusers_graft.injection.attention_processor import grafted_class
 from diffusers_graft.inspection import families, read_context
@@ -117,7 +117,7 @@ def changed(one, other):
 def near(token, grid):
     """Tokens whose 3 x 3 (x 3) window, shifted inward at borders, holds a token."""
     operator = dg.operators.get("neighborhood")
-    site = dg.site.Site(kind="self_attention", index=0, path="", width=8, heads=2, head_width=4)
+    site = dg.Site(kind="self_attention", index=0, path="", width=8, heads=2, head_width=4)
     window = operator.Config().build(site)
     return {query for query in range(grid.tokens) if token in window.receptive_field(query, grid)}
 
@@ -145,7 +145,7 @@ def test_a_touched_patch_reaches_its_neighbours_alone(name):
 
 def frame_of(grid, tokens):
     """Frames may be samples of their own."""
-    return grid if tokens >= grid.tokens else dg.site.Grid(height=grid.height, width=grid.width)
+    return grid if tokens >= grid.tokens else dg.Grid(height=grid.height, width=grid.width)
 
 
 def on_the_grid(model, name, site, grid):

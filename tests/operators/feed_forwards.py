@@ -5,7 +5,8 @@ import math
 import torch
 from torch.nn.functional import linear
 
-from diffusers_graft.core.sites import Context, Grid, Site
+from diffusers_graft.core.context import Context, Grid
+from diffusers_graft.core.sites import Site
 from diffusers_graft.operators import LinearPair, configure
 from diffusers_graft.operators.ops.activations import ACTIVATIONS
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from diffusers_graft.core.sites import Context, Grid
+from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError
 from diffusers_graft.injection.attention_core import mix
 from diffusers_graft.injection.modules import AttentionSeat, FeedForwardSeat

@@ -15,7 +15,7 @@ import diffusers_graft as dg
 from benchmarks import operators as bench_operators_module
 from benchmarks.pixart import CONTENDERS, LAYERS, bench_pixart, compiled, pixart_table
 from diffusers_graft.cli.main import main
-from diffusers_graft.core.sites import Context, Grid
+from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.operator_costs import example_part, example_tensors, operator_costs, peak_memory
 from diffusers_graft.operators import configure

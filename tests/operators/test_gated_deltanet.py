@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_graft.core.sites import Context
+from diffusers_graft.core.context import Context
 from diffusers_graft.operators import Projections
 
 from .recurrences import build, draw, parameters

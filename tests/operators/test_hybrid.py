@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusers_graft.core.sites import Context, Grid
+from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.errors import OperatorError
 from diffusers_graft.injection.attention_core import mix, mix_with_others
 from diffusers_graft.operators import configure

@@ -2,7 +2,7 @@
 
 import torch
 
-from diffusers_graft.core.sites import Context
+from diffusers_graft.core.context import Context
 
 from .examples import build, qkv
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from diffusers_graft.core.sites import Context, Grid
+from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.errors import GeometryError, OperatorError
 from diffusers_graft.operators import configure
 from diffusers_graft.operators.conformance.suite import example_site

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusers_graft.core.sites import Context
+from diffusers_graft.core.context import Context
 from diffusers_graft.errors import OperatorError
 from diffusers_graft.operators import LinearPair, configure
 

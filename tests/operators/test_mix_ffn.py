@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_graft.core.sites import Context, Grid
+from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.errors import GeometryError
 
 from .feed_forwards import (

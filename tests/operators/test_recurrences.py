@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import diffusers_graft as dg
-from diffusers_graft.core.sites import Context, Grid, Site
+from diffusers_graft.core.context import Context, Grid
+from diffusers_graft.core.sites import Site
 from diffusers_graft.errors import GraftError
 from diffusers_graft.operators import Mixer, configure
 

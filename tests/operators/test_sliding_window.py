@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_graft.core.sites import Context
+from diffusers_graft.core.context import Context
 from diffusers_graft.errors import GeometryError
 
 from .examples import attend, build, qkv

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusers_graft.core.sites import Context, Grid
+from diffusers_graft.core.context import Context, Grid
 
 from .recurrences import build, parameters, qkv, same_with_gradients
 

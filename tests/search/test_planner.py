@@ -65,7 +65,7 @@ def choice(block, operator, harm, saved):
     """In the feed-forward of a block, or in place of the block."""
     whole = "block" in operator
     kind, path = ("block", f"blocks.{block}") if whole else ("feed_forward", f"blocks.{block}.ff")
-    sizes = {"blocks": 1} if whole else {"hidden": 32, "activation": "gelu"}
+    sizes = {"blocks": 1, "streams": 1} if whole else {"hidden": 32, "activation": "gelu"}
     site = Site(kind=kind, index=block, path=path, width=8, **sizes)
     return Choice(Edit(site, dg.operators.get(operator).Config()), harm, dict(zip(MEASURES, saved, strict=True)))
 

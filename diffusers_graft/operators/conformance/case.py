@@ -9,7 +9,8 @@ from typing import NoReturn
 
 import torch
 
-from ...core.sites import Context, Grid, Site
+from ...core.context import Context, Grid
+from ...core.sites import Site
 from ...errors import GraftError
 from ..base import BlockOperator, Mixer, Operator, OperatorConfig
 
@@ -42,7 +43,7 @@ class Subject:
     def inputs(self, seed: int = 1, batch: int = 2, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
         if not issubclass(self.config.owner, Mixer):
-            outputs = self.site.blocks or 0 if issubclass(self.config.owner, BlockOperator) else 0
+            outputs = self.site.blocks if issubclass(self.config.owner, BlockOperator) else 0
             shapes = [(batch, self.grid.tokens, self.site.width)] * (1 + outputs)
         else:
             shapes = [(batch, self.site.heads, self.grid.tokens, self.site.head_width)] * 3

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...core.sites import Context, Grid
+from ...core.context import Context, Grid
 from ...errors import GeometryError
 from .. import _configured, available, configure
 from .case import Subject, fail, gradients, run

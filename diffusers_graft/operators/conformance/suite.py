@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ...core.sites import Site
+from ...core.sites import AttentionSite, BlockSite, FeedForwardSite, Site
 from ...errors import GraftError, OperatorError
 from .. import configure
 from ..base import OperatorConfig
@@ -36,10 +36,12 @@ class Report:
 def example_site(kind: str) -> Site:
     """A small site of a kind, to build an operator on."""
     if kind == "feed_forward":
-        return Site(kind=kind, index=0, path="blocks.0.ff", width=12, hidden=48, activation="gelu-approximate")
+        return FeedForwardSite(
+            kind=kind, index=0, path="blocks.0.ff", width=12, hidden=48, activation="gelu-approximate"
+        )
     if kind.startswith("block"):
-        return Site(kind=kind, index=0, path="blocks.0", width=12, blocks=1 if kind == "block" else 2, streams=1)
-    return Site(kind=kind, index=0, path="blocks.0.attn", width=12, heads=3, head_width=4)
+        return BlockSite(kind=kind, index=0, path="blocks.0", width=12, blocks=1 if kind == "block" else 2, streams=1)
+    return AttentionSite(kind=kind, index=0, path="blocks.0.attn", width=12, heads=3, head_width=4)
 
 
 def check_operator(config: OperatorConfig | str | dict, *, kind: str | None = None) -> Report:

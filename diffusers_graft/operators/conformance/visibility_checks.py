@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from ...core.sites import Context
+from ...core.context import Context
 from ...errors import GraftError
 from ..base import BlockOperator, FeedForwardOperator, Operator
 from .case import Subject, fail, run

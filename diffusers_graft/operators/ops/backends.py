@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ...core.sites import Context, Grid, Site
+from ...core.context import Context, Grid
+from ...core.sites import Site
 from ...errors import MissingDependencyError, OperatorError, UnknownNameError
 from ..base import Mixer, Operator, OperatorConfig
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ...core.sites import Context, Grid, Site
+from ...core.context import Context, Grid
+from ...core.sites import Site
 from ...errors import OperatorError, UnknownNameError
 from ..base import Mixer
 from .backends import COMPILED, HALF, Backend, WithBackends, compute_dtype

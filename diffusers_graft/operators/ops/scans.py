@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ...core.sites import Grid
+from ...core.context import Grid
 from .backends import autocast_device, runs_in_pieces, specialize
 
 ORDERS = ("raster", "column", "zigzag")

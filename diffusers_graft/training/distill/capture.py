@@ -15,7 +15,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ...core.sites import Context
+from ...core.context import Context
 from ...errors import TrainingError
 from ...injection.graft import Graft
 from ...injection.install import ContextReader

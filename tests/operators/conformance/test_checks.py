@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusers_graft import check_operator
-from diffusers_graft.core.sites import Context
+from diffusers_graft.core.context import Context
 from diffusers_graft.errors import GeometryError, OperatorError
 from diffusers_graft.operators import FeedForwardOperator, Mixer, available
 from diffusers_graft.operators.conformance import checks as _checks

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_graft import check_operator, operators
-from diffusers_graft.core.sites import Grid
+from diffusers_graft.core.context import Grid
 from diffusers_graft.operators import configure
 from diffusers_graft.operators.conformance.case import Subject
 from diffusers_graft.operators.conformance.suite import example_site

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusers_graft as dg
-from diffusers_graft.core.sites import Context, Grid
+from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.errors import MissingDependencyError, OperatorError, UnknownNameError
 from diffusers_graft.operators import gated_deltanet, mamba2, neighborhood, sliding_window
 from diffusers_graft.operators.base import Mixer

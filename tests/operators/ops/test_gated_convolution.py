@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from diffusers_graft.core.sites import Context, Grid, Site
+from diffusers_graft.core.context import Context, Grid
+from diffusers_graft.core.sites import Site
 from diffusers_graft.errors import OperatorError
 from diffusers_graft.operators import configure, get
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusers_graft.core.sites import Grid
+from diffusers_graft.core.context import Grid
 from diffusers_graft.operators.ops.scans import (
     _in_groups,
     _one_by_one,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from diffusers_graft.core.sites import Context, Grid
+from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.operators import configure
 from diffusers_graft.operators.neighborhood import around
 from diffusers_graft.operators.ops import tiles as _tiles

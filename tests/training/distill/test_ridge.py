@@ -93,7 +93,7 @@ def test_the_solution_is_least_squares_on_all_rows(spec):
 
 
 def regression(features=6, width=3, bias=True):
-    site = dg.Site(kind="feed_forward", index=0, path="x", width=width)
+    site = dg.Site(kind="feed_forward", index=0, path="x", width=width, hidden=4 * width, activation="gelu")
     return _Regression(site, nn.Identity(), nn.Linear(features, width, bias=bias).double())
 
 

@@ -1,0 +1,148 @@
+"""Contexts: what a part knows of the forward that it runs in, above all how its tokens lie.
+
+A processor is given tokens and nothing else. A hook on the model fills a `Context` for every forward, and each part
+reads it through its `ContextSlot`.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..errors import GeometryError
+from .sites import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How tokens lie: frames x height x width, raster order, last axis fastest.
+
+    Raises `GeometryError` for a side that holds no token.
+    """
+
+    frames: int = 1
+    height: int
+    width: int
+
+    def __post_init__(self):
+        if self.frames < 1 or self.height < 1 or self.width < 1:
+            raise GeometryError(
+                f"A grid has 1 or more tokens on every side; got {self.frames} x {self.height} x {self.width}."
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.frames * self.height * self.width
+
+    def place_of(self, token: int) -> tuple[int, ...]:
+        """Row and column of a token, behind its frame where there are several."""
+        frame, rest = divmod(token, self.height * self.width)
+        place = divmod(rest, self.width)
+        return (frame, *place) if self.frames > 1 else place
+
+    def __str__(self) -> str:
+        return f"{self.frames} x {self.height} x {self.width}" if self.frames > 1 else f"{self.height} x {self.width}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a part is told about the forward pass it runs in.
+
+    Attributes:
+        grid: layout of the image or video tokens, or None where it is unknown.
+        text_tokens: tokens of the prompt.
+        text_first: in sequences that hold more than the image (prompt, registers, earlier frames), whether the others
+            stand before it; None where that is unknown.
+        aside: paths of parts that run on other sequences alone, such as a prompt's refiner.
+        pyramid: whether parts also run on halved grids, as in a UNet.
+        timestep: the model's own timestep argument.
+        mask: attention mask as `scaled_dot_product_attention` takes it, broadcastable to [B, H, N, M].
+        scale: factor on query-key products; None means 1 / sqrt(E).
+        causal: whether the replaced attention was causal.
+    """
+
+    grid: Grid | None = None
+    text_tokens: int = 0
+    text_first: bool | None = None
+    aside: tuple[str, ...] = ()
+    pyramid: bool = False
+    timestep: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    scale: float | None = None
+    causal: bool = False
+
+    def at(self, site: Site, tokens: int) -> Context:
+        """This context for one part and the tokens it is given: a frame of a video, a level of a pyramid, or no grid."""
+        grid = self.grid
+        if grid is None or grid.tokens == tokens:
+            return self
+        if self.aside and site.path.startswith(self.aside):
+            return replace(self, grid=None, text_first=None)
+        if not self.pyramid and grid.frames == 1:
+            return self
+        height, width = grid.height, grid.width
+        while self.pyramid and height * width > tokens:
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return replace(self, grid=Grid(height=height, width=width)) if height * width == tokens else self
+
+    def require_grid(self, who: str, tokens: int) -> Grid:
+        """The grid of a forward.
+
+        Args:
+            who: the operator that asks, to be named in errors.
+            tokens: that it was given.
+
+        Raises `GeometryError` where there is no grid, or one that does not hold `tokens` tokens.
+        """
+        if self.grid is None:
+            raise GeometryError(
+                f"{who} needs to know how tokens lie on the image, and this forward gave no grid. "
+                "Call the model as a whole (not one of its blocks), or choose a sequence operator such as sliding_window. "
+                "For a family that is not read yet, add a row to diffusers_graft/inspection/families.py that says how its "
+                "tokens lie."
+            )
+        if self.grid.tokens != tokens:
+            raise GeometryError(
+                f"{who} was given {tokens} tokens, but the grid is {self.grid} = {self.grid.tokens}. "
+                "Call the model as a whole, so that the grid of this very forward is read; parts that run on other tokens "
+                "(a prompt's refiner, the frames of one place) take sequence operators, such as sliding_window."
+            )
+        return self.grid
+
+
+@dataclass
+class ContextSlot:
+    """Where the root's pre-hook leaves the context of the running forward for the parts of one graft.
+
+    It is not cleared afterwards: parts may run again during the backward pass (see `checkpointing`). Threads that run
+    one model at once have a context each; compiled code, and threads that ran no forward, are given the last of all.
+
+    Attributes:
+        arguments: of the last forward of the grafted model, by name; what a saved graft proves itself by where a
+            family has no example inputs.
+    """
+
+    arguments: dict[str, Any] | None = None
+    _last: Context = field(default_factory=Context)
+    _by_thread: dict[int, Context] = field(default_factory=dict)
+
+    @property
+    def current(self) -> Context:
+        """Of the forward that runs in this thread, or that ran last."""
+        return self._last if torch.compiler.is_compiling() else self._by_thread.get(threading.get_ident(), self._last)
+
+    @current.setter
+    def current(self, context: Context) -> None:
+        self._last = context
+        if torch.compiler.is_compiling():
+            self._by_thread = {}  # it does not know its thread, which would otherwise keep an older one
+        else:
+            self._by_thread[threading.get_ident()] = context
+
+    def with_attention(self, *, mask: torch.Tensor | None, scale: float | None, causal: bool) -> Context:
+        """The current context, with what the attention that runs was given."""
+        return replace(self.current, mask=mask, scale=scale, causal=causal)
