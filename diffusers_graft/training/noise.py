@@ -1,13 +1,31 @@
-"""The noise that models were trained under: read from their schedulers, whose own noising is for sampling.
+"""Noise as models were trained under it, read from their schedulers and from the training scripts of diffusers.
 
-Those that sample in few steps noise along the steps of their last call, each in a scale of its own. What a model
-learned
-under is simpler: a share of variance that is kept (`alphas_cumprod`), or a straight line from the sample to noise.
+Schedulers that sample in few steps noise along the steps of their last call, each in its own scale. Training is
+simpler: a variance-preserving chain (`alphas_cumprod`, DDPM), or a straight line from the sample to noise (flow
+matching), on which `sigma` is the share of noise.
+
+DDPM models draw uniform timesteps. Flow models draw a share u in (0, 1) by the density below; then
+sigma = s u / (1 + (s - 1) u) with the shift s of the scheduler, as `FlowMatchEulerDiscreteScheduler` computes its own
+sigmas: `shift`, or `flow_shift` of solvers, or 1 under `use_dynamic_shifting`, which shifts in sampling alone.
+
+====================================================  ========================  ======================================
+classes                                               density of u              source
+====================================================  ========================  ======================================
+Flux, Flux2, HiDreamImage, Krea2, Lumina2, QwenImage, uniform                   examples/dreambooth/train_dreambooth_*
+Sana, ZImage                                                                    (`--weighting_scheme none`)
+CogView4                                              uniform                   examples/cogview4-control
+SD3                                                   logit-normal (0, 1)       examples/dreambooth, train_*_sd3
+Ideogram4                                             logit-normal (0, 1.5),    examples/dreambooth, at 512 x 512
+                                                      shift 1
+Cosmos                                                logit-normal (0, 1),      examples/cosmos
+                                                      shift 5
+all other flows                                       logit-normal (0, 1)       arXiv 2403.03206, section 3.1
+====================================================  ========================  ======================================
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
@@ -15,53 +33,100 @@ from diffusers import ModelMixin, SchedulerMixin
 from ..errors import TrainingError, UnknownNameError
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
+DENSITIES = ("auto", "uniform", "logit_normal")
 
-# What the pipelines of flow models do that no argument tells; the others pass timesteps and take predictions as they
-# are.
-_SHARE_BACK = (
-    "Ideogram4Transformer2DModel",
-    "Lumina2Transformer2DModel",
-    "LuminaNextDiT2DModel",
-    "ZImageTransformer2DModel",
-)
-_SHARE = (  # of noise, from 0 to 1, in place of a timestep; that of the sample in those above
-    "AuraFlowTransformer2DModel",
-    "BriaFibo2Transformer2DModel",
-    "ChromaTransformer2DModel",
-    "CosmosTransformer3DModel",
-    "FluxTransformer2DModel",
-    "Flux2Transformer2DModel",
-    "Krea2Transformer2DModel",
-    "LongCatAudioDiTTransformer",
-    "LongCatImageTransformer2DModel",
-    "NucleusMoEImageTransformer2DModel",
-    "OvisImageTransformer2DModel",
-    "PRXTransformer2DModel",
-    "QwenImageTransformer2DModel",
-    "QwenImage21Transformer2DModel",
-    *_SHARE_BACK,
-)
-_ONE_LESS = ("GlmImageTransformer2DModel",)  # counts timesteps from 0, schedulers of flows from 1
-_TO_SAMPLE = (
-    "HiDreamImageTransformer2DModel",
-    "NucleusMoEImageTransformer2DModel",
-    *_SHARE_BACK,
-)  # predict sample - noise
+
+@dataclass(frozen=True, kw_only=True)
+class Convention:
+    """Convention of one flow model: the timesteps it is trained on, and what its pipelines do that no argument says.
+
+    Attributes:
+        density, logit_std: how the share of noise is drawn, see the table above.
+        shift: of the training script; None is the scheduler's.
+        unit_time: the model is given a share from 0 to 1 in place of a timestep.
+        reversed_time: its time counts the share of the sample, not of the noise.
+        time_offset: added to the timestep; schedulers of flows count from 1.
+        predicts_sample: it predicts sample - noise, in place of noise - sample.
+        half_time: it computes in the dtype of the timestep, which therefore is the sample's.
+        frame_axis, time_ndim: of videos whose frames may differ in noise, the axis of the latents that counts frames,
+            and the number of axes of the timestep, of which the last counts frames too.
+        takes_list: its noised input is a list of samples.
+    """
+
+    density: str = "logit_normal"
+    logit_std: float = 1.0
+    shift: float | None = None
+    unit_time: bool = False
+    reversed_time: bool = False
+    time_offset: int = 0
+    predicts_sample: bool = False
+    half_time: bool = False
+    frame_axis: int | None = None
+    time_ndim: int = 1
+    takes_list: bool = False
+
+
+_DEFAULT = Convention()
+_UNIT_TIME = Convention(unit_time=True)
+_UNIFORM_UNIT_TIME = Convention(unit_time=True, density="uniform")
+_REVERSED = {"unit_time": True, "reversed_time": True, "predicts_sample": True}
+_HALF_TIME = Convention(half_time=True)
+
+CONVENTIONS = {
+    "AceStepTransformer1DModel": _HALF_TIME,
+    "AnyFlowFARTransformer3DModel": Convention(frame_axis=1, time_ndim=2),
+    "AnyFlowTransformer3DModel": Convention(frame_axis=1, time_ndim=2),
+    "AuraFlowTransformer2DModel": _UNIT_TIME,
+    "BriaFibo2Transformer2DModel": _UNIT_TIME,
+    "ChromaTransformer2DModel": _UNIT_TIME,
+    "CogView4Transformer2DModel": Convention(density="uniform"),
+    "CosmosTransformer3DModel": Convention(unit_time=True, shift=5.0),
+    "Flux2Transformer2DModel": _UNIFORM_UNIT_TIME,
+    "FluxTransformer2DModel": _UNIFORM_UNIT_TIME,
+    "GlmImageTransformer2DModel": Convention(time_offset=-1),
+    "HiDreamImageTransformer2DModel": Convention(density="uniform", predicts_sample=True),
+    "HunyuanDiT2DModel": _HALF_TIME,
+    "HunyuanImageTransformer2DModel": _HALF_TIME,
+    "HunyuanVideo15Transformer3DModel": _HALF_TIME,
+    "Ideogram4Transformer2DModel": Convention(**_REVERSED, logit_std=1.5, shift=1.0, half_time=True),
+    "Krea2Transformer2DModel": _UNIFORM_UNIT_TIME,
+    "LongCatAudioDiTTransformer": _UNIT_TIME,
+    "LongCatImageTransformer2DModel": _UNIT_TIME,
+    "Lumina2Transformer2DModel": Convention(**_REVERSED, density="uniform"),
+    "LuminaNextDiT2DModel": Convention(**_REVERSED),
+    "MiniMaxMusic3Transformer1DModel": _HALF_TIME,
+    "NucleusMoEImageTransformer2DModel": Convention(unit_time=True, predicts_sample=True),
+    "OvisImageTransformer2DModel": _UNIT_TIME,
+    "PRXTransformer2DModel": _UNIT_TIME,
+    "QwenImage21Transformer2DModel": _UNIT_TIME,
+    "QwenImageTransformer2DModel": _UNIFORM_UNIT_TIME,
+    "SanaTransformer2DModel": Convention(density="uniform"),
+    "SanaWMTransformer3DModel": Convention(frame_axis=2, time_ndim=3),
+    "WanAnimate2Transformer3DModel": Convention(takes_list=True),
+    "ZImageTransformer2DModel": Convention(**_REVERSED, density="uniform", takes_list=True),
+}
+
+
+def find_convention(model: ModelMixin) -> Convention:
+    """Return the convention of a model's class, or of its nearest base in the table."""
+    return next((CONVENTIONS[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in CONVENTIONS), _DEFAULT)
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler is of the flow matching family."""
-    straight = not hasattr(scheduler, "alphas_cumprod") and "shift" in scheduler.config
-    return straight or scheduler.config.get("prediction_type") == "flow_prediction"
+    """Return whether a scheduler belongs to flow matching."""
+    if scheduler.config.get("prediction_type") == "flow_prediction":
+        return True
+    return not hasattr(scheduler, "alphas_cumprod") and "shift" in scheduler.config
 
 
 def require_known_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raise `TrainingError` for a scheduler under which it is not known how models are trained, or what they predict."""
+    """Raise `TrainingError` for a scheduler whose models are trained in a way that is not known here."""
     if not isinstance(scheduler, SchedulerMixin):
         raise TrainingError(f"A noise_scheduler is a scheduler of diffusers, as pipe.scheduler is; got {scheduler!r}.")
     config = scheduler.config
-    counted = "num_train_timesteps" in config and config.get("timestep_type") != "continuous"
-    if not (counted and (is_flow(scheduler) or hasattr(scheduler, "alphas_cumprod"))):
+    is_counted = "num_train_timesteps" in config and config.get("timestep_type") != "continuous"
+    has_schedule = is_flow(scheduler) or hasattr(scheduler, "alphas_cumprod")
+    if not is_counted or not has_schedule:
         raise TrainingError(
             f"{type(scheduler).__name__} noises in a way that is not known here: pass the DDPMScheduler or "
             "FlowMatchEulerDiscreteScheduler that the model was trained under, or batches of complete model arguments."
@@ -70,38 +135,84 @@ def require_known_scheduler(scheduler: SchedulerMixin) -> None:
         raise UnknownNameError("prediction type", config.prediction_type, PREDICTIONS)
 
 
-def add_noise(
-    scheduler: SchedulerMixin, sample: torch.Tensor, epsilon: torch.Tensor, share: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """NoisedBatch sample, timestep [B] as the scheduler counts, and what is to be predicted, `share` [B] of the way to
-    noise.
+def draw_shares(
+    model: ModelMixin, scheduler: SchedulerMixin, count: int, generator: torch.Generator, density: str = "auto"
+) -> torch.Tensor:
+    """Return the share of noise of each sample before any shift, from 0 (clean) to 1: [B], on CPU.
+
+    Args:
+        density: one of `DENSITIES`; `"auto"` is uniform for DDPM, and else what the model was trained with.
     """
-    steps, config = scheduler.config.num_train_timesteps, scheduler.config
+    convention = find_convention(model)
+    if density == "auto":
+        density = convention.density if is_flow(scheduler) else "uniform"
+    else:
+        convention = _DEFAULT
+    if density == "uniform":
+        return torch.rand(count, generator=generator)
+    return (convention.logit_std * torch.randn(count, generator=generator)).sigmoid()
 
-    def of_each(values: torch.Tensor) -> torch.Tensor:
-        return values.view(-1, *[1] * (sample.ndim - 1)).to(sample.dtype)
 
+def find_shift(model: ModelMixin, scheduler: SchedulerMixin) -> float:
+    """Return the factor by which timesteps of a flow model are shifted in training; 1 shifts nothing."""
+    shift = find_convention(model).shift
+    if shift is not None:
+        return shift
+    # Dynamic shifting depends on the number of tokens and is applied by pipelines alone, not in training.
+    if scheduler.config.get("use_dynamic_shifting", False):
+        return 1.0
+    return scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
+
+
+def add_noise(
+    scheduler: SchedulerMixin, sample: torch.Tensor, noise: torch.Tensor, share: torch.Tensor, *, shift: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the noised sample, its timestep [B] as the scheduler counts, and what is to be predicted.
+
+    Args:
+        sample, noise: [B, C, ...].
+        share: [B], how much of the way to noise.
+        shift: of the timesteps of flows, see `find_shift`.
+    """
+    steps = scheduler.config.num_train_timesteps
     if is_flow(scheduler):
-        shift = config.get("flow_shift", config.get("shift", 1.0))
         sigma = (shift * share / (1 + (shift - 1) * share)).to(sample.device)
-        return torch.lerp(sample, epsilon, of_each(sigma)), sigma * steps, epsilon - sample
+        return torch.lerp(sample, noise, _expand(sigma, sample)), sigma * steps, noise - sample
     timestep = (share * steps).long().clamp(max=steps - 1).to(sample.device)
-    kept = scheduler.alphas_cumprod.to(sample.device)[timestep]
-    signal, noisiness = of_each(kept.sqrt()), of_each((1 - kept).sqrt())
-    targets = {"epsilon": epsilon, "sample": sample, "v_prediction": signal * epsilon - noisiness * sample}
-    return signal * sample + noisiness * epsilon, timestep, targets[config.prediction_type]
+    signal_variance = scheduler.alphas_cumprod.to(sample.device)[timestep]
+    signal = _expand(signal_variance.sqrt(), sample)
+    noisiness = _expand((1 - signal_variance).sqrt(), sample)
+    targets = {"epsilon": noise, "sample": sample, "v_prediction": signal * noise - noisiness * sample}
+    return signal * sample + noisiness * noise, timestep, targets[scheduler.config.prediction_type]
 
 
 def convert_for_model(
-    model: ModelMixin, scheduler: SchedulerMixin, timestep: torch.Tensor, target: torch.Tensor
-) -> tuple[Any, Any]:
-    """Timestep and target in the way of a model, as its pipelines have them."""
-    if not is_flow(scheduler):
-        return timestep, target
-    back, steps = scheduler.config.get("invert_sigmas", False), scheduler.config.num_train_timesteps
-    told = steps - timestep if back or _is(model, _SHARE_BACK) else timestep - int(_is(model, _ONE_LESS))
-    return told / steps if _is(model, _SHARE) else told, -target if back or _is(model, _TO_SAMPLE) else target
+    model: ModelMixin, scheduler: SchedulerMixin, noised: torch.Tensor, timestep: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return timestep and target in the convention of a model, as its pipelines have them.
+
+    Timesteps are floating-point numbers: some models compute in the dtype of the timestep, and all embed it as such.
+    """
+    convention = find_convention(model)
+    if is_flow(scheduler):
+        steps = scheduler.config.num_train_timesteps
+        is_inverted = scheduler.config.get("invert_sigmas", False)
+        if is_inverted or convention.predicts_sample:
+            target = -target
+        if is_inverted or convention.reversed_time:
+            timestep = steps - timestep
+        timestep = timestep + convention.time_offset
+        if convention.unit_time:
+            timestep = timestep / steps
+    timestep = timestep.to(noised.dtype if convention.half_time else torch.float32)
+    if convention.frame_axis is not None:
+        frames = noised.shape[convention.frame_axis]
+        timestep = timestep.view(-1, *[1] * (convention.time_ndim - 1)).expand(
+            *[-1] * (convention.time_ndim - 1), frames
+        )
+    return timestep, target
 
 
-def _is(model: ModelMixin, names: tuple[str, ...]) -> bool:
-    return any(cls.__name__ in names for cls in type(model).__mro__)
+def _expand(values: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """Return one value a sample, shaped to multiply it."""
+    return values.view(-1, *[1] * (sample.ndim - 1)).to(sample.dtype)

@@ -6,11 +6,13 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusers_graft.errors import TrainingError
+from diffusers_graft.inspection import predict
+from diffusers_graft.inspection.families import argument_names
 from diffusers_graft.training.finetune.objective import objective
-from diffusers_graft.training.noise import _ONE_LESS, _SHARE, _TO_SAMPLE
-from diffusers_graft.training.noised_batch import Noising
+from diffusers_graft.training.noise import CONVENTIONS, add_noise, find_shift
+from diffusers_graft.training.noised_batch import Noising, find_timestep_name
 
-from ..inspection.models import exported
+from ..inspection.models import exported, inputs_of, tiny
 from ..models import batches, tiny_dit
 
 
@@ -106,5 +108,99 @@ def test_the_timestep_has_the_name_that_the_model_gives_it():
     assert "timesteps" in drawn(DDPMScheduler(), Other(**tiny_dit(1).config)).inputs
 
 
-def test_the_tables_name_classes_that_exist():
-    assert {*_SHARE, *_ONE_LESS, *_TO_SAMPLE} <= set(exported())
+def test_the_table_names_classes_that_exist():
+    assert set(CONVENTIONS) <= set(exported())
+
+
+@pytest.mark.parametrize("settings", [{"shift": 3.0}, {"shift": 3.0, "use_dynamic_shifting": True}, {"shift": 1.0}])
+def test_shifted_noise_is_that_of_the_schedulers_training_steps(settings):
+    scheduler, model = FlowMatchEulerDiscreteScheduler(**settings), tiny_dit(1)
+    share = torch.linspace(1, 1000, 1000).flip(0) / 1000
+    clean, ones = torch.zeros(1000, 1), torch.ones(1000, 1)
+    noised, timestep, _ = add_noise(scheduler, clean, ones, share, shift=find_shift(model, scheduler))
+    torch.testing.assert_close(noised[:, 0], scheduler.sigmas)
+    torch.testing.assert_close(timestep, scheduler.timesteps)
+
+
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+def test_solvers_that_shift_by_the_number_of_tokens_shift_nothing_in_training(name):
+    if "use_dynamic_shifting" not in getattr(diffusers, name)().config:
+        pytest.skip("this diffusers has no such setting")
+    settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
+    assert find_shift(tiny_dit(1), getattr(diffusers, name)(**settings)) == 5
+    assert find_shift(tiny_dit(1), getattr(diffusers, name)(**settings, use_dynamic_shifting=True)) == 1
+
+
+# Quartiles of sigma, from the density and the shift that each training script of diffusers has by default.
+@pytest.mark.parametrize(
+    ("name", "settings", "quartiles"),
+    [
+        ("FluxTransformer2DModel", {"shift": 3.0, "use_dynamic_shifting": True}, (0.25, 0.5, 0.75)),
+        ("FluxTransformer2DModel", {"shift": 3.0}, (0.5, 0.75, 0.9)),
+        ("QwenImageTransformer2DModel", {"shift": 1.0, "use_dynamic_shifting": True}, (0.25, 0.5, 0.75)),
+        ("SanaTransformer2DModel", {"shift": 3.0}, (0.5, 0.75, 0.9)),
+        ("SD3Transformer2DModel", {"shift": 3.0}, (0.6045, 0.75, 0.8548)),
+        ("WanTransformer3DModel", {"shift": 1.0}, (0.3375, 0.5, 0.6625)),
+        ("Ideogram4Transformer2DModel", {"shift": 6.0}, (0.2666, 0.5, 0.7334)),
+        ("CosmosTransformer3DModel", {"shift": 1.0}, (0.7181, 0.8333, 0.9076)),
+    ],
+)
+def test_timesteps_are_drawn_as_training_scripts_draw_them(name, settings, quartiles):
+    scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    batch = {"sample": torch.randn(4000, 1, 2, 2), "class_labels": torch.zeros(4000, dtype=torch.long)}
+    noised = Noising(scheduler=scheduler)(of_class(name), batch, torch.Generator().manual_seed(0))
+    found = (noised.timestep / 1000).quantile(torch.tensor([0.25, 0.5, 0.75]))
+    torch.testing.assert_close(found, torch.tensor(quartiles), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler()], ids=["ddpm", "flow"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HunyuanDiT2DModel",
+        "HunyuanVideo15Transformer3DModel",
+        "AceStepTransformer1DModel",
+        "MiniMaxMusic3Transformer1DModel",
+    ],
+)
+def test_models_that_compute_in_the_dtype_of_the_timestep_are_trained_in_bfloat16_too(name, scheduler):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny(name).to(dtype)
+        noised = Noising(scheduler=scheduler)(model, clean_batch(name, model), torch.Generator().manual_seed(0))
+        assert predict(model, noised.inputs).isfinite().all()
+
+
+def clean_batch(name, model):
+    batch = inputs_of(name)
+    batch["sample"] = batch.pop(argument_names(type(model))[0])
+    del batch[find_timestep_name(model)]
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("AnyFlowTransformer3DModel", (2, 3)), ("SanaWMTransformer3DModel", (2, 1, 3))]
+)
+def test_videos_whose_frames_may_differ_in_noise_get_a_timestep_a_frame(name, shape):
+    model = tiny(name)
+    noising = Noising(scheduler=FlowMatchEulerDiscreteScheduler())
+    noised = noising(model, clean_batch(name, model), torch.Generator().manual_seed(0))
+    assert noised.inputs["timestep"].shape == shape
+    assert torch.equal(noised.inputs["timestep"][..., 0].flatten(), noised.timestep)
+    assert predict(model, noised.inputs).isfinite().all()
+
+
+def test_models_that_take_a_list_of_samples_are_noised_as_others_are():
+    model = tiny("ZImageTransformer2DModel")
+    batch = inputs_of("ZImageTransformer2DModel")
+    clean = torch.stack(batch.pop("x"))
+    del batch["t"]
+    noising = Noising(scheduler=FlowMatchEulerDiscreteScheduler())
+    noised = noising(model, {"sample": clean, **batch}, torch.Generator().manual_seed(0))
+    assert [one.shape for one in noised.noisy] == [one.shape for one in clean]
+    assert predict(model, noised.inputs).shape == noised.target.shape
+
+
+def test_models_without_a_timestep_are_refused_in_words():
+    model = tiny("T5FilmDecoder")
+    with pytest.raises(TrainingError, match="T5FilmDecoder takes no timestep"):
+        Noising(scheduler=DDPMScheduler())(model, {"sample": torch.zeros(1, 2, 2)}, torch.Generator())
