@@ -1,5 +1,4 @@
-"""Running a mixer in place of softmax. Where image and text share one attention, only image-to-image mixing is
-replaced.
+"""Run a mixer in place of softmax. Where image and text share one attention, only image-to-image mixing is replaced.
 
 The rule for MM-DiT and single streams, the same in training and at inference. Text tokens, and whatever else is no
 image token (registers, padding, earlier frames), keep softmax attention over everything. An image token gives
@@ -13,25 +12,36 @@ share of attention that the others get,
 
 with Z(image) over the image tokens that the operator reads for this token, its receptive field. For a softmax window
 that is exactly one softmax over window and text, and plain torch computes it as such; for a convolution or a scan it
-is what softmax would give to the tokens they read. Of fields beyond 64 tokens, 64 evenly spaced ones stand for all.
+is what softmax would give to the tokens they read.
+
+p is exact for fields of up to `EXACT` tokens. In larger ones the token's nearest neighbours count exactly, and of the
+rest `SAMPLES` tokens stand for all: one drawn from each of as many cells of equal size, which follow a space-filling
+curve, so that they lie evenly on the grid and alias with none of its periods. Every token is as likely as every other
+to be drawn. With d the largest difference between scores within a cell, log Z(image) is off by at most d, and p by at
+most d / 4.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import random
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from ..core.context import Context, Grid
-from ..core.sites import Site
+from ..core.sites import AttentionSite
 from ..errors import GeometryError, OperatorError
 from ..operators import Mixer, OperatorConfig
 from ..operators.ops.backends import compute_dtype, specialize
 
-FIELD = 64  # tokens that stand for a receptive field, at most
+SMALL = 64  # tokens of a field that are scored without another softmax
+EXACT = 1024
+SAMPLES = 256
 AT_ONCE = 256
 NONE = torch.finfo(torch.float32).min  # log weight of a token that is not there; finite, so that gradients are
 
@@ -39,7 +49,10 @@ NONE = torch.finfo(torch.float32).min  # log weight of a token that is not there
 def mix(
     operator: Mixer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context
 ) -> torch.Tensor:
-    """The operator's output, [B, H, N, E]. Raises where the replaced attention hides what the operator would show."""
+    """Return the operator's output, [B, H, N, E].
+
+    Raises `GeometryError` or `OperatorError` where the replaced attention hides tokens that the operator would show.
+    """
     require_tokens(operator.name, query.shape[2])
     if context.causal and not operator.stays_causal:
         raise OperatorError(f"{operator.name} looks ahead, and this attention is causal. Leave it as it is.")
@@ -58,14 +71,15 @@ def require_tokens(who: str, tokens: int) -> None:
 def refuse_hiding(mask: torch.Tensor, name: str) -> None:
     """Raise `GeometryError` for a mask that hides anything from an operator that cannot honour it."""
     hidden = ~mask if mask.dtype == torch.bool else mask != 0
-    words = (
+    message = (
         f"{name} cannot honour an attention mask that hides tokens. Pass inputs without padding, "
         'or choose an operator that can: linear_attention, or a window with backend="torch".'
     )
     if torch.compiler.is_compiling():
-        torch._assert_async(~hidden.any(), words)
+        # Compiled code cannot branch on values; the device checks them as it runs.
+        torch._assert_async(~hidden.any(), message)
     elif hidden.any():
-        raise GeometryError(words)
+        raise GeometryError(message)
 
 
 def mix_with_others(
@@ -78,29 +92,45 @@ def mix_with_others(
     start: int,
     image: int,
 ) -> torch.Tensor:
-    """[B, H, N, E] and twice [B, H, M, E] of a sequence whose image tokens are `image` keys from `start`.
+    """Mix a sequence whose image tokens are the `image` keys from `start`.
 
-    Queries are the whole sequence, the image tokens alone, or none of them. Raises `OperatorError` for causal
-    attention with tokens behind the image, where no model of diffusers has them.
+    Args:
+        operator: replaces the image-to-image part.
+        query: [B, H, N, E]: the whole sequence, the image tokens alone, or none of them.
+        key, value: [B, H, M, E].
+        context: of the running attention.
+        start: place of the first image token among the keys.
+        image: number of image tokens.
+
+    Returns:
+        [B, H, N, E].
+
+    Raises:
+        OperatorError: causal attention with tokens behind the image, where no model of diffusers has them.
     """
-    if context.causal and key.shape[2] > start + image:
+    tokens = query.shape[2]
+    keys = key.shape[2]
+    if context.causal and keys > start + image:
         raise OperatorError(
-            f"{operator.name} cannot stand in a causal attention whose image has other tokens behind it. Leave it as it is."
+            f"{operator.name} cannot replace causal attention whose image has other tokens behind it. Leave it as it is."
         )
-    queries = slice(start, start + image) if query.shape[2] == key.shape[2] else slice(0, image)
-    if query.shape[2] < image:
-        return _softmax(query, key, value, context, slice(0, query.shape[2]))
-    seen_by_image = replace(context, mask=_rows(context.mask, queries))
-    # Each part of a hybrid shares attention with the text by its own rule, as it would alone.
-    mixed = operator.mix_parts(
-        functools.partial(_image_queries, start=start), query[:, :, queries], key, value, seen_by_image
-    )
-    parts = [slice(0, queries.start), slice(queries.stop, query.shape[2])]
-    before, after = (_softmax(query[:, :, part], key, value, context, part) for part in parts)
-    return torch.cat([before, mixed, after], dim=2) if query.shape[2] > image else mixed
+    if tokens < image:
+        return _softmax(query, key, value, context, slice(0, tokens))
+    queries = slice(start, start + image) if tokens == keys else slice(0, image)
+    image_context = replace(context, mask=_rows(context.mask, queries))
+    mixed = _mix_image(operator, query[:, :, queries], key, value, image_context, start)
+    if tokens == image:
+        return mixed
+    before = _softmax(query, key, value, context, slice(0, queries.start))
+    after = _softmax(query, key, value, context, slice(queries.stop, tokens))
+    return torch.cat([before, mixed, after], dim=2)
 
 
-def _softmax(query, key, value, context: Context, part: slice) -> torch.Tensor:
+def _softmax(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, part: slice
+) -> torch.Tensor:
+    """Attend from the queries of `part` to all keys."""
+    query = query[:, :, part]
     if part.stop == part.start:
         return query
     mask = _rows(context.mask, part)
@@ -109,80 +139,157 @@ def _softmax(query, key, value, context: Context, part: slice) -> torch.Tensor:
     )
 
 
-def _image_queries(operator: Mixer, query, key, value, context: Context, *, start: int) -> torch.Tensor:
+def _mix_image(
+    operator: Mixer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, start: int
+) -> torch.Tensor:
+    """Mix the image tokens, whose queries these are, with themselves and with the others."""
     image = query.shape[2]
-    own, rest = slice(start, start + image), (slice(0, start), slice(start + image, key.shape[2]))
+    inside = slice(start, start + image)
+    others = [slice(0, start), slice(start + image, key.shape[2])]
+    mask = context.mask
     if operator.honours_others and not context.causal:
-        key, value = (torch.cat([part[:, :, some] for some in (own, *rest)], dim=2) for part in (key, value))
-        mask = None if context.mask is None else torch.cat([context.mask[..., some] for some in (own, *rest)], dim=-1)
+        key = _take(key, [inside, *others], dim=2)
+        value = _take(value, [inside, *others], dim=2)
+        if mask is not None:
+            mask = _take(mask, [inside, *others], dim=-1)
         return mix(operator, query, key, value, replace(context, mask=mask))
-    mask = None if context.mask is None else context.mask[..., own]
-    mixed = mix(operator, query, key[:, :, own], value[:, :, own], replace(context, mask=mask))
+
+    image_key = key[:, :, inside]
+    image_mask = None if mask is None else mask[..., inside]
+    mixed = mix(operator, query, image_key, value[:, :, inside], replace(context, mask=image_mask))
     if key.shape[2] == image:
         return mixed
-    scale = query.shape[-1] ** -0.5 if context.scale is None else context.scale
-    seen = _seen(operator, query, key[:, :, own], mask, context.grid, scale)
-    key, value = (torch.cat([tensor[:, :, part] for part in rest], dim=2) for tensor in (key, value))
-    mask = None if context.mask is None else torch.cat([context.mask[..., part] for part in rest], dim=-1)
-    return _shared(mixed, seen, query, key, value, mask, scale)
+    key = _take(key, others, dim=2)
+    value = _take(value, others, dim=2)
+    if mask is not None:
+        mask = _take(mask, others, dim=-1)
+    scale = context.scale
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    fields = fields_of(operator, _grid_of(context, image), query.device)
+    indices = fields[0]
+    if len(fields) == 2 and indices.size(0) == 1 and indices.size(1) > SMALL:
+        # One field for all queries: a softmax over it and the text is exact, and stores no scores.
+        image_key = image_key[:, :, indices[0]]
+        if image_mask is not None:
+            image_mask = image_mask.expand(*image_mask.shape[:-1], image)[..., indices[0]]
+        return _share_softmax(mixed, image_key, image_mask, query, key, value, mask, scale)
+    score = _image_score(fields, query, image_key, image_mask, scale)
+    return _share_score(mixed, score, query, key, value, mask, scale)
 
 
-def _shared(
+def _take(tensor: torch.Tensor, parts: list[slice], dim: int) -> torch.Tensor:
+    """Join slices of one dimension."""
+    return torch.cat([tensor.narrow(dim, part.start, part.stop - part.start) for part in parts], dim=dim)
+
+
+def _grid_of(context: Context, tokens: int) -> Grid:
+    """Return the grid of so many tokens; one row where none is known."""
+    if context.grid is not None and context.grid.tokens == tokens:
+        return context.grid
+    return Grid(height=1, width=tokens)
+
+
+def _share_score(
     mixed: torch.Tensor,
-    seen: torch.Tensor,
+    score: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """(1 - p) * mixed + p * text in one softmax: over the text, and one key more that scores log Z(image), `seen`.
+    """Return (1 - p) * mixed + p * text from one softmax: over the text, and one key more that scores log Z(image).
 
-    That score is two channels that only this key looks at, what the query's precision holds of it and the rest. Its
-    value is one more channel, which comes out as 1 - p. Eight channels in all, as kernels want them.
+    That score is two channels that only this key reads: what the query's precision can hold of it, and the rest. The
+    key's value is one more channel, which comes out as 1 - p.
     """
-    held = compute_dtype(query)  # autocast lowers queries that it has left in float32
-    limit = torch.finfo(held).max / 4
-    score = (seen / scale).clamp(-limit, limit)
-    high = score.to(held)
-    query = F.pad(torch.cat([query, high, (score - high).to(held)], dim=-1), (0, 6))
-    key, value = _with_one_more(key, 2), _with_one_more(value, 1)
-    mask = mask if mask is None else F.pad(mask, (0, 1), value=mask.dtype == torch.bool)
-    found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    width = mixed.shape[-1]
-    return found[..., :width] + found[..., width : width + 1] * mixed
-
-
-def _with_one_more(part: torch.Tensor, ones: int) -> torch.Tensor:
-    """[B, H, M, E] with one token and eight channels more: zeros, but for the token's first new channels."""
-    token = F.pad(part.new_ones(*part.shape[:2], 1, ones), (part.shape[-1], 8 - ones))
-    return torch.cat([F.pad(part, (0, 8)), token], dim=2)
-
-
-def _seen(operator: Mixer, query, key, mask: torch.Tensor | None, grid: Grid | None, scale: float) -> torch.Tensor:
-    """log Z(image) of every image token, [B, H, N, 1]."""
-    tokens = query.shape[2]
-    grid = grid if grid is not None and grid.tokens == tokens else Grid(height=1, width=tokens)
-    fields, weights = fields_of(operator, grid, query.device)
-    shared = len(fields) == 1
-    scores = query @ key[:, :, fields[0]].transpose(-1, -2) if shared else _FieldScores.apply(query, key, fields)
-    scores = scale * scores.to(torch.promote_types(scores.dtype, torch.float32)) + weights
+    precision = compute_dtype(query)  # autocast lowers queries that it has left in float32
+    limit = torch.finfo(precision).max / 4
+    score = (score / scale).clamp(-limit, limit)
+    high = score.to(precision)
+    rest = (score - high).to(precision)
+    # Eight more channels in all, since kernels want widths in steps of eight.
+    query = F.pad(torch.cat([query, high, rest], dim=-1), (0, 6))
+    key = _append_token(key, channels=2)
+    value = _append_token(value, channels=1)
     if mask is not None:
-        fields = fields.expand(tokens, -1)[(None,) * (mask.dim() - 2)].expand(*mask.shape[:-2], -1, -1)
-        scores = _hide(scores, mask.expand(*mask.shape[:-2], tokens, tokens).gather(-1, fields))
-    return scores.logsumexp(-1, keepdim=True)
+        mask = F.pad(mask, (0, 1), value=mask.dtype == torch.bool)
+    shared = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return _split_share(shared, mixed)
+
+
+def _append_token(tensor: torch.Tensor, channels: int) -> torch.Tensor:
+    """Append a token and eight channels to [B, H, M, E]: zeros, but for ones in the token's first new channels."""
+    ones = tensor.new_ones(*tensor.shape[:2], 1, channels)
+    token = F.pad(ones, (tensor.shape[-1], 8 - channels))
+    return torch.cat([F.pad(tensor, (0, 8)), token], dim=2)
+
+
+def _share_softmax(
+    mixed: torch.Tensor,
+    image_key: torch.Tensor,
+    image_mask: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Return (1 - p) * mixed + p * text from one softmax over the text and all tokens of the image.
+
+    The image's values are zero but for one more channel, which comes out as 1 - p.
+    """
+    width = value.shape[-1]
+    image_value = F.pad(value.new_ones(*image_key.shape[:3], 1), (width, 7))
+    value = torch.cat([F.pad(value, (0, 8)), image_value], dim=2)
+    key = F.pad(torch.cat([key, image_key], dim=2), (0, 8))
+    if mask is not None and image_mask is not None:
+        mask = torch.cat([mask, image_mask], dim=-1)
+    shared = F.scaled_dot_product_attention(F.pad(query, (0, 8)), key, value, attn_mask=mask, scale=scale)
+    return _split_share(shared, mixed)
+
+
+def _split_share(shared: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    """Add the image's part to the text's, weighted by 1 - p, which is the channel behind the values."""
+    width = mixed.shape[-1]
+    return shared[..., :width] + shared[..., width : width + 1] * mixed
+
+
+def _image_score(
+    fields: tuple[torch.Tensor, ...],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Return log Z(image) of every image token, [B, H, N, 1]."""
+    tokens = query.shape[2]
+    pieces = []
+    for indices, weights in zip(fields[::2], fields[1::2], strict=True):
+        if len(indices) == 1:
+            scores = query @ key[:, :, indices[0]].transpose(-1, -2)
+        else:
+            scores = _FieldScores.apply(query, key, indices)
+        scores = scale * scores.to(torch.promote_types(scores.dtype, torch.float32)) + weights
+        if mask is not None:
+            per_query = indices.expand(tokens, -1)[(None,) * (mask.dim() - 2)].expand(*mask.shape[:-2], -1, -1)
+            scores = _hide(scores, mask.expand(*mask.shape[:-2], tokens, tokens).gather(-1, per_query))
+        pieces.append(scores)
+    return torch.cat(pieces, dim=-1).logsumexp(-1, keepdim=True)
 
 
 class _FieldScores(torch.autograd.Function):
-    """Each query with the keys of its field, [B, H, N, K], from fields [N, K].
+    """Scores of each query with the keys of its field: [B, H, N, K] from fields [N, K].
 
-    A few queries at a time, and anew for the gradient: what they gather is many times the keys.
+    A few queries at a time, and again for the gradient: what they gather is many times the keys.
     """
 
     @staticmethod
     def forward(query: torch.Tensor, key: torch.Tensor, fields: torch.Tensor) -> torch.Tensor:
-        pieces = zip(_split(query, 2), _split(fields, 0), strict=True)
-        return torch.cat([(_gathered(key, some) @ few[..., None])[..., 0] for few, some in pieces], dim=2)
+        size = _queries_at_once(fields)
+        pieces = zip(query.split(size, 2), fields.split(size, 0), strict=True)
+        return torch.cat([(_gather(key, some) @ few[..., None])[..., 0] for few, some in pieces], dim=2)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
@@ -191,79 +298,155 @@ class _FieldScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         query, key, fields = ctx.saved_tensors
-        of_queries, of_keys = [], torch.zeros_like(key)
-        pieces = zip(_split(grad.to(key.dtype), 2), _split(query.to(key.dtype), 2), _split(fields, 0), strict=True)
-        for slopes, few, some in pieces:
-            of_queries.append((slopes[..., None, :] @ _gathered(key, some))[..., 0, :])
-            of_keys.index_add_(2, some.flatten(), (slopes[..., None] * few[..., None, :]).flatten(2, 3))
-        return torch.cat(of_queries, dim=2), of_keys, None
+        size = _queries_at_once(fields)
+        grads = grad.to(key.dtype).split(size, 2)
+        queries = query.to(key.dtype).split(size, 2)
+        query_grads = []
+        key_grad = torch.zeros_like(key)
+        for slopes, few, some in zip(grads, queries, fields.split(size, 0), strict=True):
+            query_grads.append((slopes[..., None, :] @ _gather(key, some))[..., 0, :])
+            key_grad.index_add_(2, some.flatten(), (slopes[..., None] * few[..., None, :]).flatten(2, 3))
+        return torch.cat(query_grads, dim=2), key_grad, None
 
 
-def _split(part: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
-    return part.split(
-        max(AT_ONCE, -(-specialize(part.size(dim)) // 16)), dim
-    )  # of a constant, compiled code knows no `shape`
+def _queries_at_once(fields: torch.Tensor) -> int:
+    # At most sixteen pieces of small fields, since compiled code unrolls them; `specialize`, since it knows no `shape` here.
+    size = max(AT_ONCE, -(-specialize(fields.size(0)) // 16))
+    return max(1, size * SMALL // max(SMALL, specialize(fields.size(1))))
 
 
-def _gathered(key: torch.Tensor, fields: torch.Tensor) -> torch.Tensor:
-    """[B, H, N, K, E]."""
+def _gather(key: torch.Tensor, fields: torch.Tensor) -> torch.Tensor:
+    """Return the keys of each field, [B, H, N, K, E]."""
     return key.index_select(2, fields.flatten()).unflatten(2, fields.size())
 
 
-def fields_of(operator: Mixer, grid: Grid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and log weights of the tokens that stand for each token's receptive field: [N or 1, K], made once for a
-    grid.
+def fields_of(operator: Mixer, grid: Grid, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Return the tokens that stand for each token's receptive field, made once for a grid.
+
+    Pairs of indices [N or 1, K] and log weights [N or 1, K]: one pair, or two where a sample that all tokens share
+    comes beside the neighbours of each.
     """
-    site, sides = operator.site, (grid.frames, grid.height, grid.width)
-    sizes = (
-        site.width,
-        site.heads,
-        site.head_width,
-    )  # not the site itself, which is another for each of the compiled blocks
+    site = operator.site
+    sides = (grid.frames, grid.height, grid.width)
+    # Not the site itself, which is another one for each of the compiled blocks.
+    sizes = (site.width, site.heads, site.head_width)
     return operator.constant(_fields_on, operator.settings, sizes, sides, device)
 
 
 def _fields_on(
     config: OperatorConfig, sizes: tuple[int, int, int], sides: tuple[int, int, int], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    fields, weights = _fields(config, sizes, sides)
-    return fields.to(device), weights.to(device)
+) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.to(device) for tensor in _fields(config, sizes, sides))
 
 
 @functools.lru_cache(maxsize=64)
 def _fields(
     config: OperatorConfig, sizes: tuple[int, int, int], sides: tuple[int, int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    (width, heads, head_width), (frames, height, columns) = sizes, sides
+) -> tuple[torch.Tensor, ...]:
+    width, heads, head_width = sizes
+    frames, height, columns = sides
     grid = Grid(frames=frames, height=height, width=columns)
-    site = Site(kind="self_attention", index=0, path="", width=width, heads=heads, head_width=head_width)
+    site = AttentionSite(kind="self_attention", index=0, path="", width=width, heads=heads, head_width=head_width)
     with torch.device("meta"):
         operator = config.build(site)
     fields = [operator.receptive_field(token, grid) for token in range(grid.tokens)]
-    if all(field == fields[0] for field in fields):
-        fields = fields[:1]
-    chosen = [_evenly(field if isinstance(field, range) else sorted(field)) for field in fields]
-    width = max(1, *map(len, chosen))  # of no tokens at all, one of no weight
+    largest = max(map(len, fields))
+    shared = all(field == fields[0] for field in fields)
+    # Constants of compiled code and of training must be plain tensors, whatever mode this first call runs in.
     with torch.inference_mode(False), torch.device("cpu"):
-        indices = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in chosen])
-        weights = torch.tensor(
-            [
-                [math.log(max(1, len(field)) / max(1, len(tokens)))] * len(tokens) + [NONE] * (width - len(tokens))
-                for field, tokens in zip(fields, chosen, strict=True)
-            ]
-        )
+        if largest <= EXACT:
+            if shared:
+                fields = fields[:1]
+            return _table([dict.fromkeys(sorted(field), 0.0) for field in fields])
+        rank = _curve_rank(grid)
+        if shared:
+            return _neighbours_and_sample(set(fields[0]), grid, rank)
+        return _table([_neighbours_with_sample(set(field), token, grid, rank) for token, field in enumerate(fields)])
+
+
+def _table(rows: list[dict[int, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens and log weights as two tensors [N, K]; short rows, and empty ones, end in tokens of no weight."""
+    width = max(1, *map(len, rows))
+    indices = torch.zeros(len(rows), width, dtype=torch.long)
+    weights = torch.full((len(rows), width), NONE)
+    for number, row in enumerate(rows):
+        indices[number, : len(row)] = torch.tensor(list(row), dtype=torch.long)
+        weights[number, : len(row)] = torch.tensor(list(row.values()))
     return indices, weights
 
 
-def _evenly(field) -> list[int]:
-    return list(field) if len(field) <= FIELD else [field[int((i + 0.5) * len(field) / FIELD)] for i in range(FIELD)]
+def _neighbours_with_sample(field: set[int], token: int, grid: Grid, rank: list[int]) -> dict[int, float]:
+    """Return the log weights of a token's neighbours, and of those drawn from the rest of its field."""
+    near = sorted(_neighbours(token, grid) & field)
+    far = field.difference(near)
+    drawn = _draw(far, rank)
+    weight = math.log(max(1, len(far)) / max(1, len(drawn)))
+    return dict.fromkeys(near, 0.0) | dict.fromkeys(drawn, weight)
+
+
+def _neighbours_and_sample(field: set[int], grid: Grid, rank: list[int]) -> tuple[torch.Tensor, ...]:
+    """Return the neighbours of each token, [N, K], and one sample for all, [1, SAMPLES], with its weights for each."""
+    drawn = _draw(field, rank)
+    weights = torch.full((grid.tokens, len(drawn)), NONE)
+    rows = []
+    for token in range(grid.tokens):
+        near = _neighbours(token, grid) & field
+        rows.append(dict.fromkeys(sorted(near), 0.0))
+        # A drawn token that is a neighbour, and counted already, leaves its weight to the others.
+        far = [place for place, other in enumerate(drawn) if other not in near]
+        weights[token, far] = math.log((len(field) - len(near)) / len(far))
+    return *_table(rows), torch.tensor([drawn]), weights
+
+
+def _neighbours(token: int, grid: Grid) -> set[int]:
+    """Return a token and those beside it on the grid, corners and adjacent frames included."""
+    frame, rest = divmod(token, grid.height * grid.width)
+    row, column = divmod(rest, grid.width)
+    places = itertools.product(
+        range(max(0, frame - 1), min(grid.frames, frame + 2)),
+        range(max(0, row - 1), min(grid.height, row + 2)),
+        range(max(0, column - 1), min(grid.width, column + 2)),
+    )
+    return {(f * grid.height + y) * grid.width + x for f, y, x in places}
+
+
+def _draw(tokens: Collection[int], rank: list[int]) -> list[int]:
+    """Draw one token from each of `SAMPLES` cells of equal size along the curve; all where they are fewer."""
+    ordered = sorted(tokens, key=rank.__getitem__)
+    count = len(ordered)
+    cells = min(SAMPLES, count)
+    generator = random.Random(0)  # the same tokens in every process, so that a saved graft gives the same output
+    places = [int((cell + generator.random()) * count / cells) for cell in range(cells)]
+    return [ordered[min(place, count - 1)] for place in places]
+
+
+def _curve_rank(grid: Grid) -> list[int]:
+    """Return each token's place along a curve (Morton's) that fills the grid, neighbours near one another."""
+    codes = []
+    for token in range(grid.tokens):
+        frame, rest = divmod(token, grid.height * grid.width)
+        row, column = divmod(rest, grid.width)
+        code = 0
+        for bit in range(max(frame, row, column).bit_length()):
+            for place, side in enumerate((column, row, frame)):
+                code |= (side >> bit & 1) << (3 * bit + place)
+        codes.append(code)
+    rank = [0] * grid.tokens
+    for place, token in enumerate(sorted(range(grid.tokens), key=codes.__getitem__)):
+        rank[token] = place
+    return rank
 
 
 def _rows(mask: torch.Tensor | None, part: slice) -> torch.Tensor | None:
-    return mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., part, :]
+    """Return the rows of a mask that belong to some queries; a mask for all queries has one."""
+    if mask is None or mask.dim() < 2 or mask.shape[-2] == 1:
+        return mask
+    return mask[..., part, :]
 
 
 def _hide(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Scores under a mask; where all is hidden they stay finite, so that a share of zero is zero and not undefined."""
+    """Apply a mask; where all is hidden, scores stay finite, so that a share of zero is zero and not undefined."""
     lowest = torch.finfo(scores.dtype).min
-    return scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else (scores + mask).clamp(min=lowest)
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, lowest)
+    return (scores + mask).clamp(min=lowest)
