@@ -491,7 +491,7 @@ def test_noise_and_targets_of_ddpm(kind):
     scheduler = DDPMScheduler(prediction_type=kind)
     sample = torch.randn(6, 1, 8, 8)
     noised = Noising(scheduler=scheduler)(tiny_dit(), {"sample": sample}, torch.Generator().manual_seed(0))
-    t, x = noised.inputs["timestep"], noised.inputs["hidden_states"]
+    t, x = noised.timestep, noised.inputs["hidden_states"]
     a = scheduler.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
     s = (1 - scheduler.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
     noise = (x - a * sample) / s

@@ -150,7 +150,7 @@ def test_min_snr_is_the_papers_on_the_clean_sample(kind):
     sample = torch.randn(4, 1, 4, 4)
     noised = Noising(scheduler=scheduler)(tiny_dit(), {"sample": sample}, torch.Generator().manual_seed(0))
     prediction = torch.randn_like(sample)
-    kept = scheduler.alphas_cumprod[noised.inputs["timestep"]].view(-1, 1, 1, 1)
+    kept = scheduler.alphas_cumprod[noised.timestep].view(-1, 1, 1, 1)
     a, s, x_t = kept.sqrt(), (1 - kept).sqrt(), noised.inputs["hidden_states"]
     clean = {"epsilon": (x_t - s * prediction) / a, "sample": prediction, "v_prediction": a * x_t - s * prediction}[
         kind
