@@ -50,13 +50,17 @@ class Bound:
 
     def __init__(self, places: Sequence[Sequence[Option]], needed: int):
         """Find the best price. The places must be able to save what is needed."""
+        # padded with options that are never the cheapest; the first one leaves the place as it is
         width = 1 + max(map(len, places))
-        self._saved = torch.zeros(len(places), width, dtype=torch.float64)
-        self._harm = torch.full((len(places), width), torch.inf, dtype=torch.float64)
-        self._harm[:, 0] = 0  # of leaving the place as it is
+        saved = torch.zeros(len(places), width, dtype=torch.float64)
+        harm = torch.full((len(places), width), torch.inf, dtype=torch.float64)
+        harm[:, 0] = 0
         for row, options in enumerate(places):
-            self._saved[row, 1 : len(options) + 1] = torch.tensor([option.saved for option in options])
-            self._harm[row, 1 : len(options) + 1] = torch.tensor([option.harm for option in options])
+            for column, option in enumerate(options, start=1):
+                saved[row, column] = option.saved
+                harm[row, column] = option.harm
+        self._saved = saved
+        self._harm = harm
         self.needed = needed
         self.price = self._find_price()
         net, _, self.known = self._cheapest(self.price)
@@ -71,7 +75,8 @@ class Bound:
             saved, harm: of plans over the places up to `place`, [plans].
         """
         least = harm + self.price * (self.needed - saved.double()) + self._rest[place]
-        slack = 1e-9 * self.known  # for rounding: the best plan itself must pass
+        # for rounding: the best plan itself must pass
+        slack = 1e-9 * (self.known + self.price * self.needed)
         return least <= self.known + slack
 
     def _find_price(self) -> float:
