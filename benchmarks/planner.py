@@ -26,7 +26,7 @@ from diffusers_graft.injection.install import install, uninstall
 from diffusers_graft.inspection import evaluating, predict
 from diffusers_graft.planning.plan import Edit, GraftPlan, interleaved, parse_operator, plan_graft
 from diffusers_graft.search.planner import Survey
-from diffusers_graft.search.survey import Exam, survey
+from diffusers_graft.search.survey import HarmJudge, survey
 from diffusers_graft.testbed.sampling import measure, scheduler
 from diffusers_graft.training.distill.config import ClosedFormConfig, DistillConfig
 from diffusers_graft.training.finetune.config import FinetuneConfig
@@ -99,7 +99,7 @@ def _run(spending: Spending, seed: int) -> dict[str, Any]:
     found = survey(
         model, CANDIDATES, judged, batches=batches, config=taught, noise_scheduler=scheduler(), seed=seed, rounds=2
     )
-    exam, designs = Exam(model, judged, scheduler(), seed), []
+    exam, designs = HarmJudge(model, judged, scheduler(), seed), []
     for budget in spending.flops:
         for name, plan in _designs(model, found, budget, seed):
             graft, told = found.graft(model, plan), found.predicted(plan)
@@ -162,7 +162,7 @@ def _promises(spending: Spending) -> list[dict[str, float]]:
     least = found.front("latency")[-1][0]
     plans = {str(share): found.plan(latency=1 - share * (1 - least)) for share in (0.25, 0.5, 0.75, 1)}
     grafts = {"original": None} | {name: found.graft(model, plan) for name, plan in plans.items()}
-    inputs = Exam(model, [batch], scheduler(), 0).inputs[0]
+    inputs = HarmJudge(model, [batch], scheduler(), 0).inputs[0]
     with evaluating(model), torch.no_grad():
         timings = compare(
             dict.fromkeys(grafts, partial(predict, model, inputs)),
