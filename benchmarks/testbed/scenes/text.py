@@ -48,9 +48,10 @@ def make_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=special + words + punctuation, extra_ids=0, model_max_length=64)
 
 
-def tokenize(tokenizer: T5Tokenizer, captions: list[str]) -> dict[str, torch.Tensor]:
-    """Token ids and mask, [B, N], padded to the longest caption."""
-    return dict(tokenizer(captions, padding="longest", return_tensors="pt"))
+def tokenize(tokenizer: T5Tokenizer, captions: list[str], length: int | None = None) -> dict[str, torch.Tensor]:
+    """Token ids and mask, [B, N], padded to this length or to the longest caption."""
+    padding = "longest" if length is None else "max_length"
+    return dict(tokenizer(captions, padding=padding, max_length=length, return_tensors="pt"))
 
 
 def answers_at_nouns(scenes: list[Scene]) -> torch.Tensor:

@@ -36,6 +36,7 @@ MODEL = {
     "use_additional_conditions": False,
 }  # fmt: skip
 PIXELS = 8  # of one latent
+CAPTION_TOKENS = 24  # as long as the longest caption, always the same for the compiler
 PLANNING_BLOCK = 3  # whose output the dropped head reads
 
 
@@ -54,6 +55,7 @@ class Recipe:
     planning_weight: float = 0.3
     # More tokens show the same scene, so that it takes more noise to hide it (arXiv 2403.03206, section 5.3.2).
     shift: float = 1.0
+    is_compiled: bool = False
     seed: int = 0
 
 
@@ -113,6 +115,8 @@ class Pretraining:
         self.generator = torch.Generator().manual_seed(recipe.seed + recipe.tokens)
         self.planned = None
         self.model.transformer_blocks[PLANNING_BLOCK].register_forward_hook(self._catch)
+        if recipe.is_compiled:
+            self.model.compile()
 
     def _catch(self, module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
         self.planned = output
@@ -123,7 +127,7 @@ class Pretraining:
         pictures, coverage, owners = draw_with_coverage(scenes, self.size)
         latents = self.vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latents
         captions = [scene.caption if self.rng.random() >= dropout else "" for scene in scenes]
-        tokens = tokenize(self.tokenizer, captions)
+        tokens = tokenize(self.tokenizer, captions, CAPTION_TOKENS)
         return {
             "latents": latents.contiguous() * self.vae.config.scaling_factor,
             "text": self.text_encoder(**tokens).last_hidden_state,
@@ -246,7 +250,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--save-every", type=int, default=250)
     for name, value in asdict(Recipe()).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
+        kind = {"action": "store_true"} if name == "is_compiled" else {"type": type(value), "default": value}
+        parser.add_argument("--" + name.replace("_", "-"), **kind)
     arguments = vars(parser.parse_args())
     output = arguments.pop("output")
     save_every = arguments.pop("save_every")

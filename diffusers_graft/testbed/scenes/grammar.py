@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 KINDS = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "arrow")
@@ -173,7 +174,10 @@ def _sample_kinds(counts: tuple[int, ...], is_repeated: bool, rng: random.Random
         kinds = rng.sample(KINDS, len(counts))
         if is_repeated:
             kinds[1] = kinds[0]
-        if not any((count, kind) in HELD_OUT_COUNTS for count, kind in zip(counts, kinds, strict=True)):
+        totals = Counter()
+        for count, kind in zip(counts, kinds, strict=True):
+            totals[kind] += count
+        if not any((total, kind) in HELD_OUT_COUNTS for kind, total in totals.items()):
             return kinds
 
 

@@ -6,7 +6,6 @@ import functools
 import warnings
 from pathlib import Path
 
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 
 from ...errors import GraftError, ModelError
@@ -26,7 +25,7 @@ def pipeline(transformer: PixArtTransformer2DModel | None = None) -> PixArtSigma
     components = {}
     if transformer is not None:
         components["transformer"] = transformer
-    loaded = PixArtSigmaPipeline.from_pretrained(WEIGHTS, torch_dtype=torch.float32, **components)
+    loaded = PixArtSigmaPipeline.from_pretrained(WEIGHTS, **components)
     loaded.transformer.eval()
     # An attribute of the instance, so that the pipeline is saved and loaded as diffusers' own class.
     loaded.encode_prompt = functools.partial(_encode_checked_prompt, loaded)
