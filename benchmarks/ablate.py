@@ -23,8 +23,8 @@ from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.benchmark import compare, require_rounds, table
 from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.injection.install import install, uninstall
-from diffusers_graft.operators import OperatorConfig
-from diffusers_graft.planning.plan import parse_operator, plan_graft
+from diffusers_graft.operators import OperatorConfig, parse_operator
+from diffusers_graft.planning.plan import plan_graft
 from diffusers_graft.testbed.sampling import SampleQuality, measure, scheduler
 from diffusers_graft.training.distill.config import ClosedFormConfig, DistillConfig
 from diffusers_graft.training.distill.distill import distill

@@ -20,8 +20,8 @@ from diffusers_graft.evaluation.operator_costs import example_part, operator_cos
 from diffusers_graft.injection.attention_core import mix_with_others
 from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.inspection import example_inputs
-from diffusers_graft.operators import OperatorConfig
-from diffusers_graft.planning.plan import parse_operator, plan_graft
+from diffusers_graft.operators import OperatorConfig, parse_operator
+from diffusers_graft.planning.plan import plan_graft
 
 # (operator, most of softmax's time it should take: forward at 4,096 tokens, forward and backward at 16,384)
 MIXERS = [

@@ -24,7 +24,9 @@ from diffusers_graft.evaluation.benchmark import compare, with_graft
 from diffusers_graft.injection.graft import Graft
 from diffusers_graft.injection.install import install, uninstall
 from diffusers_graft.inspection import evaluating, predict
-from diffusers_graft.planning.plan import Edit, GraftPlan, interleaved, parse_operator, plan_graft
+from diffusers_graft.operators import parse_operator
+from diffusers_graft.planning.plan import Edit, GraftPlan, plan_graft
+from diffusers_graft.planning.rules import interleaved
 from diffusers_graft.search.planner import Survey
 from diffusers_graft.search.survey import HarmJudge, survey
 from diffusers_graft.testbed.sampling import measure, scheduler

@@ -15,7 +15,8 @@ from .injection.graft import Graft, build_graft
 from .inspection import find_sites
 from .model_mixin import attach_verbs, set_graft
 from .operators.conformance.suite import check_operator
-from .planning.plan import GraftPlan, interleaved, plan_graft
+from .planning.plan import GraftPlan, plan_graft
+from .planning.rules import interleaved
 from .search.planner import Survey
 from .search.survey import survey
 from .serialization.load_model import load_pretrained

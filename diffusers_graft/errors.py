@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST_NAME = 100
+
 
 class GraftError(Exception):
     """Base of every error this library raises on purpose."""
@@ -13,11 +15,14 @@ class GraftError(Exception):
 class UnknownNameError(GraftError, LookupError):
     """A name (operator, kind, setting) that does not exist; the message lists what does and suggests the nearest."""
 
-    def __init__(self, what: str, name: object, available: Iterable[str]):
+    def __init__(self, what: str, name: object, available: Iterable[str], *, advice: str = ""):
         names = sorted(available)
-        near = difflib.get_close_matches(str(name), names, n=1)
+        # Names come from files too, and comparing takes the square of their length.
+        shown = repr(name)[:_LONGEST_NAME]
+        near = difflib.get_close_matches(str(name)[:_LONGEST_NAME], names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        super().__init__(f"There is no {what} {name!r}.{hint} Available: {', '.join(names) or 'none'}.")
+        words = [f"There is no {what} {shown}.{hint}", advice, f"Available: {', '.join(names) or 'none'}."]
+        super().__init__(" ".join(filter(None, words)))
 
 
 class RuleError(GraftError, ValueError):

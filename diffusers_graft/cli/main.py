@@ -18,7 +18,7 @@ def say(text: str) -> None:
 
 def run_quickstart(arguments: argparse.Namespace) -> None:
     """Graft the testbed model end to end."""
-    from ..planning.plan import parse_operator
+    from ..operators import parse_operator
     from ..testbed.quickstart import quickstart
 
     quickstart(parse_operator(arguments.operator), arguments.sites, arguments.output, seed=arguments.seed, say=say)

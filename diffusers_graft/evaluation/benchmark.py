@@ -23,7 +23,8 @@ from ..errors import FileError, GraftError, StateError
 from ..injection.graft import Graft, build_graft, get_graft
 from ..injection.install import install, uninstall
 from ..inspection import evaluating, example_inputs, read_context
-from ..planning.plan import Rules, plan_graft
+from ..planning.plan import plan_graft
+from ..planning.rules import Rules
 from .cost import count_depth, count_flops, count_parameters
 
 

@@ -63,8 +63,8 @@ def block_sites(model: ModelMixin, parts: Sites) -> Sites:
     return Sites([*blocks, *pairs])
 
 
-def run_of(blocks: Sites) -> Site:
-    """Neighbouring blocks as one site."""
+def join_blocks(blocks: Sites) -> Site:
+    """Return neighbouring blocks as one site."""
     return _span("block_run", blocks[0].index, list(blocks))
 
 

@@ -8,7 +8,7 @@ head width.
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -120,6 +120,28 @@ class Projections:
         _refuse_quantised("attention", self.query, self.key, self.value, self.out)
 
 
+def _default_name(operator: type) -> str:
+    """Return the name of the file that defines an operator; a script or notebook gives that of the class."""
+    module = operator.__module__.rpartition(".")[2]
+    if module != "__main__":
+        return module
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", operator.__name__).lower()
+
+
+def _require_frozen(config: type, operator: str) -> None:
+    """Raise `OperatorError` unless a class of settings is a frozen dataclass whose fields are keywords."""
+    decorator = "decorate it with @dataclass(frozen=True, kw_only=True)"
+    if not issubclass(config, OperatorConfig):
+        raise OperatorError(f"{operator}.Config is no OperatorConfig: derive it from the Config of its base class.")
+    # Inherited parameters are those of the base class, which says nothing of this one.
+    parameters = vars(config).get("__dataclass_params__")
+    if parameters is None:
+        raise OperatorError(f"{operator}.Config is no dataclass, so its settings are not read: {decorator}.")
+    positional = [field.name for field in dataclasses.fields(config) if field.init and not field.kw_only]
+    if not parameters.frozen or positional:
+        raise OperatorError(f"{operator}.Config has settings that change, or that are given by position: {decorator}.")
+
+
 class Operator(nn.Module):
     """Base of all operators. Class attributes declare capabilities; `check_operator` proves them.
 
@@ -161,15 +183,12 @@ class Operator(nn.Module):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
-            cls.name = cls.__module__.rpartition(".")[2]
-        if "Config" not in cls.__dict__ or "owner" in vars(cls.Config):  # inherited, or another operator's
+            cls.name = _default_name(cls)
+        if "Config" not in cls.__dict__ or "owner" in vars(cls.Config):
+            # Inherited, or another operator's: a class of its own, since a config knows its one operator.
             body = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
             cls.Config = dataclass(frozen=True, kw_only=True)(type("Config", (cls.Config,), body))
-        settings = {field.name for field in dataclasses.fields(cls.Config)}
-        told = [name for name, kind in inspect.get_annotations(cls.Config).items() if "ClassVar" not in str(kind)]
-        if not settings.issuperset(told):
-            words = f"{cls.__name__}.Config has settings that nothing reads ({', '.join(told)})"
-            raise OperatorError(f"{words}: decorate it with @dataclass(frozen=True, kw_only=True).")
+        _require_frozen(cls.Config, cls.__name__)
         cls.Config.owner = cls
 
     def __init__(self, config: OperatorConfig, site: Site):

@@ -6,28 +6,28 @@ cannot silently change what an old plan means.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 
-from ..core.sites import BLOCK_KINDS, KINDS, Site, Sites
+from ..core.sites import BLOCK_KINDS, BlockSite, Site, Sites
 from ..core.storage import read_json, write_json
 from ..core.tables import Table, Tabular
-from ..errors import FileError, MismatchError, OperatorError, RuleError, UnknownNameError
+from ..errors import FileError, MismatchError, OperatorError, RuleError
 from ..inspection import find_sites
-from ..inspection.blocks import refusals, require_alike, require_one_width, run_of
-from ..operators import Mixer, Operator, OperatorConfig, configure, parse_operator
+from ..inspection.blocks import join_blocks, refusals, require_alike, require_one_width
+from ..operators import Mixer, Operator, OperatorConfig, configure
+from ..operators.registry import names_in, package_of, require_available
+from .rules import Rules, parse_rules, select
 
 FORMAT = 1
 
-Rules = Mapping[str, Any] | str
+# The largest models of diffusers have some hundred sites.
+_MOST_EDITS = 10_000
 
 
 @dataclass(frozen=True)
@@ -53,34 +53,58 @@ class GraftPlan(Tabular):
     model_class: str
     edits: tuple[Edit, ...]
 
+    def operators(self) -> list[type[Operator]]:
+        """Return the operators of the plan and those within others, such as a hybrid's two mixers, by name."""
+        waiting = [edit.config for edit in self.edits]
+        found: dict[str, type[Operator]] = {}
+        while waiting:
+            config = waiting.pop()
+            found[config.owner.name] = config.owner
+            waiting += [value for value in vars(config).values() if isinstance(value, OperatorConfig)]
+        return [found[name] for name in sorted(found)]
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `from_dict` reads it back."""
+        """Return the plan JSON-able; `from_dict` reads it back.
+
+        Operators of other packages are listed under `packages` with what brings them, so that somebody who lacks one
+        learns what to install.
+        """
         edits = [{"site": edit.site.to_dict(), **edit.config.to_dict()} for edit in self.edits]
-        return {"format": FORMAT, "model_class": self.model_class, "edits": edits}
+        packages = {operator.name: package_of(operator) for operator in self.operators()}
+        packages = {name: package for name, package in packages.items() if package}
+        data = {"format": FORMAT, "model_class": self.model_class, "edits": edits}
+        return {**data, "packages": packages} if packages else data
 
     @classmethod
     def from_dict(cls, data: Any) -> GraftPlan:
-        """Raises `FileError` for data that is no plan, or one of a newer format."""
+        """Read what `to_dict` wrote.
+
+        Raises `FileError` for data that is no plan, or one of a newer format; `UnknownNameError` for an operator that
+        is not installed; and what a config raises for a setting that it refuses.
+        """
         try:
             if data["format"] > FORMAT:
                 raise FileError(
                     f"This plan has format {data['format']}; this version of diffusers-graft reads up to {FORMAT}. "
                     "Upgrade: pip install -U diffusers-graft"
                 )
-            edits = [{**edit} for edit in data["edits"]]
-            return cls(
-                data["model_class"], tuple(Edit(Site.from_dict(edit.pop("site")), configure(edit)) for edit in edits)
-            )
+            _require_edits(data["edits"])
+            require_available(names_in(data["edits"]), data.get("packages"))
+            edits = tuple(map(_read_edit, data["edits"]))
+            model_class = data["model_class"]
         except (KeyError, TypeError, AttributeError) as error:
             raise FileError(f"This is not a graft plan: {error!r}. A plan is what GraftPlan.save wrote.") from error
+        if not isinstance(model_class, str):
+            raise FileError("This is not a graft plan: the name of its model's class is no text.")
+        return cls(model_class, edits)
 
     def save(self, path: str | Path) -> None:
-        """Raises `FileError` for a path that cannot be written."""
+        """Write the plan as JSON. Raises `FileError` for a path that cannot be written."""
         write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> GraftPlan:
-        """Raises `FileError` for a file that is missing or no plan."""
+        """Read a plan. Raises `FileError` for a file that is missing or no plan, and what `from_dict` raises."""
         return cls.from_dict(read_json(path))
 
     def check(self, model: ModelMixin, sites: Sites | None = None) -> None:
@@ -91,25 +115,42 @@ class GraftPlan(Tabular):
         """
         if type(model).__name__ != self.model_class:
             raise MismatchError(f"This plan was made for {self.model_class}; the model is a {type(model).__name__}.")
-        sites = sites or find_sites(model, blocks=any(edit.site.kind in BLOCK_KINDS for edit in self.edits))
-        there = {(site.kind, site.path): site for site in sites}
+        if sites is None:
+            sites = find_sites(model, blocks=any(edit.site.kind in BLOCK_KINDS for edit in self.edits))
+        by_place = {(site.kind, site.path): site for site in sites}
         for edit in self.edits:
-            found = there.get((edit.site.kind, edit.site.path))
+            found = by_place.get((edit.site.kind, edit.site.path))
             if edit.site.kind == "block_run":
-                found = _run_at(sites.where(kind="block"), edit.site)
+                found = _find_run(sites.where(kind="block"), edit.site)
             if found != edit.site:
                 raise MismatchError(
                     f"The plan edits {edit.site}, but the model has {found or 'nothing'} there. "
                     "Make the plan on a model of the same configuration."
                 )
-        _require_apart(self.edits)
-
-    def __repr__(self) -> str:
-        return f"GraftPlan({len(self.edits)})\n{self}"
+        _require_disjoint(self.edits)
 
     def to_table(self) -> Table:
         """Return the table that `str` shows."""
         return Table([(edit.site.address, edit.site.path, str(edit.config)) for edit in self.edits])
+
+    def __repr__(self) -> str:
+        return f"GraftPlan({len(self.edits)})\n{self}"
+
+
+def _require_edits(edits: Any) -> None:
+    """Raise `FileError` for edits that no plan has, before any of them is read."""
+    if not isinstance(edits, list):
+        raise FileError("This is not a graft plan: its edits are no list.")
+    if len(edits) > _MOST_EDITS:
+        raise FileError(f"This is not a graft plan: it has {len(edits):,} edits, and no model has so many sites.")
+    paths = [edit["site"]["path"] for edit in edits]
+    if len(set(paths)) < len(paths):
+        raise FileError("This is not a graft plan: it edits one site twice.")
+
+
+def _read_edit(row: Mapping[str, Any]) -> Edit:
+    settings = {name: value for name, value in row.items() if name != "site"}
+    return Edit(Site.from_dict(row["site"]), configure(settings))
 
 
 def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:
@@ -129,168 +170,113 @@ def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:
     rules = parse_rules(rules) if isinstance(rules, str) else rules
     if not isinstance(rules, Mapping) or not rules:
         raise RuleError(f'Rules are a dict such as {{"self_attention[1::2]": "hyena_x"}}, not empty; got {rules!r}.')
-    claims: dict[Site, tuple[str, OperatorConfig]] = {}
+    edits: dict[Site, Edit] = {}
+    keys: dict[Site, str] = {}
     for key, spec in rules.items():
         config = configure(spec)
-        for site in _sites_of(model, sites, key, config):
-            if site in claims:
+        for site in _select_sites(model, sites, key, config):
+            if site in edits:
                 raise RuleError(
-                    f"Two rules claim {site.address}: {claims[site][0]!r} ({claims[site][1]}) and {key!r} ({config}). "
+                    f"Two rules claim {site.address}: {keys[site]!r} ({edits[site].config}) and {key!r} ({config}). "
                     "Narrow one of them."
                 )
-            claims[site] = key, _fitted(config, site)
-            if site.kind in BLOCK_KINDS and _has_weights(claims[site][1], site):
-                require_one_width(model, site, sites)
-    order = {site.path: place for place, site in enumerate(sites.where(kind="block"))}
-    runs = sorted((site for site in claims if site.kind == "block_run"), key=lambda site: order[site.path])
-    edits = tuple(Edit(site, claims[site][1]) for site in [*sites, *runs] if site in claims)
-    _require_apart(edits)
-    return GraftPlan(type(model).__name__, edits)
+            edits[site] = Edit(site, _resolve(model, config, site, sites))
+            keys[site] = key
+    ordered = tuple(edits[site] for site in _in_forward_order(edits, sites))
+    _require_disjoint(ordered)
+    return GraftPlan(type(model).__name__, ordered)
 
 
-def _sites_of(model: ModelMixin, sites: Sites, key: str, config: OperatorConfig) -> Sites:
-    """The sites of a rule; of a `block_run`, its blocks in groups."""
+def _in_forward_order(chosen: Iterable[Site], sites: Sites) -> list[Site]:
+    """Return sites as the model has them, and runs of blocks, which it does not list, behind them."""
+    chosen = set(chosen)
+    places = {site.path: place for place, site in enumerate(sites.where(kind="block"))}
+    runs = [site for site in chosen if site.kind == "block_run"]
+    return [site for site in sites if site in chosen] + sorted(runs, key=lambda run: places[run.path])
+
+
+def _select_sites(model: ModelMixin, sites: Sites, key: str, config: OperatorConfig) -> Sites:
+    """Return the sites of a rule; for `block_run`, its blocks in groups."""
     if not (isinstance(key, str) and key.strip().startswith("block")):
         return select(sites, key)
-    run = key.strip().startswith("block_run")
     try:
         chosen = select(sites, key.replace("block_run", "block", 1))
     except RuleError as error:
         reasons = refusals(model, Sites(site for site in sites if site.kind not in BLOCK_KINDS))
         raise RuleError(" ".join([str(error), *reasons])) from error
-    return _runs(model, chosen, key, config) if run else chosen
+    if key.strip().startswith("block_run"):
+        return _group_blocks(model, chosen, key, config)
+    return chosen
 
 
-def _runs(model: ModelMixin, blocks: Sites, key: str, config: OperatorConfig) -> Sites:
+def _group_blocks(model: ModelMixin, blocks: Sites, key: str, config: OperatorConfig) -> Sites:
+    """Return runs of as many neighbouring blocks as the operator takes, of all of them where it does not say."""
     size = getattr(config, "group", None) or len(blocks)
-    if blocks[-1].paths != (run := run_of(blocks)).paths[-1:] or run.paths != tuple(block.path for block in blocks):
-        raise RuleError(f"{key!r} is no run: blocks stand in one list and follow each other, such as block_run[2:6].")
+    if join_blocks(blocks).paths != tuple(block.path for block in blocks):
+        raise RuleError(f"{key!r} is no run: its blocks are in one list and follow each other, as in block_run[2:6].")
     if len(blocks) % size:
         raise RuleError(f"{key!r} names {len(blocks)} blocks, which do not divide into groups of {size}.")
-    runs = Sites(run_of(blocks[start : start + size]) for start in range(0, len(blocks), size))
+    runs = Sites(join_blocks(blocks[start : start + size]) for start in range(0, len(blocks), size))
     if getattr(config.owner, "runs_blocks", False):
         for run in runs:
             require_alike(model, run)
     return runs
 
 
-def _run_at(blocks: Sites, site: Site) -> Site | None:
-    """The run of blocks that a site names, as the model has it."""
-    here = {block.path: block for block in blocks}
-    if site.path not in here or (site.blocks or 0) > len(blocks):
+def _find_run(blocks: Sites, site: Site) -> Site | None:
+    """Return the run of blocks that a site names, as the model has it."""
+    by_path = {block.path: block for block in blocks}
+    # Compared first, since a site from a file may claim to span any number of blocks.
+    if site.path not in by_path or not isinstance(site, BlockSite) or site.blocks > len(blocks):
         return None
-    found = [here.get(path) for path in site.paths]
-    return None if None in found else run_of(Sites(found))
+    found = [by_path[path] for path in site.paths if path in by_path]
+    return join_blocks(Sites(found)) if len(found) == site.blocks else None
 
 
-def _require_apart(edits: tuple[Edit, ...]) -> None:
-    """Raise `RuleError` where two edits take one part, or one edits a part inside a block that another takes away."""
-    taken: dict[str, Edit] = {}
+def _require_disjoint(edits: tuple[Edit, ...]) -> None:
+    """Raise `RuleError` where two edits replace one part, or one edits a part of a block that another removes."""
+    by_path: dict[str, Edit] = {}
     for edit in edits:
         for path in edit.site.paths:
-            if path in taken:
-                raise RuleError(f"Two edits take {path}: {taken[path]} and {edit}. Narrow one of them.")
-            taken[path] = edit
-    blocks = {path: edit for path, edit in taken.items() if edit.site.kind in BLOCK_KINDS}
-    gone = {path: edit for path, edit in blocks.items() if not edit.config.owner.runs_blocks}
-    for edit in edits if gone else ():
-        if outer := next((one for path, one in gone.items() if edit.site.path.startswith(f"{path}.")), None):
-            raise RuleError(f"{edit} lies inside what {outer} takes away. Leave one of them out.")
+            if path in by_path:
+                raise RuleError(f"Two edits replace {path}: {by_path[path]} and {edit}. Narrow one of them.")
+            by_path[path] = edit
+    removed = {path: edit for path, edit in by_path.items() if _removes_blocks(edit)}
+    for edit in edits:
+        for path, outer in removed.items():
+            if edit.site.path.startswith(f"{path}."):
+                raise RuleError(f"{edit} lies inside what {outer} takes away. Leave one of them out.")
 
 
-def _fitted(config: OperatorConfig, site: Site) -> OperatorConfig:
-    """The config resolved for the site; building it on the meta device proves that it fits, at no cost."""
-    kinds, seen = config.owner.kinds, as_mixed(config, site)
-    if seen.kind not in kinds:  # before what a site of another kind lacks is missed
+def _removes_blocks(edit: Edit) -> bool:
+    return edit.site.kind in BLOCK_KINDS and not edit.config.owner.runs_blocks
+
+
+def _resolve(model: ModelMixin, config: OperatorConfig, site: Site, sites: Sites) -> OperatorConfig:
+    """Return the config as it is for a site. Raises `OperatorError` where it does not fit there."""
+    kinds = config.owner.kinds
+    seen = site_for(config, site)
+    # Asked first: the settings of a config may need sizes that sites of another kind do not have.
+    if seen.kind not in kinds:
         raise OperatorError(f"{config.owner.name} replaces {' or '.join(kinds)}; {site.path} is {site.address}.")
     config = config.resolved(seen)
+    # Building on the meta device proves that it fits, and allocates nothing.
     with torch.device("meta"):
-        build_operator(config, site)
+        operator = build_operator(config, site)
+    has_weights = any(True for _ in operator.parameters())
+    if site.kind in BLOCK_KINDS and has_weights:
+        require_one_width(model, site, sites)
     return config
 
 
-def _has_weights(config: OperatorConfig, site: Site) -> bool:
-    with torch.device("meta"):
-        return any(True for _ in build_operator(config, site).parameters())
-
-
 def build_operator(config: OperatorConfig, site: Site) -> Operator:
-    """The operator of a config for a site of a model."""
-    return config.build(as_mixed(config, site))
+    """Build the operator of a config for a site of a model."""
+    return config.build(site_for(config, site))
 
 
-def as_mixed(config: OperatorConfig, site: Site) -> Site:
-    """The site as its operator sees it: mixers are given the image tokens of a joint attention, as of self-attention."""
+def site_for(config: OperatorConfig, site: Site) -> Site:
+    """Return the site as its operator sees it: to mixers, the image tokens of a joint attention are self-attention."""
     mixes = issubclass(config.owner, Mixer) and "joint_attention" not in config.owner.kinds
-    return replace(site, kind="self_attention") if mixes and site.kind == "joint_attention" else site
-
-
-def select(sites: Sites, key: str) -> Sites:
-    """The sites a rule key names: `kind[items]`, items an index, a slice, a share such as 75%, or several with commas."""
-    match = re.fullmatch(r"\s*(\w+)\s*\[([^\[\]]+)\]\s*", key) if isinstance(key, str) else None
-    if match is None:
-        raise RuleError(f'{key!r} is not a rule key. Write a kind and indices, such as "self_attention[1::2]".')
-    kind, items = match.groups()
-    if kind not in KINDS:
-        raise UnknownNameError("kind", kind, KINDS)
-    candidates = sites.where(kind=kind)
-    chosen: set[int] = set()
-    for item in map(str.strip, items.split(",")):
-        if not (indices := _indices(item, len(candidates), key)):
-            raise RuleError(
-                f"'{kind}[{item}]' matches nothing: the model has {len(candidates)} {kind} sites{_first_and_last(candidates)}."
-            )
-        chosen.update(indices)
-    return Sites(candidates[index] for index in sorted(chosen))
-
-
-def _first_and_last(candidates: Sites) -> str:
-    return f", {candidates[0].address} to {candidates[-1].address}" if candidates else ""
-
-
-def _indices(item: str, count: int, key: str) -> list[int]:
-    if match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,99})?)%", item):
-        share = (Fraction(match[1]) / 100).limit_denominator(10**6)  # a third, written with any number of digits
-        return _interleaved_indices(share, count, key)
-    if re.fullmatch(r"[+-]?\d{1,99}", item):
-        index = int(item)
-        return [index % count] if -count <= index < count else []
-    if re.fullmatch(r"[\d+\-\s]*:[\d+\-\s]*(:[\d+\-\s]*)?", item):
-        try:
-            return list(range(count)[slice(*(int(part) if part.strip() else None for part in item.split(":")))])
-        except ValueError as error:
-            raise RuleError(f"{item!r} in {key!r} is not a slice: {error}.") from error
-    raise RuleError(f"{item!r} in {key!r} is not an index, a slice or a share such as 50%.")
-
-
-def _interleaved_indices(share: Fraction, count: int, key: str) -> list[int]:
-    """The paper's interleaving: 50% is every second site from 1, 75% keeps 0, 4, 8, ... (arXiv 2506.05340, section 4)."""
-    if not 0 < share <= 1:
-        raise RuleError(f"A share lies above 0% and up to 100%; {key!r} asks for {float(100 * share):g}%.")
-    return [index for index in range(count) if int((index + 1) * share) > int(index * share)]
-
-
-def interleaved(kind: str, ratio: float) -> str:
-    """Rule key for the paper's interleaved choice of a share of the sites of one kind.
-
-    >>> interleaved("self_attention", 0.75)
-    'self_attention[75%]'
-    """
-    if kind not in KINDS:
-        raise UnknownNameError("kind", kind, KINDS)
-    if not isinstance(ratio, Real) or not 0 < ratio <= 1:
-        raise RuleError(f"A ratio is a number above 0 and up to 1; got {ratio!r}.")
-    return f"{kind}[{100 * float(ratio):.10g}%]"
-
-
-def parse_rules(text: str) -> dict[str, Any]:
-    """Rules from their text form, one or several separated by semicolons. Raises `RuleError` for text it cannot read."""
-    rules: dict[str, Any] = {}
-    for part in filter(None, map(str.strip, text.split(";"))):
-        key, equals, operator = map(str.strip, part.partition("="))
-        if not equals or not operator:
-            raise RuleError(f'{part!r} is not a rule. Write "self_attention[1::2]=hyena_x(kernel_size=4)".')
-        if key in rules:
-            raise RuleError(f"{key!r} stands twice in {text!r}.")
-        rules[key] = parse_operator(operator)
-    return rules
+    if mixes and site.kind == "joint_attention":
+        return replace(site, kind="self_attention")
+    return site

@@ -1,5 +1,6 @@
 """The contract that all operators share: configs, precision, sizes without tokens or memory."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -57,12 +58,35 @@ def test_bad_settings_are_refused(spec):
         configure(spec)
 
 
-def test_settings_that_nothing_would_read_are_refused():
-    with pytest.raises(OperatorError, match=r"Roll.Config has settings that nothing reads \(shift\): decorate it"):
+def define_with(config):
+    type("Roll", (Mixer,), {"Config": config})
 
-        class Roll(Mixer):
-            class Config(Mixer.Config):
-                shift: int = 1
+
+def test_settings_that_nothing_would_read_are_refused():
+    class Config(Mixer.Config):
+        shift: int = 1
+
+    with pytest.raises(OperatorError, match="Roll.Config is no dataclass, so its settings are not read: decorate it"):
+        define_with(Config)
+
+
+def test_a_config_without_new_settings_needs_the_decorator_too():
+    class Config(Mixer.Config):
+        init = "random"
+
+    with pytest.raises(OperatorError, match="Roll.Config is no dataclass"):
+        define_with(Config)
+
+
+def test_a_config_is_frozen_and_its_settings_are_keywords():
+    @dataclass(frozen=True)
+    class ByPosition(Mixer.Config):
+        shift: int = 1
+
+    with pytest.raises(OperatorError, match="given by position: decorate it"):
+        define_with(ByPosition)
+    with pytest.raises(OperatorError, match="Roll.Config is no OperatorConfig"):
+        define_with(dict)
 
 
 def test_a_config_is_not_taken_from_its_owner():

@@ -122,7 +122,7 @@ MEMORY = [*ALONE, "neighborhood(kernel=7)"]
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_grows_as_tokens(name):
     """With a matrix of all pairs anywhere, four times the tokens take 16 times the memory."""
-    config = dg.plan.parse_operator(name)
+    config = dg.operators.parse_operator(name)
     thousand, four, sixteen = (
         peak_memory(config, Grid(height=side, width=side), width=64, heads=2, backward=True) for side in (32, 64, 128)
     )
@@ -154,7 +154,7 @@ def test_time_grows_as_tokens(name, memory_is_kept):
     """
 
     def seconds(side):
-        operator = example_part(dg.plan.parse_operator(name), width=512, heads=8)
+        operator = example_part(dg.operators.parse_operator(name), width=512, heads=8)
         context, runs = Context(grid=Grid(height=side, width=side)), []
         for _ in range(4):
             inputs = [tensor.requires_grad_() for tensor in example_tensors(operator, side * side)]

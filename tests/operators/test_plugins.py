@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import diffusers_graft as dg
-from benchmarks import operators as bench
-from diffusers_graft.errors import OperatorError
+from diffusers_graft.errors import OperatorError, UnknownNameError
+from diffusers_graft.evaluation import operator_costs
+from diffusers_graft.operators import registry
 
 from .. import test_house as house
 from ..models import predict, tiny_dit
@@ -22,6 +23,7 @@ EXAMPLE = textwrap.dedent(re.search(r"```python\n(.*?)```", GUIDE, re.DOTALL)[1]
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Put a package of one file on the path, with the metadata of an installed one."""
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
 
     def installed(name, source):
         (tmp_path / f"{name}_plugin").mkdir()
@@ -78,7 +80,7 @@ def test_a_plugin_that_cannot_be_imported_is_named(install, source, words):
     install("broken", source)
     with pytest.raises(OperatorError, match=f"'broken' of the package broken-plugin .*{words}.*uninstall"):
         dg.operators.get("broken")
-    owners, refusals = bench._loaded()
+    owners, refusals = operator_costs._loaded()
     assert len(owners) == len(dg.operators.available()) - 1
     assert "broken-plugin" in refusals[0]
 
@@ -97,3 +99,14 @@ def test_a_plugin_that_cannot_be_built_is_told_so(install):
     )
     with pytest.raises(dg.GraftError, match="^build: TypeError: .*takes 1 positional"):
         dg.check_operator("forgetful")
+
+
+def test_what_is_saved_names_the_package_that_brings_an_operator(install, tmp_path, monkeypatch):
+    install("passing_by", "from diffusers_graft.operators import Mixer\n\nclass PassingBy(Mixer): ...\n")
+    plan = dg.plan_graft(tiny_dit(), {"self_attention[0]": "passing_by"})
+    assert plan.to_dict()["packages"] == {"passing_by": {"name": "passing_by-plugin", "version": "1.0"}}
+    plan.save(tmp_path / "plan.json")
+    assert dg.GraftPlan.load(tmp_path / "plan.json") == plan
+    monkeypatch.undo()
+    with pytest.raises(UnknownNameError, match="with the package passing_by-plugin 1.0, which is not installed"):
+        dg.GraftPlan.load(tmp_path / "plan.json")

@@ -19,7 +19,7 @@ from diffusers_graft.errors import (
     RuleError,
     UnknownNameError,
 )
-from diffusers_graft.planning.plan import parse_rules, select
+from diffusers_graft.planning.rules import parse_rules, select
 
 from ..models import tiny_dit, tiny_pixart
 
@@ -221,7 +221,7 @@ def test_rules_that_cannot_be_honoured(rules, error, words):
 
 def test_a_plan_that_edits_a_site_twice_is_refused():
     plan = dg.plan_graft(MODEL, {"self_attention[0]": "hyena_x"})
-    with pytest.raises(RuleError, match="Two edits take"):
+    with pytest.raises(RuleError, match="Two edits replace"):
         dg.GraftPlan(plan.model_class, plan.edits * 2).check(MODEL)
 
 

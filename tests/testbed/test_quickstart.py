@@ -13,7 +13,7 @@ import torch
 import diffusers_graft as dg
 from diffusers_graft import testbed
 from diffusers_graft.cli.main import build_parser, main
-from diffusers_graft.planning.plan import parse_operator
+from diffusers_graft.operators import parse_operator
 from diffusers_graft.testbed import quickstart as qs
 
 TINY = qs.Budget(

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...core.context import Context, Grid
 from ...errors import GeometryError
-from .. import _configured, available, configure
+from .. import available, configure
+from ..registry import configure_class
 from .case import Subject, fail, gradients, run
 from .visibility_checks import check_honours_mask, check_honours_others, check_receptive_field, check_sees_ahead  # noqa: F401, in CHECKS
 
@@ -26,7 +27,7 @@ def check_config_round_trip(subject: Subject) -> None:
     if missing or written["operator"] != config.owner.name:
         fail("config_round_trip", f"to_dict() gave {written}; missing are {sorted(missing) or 'none'}")
     registered = config.owner.name in available()
-    again = configure(written) if registered else _configured(config.owner, written)
+    again = configure(written) if registered else configure_class(config.owner, written)
     if again != config:
         fail("config_round_trip", f"{subject.config} came back from JSON as {again}")
 

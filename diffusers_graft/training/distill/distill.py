@@ -20,7 +20,7 @@ from ...errors import StateError, TrainingError
 from ...injection.graft import Graft, is_enabled
 from ...injection.install import require_built_beside
 from ...inspection import evaluating
-from ...planning.plan import select
+from ...planning.rules import select
 from ..batches import Batch, BatchStream, read_first
 from ..config import config_or_default
 from ..fsdp import seats_beside, shard

@@ -1,0 +1,242 @@
+"""The one door by which operators come in, and the configs that rules and saved plans name.
+
+An operator of this library is found by its file name, one of another package through the entry point group
+`diffusers_graft.operators`, one of a script, a notebook or a trusted repository after `register`. Whichever way it came,
+`get` knows it by its name from then on.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import pkgutil
+import re
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, packages_distributions, version
+from types import ModuleType
+from typing import Any, TypeVar
+
+from ..errors import OperatorError, RuleError, UnknownNameError
+from .base import Operator, OperatorConfig
+
+OperatorClass = TypeVar("OperatorClass", bound=type[Operator])
+
+_OPERATORS = __name__.rpartition(".")[0]
+_LIBRARY = __name__.partition(".")[0]
+_GROUP = "diffusers_graft.operators"
+_NO_OPERATORS = ("base", "registry")
+_PACKAGE_NAME = re.compile(r"[A-Za-z0-9]([\w.-]{0,98}[A-Za-z0-9])?")
+
+_registered: dict[str, type[Operator]] = {}
+
+
+def register(operator: OperatorClass) -> OperatorClass:
+    """Make an operator known by its name, so that rules, plans and saved grafts can name it. A class decorator.
+
+    The name is the class attribute `name`, by default that of the file, and in a script or notebook that of the class
+    (`TokenRoll` becomes `token_roll`). A class may be defined anew, as when the cell of a notebook runs again.
+
+    Raises `OperatorError` for what is no operator, and for a name that another operator has.
+
+    >>> @register  # doctest: +SKIP
+    ... class TokenRoll(Mixer):
+    ...     name = "token_roll"
+    """
+    if not (isinstance(operator, type) and issubclass(operator, Operator)):
+        raise OperatorError(f"{operator!r} is no operator: derive a class from Mixer, or another of the bases.")
+    name = operator.name
+    if not name.isidentifier():
+        raise OperatorError(f"The name of an operator is a word such as token_roll; {operator.__name__} has {name!r}.")
+    known = _registered.get(name)
+    is_new_version = known is not None and _identity(known) == _identity(operator)
+    if not is_new_version and _is_taken(name, operator):
+        raise OperatorError(f"There is another operator {name!r}. Give {operator.__name__} another name.")
+    _registered[name] = operator
+    return operator
+
+
+def _identity(operator: type[Operator]) -> tuple[str, str]:
+    return operator.__module__, operator.__qualname__
+
+
+def _is_taken(name: str, operator: type[Operator]) -> bool:
+    if name in _registered:
+        return True
+    return name in _file_names() and operator.__module__ != f"{_OPERATORS}.{name}"
+
+
+def _file_names() -> set[str]:
+    package = importlib.import_module(_OPERATORS)
+    names = {module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg}
+    return {name for name in names if name not in _NO_OPERATORS and not name.startswith("_")}
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    points = {point.name: point for point in entry_points(group=_GROUP)}
+    for name in sorted(points.keys() & _file_names()):
+        hidden = _describe(points.pop(name))
+        warnings.warn(f"{hidden} is not used: an operator here has that name. Give it another.", stacklevel=3)
+    return points
+
+
+def _describe(point: EntryPoint) -> str:
+    package = f" of the package {point.dist.name}" if point.dist else ""
+    return f"The operator {point.name!r}{package} (entry point {point.value})"
+
+
+def available() -> tuple[str, ...]:
+    """Return the names of all operators, without importing any of them."""
+    return tuple(sorted({*_file_names(), *_entry_points(), *_registered}))
+
+
+def get(name: str) -> type[Operator]:
+    """Return the operator class of a name.
+
+    Raises `UnknownNameError` with the nearest name, and `OperatorError` for one of another package that cannot be
+    imported or that is no operator of that name.
+    """
+    if name in _registered:
+        return _registered[name]
+    if name in _file_names():
+        return register(_only_operator_in(importlib.import_module(f"{_OPERATORS}.{name}")))
+    points = _entry_points()
+    if name not in points:
+        raise UnknownNameError("operator", name, available())
+    try:
+        loaded = points[name].load()
+    except Exception as error:  # whatever the other package raises as it is imported
+        raise OperatorError(
+            f"{_describe(points[name])} cannot be imported: {type(error).__name__}: {error}. "
+            "Mend or uninstall its package."
+        ) from error
+    operator = loaded if isinstance(loaded, type) else _only_operator_in(loaded)
+    if operator.name != name:
+        raise OperatorError(f"Entry point {name!r} leads to the operator {operator.name!r}: name its file {name}.py.")
+    # A plugin may have registered its class itself, as it was imported.
+    return register(operator)
+
+
+def _only_operator_in(module: ModuleType) -> type[Operator]:
+    found = []
+    for item in vars(module).values():
+        if isinstance(item, type) and issubclass(item, Operator) and item.__module__ == module.__name__:
+            found.append(item)
+    if len(found) != 1:
+        raise OperatorError(f"{module.__name__} defines {len(found)} operators; a file defines exactly one.")
+    return found[0]
+
+
+def package_of(operator: type[Operator]) -> dict[str, str] | None:
+    """Return `name` and `version` of the package that brings an operator; None for this library and for scripts."""
+    top = operator.__module__.partition(".")[0]
+    if top == _LIBRARY:
+        return None
+    names = [point.dist.name for point in entry_points(group=_GROUP, name=operator.name) if point.dist]
+    names += packages_distributions().get(top, [])
+    for name in names:
+        try:
+            return {"name": name, "version": version(name)}
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def require_available(names: set[str], packages: Any = None) -> None:
+    """Raise `UnknownNameError` for the first operator that is not there, naming the package that brings it.
+
+    Args:
+        packages: `package_of` by operator's name, as a saved plan tells it; it may come from a stranger.
+    """
+    known = available()
+    for name in sorted(names):
+        if name not in known:
+            row = packages.get(name) if isinstance(packages, Mapping) else None
+            raise UnknownNameError("operator", name, known, advice=_advice(row))
+
+
+def _advice(package: Any) -> str:
+    values = [package.get("name"), package.get("version")] if isinstance(package, Mapping) else []
+    # Text of a stranger that is repeated in advice may be a name and nothing more.
+    if values and all(isinstance(value, str) and _PACKAGE_NAME.fullmatch(value) for value in values):
+        return f"It was saved with the package {values[0]} {values[1]}, which is not installed here."
+    return "An operator written in a script or a notebook is known after @dg.operators.register."
+
+
+def names_in(spec: Any) -> set[str]:
+    """Return the names of the operators in a saved plan or config, those within others included."""
+    names: set[str] = set()
+    children: Any = ()
+    if isinstance(spec, Mapping):
+        if "operator" in spec:
+            names.add(str(spec["operator"]))
+        children = spec.values()
+    elif isinstance(spec, list | tuple):
+        children = spec
+    return names.union(*map(names_in, children))
+
+
+def configure(spec: str | OperatorConfig | Mapping[str, Any]) -> OperatorConfig:
+    """Return a config for a name, a text such as `"hyena_x(kernel_size=4)"`, a config, or a dict.
+
+    A dict is what `OperatorConfig.to_dict` wrote: `{"operator": name, **settings}`.
+
+    Raises `UnknownNameError` for an unknown operator or setting, `OperatorError` for a value that it refuses, and
+    `RuleError` for text that cannot be read.
+    """
+    if isinstance(spec, OperatorConfig):
+        return spec
+    if isinstance(spec, str):
+        return parse_operator(spec) if "(" in spec else get(spec).Config()
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("operator"), str):
+        raise OperatorError(
+            f'An operator is a name, a Config, or a dict with its name under "operator"; got {spec!r}.'
+        )
+    return configure_class(get(spec["operator"]), spec)
+
+
+def configure_class(operator: type[Operator], spec: Mapping[str, Any]) -> OperatorConfig:
+    """Return the config that `OperatorConfig.to_dict` wrote, for an operator that need not be registered."""
+    settings = {name: value for name, value in spec.items() if name != "operator"}
+    names = {field.name for field in dataclasses.fields(operator.Config)}
+    for name in settings:
+        if name not in names:
+            raise UnknownNameError(f"setting of {operator.name}", name, names)
+    return operator.Config(**{name: _freeze(value) for name, value in settings.items()})
+
+
+def _freeze(value: Any) -> Any:
+    """Return tuples for lists, which JSON has in their place."""
+    return tuple(map(_freeze, value)) if isinstance(value, list) else value
+
+
+def parse_operator(text: str) -> OperatorConfig:
+    """Return the config of `name` or `name(setting=value, ...)`; values are literals, words or operators.
+
+    Raises as `configure`.
+    """
+    try:
+        name, settings = _parse_call(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise RuleError(
+            f'{text!r} is not an operator: {error}. Write "hyena_x" or "hyena_x(kernel_size=4)".'
+        ) from error
+    return configure({"operator": name, **settings})
+
+
+def _parse_call(node: ast.expr) -> tuple[str, dict[str, Any]]:
+    if isinstance(node, ast.Name):
+        return node.id, {}
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
+        raise ValueError("settings are written name=value")
+    settings: dict[str, Any] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None or keyword.arg in settings or keyword.arg == "operator":
+            raise ValueError("settings are written name=value, each once")
+        settings[keyword.arg] = _parse_value(keyword.value)
+    return node.func.id, settings
+
+
+def _parse_value(node: ast.expr) -> Any:
+    return ast.unparse(node) if isinstance(node, ast.Call | ast.Name) else ast.literal_eval(node)

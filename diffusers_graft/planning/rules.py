@@ -1,0 +1,112 @@
+"""Rules: keys that name sites by kind and index, and the text that people write them in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from numbers import Real
+from typing import Any, TypeAlias
+
+from ..core.sites import KINDS, Sites
+from ..errors import RuleError, UnknownNameError
+from ..operators import parse_operator
+
+Rules: TypeAlias = Mapping[str, Any] | str
+
+_EXAMPLE = "self_attention[1::2]=hyena_x(kernel_size=4)"
+
+
+def interleaved(kind: str, ratio: float) -> str:
+    """Return the rule key for the paper's interleaved choice of a share of the sites of one kind.
+
+    Raises `UnknownNameError` for an unknown kind, `RuleError` for a ratio that is not above 0 and up to 1.
+
+    >>> interleaved("self_attention", 0.75)
+    'self_attention[75%]'
+    """
+    if kind not in KINDS:
+        raise UnknownNameError("kind", kind, KINDS)
+    if not isinstance(ratio, Real) or not 0 < ratio <= 1:
+        raise RuleError(f"A ratio is a number above 0 and up to 1; got {ratio!r}.")
+    return f"{kind}[{100 * float(ratio):.10g}%]"
+
+
+def parse_rules(text: str) -> dict[str, Any]:
+    """Parse rules in text form, one or several separated by semicolons. Raises `RuleError` for text it cannot read.
+
+    >>> parse_rules("self_attention[0]=hyena_x; feed_forward[:]=mlp(expansion=6)")  # doctest: +ELLIPSIS
+    {'self_attention[0]': HyenaX.Config(...), 'feed_forward[:]': Mlp.Config(...)}
+    """
+    rules: dict[str, Any] = {}
+    for part in filter(None, map(str.strip, text.split(";"))):
+        key, equals, operator = map(str.strip, part.partition("="))
+        if not equals or not operator:
+            raise RuleError(f'{part!r} is not a rule. Write "{_EXAMPLE}".')
+        if key in rules:
+            raise RuleError(f"{key!r} is there twice in {text!r}.")
+        rules[key] = parse_operator(operator)
+    return rules
+
+
+def select(sites: Sites, key: str) -> Sites:
+    """Return the sites that a rule key names, in forward order.
+
+    Args:
+        key: `kind[items]`; items are indices, slices, shares such as `75%`, or several of these with commas.
+
+    Raises `RuleError` for a key that cannot be read and for an item that matches nothing, `UnknownNameError` for an
+    unknown kind.
+    """
+    match = re.fullmatch(r"\s*(\w+)\s*\[([^\[\]]+)\]\s*", key) if isinstance(key, str) else None
+    if match is None:
+        raise RuleError(f'{key!r} is not a rule key. Write a kind and indices, such as "self_attention[1::2]".')
+    kind, items = match.groups()
+    candidates = sites.where(kind=kind)
+    chosen: set[int] = set()
+    for item in map(str.strip, items.split(",")):
+        indices = _indices(item, len(candidates), key)
+        if not indices:
+            raise RuleError(f"'{kind}[{item}]' matches nothing: the model has {_describe(candidates, kind)}.")
+        chosen.update(indices)
+    return Sites(candidates[index] for index in sorted(chosen))
+
+
+def _describe(candidates: Sites, kind: str) -> str:
+    count = f"{len(candidates)} {kind} sites"
+    if not candidates:
+        return count
+    return f"{count}, {candidates[0].address} to {candidates[-1].address}"
+
+
+def _indices(item: str, count: int, key: str) -> list[int]:
+    """Return the indices below `count` that one item of a key names."""
+    # Digits are bounded, since Python refuses to read numbers of thousands of them, with an error of its own.
+    share = re.fullmatch(r"(\d{1,9}(?:\.\d{1,99})?)%", item)
+    if share:
+        # A third may be written with any number of digits.
+        return _interleaved_indices((Fraction(share[1]) / 100).limit_denominator(10**6), count, key)
+    if re.fullmatch(r"[+-]?\d{1,99}", item):
+        index = int(item)
+        return [index % count] if -count <= index < count else []
+    if re.fullmatch(r"[\d+\-\s]*:[\d+\-\s]*(:[\d+\-\s]*)?", item):
+        return _slice_indices(item, count, key)
+    raise RuleError(f"{item!r} in {key!r} is not an index, a slice or a share such as 50%.")
+
+
+def _slice_indices(item: str, count: int, key: str) -> list[int]:
+    try:
+        parts = [int(part) if part.strip() else None for part in item.split(":")]
+        return list(range(count)[slice(*parts)])
+    except ValueError as error:
+        raise RuleError(f"{item!r} in {key!r} is not a slice: {error}.") from error
+
+
+def _interleaved_indices(share: Fraction, count: int, key: str) -> list[int]:
+    """Return the paper's interleaving: 50% is every second site from 1, 75% keeps 0, 4, 8, ...
+
+    Source: arXiv 2506.05340, section 4.
+    """
+    if not 0 < share <= 1:
+        raise RuleError(f"A share lies above 0% and up to 100%; {key!r} asks for {float(100 * share):g}%.")
+    return [index for index in range(count) if int((index + 1) * share) > int(index * share)]
