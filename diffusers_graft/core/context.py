@@ -7,10 +7,12 @@ reads it through its `ContextSlot`.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import GeometryError
 from .sites import Site
@@ -63,6 +65,8 @@ class Context:
         mask: attention mask as `scaled_dot_product_attention` takes it, broadcastable to [B, H, N, M].
         scale: factor on query-key products; None means 1 / sqrt(E).
         causal: whether the replaced attention was causal.
+        softmax: softmax attention by the backend that `set_attention_backend` chose, called as torch's
+            `scaled_dot_product_attention`; None means torch's own.
     """
 
     grid: Grid | None = None
@@ -74,6 +78,21 @@ class Context:
     mask: torch.Tensor | None = None
     scale: float | None = None
     causal: bool = False
+    softmax: Callable[..., torch.Tensor] | None = None
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+        causal: bool = False,
+    ) -> torch.Tensor:
+        """Compute softmax attention by the model's backend: [B, H, N, E] and twice [B, H, M, E], as queries out."""
+        call = self.softmax or F.scaled_dot_product_attention
+        return call(query, key, value, attn_mask=mask, scale=scale, is_causal=causal)
 
     def at(self, site: Site, tokens: int) -> Context:
         """This context for one part and the tokens it is given: a frame of a video, a level of a pyramid, or no grid."""
@@ -143,6 +162,13 @@ class ContextSlot:
         else:
             self._by_thread[threading.get_ident()] = context
 
-    def with_attention(self, *, mask: torch.Tensor | None, scale: float | None, causal: bool) -> Context:
+    def with_attention(
+        self,
+        *,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        causal: bool,
+        softmax: Callable[..., torch.Tensor] | None = None,
+    ) -> Context:
         """The current context, with what the attention that runs was given."""
-        return replace(self.current, mask=mask, scale=scale, causal=causal)
+        return replace(self.current, mask=mask, scale=scale, causal=causal, softmax=softmax)

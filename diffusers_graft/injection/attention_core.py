@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 import random
 from collections.abc import Collection
@@ -38,6 +39,8 @@ from ..core.sites import AttentionSite
 from ..errors import GeometryError, OperatorError
 from ..operators import Mixer, OperatorConfig
 from ..operators.ops.backends import compute_dtype, specialize
+
+logger = logging.getLogger(__name__)
 
 SMALL = 64  # tokens of a field that are scored without another softmax
 EXACT = 1024
@@ -54,12 +57,27 @@ def mix(
     Raises `GeometryError` or `OperatorError` where the replaced attention hides tokens that the operator would show.
     """
     require_tokens(operator.name, query.shape[2])
+    if context.softmax is not None and operator.ignores_attention_backend and not torch.compiler.is_compiling():
+        _warn_ignored_backend(operator.name)
     if context.causal and not operator.stays_causal:
         raise OperatorError(f"{operator.name} looks ahead, and this attention is causal. Leave it as it is.")
     if context.mask is not None and not operator.honours_mask:
-        refuse_hiding(context.mask, operator.name)
-        context = replace(context, mask=None)
+        if operator.honours_others and key.shape[2] > query.shape[2]:
+            # A prompt's keys may be hidden from it, the image's own may not.
+            refuse_hiding(context.mask[..., : query.shape[2]], operator.name)
+        else:
+            refuse_hiding(context.mask, operator.name)
+            context = replace(context, mask=None)
     return operator(query, key, value, context)
+
+
+@functools.cache
+def _warn_ignored_backend(name: str) -> None:
+    """Say once for each operator that the model's attention backend does not reach it."""
+    logger.warning(
+        "%s computes its softmax without the attention backend set on the model: choose its own `backend` setting.",
+        name,
+    )
 
 
 def require_tokens(who: str, tokens: int) -> None:
@@ -118,7 +136,9 @@ def mix_with_others(
         return _softmax(query, key, value, context, slice(0, tokens))
     queries = slice(start, start + image) if tokens == keys else slice(0, image)
     image_context = replace(context, mask=_rows(context.mask, queries))
-    mixed = _mix_image(operator, query[:, :, queries], key, value, image_context, start)
+    # Each part of a hybrid shares attention with the text by its own rule, as it would alone.
+    mix_part = functools.partial(_mix_image, start=start)
+    mixed = operator.mix_parts(mix_part, query[:, :, queries], key, value, image_context)
     if tokens == image:
         return mixed
     before = _softmax(query, key, value, context, slice(0, queries.start))
@@ -134,13 +154,11 @@ def _softmax(
     if part.stop == part.start:
         return query
     mask = _rows(context.mask, part)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=context.scale, is_causal=context.causal
-    )
+    return context.attend(query, key, value, mask=mask, scale=context.scale, causal=context.causal)
 
 
 def _mix_image(
-    operator: Mixer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, start: int
+    operator: Mixer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, *, start: int
 ) -> torch.Tensor:
     """Mix the image tokens, whose queries these are, with themselves and with the others."""
     image = query.shape[2]

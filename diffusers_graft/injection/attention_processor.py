@@ -11,10 +11,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.overrides import TorchFunctionMode
@@ -74,6 +80,7 @@ class _Grafted:
         is_causal=False,
         scale=None,
         enable_gqa=False,
+        softmax=None,
     ):
         """`scaled_dot_product_attention`, by the operator: [B, H, N, E] each; `stream` is the length of the image's
         stream.
@@ -91,9 +98,11 @@ class _Grafted:
         tokens, keys = query.shape[2], key.shape[2]
         if attn_mask is not None and attn_mask.dim() and attn_mask.shape[-1] == 1:
             attn_mask = attn_mask.expand(*attn_mask.shape[:-1], keys)  # one for all keys
-        context = operator.slot.with_attention(mask=attn_mask, scale=scale, causal=is_causal).at(site, tokens)
+        context = operator.slot.with_attention(mask=attn_mask, scale=scale, causal=is_causal, softmax=softmax).at(
+            site, tokens
+        )
         image = self._image_tokens(site, context, stream, tokens, keys)
-        if image is None or operator.honours_others and operator.honours_causal:  # softmax over all as it is
+        if image is None or operator.is_plain_softmax:
             return mix(operator, query, key, value, context)
         first = self._text_first if site.kind == "joint_attention" else context.text_first
         start = keys - image if first else 0
@@ -134,15 +143,15 @@ class _Grafted:
         backend=None,
         parallel_config=None,
     ):
-        """`dispatch_attention_fn`, by the operator: [B, N, H, E] each. The backend concerns softmax alone."""
+        """`dispatch_attention_fn`, by the operator: [B, N, H, E] each. Its backend is for operators that use softmax."""
         if parallel_config is not None:
             raise OperatorError("A graft mixes tokens on one device: disable context parallelism.")
         if isinstance(attn_mask, torch.Tensor) and attn_mask.shape == (query.shape[0], key.shape[1]):
             attn_mask = attn_mask[:, None, None]
         heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return self._mix(attn, stream, *heads_first, attn_mask, dropout_p, is_causal, scale, enable_gqa).transpose(
-            1, 2
-        )
+        softmax = _softmax_by(backend)
+        mixed = self._mix(attn, stream, *heads_first, attn_mask, dropout_p, is_causal, scale, enable_gqa, softmax)
+        return mixed.transpose(1, 2)
 
     def _scores(self, query, key, attn_mask=None):
         """`attn.get_attention_scores`: put off until the values are there."""
@@ -164,6 +173,24 @@ class _Grafted:
 
     def __reduce__(self):
         return _make_processor, (self._original, vars(self).copy())
+
+
+def _softmax_by(backend: AttentionBackendName | None) -> Callable[..., torch.Tensor] | None:
+    """Softmax attention on [B, H, N, E] by one of diffusers' backends; None where that is torch's own."""
+    if backend is None:
+        # Set for all models at once: by the environment, or by the context manager `attention_backend`.
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
+    if backend == AttentionBackendName.NATIVE:
+        return None
+    return functools.partial(_dispatch_heads_first, backend)
+
+
+def _dispatch_heads_first(backend, query, key, value, *, attn_mask, scale, is_causal):
+    tokens_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    mixed = dispatch_attention_fn(
+        *tokens_first, attn_mask=attn_mask, scale=scale, is_causal=is_causal, backend=backend
+    )
+    return mixed.transpose(1, 2)
 
 
 def _rotated(tensor: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:

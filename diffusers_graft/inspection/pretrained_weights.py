@@ -7,7 +7,11 @@ from diffusers.models.attention import FeedForward
 from torch import nn
 
 from ..errors import OperatorError
-from ..operators import LinearPair, Projections
+from ..operators.base import LinearPair, Projections, dense_weight
+
+# Activations of diffusers' feed-forwards that operators can start from, without a gate and with one.
+UNGATED = ("gelu", "gelu-approximate", "geglu-approximate", "linear-silu")
+GATED = ("geglu", "swiglu")
 
 
 def activation_of(feed_forward: nn.Module) -> str:
@@ -27,9 +31,9 @@ def activation_of(feed_forward: nn.Module) -> str:
 
 
 def linear_pair(feed_forward: nn.Module, path: str = "a feed-forward") -> LinearPair:
-    """The two linear layers of a feed-forward. Raises `OperatorError` where `path` has no such pair to start from."""
+    """Read the linear layers of a feed-forward. Raises `OperatorError` where `path` has no such layers to start from."""
     activation = activation_of(feed_forward)
-    if activation not in ("gelu", "gelu-approximate", "geglu-approximate", "linear-silu"):
+    if activation not in (*UNGATED, *GATED):
         raise OperatorError(
             f"Nothing can start from {path}: with {activation} it is not down(activation(up(x))). Choose init='random'."
         )
@@ -39,7 +43,13 @@ def linear_pair(feed_forward: nn.Module, path: str = "a feed-forward") -> Linear
             f"The layers of {path} are {', '.join(odd)}, and not plain linear ones to start from. Fuse LoRA into the "
             'weights first (pipe.fuse_lora, pipe.unload_lora_weights), or choose init="random".'
         )
-    return LinearPair(up=up.weight, up_bias=up.bias, down=down.weight, down_bias=down.bias, activation=activation)
+    layers = {"down": down.weight, "down_bias": down.bias, "activation": activation}
+    if activation in UNGATED:
+        return LinearPair(up=up.weight, up_bias=up.bias, **layers)
+    # diffusers has both input layers of a gated unit in one, the gate behind.
+    weight, gate = dense_weight("feed-forward", up.weight).chunk(2)
+    bias, gate_bias = (None, None) if up.bias is None else up.bias.chunk(2)
+    return LinearPair(up=weight, up_bias=bias, gate=gate, gate_bias=gate_bias, **layers)
 
 
 def projections(attention: nn.Module, path: str) -> Projections:

@@ -62,26 +62,43 @@ class OperatorConfig:
         return f"{self.owner.name}({', '.join([*settings, *start])})"
 
 
-def _refuse_quantised(part: str, *weights: torch.Tensor) -> None:
-    """Raise `OperatorError` for weights whose numbers mean nothing without the scales beside them."""
-    if not all(weight.is_floating_point() for weight in weights):
+def dense_weight(part: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return the plain floating-point tensor that a layer's weight stands for.
+
+    Subclasses that hold quantised numbers with their scales, such as torchao's, are dequantised. Raises
+    `OperatorError` for numbers that mean nothing without scales stored elsewhere; `part` names what they are of.
+    """
+    if type(weight).dequantize is not torch.Tensor.dequantize:
+        weight = weight.dequantize()
+    if not weight.is_floating_point():
         raise OperatorError(
-            f'The weights of this {part} are quantised, so nothing can start from them: choose init="random", or graft first '
-            "and quantise what stays."
+            f'The weights of this {part} are quantised, so nothing can start from them: choose init="random", or graft '
+            "first and quantise what stays."
         )
+    return weight
+
+
+def _make_dense(part: str, owner: Any, *names: str) -> None:
+    """Replace weights of a frozen dataclass by their `dense_weight`, where there are any."""
+    for name in names:
+        weight = getattr(owner, name)
+        if weight is not None:
+            object.__setattr__(owner, name, dense_weight(part, weight))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearPair:
-    """A two-layer feed-forward as an operator sees the one it replaces: `down(activation(up(x)))`.
+    """A feed-forward as an operator sees the one it replaces: `down(activation(up(x)))`.
 
-    Raises `OperatorError` for quantised weights.
+    A gated one, with a `gate`, is `down(activation(gate(x)) * up(x))`. Quantised weights are dequantised; raises
+    `OperatorError` for those that cannot be.
 
     Attributes:
         up, down: weights [hidden, D] and [D, hidden].
         up_bias, down_bias: [hidden] and [D], or None.
-        activation: diffusers' name.
-        energy: mean square of every hidden neuron on data, [hidden]; None where no data was looked at.
+        activation: diffusers' name; of a gated feed-forward that of its unit, such as `geglu`.
+        gate, gate_bias: [hidden, D] and [hidden], or None.
+        energy: mean square of every hidden neuron on data, [hidden]; None where no data was measured.
     """
 
     up: torch.Tensor
@@ -89,17 +106,19 @@ class LinearPair:
     down: torch.Tensor
     down_bias: torch.Tensor | None
     activation: str
+    gate: torch.Tensor | None = None
+    gate_bias: torch.Tensor | None = None
     energy: torch.Tensor | None = None
 
     def __post_init__(self):
-        _refuse_quantised("feed-forward", self.up, self.down)
+        _make_dense("feed-forward", self, "up", "down", "gate")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Projections:
     """The linear layers of an attention as an operator with projections of its own sees those it replaces.
 
-    Raises `OperatorError` for quantised weights.
+    Quantised weights are dequantised; raises `OperatorError` for those that cannot be.
 
     Attributes:
         query, key, value: weights [H * E, D].
@@ -117,7 +136,7 @@ class Projections:
     out_bias: torch.Tensor | None = None
 
     def __post_init__(self):
-        _refuse_quantised("attention", self.query, self.key, self.value, self.out)
+        _make_dense("attention", self, "query", "key", "value", "out")
 
 
 def _default_name(operator: type) -> str:
@@ -154,6 +173,8 @@ class Operator(nn.Module):
             query sees the rest besides those (a prompt's), in one softmax.
         honours_causal: whether it is causal where the replaced attention was, as the context says.
         causal_operator: whether a token never sees tokens after it.
+        is_plain_softmax: whether it is the replaced softmax itself, which a prompt's tokens may run through as well.
+        ignores_attention_backend: whether it uses softmax, but not by the backend that `set_attention_backend` chose.
         paper: title and arXiv id of where it comes from.
         start: one sentence on what a warm start keeps; printed on cards.
         unused_inputs: inputs that it does not read, `"input 0"` for the first; they get no gradient.
@@ -173,6 +194,8 @@ class Operator(nn.Module):
     honours_others: ClassVar[bool] = False
     honours_causal: ClassVar[bool] = False
     causal_operator: ClassVar[bool] = False
+    is_plain_softmax: ClassVar[bool] = False
+    ignores_attention_backend: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     start: ClassVar[str] = ""
     unused_inputs: ClassVar[tuple[str, ...]] = ()

@@ -12,21 +12,21 @@ import torch
 from torch import nn
 
 from ..core.context import Context
-from ..core.sites import Site
+from ..core.shapes import TokenTensor
+from ..core.sites import FeedForwardSite
 from .base import FeedForwardOperator, LinearPair
-from .ops.activations import ACTIVATIONS, GATED
+from .ops.activations import GATED, GATES, gate_activation
 from .ops.feed_forward import HiddenConfig, copy_input, copy_output, hidden_width, is_narrower, strongest
-
-GATES = {**ACTIVATIONS, "sigmoid": torch.sigmoid}
 
 
 class GatedMlp(FeedForwardOperator):
-    """The original's input layer becomes the gate, its activation with it; what the gate multiplies starts as one."""
+    """A gated original keeps its layers; of another the input layer becomes the gate, of what starts as one."""
 
     paper = "GLU Variants Improve Transformer, arXiv 2002.05202"
     start = (
-        "the original's input layer and activation become the gate, of a constant one, so that, where all neurons have "
-        "room, it is the same function; else the strongest are kept"
+        "a gated original's layers, or the input layer and activation of another as the gate of a constant one, so "
+        "that, where all neurons have room, it is the same function; else the strongest are kept, and of the others "
+        "the mean"
     )
     output_layer = "down"
 
@@ -44,28 +44,32 @@ class GatedMlp(FeedForwardOperator):
         def activations(cls) -> Collection[str]:
             return GATES.keys() | GATED.keys()
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: FeedForwardSite):
         super().__init__(config, site)
         hidden = hidden_width(self.name, config.expansion, site)
         self.uses_energy = is_narrower(hidden, site)
-        activation = config.resolved(site).activation
-        self.activation = GATES[GATED.get(activation, activation)]
-        self.gate, self.up = nn.Linear(site.width, hidden), nn.Linear(site.width, hidden)
+        self.activation = gate_activation(config.resolved(site).activation)
+        self.gate = nn.Linear(site.width, hidden)
+        self.up = nn.Linear(site.width, hidden)
         self.down = nn.Linear(hidden, site.width)
 
     @torch.no_grad()
     def init_from(self, original: LinearPair) -> None:
-        kept = strongest(original, self.up.out_features)
-        copy_input(self.gate, original, kept)
-        copy_output(self.down, original, kept)
-        self.up.weight[: len(kept)] = 0.0
+        chosen = strongest(original, self.up.out_features)
+        copy_output(self.down, original, chosen)
+        if original.gate is not None:
+            copy_input(self.gate, original.gate, original.gate_bias, chosen)
+            copy_input(self.up, original.up, original.up_bias, chosen)
+            return
+        copy_input(self.gate, original.up, original.up_bias, chosen)
+        self.up.weight[: len(chosen)] = 0.0
         self.up.bias.fill_(1.0)
 
-    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
         return self.down(self.activation(self.gate(hidden_states)) * self.up(hidden_states))
 
     def flops(self, tokens: int) -> int:
-        """Three linear layers and the gates."""
+        """Price three linear layers and the gates."""
         return 6 * tokens * self.site.width * self.up.out_features + self.uncounted_flops(tokens)
 
     def uncounted_flops(self, tokens: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..core.context import Context, Grid
-from ..core.sites import Site
+from ..core.sites import AttentionSite, Site
 from ..errors import OperatorError
 from . import configure
 from .base import Mixer
@@ -53,7 +53,7 @@ class Hybrid(Mixer):
         def resolved(self, site: Site) -> Hybrid.Config:
             return replace(self, first=self.first.resolved(site), second=self.second.resolved(site))
 
-        def heads(self, site: Site) -> tuple[int, ...]:
+        def heads(self, site: AttentionSite) -> tuple[int, ...]:
             """The heads of the first mixer. Raises `OperatorError` where the split leaves a mixer without heads."""
             if site.heads < 2:
                 raise OperatorError(
@@ -72,7 +72,7 @@ class Hybrid(Mixer):
                 )
             return chosen
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
         first = config.heads(site)
         second = tuple(head for head in range(site.heads) if head not in first)

@@ -12,14 +12,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.context import Context
-from ..core.sites import Site
+from ..core.shapes import TokenTensor
+from ..core.sites import FeedForwardSite
 from .base import FeedForwardOperator, LinearPair
-from .ops.feed_forward import hidden_width, is_narrower, polynomials, require_count, require_ratio, strongest
+from .ops.feed_forward import hidden_width, is_narrower, linearize, polynomials, strongest
+from .ops.settings import require_count, require_ratio
+
+# A part of the product as a linear map of the token: weights [hidden, D] and biases [hidden].
+Affine = tuple[torch.Tensor, torch.Tensor]
 
 
 class HyenaMlp(FeedForwardOperator):
-    """Tokens stay by themselves: the causal convolution runs over the 3 r D features of one token, q before k before
-    v.
+    """Tokens stay by themselves: the causal convolution runs over the 3 r D features of one token, q before k before v.
 
     The paper's code has one filter for each of 256 token positions, which fixes the length of a sequence. Here the
     positions share the sequence out evenly: where tokens are more, neighbours in raster order share a filter; where
@@ -31,7 +35,8 @@ class HyenaMlp(FeedForwardOperator):
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
     start = (
         "the strongest of the original's neurons, each with the parabola nearest to its activation over standard normal "
-        "tokens, as q = 1 and k * v; convolutions pass what comes"
+        "tokens, as q = 1 and k * v, or of a gated one the nearest line as k and its other factor as q; of the others "
+        "the mean; convolutions pass what comes"
     )
     output_layer = "down"
 
@@ -52,14 +57,15 @@ class HyenaMlp(FeedForwardOperator):
         def __post_init__(self):
             super().__post_init__()
             require_ratio("hyena_mlp", self.expansion)
-            require_count("hyena_mlp", "kernel_size", self.kernel_size, least=1, example=4)
-            require_count("hyena_mlp", "positions", self.positions, least=1, example=256)
+            require_count("hyena_mlp", "kernel_size", self.kernel_size, example=4)
+            require_count("hyena_mlp", "positions", self.positions, example=256)
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: FeedForwardSite):
         super().__init__(config, site)
         self.hidden = hidden_width(self.name, config.expansion, site)
         self.uses_energy = is_narrower(self.hidden, site)
-        self.up, self.down = nn.Linear(site.width, 3 * self.hidden), nn.Linear(self.hidden, site.width)
+        self.up = nn.Linear(site.width, 3 * self.hidden)
+        self.down = nn.Linear(self.hidden, site.width)
         self.convolution = nn.Conv1d(config.positions, config.positions, config.kernel_size, groups=config.positions)
 
     @torch.no_grad()
@@ -67,33 +73,60 @@ class HyenaMlp(FeedForwardOperator):
         self.convolution.weight.zero_()
         self.convolution.weight[:, :, -1] = 1.0
         self.convolution.bias.zero_()
-        kept = strongest(original, self.hidden)
-        direction, (constant, slope, curve) = polynomials(original, degree=2)
-        self._set_products(direction[kept], slope[kept], curve[kept])
+        chosen = strongest(original, self.hidden)
+        if original.gate is None:
+            constants = self._start_as_parabolas(original, chosen)
+        else:
+            constants = self._start_as_gates(original, chosen)
         self.down.weight.zero_()
-        self.down.weight[:, : len(kept)] = original.down[:, kept]
+        self.down.weight[:, : len(chosen)] = original.down[:, chosen]
+        bias = original.down.double() @ constants
+        if original.down_bias is not None:
+            bias = bias + original.down_bias
+        self.down.bias.copy_(bias)
+
+    def _start_as_parabolas(self, original: LinearPair, chosen: torch.Tensor) -> torch.Tensor:
+        """Write q = 1, k = slope + curve * z and v = z, with z = direction * token; returns what is left, [hidden]."""
+        direction, (constant, slope, curve) = polynomials(original, degree=2)
         constant += curve  # the mean of a parabola, which is all that stays of a neuron that goes
-        constant[kept] -= curve[kept]
-        silent = 0.0 if original.down_bias is None else original.down_bias
-        self.down.bias.copy_(original.down.double() @ constant + silent)
+        constant[chosen] -= curve[chosen]
+        direction = direction[chosen]
+        slope = slope[chosen]
+        curve = curve[chosen]
+        query = (torch.zeros_like(direction), torch.ones_like(slope))
+        key = (curve[:, None] * direction, slope)
+        value = (direction, torch.zeros_like(slope))
+        self._write_products(query, key, value)
+        return constant
 
-    def _set_products(self, direction: torch.Tensor, slope: torch.Tensor, curve: torch.Tensor) -> None:
-        """The first neurons become q = 1, k = slope + curve * z and v = z, with z = direction * token."""
-        query = torch.zeros_like(direction), torch.ones_like(slope)
-        key = curve[:, None] * direction, slope
-        value = direction, torch.zeros_like(slope)
-        for part, rows, biases in zip(
-            (query, key, value), self.up.weight.chunk(3), self.up.bias.chunk(3), strict=True
-        ):
-            rows[: len(slope)], biases[: len(slope)] = part
+    def _start_as_gates(self, original: LinearPair, chosen: torch.Tensor) -> torch.Tensor:
+        """Write q = up(x), k = the gate's nearest line and v = 1; returns what is left, [hidden]."""
+        direction, (constant, slope) = polynomials(original, degree=1)
+        up = original.up.double()[chosen]
+        up_bias = up.new_zeros(len(chosen))
+        if original.up_bias is not None:
+            up_bias = original.up_bias.double()[chosen]
+        key = (slope[chosen, None] * direction[chosen], constant[chosen])
+        value = (torch.zeros_like(up), torch.ones_like(up_bias))
+        self._write_products((up, up_bias), key, value)
+        _, left = linearize(original)
+        left[chosen] = 0.0
+        return left
 
-    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+    def _write_products(self, query: Affine, key: Affine, value: Affine) -> None:
+        """Give the first neurons these linear maps."""
+        parts = (query, key, value)
+        for (weight, bias), rows, biases in zip(parts, self.up.weight.chunk(3), self.up.bias.chunk(3), strict=True):
+            rows[: len(weight)] = weight
+            biases[: len(bias)] = bias
+
+    def forward(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
         weight, bias = self._filters(hidden_states.shape[1])
         padded = F.pad(self.up(hidden_states), (self.config.kernel_size - 1, 0))
         query, key, value = F.conv1d(padded, weight[:, None], bias, groups=len(weight)).chunk(3, dim=-1)
         return self.down(query * key * value)
 
-    def reference(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+    def reference(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
         """The definition: the convolution tap by tap."""
         weight, bias = self._filters(hidden_states.shape[1])
         padded = F.pad(self.up(hidden_states), (self.config.kernel_size - 1, 0))
@@ -104,11 +137,11 @@ class HyenaMlp(FeedForwardOperator):
     def _filters(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The filter [N, K] and bias [N] of every token."""
         filters = torch.cat([self.convolution.weight[:, 0], self.convolution.bias[:, None]], dim=1)
-        spread = F.adaptive_avg_pool1d(filters.T, tokens).T
-        return spread[:, :-1], spread[:, -1]
+        shared = F.adaptive_avg_pool1d(filters.T, tokens).T
+        return shared[:, :-1], shared[:, -1]
 
     def flops(self, tokens: int) -> int:
-        """The linear layers, the convolution and two gates."""
+        """Price the linear layers, the convolution and two gates."""
         convolution = 6 * self.config.kernel_size * tokens * self.hidden
         return 8 * tokens * self.site.width * self.hidden + convolution + self.uncounted_flops(tokens)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ..core.context import Context, Grid
-from ..core.sites import Site
+from ..core.shapes import HeadTensor, KeyTensor
+from ..core.sites import AttentionSite
 from ..errors import UnknownNameError
 from .base import Mixer
 
@@ -15,7 +16,7 @@ OUTPUTS = ("values", "zero")
 
 
 class Identity(Mixer):
-    """What is left of an attention when its softmax costs nothing: the yardstick of every other mixer's speed."""
+    """An attention whose softmax costs nothing: the yardstick of every other mixer's speed."""
 
     honours_mask = True
     causal_operator = True
@@ -36,15 +37,22 @@ class Identity(Mixer):
             if self.output not in OUTPUTS:
                 raise UnknownNameError("output of identity", self.output, OUTPUTS)
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
-        self.unused_inputs = ("input 0", "input 1") if config.output == "values" else ("input 0", "input 1", "input 2")
+        self.unused_inputs = ("input 0", "input 1")
+        if config.output == "zero":
+            self.unused_inputs = ("input 0", "input 1", "input 2")
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-        return value.clone() if self.config.output == "values" else torch.zeros_like(value)
+    def forward(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
+        if self.config.output == "zero":
+            return torch.zeros_like(value)
+        # A copy, since what follows may write into the output.
+        return value.clone()
 
     def receptive_field(self, token: int, grid: Grid) -> tuple[int, ...]:
-        return (token,) if self.config.output == "values" else ()
+        if self.config.output == "zero":
+            return ()
+        return (token,)
 
     def flops(self, tokens: int) -> int:
         return 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.sites import Site
+from ..core.sites import BlockSite
 from .base import BlockOperator, OperatorConfig
 
 
@@ -22,7 +22,7 @@ class LinearBlock(BlockOperator):
     start = "the identity, as if the blocks were removed"
     runs_blocks = False
 
-    def __init__(self, config: OperatorConfig, site: Site):
+    def __init__(self, config: OperatorConfig, site: BlockSite):
         super().__init__(config, site)
         self.linear = nn.ModuleList(nn.Linear(site.width, site.width) for _ in range(site.streams))
         if config.init == "warm":

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ..core.context import Context
-from ..core.sites import Site
+from ..core.shapes import TokenTensor
+from ..core.sites import FeedForwardSite
 from .base import FeedForwardOperator, LinearPair
-from .ops.feed_forward import polynomials
+from .ops.feed_forward import linearize
 
 
 class LinearMlp(FeedForwardOperator):
@@ -24,19 +25,21 @@ class LinearMlp(FeedForwardOperator):
     start = "the linear map nearest to the original over standard normal tokens, roughly what a norm leaves"
     output_layer = "linear"
 
-    def __init__(self, config: FeedForwardOperator.Config, site: Site):
+    def __init__(self, config: FeedForwardOperator.Config, site: FeedForwardSite):
         super().__init__(config, site)
         self.linear = nn.Linear(site.width, site.width)
 
     @torch.no_grad()
     def init_from(self, original: LinearPair) -> None:
-        direction, (constant, slope) = polynomials(original, degree=1)
+        slopes, constants = linearize(original)
         down = original.down.double()
-        self.linear.weight.copy_(down @ (slope[:, None] * direction))
-        silent = 0.0 if original.down_bias is None else original.down_bias
-        self.linear.bias.copy_(down @ constant + silent)
+        self.linear.weight.copy_(down @ slopes)
+        bias = down @ constants
+        if original.down_bias is not None:
+            bias = bias + original.down_bias
+        self.linear.bias.copy_(bias)
 
-    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
         return self.linear(hidden_states)
 
     def flops(self, tokens: int) -> int:

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from ..core.context import Context
-from ..core.sites import Site
+from ..core.shapes import TokenTensor
+from ..core.sites import FeedForwardSite
 from ..errors import OperatorError
 from .base import FeedForwardOperator, LinearPair
 from .ops.activations import ACTIVATIONS
-from .ops.feed_forward import ActivatedConfig
+from .ops.feed_forward import ActivatedConfig, require_ungated
 
 
 class LowRankMlp(FeedForwardOperator):
@@ -39,33 +40,39 @@ class LowRankMlp(FeedForwardOperator):
 
         def __post_init__(self):
             super().__post_init__()
-            whole, share = type(self.rank) is int and self.rank > 0, type(self.rank) is float and 0 < self.rank <= 1
-            if not whole and not share:
+            is_count = type(self.rank) is int and self.rank > 0
+            is_share = type(self.rank) is float and 0 < self.rank <= 1
+            if not is_count and not is_share:
                 raise OperatorError(
                     f"low_rank_mlp: rank is a whole number from 1, or a share of the width above 0.0, up to 1.0; "
                     f"got {self.rank!r}. Try 64 or 0.5."
                 )
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: FeedForwardSite):
         super().__init__(config, site)
         if site.hidden is None:
             raise OperatorError(f"low_rank_mlp: the hidden width of {site.path} is not known. Choose mlp there.")
         most = min(site.width, site.hidden)
-        rank = config.rank if isinstance(config.rank, int) else min(most, max(1, round(config.rank * site.width)))
+        rank = config.rank
+        if isinstance(rank, float):
+            rank = min(most, max(1, round(rank * site.width)))
         if rank > most:
             raise OperatorError(
                 f"low_rank_mlp: a layer at {site.path} has rank {most} at most; got {rank}. "
                 "Lower it, or give a share of the width such as 0.5."
             )
         self.activation = ACTIVATIONS[config.resolved(site).activation]
-        self.up_in, self.up = nn.Linear(site.width, rank, bias=False), nn.Linear(rank, site.hidden)
-        self.down_in, self.down = nn.Linear(site.hidden, rank, bias=False), nn.Linear(rank, site.width)
+        self.up_in = nn.Linear(site.width, rank, bias=False)
+        self.up = nn.Linear(rank, site.hidden)
+        self.down_in = nn.Linear(site.hidden, rank, bias=False)
+        self.down = nn.Linear(rank, site.width)
 
     def init_from(self, original: LinearPair) -> None:
+        require_ungated(self.name, original)
         _factorise(original.up, original.up_bias, self.up_in, self.up)
         _factorise(original.down, original.down_bias, self.down_in, self.down)
 
-    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
         hidden = self.activation(self.up(self.up_in(hidden_states)))
         return self.down(self.down_in(hidden))
 
@@ -77,9 +84,10 @@ class LowRankMlp(FeedForwardOperator):
 def _factorise(weight: torch.Tensor, bias: torch.Tensor | None, first: nn.Linear, second: nn.Linear) -> None:
     """The truncated singular value decomposition of a layer (Eckart and Young), its singular values shared evenly."""
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    rank, root = first.out_features, values.sqrt()
-    first.weight.copy_(root[:rank, None] * right[:rank])
-    second.weight.copy_(left[:, :rank] * root[:rank])
+    rank = first.out_features
+    root = values.sqrt()[:rank]
+    first.weight.copy_(root[:, None] * right[:rank])
+    second.weight.copy_(left[:, :rank] * root)
     second.bias.zero_()
     if bias is not None:
         second.bias.copy_(bias)

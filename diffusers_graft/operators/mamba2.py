@@ -1,4 +1,4 @@
-"""Mamba-2, a selective state space: every head keeps a state that decays as the token says; linear in tokens.
+"""Mamba-2, a selective state space: every head has a state that decays as the token says; linear in tokens.
 
 Papers: Transformers are SSMs, arXiv 2405.21060, Section 7 (the block); Exploring Diffusion Transformer Designs via
 Grafting, arXiv 2506.05340, Table 4; Hydra, arXiv 2407.09941 (both directions as one matrix, with projections in
@@ -15,22 +15,46 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.context import Context, Grid
-from ..core.sites import Site
+from ..core.shapes import TokenTensor
+from ..core.sites import AttentionSite, Site
 from ..errors import OperatorError, UnknownNameError
 from .base import AttentionOperator
-from .ops.backends import HALF, Backend, WithBackends
-from .ops.scans import ORDERS, decay_start, state_space, visits
+from .ops.backends import HALF, Backend, WithBackends, compute_dtype
+from .ops.scans import ORDERS, decay_start, pad_to_chunks, state_space, visits
+from .ops.settings import require_count, require_flag
+
+# A recurrence: value [B, N, heads, P], key and query [B, N, S], step [B, N, heads] -> as value.
+Scan = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _mamba_ssm(operator: Mamba2, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
-    return operator.run(hidden_states, context, operator.scanned_by_kernel)
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    held = compute_dtype(hidden_states)
+    rate = -operator.A_log.float().exp()
+    chunk = max(16, operator.config.chunk)
+
+    def scan_one_way(value, key, query, step):
+        return mamba_chunk_scan_combined(value.contiguous(), step, rate, key[:, :, None], query[:, :, None], chunk)
+
+    def scan(value, key, query, step):
+        # The kernel multiplies in the precision of its tensors, and adds its state up in float32.
+        parts = value.to(held), key.to(held), query.to(held), step
+        mixed = scan_one_way(*parts)
+        if operator.config.bidirectional:
+            # It goes one way only: for the other it runs on turned tokens.
+            mixed = mixed + scan_one_way(*(part.flip(1) for part in parts)).flip(1)
+            mixed = mixed - _count_itself(value, key, query, step)
+        return mixed.to(value.dtype)
+
+    return operator.run(hidden_states, context, scan)
 
 
 class Mamba2(WithBackends, AttentionOperator):
     """Parameters have the names and shapes of `mamba_ssm.Mamba2`, in one direction as in both.
 
     In both directions the convolution is centred, and a token sees those before it through a state from the left and
-    those after it through a state from the right, with the same projections and decays. The state is kept in float32
+    those after it through a state from the right, with the same projections and decays. The state is held in float32
     whatever the inputs' precision.
     """
 
@@ -64,12 +88,13 @@ class Mamba2(WithBackends, AttentionOperator):
 
         def __post_init__(self):
             super().__post_init__()
-            for name in ("state", "expand", "conv", "head_width", "chunk"):
-                number = getattr(self, name)
-                if (type(number) is not int or number < 1) and not (name == "head_width" and number is None):
-                    raise OperatorError(f"mamba2: {name} is a whole number from 1; got {number!r}. Try the default.")
-            if type(self.bidirectional) is not bool:
-                raise OperatorError(f"mamba2: bidirectional is True or False; got {self.bidirectional!r}.")
+            require_count("mamba2", "state", self.state, example=64)
+            require_count("mamba2", "expand", self.expand, example=2)
+            require_count("mamba2", "conv", self.conv, example=4)
+            require_count("mamba2", "chunk", self.chunk, most=1024, example=32)
+            require_flag("mamba2", "bidirectional", self.bidirectional)
+            if self.head_width is not None:
+                require_count("mamba2", "head_width", self.head_width, example=16)
             if self.scan not in ORDERS:
                 raise UnknownNameError("scan of mamba2", self.scan, ORDERS)
 
@@ -84,7 +109,7 @@ class Mamba2(WithBackends, AttentionOperator):
                 )
             return self
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: AttentionSite):
         config = config.resolved(site)
         super().__init__(config, site)
         self.inner = config.expand * site.width
@@ -92,96 +117,83 @@ class Mamba2(WithBackends, AttentionOperator):
         channels = self.inner + 2 * config.state
         self.in_proj = nn.Linear(site.width, self.inner + channels + self.heads, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, config.conv, groups=channels)
-        self.dt_bias, self.A_log = (nn.Parameter(start) for start in decay_start(self.heads))
+        step_bias, log_rate = decay_start(self.heads)
+        self.dt_bias = nn.Parameter(step_bias)
+        self.A_log = nn.Parameter(log_rate)
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = nn.RMSNorm(self.inner, eps=1e-5)
         self.out_proj = nn.Linear(self.inner, site.width, bias=False)
         self.needs_grid = config.scan != "raster"
         self.causal_operator = not (config.bidirectional or self.needs_grid)
 
-    def in_torch(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
-        return self.run(hidden_states, context, self.scanned)
+    def in_torch(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
+        return self.run(hidden_states, context, self._scan_chunks)
 
-    def reference(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+    def reference(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
         """The definition: token by token."""
-        return self.run(hidden_states, context, self._token_by_token)
+        return self.run(hidden_states, context, self._scan_tokens)
 
-    def run(self, hidden_states: torch.Tensor, context: Context, scan: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """The block, with `scan(value, key, query, step)` for its recurrence."""
+    def run(self, hidden_states: torch.Tensor, context: Context, scan: Scan) -> torch.Tensor:
+        """Compute the block, [B, N, D] in and out, with `scan` for its recurrence."""
         if not self.needs_grid:
-            return self._block(hidden_states, scan)
+            return self._run_block(hidden_states, scan)
         grid = context.require_grid(self.name, hidden_states.shape[1])
         order = visits(grid, self.config.scan, hidden_states.device)
-        return self._block(hidden_states[:, order], scan)[:, order.argsort()]
+        return self._run_block(hidden_states[:, order], scan)[:, order.argsort()]
 
-    def _block(self, hidden_states: torch.Tensor, scan: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def _run_block(self, hidden_states: torch.Tensor, scan: Scan) -> torch.Tensor:
         """The Mamba-2 block on tokens in the order of the scan."""
         precise = torch.promote_types(hidden_states.dtype, torch.float32)
-        channels = self.conv1d.in_channels
-        gate, mixed, step = self.in_proj(hidden_states).split([self.inner, channels, self.heads], dim=-1)
-        mixed = F.silu(self._convolved(mixed)).to(precise)
-        value, key, query = mixed.split([self.inner, self.config.state, self.config.state], dim=-1)
+        state = self.config.state
+        gate, mixed, step = self.in_proj(hidden_states).split(
+            [self.inner, self.conv1d.in_channels, self.heads], dim=-1
+        )
+        mixed = F.silu(self._convolve(mixed)).to(precise)
+        value, key, query = mixed.split([self.inner, state, state], dim=-1)
         value = value.unflatten(-1, (self.heads, -1))
         step = F.softplus(step.to(precise) + self.dt_bias)
         mixed = scan(value, key, query, step) + value * self.D[:, None]
         mixed = mixed.flatten(2) * F.silu(gate.to(precise))
         return self.out_proj(self.norm(mixed.to(hidden_states.dtype)))
 
-    def _convolved(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Depthwise over [B, N, channels], as an image one token wide whose channels stay last in memory: fast on CPU."""
+    def _convolve(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Convolve [B, N, channels] depthwise, as an image one token wide whose channels stay last: fast on CPUs."""
         taps = self.config.conv
         before = taps // 2 if self.config.bidirectional else taps - 1
         image = F.pad(tokens, (0, 0, before, taps - 1 - before)).transpose(1, 2)[..., None]
         image = F.conv2d(image, self.conv1d.weight[..., None], self.conv1d.bias, groups=self.conv1d.groups)
         return image[..., 0].transpose(1, 2)
 
-    def _decayed(self, step: torch.Tensor) -> torch.Tensor:
+    def _log_decay(self, step: torch.Tensor) -> torch.Tensor:
         """Log of the decay of each step, [B, N, heads]."""
         return -self.A_log.to(step.dtype).exp() * step
 
-    def scanned(self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """Chunk by chunk: value [B, N, heads, P], key and query [B, N, S], step [B, N, heads]; as value."""
-        settings = {"chunk": self.config.chunk, "bidirectional": self.config.bidirectional}
-        return state_space(value * step[..., None], key, query, self._decayed(step), **settings)
-
-    def scanned_by_kernel(
+    def _scan_chunks(
         self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor
     ) -> torch.Tensor:
-        """mamba-ssm's kernel, which knows one way only: the other runs on turned tokens."""
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+        """The recurrence chunk by chunk."""
+        settings = {"chunk": self.config.chunk, "bidirectional": self.config.bidirectional}
+        return state_space(value * step[..., None], key, query, self._log_decay(step), **settings)
 
-        rate, chunk = -self.A_log.float().exp(), max(16, self.config.chunk)
-        parts = value, step, key[:, :, None], query[:, :, None]
-
-        def one_way(value, step, key, query):
-            return mamba_chunk_scan_combined(value.contiguous(), step, rate, key, query, chunk)
-
-        mixed = one_way(*parts)
-        if not self.config.bidirectional:
-            return mixed
-        return mixed + one_way(*(part.flip(1) for part in parts)).flip(1) - self._own(value, key, query, step)
-
-    def _own(self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """What each token gets from itself, which both ways count."""
-        return (query * key).sum(-1)[..., None, None] * value * step[..., None]
-
-    def _token_by_token(
+    def _scan_tokens(
         self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor
     ) -> torch.Tensor:
         """The recurrence h_i = decay_i h_(i-1) + k_i step_i v_i, y_i = q_i h_i, each way; a token counts itself once."""
-        decay = self._decayed(step).exp()
+        decay = self._log_decay(step).exp()
         steps = list(zip(*(part.unbind(1) for part in (value * step[..., None], key, query, decay)), strict=True))
 
-        def one_way(steps):
-            state = torch.zeros_like(steps[0][1][:, None, :, None] * steps[0][0][:, :, None])
+        def scan_one_way(steps):
+            first_value, first_key, *_ = steps[0]
+            state = torch.zeros_like(first_key[:, None, :, None] * first_value[:, :, None])
             for v, k, q, decay in steps:
                 state = decay[..., None, None] * state + k[:, None, :, None] * v[:, :, None]
                 yield (q[:, None, None] @ state)[:, :, 0]
 
-        mixed = torch.stack(list(one_way(steps)), dim=1)
+        mixed = torch.stack(list(scan_one_way(steps)), dim=1)
         if not self.config.bidirectional:
             return mixed
-        return mixed + torch.stack(list(one_way(steps[::-1]))[::-1], dim=1) - self._own(value, key, query, step)
+        back = list(scan_one_way(steps[::-1]))
+        return mixed + torch.stack(back[::-1], dim=1) - _count_itself(value, key, query, step)
 
     def receptive_field(self, token: int, grid: Grid) -> Collection[int]:
         if self.config.bidirectional:
@@ -190,8 +202,9 @@ class Mamba2(WithBackends, AttentionOperator):
         return order[: order.index(token) + 1]
 
     def flops(self, tokens: int) -> int:
-        """Projections, convolution, and of the scan the products within chunks and, each way, with the state."""
-        (padded, chunk), state = self._chunked(tokens), self.config.state
+        """Price projections, convolution, and the scan's products within chunks and, each way, with the state."""
+        padded, chunk = pad_to_chunks(tokens, self.config.chunk)
+        state = self.config.state
         projections = 2 * tokens * self.site.width * (self.in_proj.out_features + self.inner)
         convolution = 2 * self.config.conv * tokens * self.conv1d.in_channels
         within = 2 * padded * chunk * (state + self.inner)
@@ -200,12 +213,13 @@ class Mamba2(WithBackends, AttentionOperator):
 
     def uncounted_flops(self, tokens: int) -> int:
         """Elementwise work: decays between the tokens of a chunk and of states, gates, and the norm."""
-        (padded, chunk), ways = self._chunked(tokens), 1 + self.config.bidirectional
+        padded, chunk = pad_to_chunks(tokens, self.config.chunk)
+        ways = 1 + self.config.bidirectional
         decays = padded * self.heads * chunk * (2 + ways)
         states = 2 * ways * (padded // chunk) * self.config.state * self.inner
         return decays + states + (10 + 3 * ways) * tokens * self.inner
 
-    def _chunked(self, tokens: int) -> tuple[int, int]:
-        """Tokens of all chunks together, and of one."""
-        chunk = min(self.config.chunk, tokens)
-        return tokens + -tokens % chunk, chunk
+
+def _count_itself(value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """Compute the part of each token in its own output, which both ways count."""
+    return (query * key).sum(-1)[..., None, None] * value * step[..., None]

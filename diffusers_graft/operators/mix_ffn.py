@@ -1,4 +1,4 @@
-"""SANA's feed-forward: a gated linear unit whose hidden neurons look at their neighbours on the token grid.
+"""SANA's feed-forward: a gated linear unit whose hidden neurons see their neighbours on the token grid.
 
 Paper: SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers, arXiv 2410.10629, section
 3.2 (Mix-FFN; `GLUMBConv` in its code).
@@ -6,23 +6,32 @@ Paper: SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Tra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..core.context import Context, Grid
-from ..core.sites import Site
-from ..errors import OperatorError
+from ..core.shapes import TokenTensor
+from ..core.sites import FeedForwardSite
 from .base import FeedForwardOperator, LinearPair
 from .ops.activations import ACTIVATIONS, Activation
 from .ops.depthwise import ShortConvolution
-from .ops.feed_forward import HiddenConfig, copy_input, copy_output, hidden_width, is_narrower, strongest
+from .ops.feed_forward import (
+    HiddenConfig,
+    copy_input,
+    copy_output,
+    hidden_width,
+    is_narrower,
+    require_ungated,
+    strongest,
+)
+from .ops.settings import require_odd
 
 
 class MixFfn(FeedForwardOperator):
-    """down(value * activation(gate)), with value and gate = depthwise(activation(up(x))); a video is mixed frame by
-    frame.
+    """down(value * activation(gate)), with value and gate = depthwise(activation(up(x))); videos frame by frame.
 
     Its output layer has a bias, which SANA's has not, to take the original's.
     """
@@ -31,7 +40,8 @@ class MixFfn(FeedForwardOperator):
     paper = "SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers, arXiv 2410.10629"
     start = (
         "values are the original's hidden neurons, unmixed, and gates start open (one), so that, where all neurons have "
-        "room and with the original's activation, it is the same function; else the strongest are kept"
+        "room and with the original's activation, it is the same function; else the strongest are kept, and of the "
+        "others the mean"
     )
     output_layer = "down"
 
@@ -50,34 +60,40 @@ class MixFfn(FeedForwardOperator):
 
         def __post_init__(self):
             super().__post_init__()
-            if type(self.kernel) is not int or self.kernel < 1 or self.kernel % 2 == 0:
-                raise OperatorError(f"mix_ffn: kernel is an odd count of tokens; got {self.kernel!r}. Try 3 or 5.")
+            require_odd("mix_ffn", "kernel", self.kernel)
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: FeedForwardSite):
         super().__init__(config, site)
         self.hidden = hidden_width(self.name, config.expansion, site)
         self.uses_energy = is_narrower(self.hidden, site)
         self.activation = ACTIVATIONS[config.resolved(site).activation]
-        self.up, self.down = nn.Linear(site.width, 2 * self.hidden), nn.Linear(self.hidden, site.width)
+        self.up = nn.Linear(site.width, 2 * self.hidden)
+        self.down = nn.Linear(self.hidden, site.width)
         self.convolution = ShortConvolution(2 * self.hidden, config.kernel)
 
     @torch.no_grad()
     def init_from(self, original: LinearPair) -> None:
-        kept = strongest(original, self.hidden)
-        copy_input(self.up, original, kept)
-        copy_output(self.down, original, kept)
+        require_ungated(self.name, original)
+        chosen = strongest(original, self.hidden)
+        copy_input(self.up, original.up, original.up_bias, chosen)
+        copy_output(self.down, original, chosen)
         self.convolution.set_identity()
         self.convolution.weight[self.hidden :] = 0.0
-        self.convolution.bias[self.hidden :] = _opening(self.activation)
+        self.convolution.bias[self.hidden :] = _open_gate(self.activation)
 
-    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
-        return self._mixed(hidden_states, context, ShortConvolution.__call__)
+    def forward(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
+        return self._mix(hidden_states, context, ShortConvolution.__call__)
 
-    def reference(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+    def reference(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
         """The definition: the convolution tap by tap."""
-        return self._mixed(hidden_states, context, ShortConvolution.by_taps)
+        return self._mix(hidden_states, context, ShortConvolution.by_taps)
 
-    def _mixed(self, hidden_states: torch.Tensor, context: Context, convolve) -> torch.Tensor:
+    def _mix(
+        self,
+        hidden_states: torch.Tensor,
+        context: Context,
+        convolve: Callable[[ShortConvolution, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
         grid = context.require_grid(self.name, hidden_states.shape[1])
         hidden = self.activation(self.up(hidden_states))
         images = hidden.reshape(-1, grid.height, grid.width, 2 * self.hidden)
@@ -85,14 +101,15 @@ class MixFfn(FeedForwardOperator):
         return self.down(value * self.activation(gate))
 
     def receptive_field(self, token: int, grid: Grid) -> set[int]:
-        reach, (*frame, y, x) = self.config.kernel // 2, grid.place_of(token)
+        reach = self.config.kernel // 2
+        *frame, y, x = grid.place_of(token)
         first = frame[0] * grid.height * grid.width if frame else 0
         rows = range(max(0, y - reach), min(grid.height, y + reach + 1))
         columns = range(max(0, x - reach), min(grid.width, x + reach + 1))
         return {first + row * grid.width + column for row in rows for column in columns}
 
     def flops(self, tokens: int) -> int:
-        """The linear layers, the convolution and the gates."""
+        """Price the linear layers, the convolution and the gates."""
         linear = 6 * tokens * self.site.width * self.hidden
         return linear + self.convolution.flops(tokens) + self.uncounted_flops(tokens)
 
@@ -101,11 +118,14 @@ class MixFfn(FeedForwardOperator):
         return tokens * self.hidden
 
 
-def _opening(activation: Activation) -> float:
+def _open_gate(activation: Activation) -> float:
     """The input that an activation makes one of, by bisection: all of `ACTIVATIONS` rise through one below two."""
-    low, high = 0.0, 2.0
+    low = 0.0
+    high = 2.0
     for _ in range(60):
         middle = (low + high) / 2
-        below = activation(torch.tensor(middle, dtype=torch.float64, device="cpu")) < 1
-        low, high = (middle, high) if below else (low, middle)
+        if activation(torch.tensor(middle, dtype=torch.float64, device="cpu")) < 1:
+            low = middle
+        else:
+            high = middle
     return high

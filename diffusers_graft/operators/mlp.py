@@ -7,14 +7,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ..core.context import Context
-from ..core.sites import Site
+from ..core.shapes import TokenTensor
+from ..core.sites import FeedForwardSite
 from .base import FeedForwardOperator, LinearPair
 from .ops.activations import ACTIVATIONS
-from .ops.feed_forward import HiddenConfig, copy_input, copy_output, hidden_width, is_narrower, strongest
+from .ops.feed_forward import (
+    HiddenConfig,
+    copy_input,
+    copy_output,
+    hidden_width,
+    is_narrower,
+    require_ungated,
+    strongest,
+)
 
 
 class Mlp(FeedForwardOperator):
@@ -23,7 +31,7 @@ class Mlp(FeedForwardOperator):
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
     start = (
         "keeps the original's neurons: all of them where there is room (then, with the original's activation, the same "
-        "function), else the strongest"
+        "function), else the strongest, and of the others the mean"
     )
     output_layer = "down"
 
@@ -36,19 +44,21 @@ class Mlp(FeedForwardOperator):
             activation: diffusers' name; None means that of the replaced feed-forward.
         """
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: FeedForwardSite):
         super().__init__(config, site)
         hidden = hidden_width(self.name, config.expansion, site)
         self.uses_energy = is_narrower(hidden, site)
         self.activation = ACTIVATIONS[config.resolved(site).activation]
-        self.up, self.down = nn.Linear(site.width, hidden), nn.Linear(hidden, site.width)
+        self.up = nn.Linear(site.width, hidden)
+        self.down = nn.Linear(hidden, site.width)
 
     def init_from(self, original: LinearPair) -> None:
-        kept = strongest(original, self.up.out_features)
-        copy_input(self.up, original, kept)
-        copy_output(self.down, original, kept)
+        require_ungated(self.name, original)
+        chosen = strongest(original, self.up.out_features)
+        copy_input(self.up, original.up, original.up_bias, chosen)
+        copy_output(self.down, original, chosen)
 
-    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
         return self.down(self.activation(self.up(hidden_states)))
 
     def flops(self, tokens: int) -> int:

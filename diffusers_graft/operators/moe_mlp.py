@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.context import Context
-from ..core.sites import Site
+from ..core.shapes import TokenTensor
+from ..core.sites import FeedForwardSite
 from ..errors import OperatorError
 from .base import FeedForwardOperator, LinearPair
 from .ops.activations import ACTIVATIONS
 from .ops.backends import autocast_device
-from .ops.feed_forward import HiddenConfig, copy_input, hidden_width, require_count, strongest
+from .ops.feed_forward import HiddenConfig, copy_input, fold_means, hidden_width, require_ungated, strongest
+from .ops.settings import require_count
 
 
 class MoeMlp(FeedForwardOperator):
@@ -30,9 +32,9 @@ class MoeMlp(FeedForwardOperator):
 
     paper = "Outrageously Large Neural Networks, arXiv 1701.06538"
     start = (
-        "the original's neurons dealt out to the experts in turn, going round, so that experts with room for all are copies "
-        "of it and the start is the same function; where a token's experts miss some, the others are scaled for the least "
-        "error under even routing"
+        "the original's neurons dealt out to the experts in turn, going round, so that experts with room for all are "
+        "copies of it and the start is the same function; where a token's experts miss some, the others are scaled for "
+        "the least error under even routing, and the bias has the mean of what is missing"
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -42,9 +44,9 @@ class MoeMlp(FeedForwardOperator):
         Attributes:
             expansion: hidden neurons of one expert over the width of a token.
             activation: diffusers' name; None means that of the replaced feed-forward.
-            experts: how many there are.
-            top_k: how many a token runs through, from 2: a single expert would always weigh one, and teach the router
-                nothing.
+            experts: how many there are, up to 256.
+            top_k: how many a token runs through, from 2: a single expert would always weigh one, and give the router
+                no gradient.
         """
 
         experts: int = 4
@@ -52,14 +54,14 @@ class MoeMlp(FeedForwardOperator):
 
         def __post_init__(self):
             super().__post_init__()
-            require_count("moe_mlp", "experts", self.experts, least=2, example=4)
+            require_count("moe_mlp", "experts", self.experts, least=2, most=256, example=4)
             require_count("moe_mlp", "top_k", self.top_k, least=2, example=2)
             if self.top_k > self.experts:
                 raise OperatorError(
                     f"moe_mlp: a token can run through {self.experts} experts at most; got top_k={self.top_k}."
                 )
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: FeedForwardSite):
         super().__init__(config, site)
         self.hidden = hidden_width(self.name, config.expansion, site)
         self.activation = ACTIVATIONS[config.resolved(site).activation]
@@ -70,27 +72,34 @@ class MoeMlp(FeedForwardOperator):
 
     @torch.no_grad()
     def init_from(self, original: LinearPair) -> None:
-        """A router this small sends tokens everywhere, and weighs the experts it chooses evenly."""
+        """Deal out the neurons, with a router so small that it sends tokens everywhere and weighs experts evenly."""
+        require_ungated(self.name, original)
         self.router.weight.mul_(1e-3)
-        kept = strongest(original, self.config.experts * self.hidden)
-        hands = self._deal(len(kept))
-        dealt, none = torch.cat(hands), torch.zeros(len(kept), dtype=torch.float64)
+        chosen = strongest(original, self.config.experts * self.hidden)
+        hands = self._deal(len(chosen))
+        dealt = torch.cat(hands)
+        none = torch.zeros(len(chosen), dtype=torch.float64)
         holders = none.index_add(0, dealt, torch.ones_like(dealt, dtype=torch.float64))  # `bincount` has no meta
-        scale = _scale(holders, self.config.experts, self.config.top_k).to(original.down)
+        scale = _scale(holders, self.config.experts, self.config.top_k)
+        factors = scale.to(original.down)
         for up, down, hand in zip(self.up, self.down, hands, strict=True):
-            copy_input(up, original, kept[hand])
+            copy_input(up, original.up, original.up_bias, chosen[hand])
             down.weight.zero_()
-            down.weight[:, : len(hand)] = original.down[:, kept[hand]] * scale[hand]
+            down.weight[:, : len(hand)] = original.down[:, chosen[hand]] * factors[hand]
         self.down_bias.zero_()
         if original.down_bias is not None:
             self.down_bias.copy_(original.down_bias)
+        if self.hidden < original.down.shape[1]:
+            missing = torch.ones(original.down.shape[1], dtype=torch.float64, device=original.down.device)
+            missing[chosen] -= (scale * holders / self.config.experts).to(missing.device)
+            fold_means(self.down_bias, original, missing)
 
     def _deal(self, neurons: int) -> list[torch.Tensor]:
-        """Which neurons each expert starts with, as many as it has room for."""
+        """Indices of the neurons that each expert starts with, as many as it has room for."""
         room = min(self.hidden, neurons)
         return [torch.arange(first, first + room) % neurons for first in range(0, self.config.experts * room, room)]
 
-    def forward(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
         if torch.compiler.is_compiling() or hidden_states.is_meta:
             return self.reference(hidden_states, context)
         tokens = hidden_states.flatten(0, -2)
@@ -102,11 +111,11 @@ class MoeMlp(FeedForwardOperator):
             mixed = mixed.index_add(0, rows, answer.to(mixed.dtype))
         return mixed.view_as(hidden_states)
 
-    def reference(self, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+    def reference(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
         """The definition: every expert on every token, weighed with zero where it was not chosen."""
         weights, chosen = self._route(hidden_states)
-        everyone = torch.zeros_like(hidden_states[..., :1]).repeat_interleave(self.config.experts, dim=-1)
-        shares = everyone.scatter(-1, chosen, weights)
+        zeros = torch.zeros_like(hidden_states[..., :1]).repeat_interleave(self.config.experts, dim=-1)
+        shares = zeros.scatter(-1, chosen, weights)
         answers = [self._expert(e, hidden_states) * shares[..., e, None] for e in range(self.config.experts)]
         return self.down_bias + sum(answers)
 
@@ -122,7 +131,7 @@ class MoeMlp(FeedForwardOperator):
         return self.down[expert](self.activation(self.up[expert](tokens)))
 
     def flops(self, tokens: int) -> int:
-        """The router, and of the experts those that are chosen, with their weights."""
+        """Price the router, and of the experts those that are chosen, with their weights."""
         chosen = self.config.top_k * 4 * tokens * self.site.width * self.hidden
         return chosen + 2 * tokens * self.site.width * self.config.experts + self.uncounted_flops(tokens)
 

@@ -11,20 +11,20 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ..core.sites import Site
+from ..core.sites import BlockSite, Site
 from ..errors import OperatorError, UnknownNameError
 from .base import BlockOperator
+from .ops.settings import require_flag
 
 MERGES = ("linear", "sum", "gated")
 
 
 class Parallel(BlockOperator):
-    """`h + merge(f_a(h), f_b(h), ...)`, f being what a block adds to its input. The blocks run one after the other, on
-    every
-    device: what is halved is the depth, not the work.
+    """`h + merge(f_a(h), f_b(h), ...)`, f being what a block adds to its input.
 
-    Warm starts are `h + f_a(h) + f_b(h)`, to the last bit, for every merge that can say so. The paper's `W [B_a; B_b]
-    + b` (`residual=False`) has the same parameters, but sees h only inside the outputs: it starts as their mean.
+    The blocks run one after the other, on every device: what is halved is the depth, not the work. Warm starts are
+    `h + f_a(h) + f_b(h)`, to the last bit, for every merge that can say so. The paper's `W [B_a; B_b] + b`
+    (`residual=False`) has the same parameters, but sees h only inside the outputs: it starts as their mean.
     """
 
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
@@ -50,8 +50,7 @@ class Parallel(BlockOperator):
             super().__post_init__()
             if self.merge not in MERGES:
                 raise UnknownNameError("merge", self.merge, MERGES)
-            if type(self.residual) is not bool:
-                raise OperatorError(f"parallel: residual is True or False; got {self.residual!r}.")
+            require_flag("parallel", "residual", self.residual)
             if self.group is not None and (type(self.group) is not int or self.group < 2):
                 raise OperatorError(f"A group holds two blocks or more; got group={self.group!r}.")
             if self.merge != "linear" and (not self.residual or self.init == "random"):
@@ -60,15 +59,18 @@ class Parallel(BlockOperator):
                 )
 
         def resolved(self, site: Site) -> Self:
-            return replace(self, group=site.blocks if site.kind == "block_run" and site.blocks > 1 else None)
+            if site.kind == "block_run" and site.blocks > 1:
+                return replace(self, group=site.blocks)
+            return replace(self, group=None)
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: BlockSite):
         super().__init__(config, site)
         if site.blocks < 2:
             raise OperatorError(f"{self.name} runs two blocks or more side by side; {site.address} is one.")
         self.merge = nn.ModuleList(_MERGES[config.merge](site.width, site.blocks) for _ in range(site.streams))
         if config.merge == "linear":
-            self.unused_inputs = () if config.residual else ("input 0",)
+            if not config.residual:
+                self.unused_inputs = ("input 0",)
             if config.init == "warm":
                 self._start_as_sum(1.0 if config.residual else 1.0 / site.blocks)
 
@@ -80,12 +82,15 @@ class Parallel(BlockOperator):
 
     def forward(self, hidden_states: torch.Tensor, *outputs_and_context: Any, stream: int = 0) -> torch.Tensor:
         *outputs, _ = outputs_and_context
+        merge = self.merge[stream]
         if not self.config.residual:
-            return self.merge[stream](torch.cat(outputs, dim=-1))
-        return hidden_states + self.merge[stream](torch.cat([output - hidden_states for output in outputs], dim=-1))
+            return merge(torch.cat(outputs, dim=-1))
+        return hidden_states + merge(torch.cat([output - hidden_states for output in outputs], dim=-1))
 
     def flops(self, tokens: int) -> int:
-        return 2 * tokens * self.site.blocks * self.site.width**2 if self.config.merge == "linear" else 0
+        if self.config.merge != "linear":
+            return 0
+        return 2 * tokens * self.site.blocks * self.site.width**2
 
 
 class _Sum(nn.Module):
@@ -101,7 +106,7 @@ class _Sum(nn.Module):
 
 
 class _Gated(_Sum):
-    """The same with a factor for each block and channel, one to begin with."""
+    """A sum with a factor for each block and channel, one to begin with."""
 
     def __init__(self, width: int, blocks: int):
         super().__init__(width, blocks)

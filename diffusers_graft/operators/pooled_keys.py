@@ -13,16 +13,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.context import Context
-from ..core.sites import Site
-from ..errors import GeometryError, OperatorError
+from ..core.shapes import HeadTensor, KeyTensor
+from ..core.sites import AttentionSite
+from ..errors import GeometryError
 from .base import Mixer
 from .ops.depthwise import tokens_last
+from .ops.settings import require_count
 
 
 class PooledKeys(Mixer):
-    """Where the grid does not divide, its last row and column are repeated; a video is pooled frame by frame."""
+    """Where the grid does not divide, its last row and column are repeated; a video is pooled frame by frame.
+
+    A prompt's keys are not pooled: queries see them beside the pooled ones, in one softmax.
+    """
 
     needs_grid = True
+    honours_others = True
     paper = "PixArt-Sigma, arXiv 2403.04692"
     start = "projections keep their pretrained weights; keys and values start as averages of stride x stride tokens"
 
@@ -38,17 +44,17 @@ class PooledKeys(Mixer):
 
         def __post_init__(self):
             super().__post_init__()
-            if type(self.stride) is not int or self.stride < 1:
-                raise OperatorError(f"pooled_keys: stride counts tokens from 1; got {self.stride!r}. Try 2.")
+            require_count("pooled_keys", "stride", self.stride, example=2)
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
-        width, stride = site.inner_width, config.stride
+        width = site.inner_width
+        stride = config.stride
         # No bias for keys: one vector added to all of them changes no softmax.
         self.convolutions = nn.ModuleDict(
             {
-                name: nn.Conv2d(width, width, stride, stride, groups=width, bias=name == "value")
-                for name in ("key", "value")
+                "key": nn.Conv2d(width, width, stride, stride, groups=width, bias=False),
+                "value": nn.Conv2d(width, width, stride, stride, groups=width),
             }
         )
 
@@ -58,29 +64,48 @@ class PooledKeys(Mixer):
             convolution.weight.fill_(self.config.stride**-2)
         self.convolutions["value"].bias.zero_()
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-        key, value = (self._pooled(name, part, context) for name, part in (("key", key), ("value", value)))
-        return F.scaled_dot_product_attention(query, key, value, scale=context.scale)
+    def forward(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
+        tokens = query.shape[2]
+        pooled_key = self._pool("key", key[:, :, :tokens], context)
+        pooled_value = self._pool("value", value[:, :, :tokens], context)
+        mask = None
+        if key.shape[2] > tokens:
+            mask = _mask_others(context.mask, tokens, pooled_key.shape[2])
+            pooled_key = torch.cat([pooled_key, key[:, :, tokens:]], dim=2)
+            pooled_value = torch.cat([pooled_value, value[:, :, tokens:]], dim=2)
+        return context.attend(query, pooled_key, pooled_value, mask=mask, scale=context.scale)
 
-    def _pooled(self, name: str, part: torch.Tensor, context: Context) -> torch.Tensor:
+    def _pool(self, name: str, part: torch.Tensor, context: Context) -> torch.Tensor:
         """[B, H, N, E] -> [B, H, M, E]."""
-        grid, stride = context.require_grid(self.name, part.shape[2]), self.config.stride
+        grid = context.require_grid(self.name, part.shape[2])
+        stride = self.config.stride
         if stride > max(grid.height, grid.width):
             raise GeometryError(
                 f"pooled_keys: stride {stride} is beyond the grid, which is {grid}. Choose a smaller one."
             )
         _, heads, _, width = part.shape
         image = tokens_last(part, grid.height, grid.width).permute(0, 3, 1, 2)
-        right, below = -grid.width % stride, -grid.height % stride
+        right = -grid.width % stride
+        below = -grid.height % stride
         if right or below:
             image = F.pad(image, (0, right, 0, below), mode="replicate").contiguous(memory_format=torch.channels_last)
         pooled = self.convolutions[name](image).permute(0, 2, 3, 1)
-        return pooled.unflatten(0, (-1, grid.frames)).flatten(1, 3).unflatten(2, (heads, width)).transpose(1, 2)
+        tokens_first = pooled.unflatten(0, (-1, grid.frames)).flatten(1, 3)
+        return tokens_first.unflatten(2, (heads, width)).transpose(1, 2)
 
     def flops(self, tokens: int) -> int:
-        """Softmax over the pooled keys, and two convolutions; of the last forward's grid, or of one that the stride
-        divides.
-        """
-        grid, stride = self.last_grid(tokens), self.config.stride
-        keys = grid.frames * -(-grid.height // stride) * -(-grid.width // stride) if grid else tokens // stride**2
+        """Price softmax over the pooled keys and two convolutions, on the last forward's grid or one that divides."""
+        grid = self.last_grid(tokens)
+        stride = self.config.stride
+        keys = tokens // stride**2
+        if grid is not None:
+            keys = grid.frames * -(-grid.height // stride) * -(-grid.width // stride)
         return 4 * keys * (tokens + stride**2) * self.site.inner_width
+
+
+def _mask_others(mask: torch.Tensor | None, tokens: int, pooled: int) -> torch.Tensor | None:
+    """The mask of a prompt's keys, with the pooled ones visible before them; the image's own are never hidden."""
+    if mask is None:
+        return None
+    visible = True if mask.dtype == torch.bool else 0.0
+    return F.pad(mask[..., tokens:], (pooled, 0), value=visible)

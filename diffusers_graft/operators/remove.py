@@ -13,7 +13,7 @@ from .base import BlockOperator
 
 
 class Remove(BlockOperator):
-    """Has nothing to learn, and leaves no weights in saved files."""
+    """Nothing in place of blocks: it has nothing to learn, and leaves no weights in saved files."""
 
     paper = "TinyFusion: Diffusion Transformers Learned Shallow, arXiv 2412.01199"
     start = "the identity, which is all it is"

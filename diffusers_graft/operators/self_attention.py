@@ -8,19 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..core.context import Context
-from ..core.sites import Site
+from ..core.shapes import HeadTensor, KeyTensor
+from ..core.sites import AttentionSite
 from ..errors import OperatorError
 from .base import Mixer
+from .ops.settings import require_count
 
 
 class SelfAttention(Mixer):
     """`softmax(q k^T / sqrt(E)) v`; with shared weights and the original's heads bit-identical to what it replaces."""
 
     kinds = ("self_attention", "cross_attention")
-    honours_mask = honours_causal = True
+    honours_mask = True
+    honours_others = True
+    honours_causal = True
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
 
     @dataclass(frozen=True, kw_only=True)
@@ -35,39 +38,40 @@ class SelfAttention(Mixer):
 
         def __post_init__(self):
             super().__post_init__()
-            if self.heads is not None and (type(self.heads) is not int or self.heads < 1):
-                raise OperatorError(
-                    f"self_attention: heads is a count from 1, or None for the original's; got {self.heads!r}."
-                )
+            if self.heads is not None:
+                require_count("self_attention", "heads", self.heads, example=8)
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
         self.heads = config.heads or site.heads
-        self.honours_others = self.heads == site.heads
+        # With other heads a prompt's tokens keep the attention they have.
+        self.is_plain_softmax = self.heads == site.heads
         if site.inner_width % self.heads:
             fitting = [heads for heads in range(1, site.inner_width + 1) if site.inner_width % heads == 0]
             raise OperatorError(
-                f"self_attention: {self.heads} heads do not divide the width of {site.path}, which is {site.inner_width}. "
-                f"Choose one of {', '.join(map(str, fitting))}."
+                f"self_attention: {self.heads} heads do not divide the width of {site.path}, which is "
+                f"{site.inner_width}. Choose one of {', '.join(map(str, fitting))}."
             )
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-        query, key, value = (self._split(part, self.heads) for part in (query, key, value))
-        if context.mask is not None and context.mask.dim() == 4 and context.mask.shape[1] not in (1, self.heads):
-            raise OperatorError(
-                f"self_attention has {self.heads} heads here, and the mask is for {context.mask.shape[1]}."
-            )
-        scale = context.scale if context.scale is None else context.scale * (self.heads / self.site.heads) ** 0.5
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=context.mask, scale=scale, is_causal=context.causal
-        )
-        return self._split(mixed, self.site.heads)
-
-    def _split(self, part: torch.Tensor, heads: int) -> torch.Tensor:
-        """[B, H, N, E] with the same width in other heads; untouched where they are those."""
-        if part.shape[1] == heads:
-            return part
-        return part.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
+    def forward(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
+        mask = context.mask
+        if mask is not None and mask.dim() == 4 and mask.shape[1] not in (1, self.heads):
+            raise OperatorError(f"self_attention has {self.heads} heads here, and the mask is for {mask.shape[1]}.")
+        scale = context.scale
+        if scale is not None:
+            # A scale is given for the original's heads; narrower heads take a larger one.
+            scale = scale * (self.heads / self.site.heads) ** 0.5
+        query, key, value = (regroup_heads(part, self.heads) for part in (query, key, value))
+        mixed = context.attend(query, key, value, mask=mask, scale=scale, causal=context.causal)
+        return regroup_heads(mixed, self.site.heads)
 
     def flops(self, tokens: int) -> int:
         return 4 * tokens * tokens * self.site.inner_width
+
+
+def regroup_heads(part: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, H, N, E] with the same width in other heads; untouched where they are those."""
+    if part.shape[1] == heads:
+        return part
+    tokens_first = part.transpose(1, 2).flatten(2)
+    return tokens_first.unflatten(2, (heads, -1)).transpose(1, 2)

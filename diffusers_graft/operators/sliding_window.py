@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from ..core.context import Context, Grid
-from ..core.sites import Site
+from ..core.shapes import HeadTensor, KeyTensor
+from ..core.sites import AttentionSite
 from ..errors import GeometryError, OperatorError
 from .base import Mixer
 from .ops.backends import Backend, WithBackends
@@ -19,7 +20,7 @@ from .ops.tiles import dense_attention, tiled_attention
 
 
 def band(length: int, before: int, after: int) -> list[range]:
-    """The places each place of a sequence sees; the band is cut off at both ends."""
+    """List the places each place of a sequence sees; the band is cut off at both ends."""
     return [range(max(0, i - before), min(length, i + after + 1)) for i in range(length)]
 
 
@@ -32,21 +33,20 @@ def _flash(operator: SlidingWindow, query, key, value, context: Context) -> torc
 
     ((_, *window),) = operator.axes(query)
     tokens_first = (part.transpose(1, 2) for part in (query, key, value))
-    return flash_attn_func(*tokens_first, softmax_scale=context.scale, window_size=tuple(window)).transpose(1, 2)
+    mixed = flash_attn_func(*tokens_first, softmax_scale=context.scale, window_size=tuple(window))
+    return mixed.transpose(1, 2)
 
 
 def _varlen(operator: SlidingWindow, query, key, value, context: Context) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    (batch, heads, _, width), ((tokens, *window),) = query.shape, operator.axes(query)
+    batch, heads, tokens, width = query.shape
+    ((_, *window),) = operator.axes(query)
     starts = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
     packed = (part.transpose(1, 2).reshape(batch * tokens, heads, width) for part in (query, key, value))
     settings = {"scale": context.scale, "window_size": tuple(window)}
-    return (
-        varlen_attn(*packed, starts, starts, tokens, tokens, **settings)
-        .view(batch, tokens, heads, width)
-        .transpose(1, 2)
-    )
+    mixed = varlen_attn(*packed, starts, starts, tokens, tokens, **settings)
+    return mixed.view(batch, tokens, heads, width).transpose(1, 2)
 
 
 def _flex(operator: SlidingWindow, query, key, value, context: Context) -> torch.Tensor:
@@ -61,7 +61,7 @@ class SlidingWindow(WithBackends, Mixer):
         Backend("varlen", _varlen, "torch.nn.attention.varlen"),
         Backend("flex", _flex, "torch.nn.attention.flex_attention", dtypes=(), runs_on=("cuda", "cpu")),
     )
-
+    ignores_attention_backend = True
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
 
     @dataclass(frozen=True, kw_only=True)
@@ -77,33 +77,37 @@ class SlidingWindow(WithBackends, Mixer):
 
         def __post_init__(self):
             super().__post_init__()
-            sound = isinstance(self.window, tuple) and len(self.window) == 2
-            if not sound or not all(type(side) is int and side >= 0 for side in self.window):
+            is_pair = isinstance(self.window, tuple) and len(self.window) == 2
+            if not is_pair or not all(type(side) is int and side >= 0 for side in self.window):
                 raise OperatorError(
                     f"sliding_window: window is (before, after), two counts of tokens; got {self.window!r}. Try (4, 4)."
                 )
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
-        self.honours_mask = self.honours_others = config.backend == "torch"  # a kernel knows its window and no more
+        # A kernel knows its window and no more.
+        self.honours_mask = config.backend == "torch"
+        self.honours_others = config.backend == "torch"
         self.causal_operator = config.window[1] == 0
         if config.window == (0, 0):
             self.unused_inputs = ("input 0", "input 1")  # a softmax of one is one
 
-    def in_torch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    def in_torch(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         # Short tiles compare fewer pairs in vain; a backward pass pays for every halo, and prefers fewer.
-        tile = max(32, max(self.config.window) // (1 if torch.is_grad_enabled() else 2))
-        return tiled_attention(
-            query, key, value, band, self.axes(query), tile=tile, scale=context.scale, mask=context.mask
-        )
+        reach = max(self.config.window)
+        if not torch.is_grad_enabled():
+            reach = reach // 2
+        settings = {"tile": max(32, reach), "scale": context.scale, "mask": context.mask}
+        return tiled_attention(query, key, value, band, self.axes(query), **settings)
 
-    def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    def reference(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         """The definition: softmax over all tokens under a band mask."""
         return dense_attention(query, key, value, band, self.axes(query), scale=context.scale, mask=context.mask)
 
     def axes(self, query: torch.Tensor) -> tuple[tuple[int, int, int], ...]:
         """The sequence as the rule takes it. Raises `GeometryError` where the window does not fit."""
-        tokens, width = query.shape[2], sum(self.config.window) + 1
+        tokens = query.shape[2]
+        width = sum(self.config.window) + 1
         if width > tokens:
             raise GeometryError(
                 f"sliding_window: window {self.config.window} spans {width} tokens, and there are {tokens}. "
@@ -115,13 +119,13 @@ class SlidingWindow(WithBackends, Mixer):
         return band(grid.tokens, *self.config.window)[token]
 
     def flops(self, tokens: int) -> int:
-        return 4 * self._seen(tokens) * self.site.inner_width
+        return 4 * self._count_pairs(tokens) * self.site.inner_width
 
     def uncounted_flops(self, tokens: int) -> int:
         """Minus the pairs that the reference computes and its mask hides."""
-        return -4 * (tokens**2 - self._seen(tokens)) * self.site.inner_width
+        return -4 * (tokens**2 - self._count_pairs(tokens)) * self.site.inner_width
 
     countable = reference
 
-    def _seen(self, tokens: int) -> int:
+    def _count_pairs(self, tokens: int) -> int:
         return sum(map(len, band(tokens, *self.config.window)))

@@ -13,7 +13,7 @@ def test_pooled_keys_of_a_video_are_those_of_its_frames():
     operator, (query, key, value) = build("pooled_keys"), qkv(40)
     grid, frame = Grid(frames=2, height=4, width=5), Context(grid=Grid(height=4, width=5))
     pooled = [
-        torch.cat([operator._pooled(name, part[:, :, own], frame) for own in (slice(20), slice(20, 40))], dim=2)
+        torch.cat([operator._pool(name, part[:, :, own], frame) for own in (slice(20), slice(20, 40))], dim=2)
         for name, part in (("key", key), ("value", value))
     ]
     expected = torch.nn.functional.scaled_dot_product_attention(query, *pooled)

@@ -1,6 +1,8 @@
 """Grafts that an earlier version saved load as they were: the same tensors, the same outputs.
 
 Each folder of `saved_grafts` holds a base model, the graft that was saved on it, and the model's output with the graft.
+The output of `joint_attention` is a later one: beside text `pooled_keys` has been one exact softmax since; all else in
+it is bit for bit as it was saved.
 """
 
 from pathlib import Path

@@ -39,7 +39,7 @@ def check_honours_mask(subject: Subject) -> bool | None:
 
 
 def check_honours_others(subject: Subject) -> bool | None:
-    """Keys beyond the queries' own share one softmax with those, for every query; hidden, they change nothing."""
+    """KeyTensor beyond the queries' own share one softmax with those, for every query; hidden, they change nothing."""
     operator, inputs = subject.build(), subject.inputs()
     if not operator.honours_others:
         return False

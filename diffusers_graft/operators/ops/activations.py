@@ -1,4 +1,4 @@
-"""Activations by diffusers' names, and what one does to a neuron that hears normal noise."""
+"""Activations by diffusers' names, and the polynomials that stand for them on normal inputs."""
 
 from __future__ import annotations
 
@@ -28,14 +28,22 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
 }
 
-# What the gate of a gated linear unit passes through, by the unit's name.
+# Activations of a gate, which may also be a plain sigmoid.
+GATES: dict[str, Activation] = {**ACTIVATIONS, "sigmoid": torch.sigmoid}
+
+# The activation of the gate of a gated linear unit, by the unit's name.
 GATED = {"glu": "sigmoid", "reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
+
+
+def gate_activation(name: str) -> Activation:
+    """Look up an activation by its name, or by that of the gated unit whose gate has it."""
+    return GATES[GATED.get(name, name)]
 
 
 def hermite_coefficients(
     activation: Activation, mean: torch.Tensor, deviation: torch.Tensor, degree: int
 ) -> torch.Tensor:
-    """The best polynomial stand-in for an activation of normal inputs, in powers of the standardised input.
+    """Compute the best polynomial stand-in for an activation of normal inputs, in powers of the standardised input.
 
     Args:
         mean, deviation: of each neuron's input, [hidden].
@@ -47,6 +55,10 @@ def hermite_coefficients(
     """
     z = torch.linspace(-8, 8, 513, dtype=torch.float64, device=mean.device)  # far and fine enough for float64
     weight = torch.exp(-z.square() / 2) * (z[1] - z[0]) / math.sqrt(2 * math.pi)
-    seen = activation(mean.double()[:, None] + deviation.double()[:, None] * z) * weight
-    constant, slope, curve = (seen @ basis for basis in (torch.ones_like(z), z, (z.square() - 1) / 2))
-    return torch.stack([constant, slope] if degree == 1 else [constant - curve, slope, curve])
+    outputs = activation(mean.double()[:, None] + deviation.double()[:, None] * z) * weight
+    constant = outputs @ torch.ones_like(z)
+    slope = outputs @ z
+    if degree == 1:
+        return torch.stack([constant, slope])
+    curve = outputs @ ((z.square() - 1) / 2)
+    return torch.stack([constant - curve, slope, curve])

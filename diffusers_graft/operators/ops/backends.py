@@ -39,6 +39,7 @@ class Backend:
         dtypes: precisions it computes in; all if empty.
         runs_on, trains_on: device types of its forward and of its backward.
         pays_on: device types on which `"auto"` considers it.
+        casts_inputs: whether its inputs are cast to what autocast computes in; not where torch's own operations do it.
     """
 
     name: str
@@ -48,9 +49,10 @@ class Backend:
     runs_on: tuple[str, ...] = ("cuda",)
     trains_on: tuple[str, ...] = ("cuda",)
     pays_on: tuple[str, ...] = ("cuda",)
+    casts_inputs: bool = True
 
     def obstacle(self, device: str, dtype: torch.dtype, grad: bool) -> str | None:
-        """Why it cannot run there, or None."""
+        """Say why it cannot run there, or return None."""
         if device not in self.runs_on:
             return f"it runs on {' and '.join(self.runs_on)}, and the tensors are on {device}"
         if self.dtypes and dtype not in self.dtypes:
@@ -93,50 +95,60 @@ class WithBackends(Operator):
     def forward(self, *inputs: Any, context: Context | None = None) -> torch.Tensor:
         if context is None:  # it comes last, by name or not
             *inputs, context = inputs
-        if backend := self.backend_for(*inputs):
-            return backend.run(self, *inputs, context)
-        return self.in_torch(*inputs, context)
+        backend = self.backend_for(*inputs)
+        if backend is None:
+            return self.in_torch(*inputs, context)
+        if backend.casts_inputs:
+            # A kernel knows nothing of autocast, which would lower its tensors as it lowers torch's products.
+            inputs = [tensor.to(compute_dtype(tensor)) for tensor in inputs]
+        return backend.run(self, *inputs, context)
 
     def backend_for(self, *inputs: torch.Tensor) -> Backend | None:
-        """The backend of this forward; None means plain torch. Raises `OperatorError` where the one asked for cannot
-        run.
+        """Choose the backend of this forward; None means plain torch.
+
+        Raises `OperatorError` where the one asked for by name cannot run.
         """
-        asked = self.config.backend
-        if asked == "torch":
+        name = self.config.backend
+        if name == "torch":
             return None
-        like, grad = inputs[0], torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters()))
-        if asked == "auto":
-            return self.constant(_best, self.settings, like.shape[-1], like.device.type, like.dtype, grad)
-        backend = next(backend for backend in self.backends if backend.name == asked)
-        if obstacle := backend.obstacle(like.device.type, like.dtype, grad):
+        like = inputs[0]
+        dtype = compute_dtype(like)
+        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
+        if name == "auto":
+            return self.constant(_best, self.settings, like.shape[-1], like.device.type, dtype, grad)
+        backend = next(backend for backend in self.backends if backend.name == name)
+        obstacle = backend.obstacle(like.device.type, dtype, grad)
+        if obstacle:
             raise OperatorError(
-                f'{self.name}: backend {asked!r} was asked for, but {obstacle}. Choose "torch" or "auto".'
+                f'{self.name}: backend {name!r} was asked for, but {obstacle}. Choose "torch" or "auto".'
             )
         return backend
 
 
 def runs_in_pieces(like: torch.Tensor) -> bool:
-    """Whether plain torch takes tokens a few at a time, which stay in cache: on CPUs, and where nothing is kept or
-    compiled.
+    """Return whether plain torch takes tokens a few at a time, which stay in cache.
+
+    It does on CPUs, where nothing is saved for a backward pass and nothing is compiled.
     """
     return like.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def specialize(number: int) -> int:
-    """A number where code compiled for changing sizes holds a symbol: it is compiled anew for another."""
+    """Return a plain number where code compiled for changing sizes has a symbol: it is compiled anew for another."""
     return len([None] * number)
 
 
 def autocast_device(like: torch.Tensor) -> str:
-    """The device type whose autocast concerns a tensor; there is none for tensors without memory."""
+    """Return the device type whose autocast concerns a tensor; there is none for tensors without memory."""
     return "cpu" if like.is_meta else like.device.type
 
 
 def compute_dtype(like: torch.Tensor) -> torch.dtype:
-    """What torch's products and convolutions of it give: autocast's precision where that is on, else its own."""
+    """Return the precision of torch's products and convolutions of a tensor: autocast's where that is on, else its own."""
     device = autocast_device(like)
-    cast = torch.is_autocast_enabled(device) and like.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if cast else like.dtype
+    if torch.is_autocast_enabled(device) and like.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return like.dtype
 
 
 def _in_compiled_torch(operator: WithBackends, *inputs_and_context: Any) -> torch.Tensor:
@@ -147,19 +159,20 @@ def _in_compiled_torch(operator: WithBackends, *inputs_and_context: Any) -> torc
         return _compiled(operator.config)(operator, *inputs_and_context)
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise OperatorError(
-            f"{operator.name}: torch compiles one operator for {torch._dynamo.config.recompile_limit} shapes, precisions and "
-            'modes of training at most, and met one more. Set torch._dynamo.config.recompile_limit higher, or choose "torch".'
+            f"{operator.name}: torch compiles one operator for {torch._dynamo.config.recompile_limit} shapes, precisions "
+            "and modes of training at most, and met one more. Set torch._dynamo.config.recompile_limit higher, or choose "
+            '"torch".'
         ) from error
 
 
 @functools.cache
 def _compiled(config: OperatorConfig) -> Callable[..., torch.Tensor]:
-    """Code of its own for each setting, since torch counts how often it has compiled a piece of code; layers share it."""
-    plain = config.owner.in_torch
-    own = types.FunctionType(
-        plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
+    """Compile a copy of the code for each setting, since torch counts how often it has compiled a piece; layers share it."""
+    source = config.owner.in_torch
+    copy = types.FunctionType(
+        source.__code__.replace(), source.__globals__, source.__name__, source.__defaults__, source.__closure__
     )
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return torch.compile(copy, fullgraph=True, dynamic=False)
 
 
 # One kernel of many small ones. "auto" leaves it alone: compiling takes seconds for every shape.
@@ -171,6 +184,7 @@ COMPILED = Backend(
     runs_on=("cuda", "cpu"),
     trains_on=("cuda", "cpu"),
     pays_on=(),
+    casts_inputs=False,
 )
 
 
@@ -184,12 +198,12 @@ def _import(backend: Backend, operator: str) -> None:
 
 
 def _best(config: OperatorConfig, *case: Any) -> Backend | None:
-    return _kept_best(config, *case)
+    return _find_best(config, *case)
 
 
 @functools.cache
-def _kept_best(config: OperatorConfig, width: int, device: str, dtype: torch.dtype, grad: bool) -> Backend | None:
-    """The first backend that is there, allowed and right; said once, since the answer is kept."""
+def _find_best(config: OperatorConfig, width: int, device: str, dtype: torch.dtype, grad: bool) -> Backend | None:
+    """The first backend that is there, allowed and right; said once, since the answer is cached."""
     owner = config.owner
     for backend in owner.backends:
         if device not in backend.pays_on or backend.obstacle(device, dtype, grad):
@@ -213,22 +227,32 @@ def _kept_best(config: OperatorConfig, width: int, device: str, dtype: torch.dty
 def _disagreement(
     backend: Backend, config: OperatorConfig, width: int, device: str, dtype: torch.dtype, grad: bool
 ) -> float:
-    """Largest relative difference to plain torch, of outputs and, where it is to train, of gradients, on 48 x 48
-    tokens.
-    """
+    """Largest relative difference to plain torch on 48 x 48 tokens, of outputs and, where it is to train, gradients."""
     site = Site(kind="self_attention", index=0, path="example", width=2 * width, heads=2, head_width=width)
-    context, mixes = Context(grid=Grid(height=48, width=48)), issubclass(config.owner, Mixer)
-    shape = (1, 2, 48 * 48, width) if mixes else (1, 48 * 48, 2 * width)
+    context = Context(grid=Grid(height=48, width=48))
+    shape, count = (1, 48 * 48, 2 * width), 1
+    if issubclass(config.owner, Mixer):
+        shape, count = (1, 2, 48 * 48, width), 3
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+    device_type = torch.device(device).type
+    # Autocast may be on around the forward that asks; the example has its precision already.
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device_type, enabled=False),
+    ):
         operator = replace(config, backend="torch").build(site).to(device, dtype)
-        *inputs, weights = (
-            torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4 if mixes else 2)
-        )
-        inputs = [tensor.requires_grad_(grad) for tensor in inputs]
+        drawn = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(count + 1)]
+        inputs = [tensor.requires_grad_(grad) for tensor in drawn[:-1]]
         results = []
         for call in (operator, functools.partial(backend.run, operator)):
             output = call(*inputs, context)
-            results.append([output, *(torch.autograd.grad((output * weights).sum(), inputs) if grad else ())])
-    pairs = [(one.detach().double(), other.detach().double()) for one, other in zip(*results, strict=True)]
-    return max(((one - other).norm() / one.norm().clamp(min=1e-12)).item() for one, other in pairs)
+            gradients = torch.autograd.grad((output * drawn[-1]).sum(), inputs) if grad else ()
+            results.append([output, *gradients])
+    errors = []
+    for one, other in zip(*results, strict=True):
+        expected = one.detach().double()
+        error = (expected - other.detach().double()).norm() / expected.norm().clamp(min=1e-12)
+        errors.append(error.item())
+    return max(errors)

@@ -1,4 +1,4 @@
-"""Depthwise convolutions over tokens: how heads become an image, and what such a convolution is by definition."""
+"""Depthwise convolutions over tokens: how heads become an image, and such a convolution by its definition."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LAYOUTS = ("causal_1d", "centered_1d", "2d")
 
 
 def tokens_last(part: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """[B, H, N, E] -> [B * N / (height * width), height, width, H * E]: how a channels-last image lies in memory."""
+    """Lay heads out as a channels-last image: [B, H, N, E] -> [B * N / (height * width), height, width, H * E]."""
     return part.transpose(1, 2).reshape(-1, height, width, part.shape[1] * part.shape[3])
 
 
 def heads_first(image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The way back, [images, height, width, H * E] -> [B, H, N, E] as `like`."""
+    """Turn an image back into heads: [images, height, width, H * E] -> [B, H, N, E] as `like`."""
     batch, heads, tokens, width = like.shape
     return image.reshape(batch, tokens, heads, width).transpose(1, 2)
 
@@ -30,43 +30,45 @@ class ShortConvolution(nn.Conv2d):
     Args:
         width: channels (D).
         size: taps along each axis.
-        layout: `2d`, or `causal_1d` and `centered_1d` for sequences, which stand upright: [B, N, 1, D].
+        layout: `2d`, or `causal_1d` and `centered_1d` for sequences, which are images one token wide: [B, N, 1, D].
     """
 
     def __init__(self, width: int, size: int, layout: str = "2d"):
-        super().__init__(width, width, (size, size if layout == "2d" else 1), groups=width)
+        is_image = layout == "2d"
+        super().__init__(width, width, (size, size if is_image else 1), groups=width)
         before = size - 1 if layout == "causal_1d" else size // 2
-        self.before = (before, before if layout == "2d" else 0)
+        self.before = (before, before if is_image else 0)
 
     @torch.no_grad()
     def set_identity(self) -> None:
-        """Pass what comes."""
+        """Pass on the input as it is."""
         self.set_constant(0.0)
         self.weight[:, :, self.before[0], self.before[1]] = 1.0
 
     @torch.no_grad()
     def set_constant(self, value: float) -> None:
-        """Give `value` whatever comes."""
+        """Give `value` for any input."""
         self.weight.zero_()
         self.bias.fill_(value)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """With channels last in memory, and the same padding on both sides: `reach`, the longer of the two needed."""
+        """Convolve with channels last in memory, padded as far as `reach` on both sides: the longer of the two."""
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
             return self.by_taps(image).to(compute_dtype(image))  # its gradient would be slower than a convolution's
         reach = [max(before, size - 1 - before) for size, before in zip(self.kernel_size, self.before, strict=True)]
-        image, starts = image.permute(0, 3, 1, 2), (0, 0)
+        image = image.permute(0, 3, 1, 2)
         if torch.is_grad_enabled():
             # On CPU the gradient of a filter takes ten times as long unless it is odd and in the middle of its
             # padding.
-            weight = self._centred(reach)
+            weight = self._centre_weight(reach)
+            top, left = 0, 0
         else:
-            weight, starts = self.weight, [most - before for most, before in zip(reach, self.before, strict=True)]
+            weight = self.weight
+            top, left = (most - before for most, before in zip(reach, self.before, strict=True))
         convolved = F.conv2d(image, weight, self.bias, padding=reach, groups=self.groups)
-        top, left = starts
         return convolved[:, :, top : top + image.shape[2], left : left + image.shape[3]].permute(0, 2, 3, 1)
 
-    def _centred(self, reach: list[int]) -> torch.Tensor:
+    def _centre_weight(self, reach: list[int]) -> torch.Tensor:
         """The filter with as many taps on both sides, the new ones zero."""
         zeros = []
         for size, before, most in zip(self.kernel_size, self.before, reach, strict=True):
@@ -74,27 +76,31 @@ class ShortConvolution(nn.Conv2d):
         return F.pad(self.weight, zeros)
 
     def padded(self, image: torch.Tensor) -> torch.Tensor:
-        """The same with the taps there are, on a padded copy: what torch's FLOP counter should see."""
-        (top, left), (rows, columns) = self.before, self.kernel_size
+        """Convolve a padded copy with the taps there are, which is what torch's FLOP counter should count."""
+        top, left = self.before
+        rows, columns = self.kernel_size
         image = F.pad(image, (0, 0, left, columns - 1 - left, top, rows - 1 - top)).permute(0, 3, 1, 2)
         return F.conv2d(image, self.weight, self.bias, groups=self.groups).permute(0, 2, 3, 1)
 
     def by_taps(self, image: torch.Tensor) -> torch.Tensor:
-        """The definition: every tap by itself, on the image moved by as far as the tap looks, with zeros beyond the
-        border.
+        """Convolve by definition: tap by tap, on the image moved by as far as the tap reaches, with zeros around it.
 
-        Pointwise, so that a compiler makes one kernel of it and of what stands around it.
+        Pointwise, so that a compiler makes one kernel of it and of the operations around it.
         """
-        (_, height, width, _), (rows, columns), (top, left) = image.shape, self.kernel_size, self.before
-        y, x = (torch.arange(length, device=image.device) for length in (height, width))
-        looks = itertools.product(range(-top, rows - top), range(-left, columns - left))
+        _, height, width, _ = image.shape
+        rows, columns = self.kernel_size
+        top, left = self.before
+        y = torch.arange(height, device=image.device)
+        x = torch.arange(width, device=image.device)
+        steps = itertools.product(range(-top, rows - top), range(-left, columns - left))
         taps = torch.stack(self.weight.flatten(1).unbind(1))  # [taps, D], each in one piece of memory
         convolved = self.bias
-        for tap, (down, right) in zip(taps, looks, strict=True):
+        for tap, (down, right) in zip(taps, steps, strict=True):
             inside = ((y + down >= 0) & (y + down < height))[:, None] & (x + right >= 0) & (x + right < width)
             convolved = convolved + tap * torch.where(inside[..., None], image.roll((-down, -right), (1, 2)), 0)
         return convolved
 
     def flops(self, tokens: int) -> int:
+        """Count the multiply-adds of its taps, two each."""
         rows, columns = self.kernel_size
         return 2 * rows * columns * tokens * self.in_channels

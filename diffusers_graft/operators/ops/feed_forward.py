@@ -1,11 +1,10 @@
-"""What feed-forwards with a hidden layer share: their settings, their width, which neurons they keep of the original."""
+"""Parts that feed-forwards with a hidden layer share: settings, widths, and warm starts from the original's neurons."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -13,20 +12,8 @@ from torch import nn
 from ...core.sites import Site
 from ...errors import OperatorError, UnknownNameError
 from ..base import FeedForwardOperator, LinearPair
-from .activations import ACTIVATIONS, GATED, hermite_coefficients
-
-
-def require_count(who: str, name: str, value: Any, least: int, example: int) -> None:
-    """Raise `OperatorError` unless `value` is a whole number from `least`."""
-    if type(value) is not int or value < least:
-        raise OperatorError(f"{who}: {name} is a whole number from {least}; got {value!r}. Try {example}.")
-
-
-def require_ratio(who: str, value: Any) -> None:
-    """Raise `OperatorError` unless `value` can be an expansion."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise OperatorError(f"{who}: expansion is a positive ratio; got {value!r}. Try 3, 4 or 6.")
+from .activations import ACTIVATIONS, GATED, gate_activation, hermite_coefficients
+from .settings import require_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +33,7 @@ class ActivatedConfig(FeedForwardOperator.Config):
 
     @classmethod
     def activations(cls) -> Collection[str]:
-        """The names it accepts."""
+        """List the names it accepts."""
         return ACTIVATIONS
 
     def check_activation(self, name: str) -> None:
@@ -64,9 +51,9 @@ class ActivatedConfig(FeedForwardOperator.Config):
         if self.activation is not None:
             return self
         if site.activation not in (*self.activations(), *GATED):
-            what = f" ({site.activation})" if site.activation else ""
+            found = f" ({site.activation})" if site.activation else ""
             raise OperatorError(
-                f"{self.owner.name}: the activation of {site.path}{what} is not known. "
+                f"{self.owner.name}: the activation of {site.path}{found} is not known. "
                 f"Name one of {', '.join(sorted(self.activations()))}."
             )
         return replace(self, activation=site.activation)
@@ -88,7 +75,7 @@ class HiddenConfig(ActivatedConfig):
 
 
 def hidden_width(who: str, expansion: float, site: Site) -> int:
-    """Hidden neurons at a site. Raises `OperatorError` where none are left."""
+    """Count the hidden neurons at a site. Raises `OperatorError` where none are left."""
     hidden = round(expansion * site.width)
     if hidden < 1:
         raise OperatorError(
@@ -98,47 +85,115 @@ def hidden_width(who: str, expansion: float, site: Site) -> int:
 
 
 def is_narrower(hidden: int, site: Site) -> bool:
-    """Whether some of the original's neurons must go."""
+    """Return whether some of the original's neurons must go."""
     return site.hidden is not None and hidden < site.hidden
 
 
+def require_ungated(who: str, original: LinearPair) -> None:
+    """Raise `OperatorError` for a gated original, whose neurons one without a gate cannot hold."""
+    if original.gate is not None:
+        raise OperatorError(
+            f"{who} has no gate, so nothing can start from a feed-forward of {original.activation}: "
+            'choose gated_mlp, which has one, or init="random".'
+        )
+
+
 def strongest(original: LinearPair, count: int) -> torch.Tensor:
-    """The indices, in order, of the `count` neurons (all, if fewer) that move the output most.
+    """Choose the `count` neurons (all, if fewer) that move the output most; returns their indices in order.
 
     That is the size of a neuron's activation on data times the norm of its output weights; without data, the norm of
     its input weights stands for the former.
     """
-    listens = original.up.float().norm(dim=1) if original.energy is None else original.energy.float().sqrt()
-    strength = listens * original.down.float().norm(dim=0)
+    if original.energy is not None:
+        activity = original.energy.float().sqrt()
+    else:
+        activity = original.up.float().norm(dim=1)
+        if original.gate is not None:
+            activity = activity * original.gate.float().norm(dim=1)
+    strength = activity * original.down.float().norm(dim=0)
     return strength.topk(min(count, len(strength))).indices.sort().values
 
 
 @torch.no_grad()
-def copy_input(layer: nn.Linear, original: LinearPair, kept: torch.Tensor) -> None:
-    """Give a layer's first neurons the input weights of those kept; the others keep random ones, to learn from."""
-    layer.weight[: len(kept)] = original.up[kept]
+def copy_input(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None, chosen: torch.Tensor) -> None:
+    """Give a layer's first neurons the input weights of those chosen; the others keep random ones, to learn from.
+
+    Args:
+        weight, bias: of the original's layer, [hidden, D] and [hidden].
+        chosen: indices of neurons.
+    """
+    layer.weight[: len(chosen)] = weight[chosen]
     layer.bias.zero_()
-    if original.up_bias is not None:
-        layer.bias[: len(kept)] = original.up_bias[kept]
+    if bias is not None:
+        layer.bias[: len(chosen)] = bias[chosen]
 
 
 @torch.no_grad()
-def copy_output(layer: nn.Linear, original: LinearPair, kept: torch.Tensor) -> None:
-    """Give a layer's first inputs the output weights of the neurons kept; the others start silent."""
+def copy_output(layer: nn.Linear, original: LinearPair, chosen: torch.Tensor) -> None:
+    """Give a layer's first inputs the output weights of the chosen neurons; the others start silent.
+
+    Of the neurons that are not chosen the mean stays, in the bias.
+    """
     layer.weight.zero_()
-    layer.weight[:, : len(kept)] = original.down[:, kept]
+    layer.weight[:, : len(chosen)] = original.down[:, chosen]
     layer.bias.zero_()
     if original.down_bias is not None:
         layer.bias.copy_(original.down_bias)
+    neurons = original.down.shape[1]
+    if len(chosen) < neurons:
+        missing = torch.ones(neurons, dtype=torch.float64, device=original.down.device)
+        missing[chosen] = 0.0
+        fold_means(layer.bias, original, missing)
+
+
+@torch.no_grad()
+def fold_means(bias: torch.Tensor, original: LinearPair, missing: torch.Tensor) -> None:
+    """Add to an output bias the means of neurons, over standard normal tokens, as far as they are missing.
+
+    Args:
+        bias: [D], changed in place.
+        missing: share of each of the original's neurons that is not there, [hidden].
+    """
+    _, means = linearize(original)
+    if original.energy is not None:
+        # A mean is never larger than the root of the mean square, which is known of these neurons.
+        most = original.energy.double().sqrt()
+        means = means.clamp(-most, most)
+    bias.add_((original.down.double() @ (missing * means)).to(bias))
 
 
 def polynomials(original: LinearPair, degree: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every neuron of the original as a polynomial, the nearest over standard normal tokens, in float64.
+    """Approximate the activation of every neuron by the polynomial nearest over standard normal tokens, in float64.
 
     Returns:
-        Directions [hidden, D] of length one and coefficients [degree + 1, hidden], in powers of direction * token.
+        Directions [hidden, D] of length one and coefficients [degree + 1, hidden], in powers of direction * token. Of
+        a gated original they are its gate's.
     """
+    is_gated = original.gate is not None
+    weight = (original.gate if is_gated else original.up).double()
+    bias = original.gate_bias if is_gated else original.up_bias
+    mean = weight.new_zeros(len(weight)) if bias is None else bias.double()
+    deviation = weight.norm(dim=1).clamp(min=1e-6)  # of the neuron's input, when tokens are standard normal
+    activation = gate_activation(original.activation)
+    return weight / deviation[:, None], hermite_coefficients(activation, mean, deviation, degree)
+
+
+def linearize(original: LinearPair) -> tuple[torch.Tensor, torch.Tensor]:
+    """Approximate every neuron by the linear map of the token nearest over standard normal tokens, in float64.
+
+    Slopes are expected gradients (Stein's lemma), constants are the means of neurons.
+
+    Returns:
+        Slopes [hidden, D] and constants [hidden].
+    """
+    if original.gate is None:
+        direction, (constant, slope) = polynomials(original, degree=1)
+        return slope[:, None] * direction, constant
+    # A gated neuron is h(z) (u . x + b), with z = direction . x: its factors share what u has along the direction.
+    direction, (constant, slope, curve) = polynomials(original, degree=2)
+    mean_gate = constant + curve
     up = original.up.double()
-    mean = up.new_zeros(len(up)) if original.up_bias is None else original.up_bias.double()
-    deviation = up.norm(dim=1).clamp(min=1e-6)  # of the neuron's input, when tokens are standard normal
-    return up / deviation[:, None], hermite_coefficients(ACTIVATIONS[original.activation], mean, deviation, degree)
+    up_bias = up.new_zeros(len(up)) if original.up_bias is None else original.up_bias.double()
+    shared = (up * direction).sum(dim=1)
+    along = up_bias * slope + 2 * shared * curve
+    return along[:, None] * direction + mean_gate[:, None] * up, up_bias * mean_gate + shared * slope

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...core.context import Context, Grid
-from ...core.sites import Site
+from ...core.sites import AttentionSite
 from ...errors import OperatorError, UnknownNameError
 from ..base import Mixer
 from .backends import COMPILED, HALF, Backend, WithBackends, compute_dtype
@@ -66,7 +66,7 @@ class GatedConvolution(WithBackends, Mixer):
                     f"{self.owner.name}: kernel_size counts taps from 1; got {self.kernel_size!r}. Try 4."
                 )
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
         width, settings = site.inner_width, (config.kernel_size, config.layout)
         self.needs_grid = config.layout == "2d"

@@ -44,6 +44,12 @@ def chunked(tensor: torch.Tensor, size: int) -> torch.Tensor:
     return tensor.unflatten(1, (-1, size))
 
 
+def pad_to_chunks(tokens: int, chunk: int) -> tuple[int, int]:
+    """Count the tokens of all chunks together, and of one: no chunk is longer than the sequence."""
+    chunk = min(chunk, tokens)
+    return tokens + -tokens % chunk, chunk
+
+
 def carried(added: torch.Tensor, kept: torch.Tensor, *, backwards: bool, matrices: bool = False) -> torch.Tensor:
     """The state that enters every chunk: what earlier chunks added, as far as those since have kept it.
 

@@ -1,6 +1,6 @@
 """Softmax attention in which each query sees a box of keys around it: linear in tokens, exact, in plain torch.
 
-Queries are cut into tiles. A tile gathers the keys its queries may see (its halo), and one softmax call with a small
+HeadTensor are cut into tiles. A tile gathers the keys its queries may see (its halo), and one softmax call with a small
 mask serves all tiles. Which keys a query sees is said for each axis of the grid by itself.
 """
 
@@ -23,7 +23,7 @@ Rule = Callable[..., list[range]]
 # Up to here one masked softmax over all tokens beats gathering; the mask has at most 256 x 256 entries.
 DENSE_TOKENS = 256
 
-# Keys gathered at a time where nothing is kept for a backward pass.
+# KeyTensor gathered at a time where nothing is kept for a backward pass.
 GATHERED_TOKENS = 2048
 
 
@@ -127,7 +127,7 @@ def tiled_attention(
 ) -> torch.Tensor:
     """Softmax attention of each query over the keys it sees: [B, H, N, E], twice [B, H, M, E], and [B, H, N, E] out.
 
-    Keys beyond the queries' own, M - N of them, are seen by every query.
+    KeyTensor beyond the queries' own, M - N of them, are seen by every query.
 
     Args:
         mask: as `scaled_dot_product_attention` takes it, broadcastable to [B, H, N, M]; each tile gathers its part. A

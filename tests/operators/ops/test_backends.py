@@ -121,17 +121,27 @@ def test_calls_of_varlen_attention(monkeypatch):
     torch.testing.assert_close(sliding_window._varlen(operator, *qkv(30), Context()), operator(*qkv(30), Context()))
 
 
-@pytest.mark.parametrize("grid", [Grid(height=7, width=9), Grid(frames=5, height=6, width=5)], ids=str)
-def test_calls_of_natten(monkeypatch, grid):
+@pytest.mark.parametrize(
+    ("kernel", "grid"),
+    [
+        (3, Grid(height=7, width=9)),
+        (3, Grid(frames=5, height=6, width=5)),
+        (3, Grid(frames=2, height=6, width=5)),
+        ((1, 5, 3), Grid(frames=4, height=6, width=5)),
+        ((3, 1, 3), Grid(frames=4, height=6, width=5)),
+    ],
+    ids=str,
+)
+def test_calls_of_natten(monkeypatch, kernel, grid):
     def natten(query, key, value, kernel_size, dilation=1, scale=None):
-        axes = tuple((length, kernel_size, dilation) for length in query.shape[1:-2])
+        axes = tuple(zip(query.shape[1:-2], kernel_size, dilation, strict=True))
         mask = as_dense(neighborhood.around, axes)
         parts = (part.flatten(1, -3).transpose(1, 2) for part in (query, key, value))
         mixed = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)
         return mixed.transpose(1, 2).reshape(query.shape)
 
     stand_in(monkeypatch, "natten.functional", na2d=natten, na3d=natten)
-    operator, context = dg.operators.get("neighborhood").Config(kernel=3).build(SITE), Context(grid=grid)
+    operator, context = dg.operators.get("neighborhood").Config(kernel=kernel).build(SITE), Context(grid=grid)
     mixed = neighborhood._natten(operator, *qkv(grid.tokens), context)
     torch.testing.assert_close(mixed, operator(*qkv(grid.tokens), context))
 
