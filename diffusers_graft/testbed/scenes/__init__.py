@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from .batches import encode_captions, null_prompt, scene_batches
 from .detect import Found, detect
 from .draw import draw_scenes
 from .grammar import HELD_OUT_COLOURS, HELD_OUT_COUNTS, Scene, sample_scene, vocabulary
+from .grid import save_picture_grid
 from .pipeline import pipeline
 from .score import SceneScore, draw_prompts, load_prompts
 
@@ -20,8 +22,12 @@ __all__ = [
     "detect",
     "draw_prompts",
     "draw_scenes",
+    "encode_captions",
     "load_prompts",
+    "null_prompt",
     "pipeline",
     "sample_scene",
+    "save_picture_grid",
+    "scene_batches",
     "vocabulary",
 ]

@@ -1,0 +1,152 @@
+"""The pretrained text-to-image pipeline of the testbed, and what it does with bad input."""
+
+import random
+import warnings
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline, UniPCMultistepScheduler
+
+import diffusers_graft as dg
+from diffusers_graft import testbed
+from diffusers_graft.errors import GraftError, ModelError, UnknownNameError
+from diffusers_graft.testbed import scenes
+
+PROMPTS = ["a red circle and a blue star", "three green hearts"]
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    return scenes.pipeline()
+
+
+@pytest.fixture(autouse=True)
+def _restore(drawing):
+    parts = dict(drawing.components)
+    yield
+    drawing.register_modules(**parts)
+
+
+def draw(pipeline, size=64, steps=2):
+    return scenes.draw_prompts(pipeline, PROMPTS, size=size, steps=steps, progress=False)
+
+
+def test_the_pipeline_is_diffusers_own_and_small(drawing):
+    assert type(drawing) is PixArtSigmaPipeline
+    parameters = sum(p.numel() for p in drawing.transformer.parameters())
+    assert 1.5e6 < parameters < 6e6
+    files = [path for path in scenes.pipeline.__globals__["WEIGHTS"].rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 16 * 2**20
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_the_pipeline_with_its_defaults_draws_256_pixels(drawing):
+    images = drawing(PROMPTS[0], num_inference_steps=1, output_type="pt").images
+    assert images.shape == (1, 3, 256, 256)
+
+
+def test_saved_and_loaded_the_pipeline_draws_the_same_bits(drawing, tmp_path):
+    drawing.save_pretrained(tmp_path)
+    assert torch.equal(draw(PixArtSigmaPipeline.from_pretrained(tmp_path)), draw(drawing))
+
+
+def test_a_grafted_transformer_draws_and_without_its_graft_gives_the_original_bits(drawing):
+    before = draw(drawing)
+    drawing.transformer.set_graft({"self_attention[1::2]": "sliding_window"})
+    grafted = draw(drawing)
+    drawing.transformer.unset_graft()
+    assert not torch.equal(grafted, before)
+    assert torch.equal(draw(drawing), before)
+
+
+def test_pictures_depend_on_their_place_and_seed_and_not_on_the_batch(drawing):
+    together = draw(drawing)
+    alone = scenes.draw_prompts(drawing, PROMPTS, size=64, steps=2, batch_size=1, progress=False)
+    assert torch.allclose(together, alone, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_it_draws_at_the_sizes_it_was_trained_at(drawing, size):
+    assert draw(drawing, size).shape == (2, 3, size, size)
+
+
+def test_other_schedulers_of_flow_matching_draw(drawing):
+    drawing.scheduler = UniPCMultistepScheduler.from_config(
+        drawing.scheduler.config, use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    assert draw(drawing).isfinite().all()
+
+
+def test_the_autoencoder_keeps_what_pictures_show(drawing):
+    rng = random.Random(5)
+    chosen = [scenes.sample_scene(rng) for _ in range(24)]
+    with torch.no_grad():
+        latents = drawing.vae.encode(scenes.draw_scenes(chosen, 256)).latents
+        found = scenes.detect(drawing.vae.decode(latents).sample)
+    assert latents.shape == (24, 12, 32, 32)
+    wrong = 0
+    for scene, objects in zip(chosen, found, strict=True):
+        truth = sorted((one.kind, one.colour) for one in scene.objects)
+        wrong += truth != sorted((one.kind, one.colour) for one in objects)
+    assert wrong <= 1
+
+
+def test_unknown_words_and_empty_prompts_are_said(drawing):
+    settings = {"num_inference_steps": 1, "height": 64, "width": 64, "use_resolution_binning": False}
+    with pytest.warns(UserWarning, match="read as <unk>: zebra"):
+        drawing("a red circle and a zebra", **settings)
+    with pytest.warns(UserWarning, match="An empty prompt"):
+        drawing("", **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        drawing("a red circle, a box and two hoops.", clean_caption=False, **settings)
+
+
+def test_a_scheduler_of_another_family_is_refused(drawing):
+    drawing.scheduler = DDIMScheduler()
+    with pytest.raises(GraftError, match="DDIMScheduler .* does not fit"):
+        drawing(PROMPTS[0])
+    drawing.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(GraftError, match="lacks scale_model_input"):
+        drawing(PROMPTS[0])
+
+
+def test_a_pipeline_without_text_encoder_is_refused(drawing):
+    drawing.text_encoder = None
+    with pytest.raises(ModelError, match="no text encoder"):
+        draw(drawing)
+
+
+def test_a_size_that_is_no_multiple_of_8_is_refused(drawing):
+    with pytest.raises(GraftError, match="multiples of 8"):
+        draw(drawing, size=60)
+    with pytest.raises(GraftError, match="no prompts"):
+        scenes.draw_prompts(drawing, [])
+
+
+def test_the_score_is_a_metric_of_evaluate(drawing):
+    metric = scenes.SceneScore(count=1, size=64, steps=2)
+    batches = scenes.scene_batches(drawing, 2, seed=0, size=64, steps=1)
+    measured = dg.evaluate(drawing.transformer, batches, noise_scheduler=drawing.scheduler, metrics=[metric])
+    assert 0 <= measured["seen.low"] <= measured["seen.score"] <= measured["seen.high"] <= 1
+    assert measured.protocol["SceneScore.steps"] == 2
+
+
+def test_batches_of_scenes_train_a_graft(drawing):
+    transformer = drawing.transformer
+    batches = scenes.scene_batches(drawing, 2, seed=0, size=64)
+    training = {"noise_scheduler": drawing.scheduler, "null_prompt": scenes.null_prompt(drawing)}
+    graft = dg.build_graft(transformer, dg.plan_graft(transformer, {"self_attention[1]": "neighborhood"}))
+    reports = dg.distill(transformer, graft, batches, dg.DistillConfig(steps=4, warmup=1, lr=1e-3), **training)
+    transformer.set_graft(graft)
+    losses = dg.finetune(transformer, batches, dg.FinetuneConfig(steps=2, warmup=1, lr=1e-4), **training)
+    transformer.unset_graft()
+    assert len(reports) == 1
+    assert len(losses) == 2
+
+
+def test_the_testbeds_have_names():
+    assert type(testbed.load_named("testbed:letters")).__name__ == "DiTTransformer2DModel"
+    assert type(testbed.load_named("testbed:scenes")).__name__ == "PixArtTransformer2DModel"
+    with pytest.raises(UnknownNameError, match="testbed:letters, testbed:scenes"):
+        testbed.load_named("testbed:digits")
