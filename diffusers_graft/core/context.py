@@ -57,6 +57,7 @@ class Context:
     Attributes:
         grid: layout of the image or video tokens, or None where it is unknown.
         text_tokens: tokens of the prompt.
+        references: tokens of reference images behind the image, in one sequence with it, as Flux Kontext has them.
         text_first: in sequences that hold more than the image (prompt, registers, earlier frames), whether the others
             stand before it; None where that is unknown.
         aside: paths of parts that run on other sequences alone, such as a prompt's refiner.
@@ -71,6 +72,7 @@ class Context:
 
     grid: Grid | None = None
     text_tokens: int = 0
+    references: int = 0
     text_first: bool | None = None
     aside: tuple[str, ...] = ()
     pyramid: bool = False

@@ -106,9 +106,14 @@ class _Grafted:
             return mix(operator, query, key, value, context)
         first = self._text_first if site.kind == "joint_attention" else context.text_first
         start = keys - image if first else 0
-        own = context.grid.tokens if context.grid is not None and context.text_first is not None else image
-        if own < image:  # the stream also holds earlier frames, before the image, or padding, after it
-            start, image = start + (image - own) * context.text_first, own
+        if site.kind == "self_attention" and first:
+            start -= context.references
+        has_others = context.text_first is not None or context.references > 0
+        if context.grid is not None and has_others and context.grid.tokens < image:
+            # The stream also holds earlier frames, before the image, or reference images and padding, behind it.
+            if context.text_first:
+                start += image - context.grid.tokens - context.references
+            image = context.grid.tokens
         return mix_with_others(operator, query, key, value, context, start=start, image=image)
 
     def _image_tokens(self, site: Site, context: Context, stream: int, tokens: int, keys: int) -> int | None:

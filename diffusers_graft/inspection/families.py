@@ -34,12 +34,14 @@ class Family:
         aside: paths of parts that run on the prompt, or on something else than the image, alone.
         pyramid: whether the grid is halved on the way.
         grid: reads the grid of a forward.
+        references: counts the tokens of reference images that follow the image in one sequence.
     """
 
     text_first: bool | None = None
     aside: tuple[str, ...] = ()
     pyramid: bool = False
     grid: Callable[[ModelMixin, Inputs], Grid | None] = geometry.read_grid
+    references: Callable[[Inputs, Grid | None], int] = geometry.count_references
 
 
 _REFINER = ("context_embedder.",)
@@ -58,9 +60,11 @@ _ROWS: dict[str, Family] = {
             "OvisImageTransformer2DModel",
             "OmniGenTransformer2DModel",
             "HeliosTransformer3DModel",
-            "QwenImage21Transformer2DModel",
         ),
         Family(text_first=True),
+    ),
+    "QwenImage21Transformer2DModel": Family(
+        text_first=True, grid=geometry.from_last_shape, references=geometry.no_references
     ),
     "Flux3Transformer2DModel": Family(text_first=True, aside=("txt_mode_blocks.", "mode_blocks.image_cond.")),
     "Lumina2Transformer2DModel": Family(text_first=True, aside=("context_refiner.",), grid=geometry.unless_ragged),
@@ -153,8 +157,10 @@ def read_context(model: ModelMixin, args: tuple, kwargs: Inputs) -> Context:
 def context_of(model: ModelMixin, family: Family, inputs: Inputs) -> Context:
     """The context of a forward of a family, from its arguments by name."""
     prompt = next((inputs[name] for name in ("encoder_hidden_states", "text_bth") if name in inputs), None)
+    grid = family.grid(model, inputs)
     return Context(
-        grid=family.grid(model, inputs),
+        grid=grid,
+        references=family.references(inputs, grid),
         text_first=family.text_first,
         aside=family.aside,
         pyramid=family.pyramid,

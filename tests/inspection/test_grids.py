@@ -215,6 +215,65 @@ def test_the_tables_name_classes_that_exist():
     assert set(NO_GRID) | WAVEFORMS | set(ACROSS_FRAMES) <= set(ROWS)
 
 
+def with_references(inputs, sides):
+    """The inputs with the tokens of reference images behind those of the image."""
+    tokens = sum(height * width for height, width in sides)
+    latents = inputs["hidden_states"]
+    generator = torch.Generator().manual_seed(1)
+    references = torch.randn(len(latents), tokens, latents.shape[2], generator=generator)
+    changes = {"hidden_states": torch.cat([latents, references], 1)}
+    if "img_shapes" in inputs:
+        more = [(1, height, width) for height, width in sides]
+        return {**inputs, **changes, "img_shapes": [[*sample, *more] for sample in inputs["img_shapes"]]}
+    ids = inputs["img_ids"]
+    for number, (height, width) in enumerate(sides, start=1):
+        grid = torch.cartesian_prod(torch.tensor([number]), torch.arange(height), torch.arange(width)).to(ids)
+        grid = torch.nn.functional.pad(grid, (0, ids.shape[-1] - 3))
+        ids = torch.cat([ids, grid.expand(*ids.shape[:-2], -1, -1)], -2)
+    return {**inputs, **changes, "img_ids": ids}
+
+
+REFERENCES = [
+    ("FluxTransformer2DModel", "joint_attention[0]"),
+    ("FluxTransformer2DModel", "self_attention[0]"),
+    ("Flux2Transformer2DModel", "joint_attention[0]"),
+    ("QwenImageTransformer2DModel", "joint_attention[0]"),
+    ("LongCatImageTransformer2DModel", "joint_attention[0]"),
+]
+
+
+@pytest.mark.parametrize("mixer", ["neighborhood", "linear_attention"])
+@pytest.mark.parametrize(("name", "site"), REFERENCES)
+def test_reference_images_are_read_by_all_and_are_no_frames(name, site, mixer):
+    if name not in exported():
+        pytest.skip("a later version of diffusers has it")
+    is_stream = site.startswith("self")  # which holds the prompt too, before the image
+    # Blocks before it would mix what one token brings.
+    model = tiny(name, **({"num_layers": 0} if is_stream else {}))
+    inputs = inputs_of(name)
+    grid = read_context(model, (), inputs).grid
+    model.set_graft({site: mixer})
+    path = model.graft.plan.edits[0].site.path
+    for sides in ([(grid.height, grid.width)], [(2, 3), (grid.height, 5)]):
+        edited = with_references(inputs, sides)
+        assert read_context(model, (), edited).grid == grid
+        before = record(model, name, edited, path)
+        start = len(before[0]) - grid.tokens - sum(height * width for height, width in sides)
+        start *= is_stream
+        touched = {**edited, "hidden_states": edited["hidden_states"].clone()}
+        token = PLACE[0] * grid.width + PLACE[1]
+        touched["hidden_states"][:, token] += 1
+        after = record(model, name, touched, path)
+        assert changed(before[0], after[0]) == {start + token}
+        noticed = {index - start for index in changed(before[1], after[1])}
+        image = set(range(grid.tokens))
+        assert noticed >= set(range(grid.tokens, len(before[0]) - start)), "references see the image"
+        assert noticed & image == (near(token, grid) if mixer == "neighborhood" else image)
+        touched["hidden_states"][:, grid.tokens :] += 1
+        moved = record(model, name, touched, path)
+        assert changed(after[1], moved[1]) >= {start + place for place in image}, "the image sees references"
+
+
 IDEOGRAM = {
     "position_ids": torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(3)),
     "indicator": torch.full((2, 6), 2),
@@ -229,6 +288,16 @@ IDEOGRAM = {
         ("read_grid", {"img_shapes": []}, None),
         ("read_grid", {"hidden_states": torch.zeros(1, 1, 3, 4, 0)}, None),
         ("read_grid", {"hidden_states": torch.zeros(1, 1, 3)}, None),
+        ("read_grid", {"img_shapes": [[(1, 2, 3), (1, 2, 3)]] * 2}, Grid(height=2, width=3)),
+        ("read_grid", {"img_shapes": [(1, 2, 3)] * 2}, Grid(height=2, width=3)),
+        ("read_grid", {"img_shapes": (1, 2, 3)}, Grid(height=2, width=3)),
+        ("read_grid", {"img_shapes": [(1, 2, 3), (1, 3, 2)]}, None),
+        ("read_grid", {"img_ids": torch.tensor([[1, 0, 0], [0, 0, 1], [1, 0, 1]])}, None),
+        ("read_grid", {"img_ids": torch.tensor([[0, 0, 0], [0, 0, 2]])}, None),
+        ("from_last_shape", {"img_shapes": [[(1, 9, 9), (1, 2, 3)]]}, Grid(height=2, width=3)),
+        ("from_last_shape", {"img_shapes": [[(1, 2, 3)], [(1, 3, 2)]]}, None),
+        ("from_vision_shapes", {"vision_token_shapes": [(1, 2, 3)]}, Grid(height=2, width=3)),
+        ("from_vision_shapes", {"vision_token_shapes": [(1, 2, 3)] * 2}, None),
         ("from_marked_positions", IDEOGRAM, Grid(height=2, width=3)),
         ("from_marked_positions", {**IDEOGRAM, "indicator": torch.arange(12).view(2, 6)}, None),
     ],
