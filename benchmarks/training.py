@@ -22,7 +22,7 @@ from diffusers_graft.injection.install import install
 from diffusers_graft.inspection import evaluating, example_inputs
 from diffusers_graft.planning.plan import plan_graft
 from diffusers_graft.testbed.sampling import scheduler
-from diffusers_graft.training.distill.capture import Call, Capture
+from diffusers_graft.training.distill.capture import Capture, CapturedCall
 from diffusers_graft.training.distill.config import DistillConfig
 from diffusers_graft.training.distill.distill import distill
 from diffusers_graft.training.distill.losses import loss_for
@@ -92,29 +92,29 @@ def _stage_one(model: ModelMixin, graft: Graft, inputs: dict, steps: int) -> Non
     distill(model, graft, [inputs], DistillConfig(steps=steps, lr=1e-9, progress=False))
 
 
-def _calls(model: ModelMixin, graft: Graft, inputs: dict) -> dict[str, Call]:
-    calls: dict[str, Call] = {}
-    watch = Capture(model, graft)
-    with evaluating(model), watch.hooks():
-        watch.run(inputs, graft.seats, lambda path, call: calls.update({path: call}))
+def _calls(model: ModelMixin, graft: Graft, inputs: dict) -> dict[str, CapturedCall]:
+    calls: dict[str, CapturedCall] = {}
+    capture = Capture(model, graft)
+    with evaluating(model), capture.hooks():
+        capture.run(inputs, graft.seats, lambda path, call: calls.update({path: call}))
     return calls
 
 
-def _bound(model: ModelMixin, graft: Graft, inputs: dict, calls: dict[str, Call]) -> Callable[[], None]:
+def _bound(model: ModelMixin, graft: Graft, inputs: dict, calls: dict[str, CapturedCall]) -> Callable[[], None]:
     """One step at its least: nothing but forwards, backwards and optimiser steps."""
-    pupils = []
+    students = []
     for edit in graft.plan.edits:
         graft.untie(edit.site.path)
         seat = graft.seats[edit.site.path].train()
         parameters = [p.requires_grad_() for p in seat.parameters()]
-        pupils.append(
+        students.append(
             (calls[edit.site.path], seat, loss_for(edit.site.kind, "auto"), torch.optim.AdamW(parameters, lr=1e-9))
         )
 
     def step() -> None:
         with torch.no_grad():
             model(**inputs, return_dict=False)
-        for call, seat, loss, optimizer in pupils:
+        for call, seat, loss, optimizer in students:
             graft.slot.current = call.context
             loss(seat(*call.args, **call.kwargs), call.output).backward()
             optimizer.step()
@@ -123,7 +123,7 @@ def _bound(model: ModelMixin, graft: Graft, inputs: dict, calls: dict[str, Call]
     return step
 
 
-def memory(model: ModelMixin, graft: Graft, inputs: dict, calls: dict[str, Call]) -> tuple[int, int]:
+def memory(model: ModelMixin, graft: Graft, inputs: dict, calls: dict[str, CapturedCall]) -> tuple[int, int]:
     """Bytes at the peak of stage one beyond its state; and of a teacher's forward plus one part's forward and
     backward.
     """

@@ -134,6 +134,7 @@ class GraftTrainer:
                 self.model,
                 self._batches(),
                 self.args.finetune,
+                held_out=self._held_out() if self.eval_dataset is not None else None,
                 **self._resumable(resume_from_checkpoint),
                 **self.common,
             )

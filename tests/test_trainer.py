@@ -60,7 +60,11 @@ def test_a_callback_of_transformers_follows_both_stages(tmp_path):
     one.train()
     scores = one.evaluate()
     steps = [(stage, step) for stage in ("one", "two") for step in range(1, 5)]
-    assert watcher.events == [*steps, scores.values]
+    assert [event for event in watcher.events if isinstance(event, tuple)] == steps
+    assert watcher.events[-1] == scores.values
+    # Before the first step of each stage and every two steps, in stage two at its end alone.
+    evaluations = [event for event in watcher.events if isinstance(event, dict)]
+    assert [set(losses) for losses in evaluations[:-1]] == [{"eval_loss", "eval_error"}] * 3 + [{"eval_loss"}] * 2
     rows = read_metrics(tmp_path)
     assert [(row["stage"], row["step"]) for row in rows] == steps
     assert "held_out" in rows[3]["sites"]["self_attention[1]"]

@@ -1,7 +1,7 @@
-"""Checkpoints that a killed run continues from, exactly: safetensors and JSON, whole or not there at all.
+"""Checkpoints from which a killed run goes on exactly: safetensors and JSON, complete or not there at all.
 
-A checkpoint is a folder `stage-<name>-<step>`. It is written under another name and renamed when everything in it is
-on the disk, so one that is there is whole.
+A run's folder holds `.checkpoints/stage-<name>-<step>`. Checkpoints of an earlier run in the same folder are moved to
+`.checkpoints/earlier-<number>`, with the files that it saved.
 """
 
 from __future__ import annotations
@@ -11,87 +11,78 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from ..errors import FileError
+from ..core.storage import create_folder, pack, read_tensors, read_text, unpack, write_tensors, write_text
+from ..errors import FileError, StateError
 
-TENSORS, FACTS = "state.safetensors", "state.json"
+# A push to the Hub leaves out what begins with a dot.
+CHECKPOINTS = ".checkpoints"
+TENSORS = "state.safetensors"
+STRUCTURE = "state.json"
+
+_NAME = re.compile(r"stage-(one|two)-(\d+)")
+_LARGEST_STRUCTURE = 2**30
 
 
 class Checkpoints:
-    """The checkpoints of one stage, the last `keep` of them, in a folder of their own."""
+    """The checkpoints of one stage in a folder; the newest `keep` of them stay."""
 
     def __init__(self, folder: Path, stage: str, keep: int):
-        self.folder, self.stage, self.keep = Path(folder), stage, keep
+        self.folder = Path(folder)
+        self.stage = stage
+        self.keep = keep
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints there are, in order."""
-        names = (re.fullmatch(rf"stage-{self.stage}-(\d+)", p.name) for p in self.folder.glob("stage-*"))
-        return sorted(int(match[1]) for match in names if match)
-
-    def drop(self) -> None:
-        """Remove them all, and what an interrupted `save` left."""
-        for path in (*map(self.path, self.steps()), *self.folder.glob(f".unfinished-{self.stage}")):
-            shutil.rmtree(path)
+        """Return the steps of the checkpoints there are, in order."""
+        return [step for step, _ in _list_checkpoints(self.folder, self.stage)]
 
     def path(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
         return self.folder / f"stage-{self.stage}-{step:08d}"
 
     def save(self, step: int, state: Any) -> None:
-        """Write the state of a step, then drop checkpoints beyond the last `keep`.
+        """Write the state of a step, then remove checkpoints beyond the newest `keep`.
 
         Raises `FileError` where it cannot be written; the checkpoints before it are then as they were.
         """
-        if step in self.steps():
-            return
-        temporary = self.folder / f".unfinished-{self.stage}"
-        tensors: dict[str, torch.Tensor] = {}
-        facts = _pack(state, tensors)
+        path = self.path(step)
+        replaced = path.with_name(f".replaced-{path.name}")
+        structure, tensors = pack(state)
+        if path.exists():
+            # A damaged one, or one of the same step that an earlier resume left ahead.
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file(tensors, temporary / TENSORS)
-            (temporary / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-            for path in (temporary / TENSORS, temporary / FACTS, temporary):
-                _flush(path)
-            temporary.rename(self.path(step))
-            _flush(self.folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise FileError(self._failure(step, tensors, error)) from error
+            with create_folder(path) as temporary:
+                write_tensors(temporary / TENSORS, tensors)
+                write_text(temporary / STRUCTURE, json.dumps(structure))
+        except FileError as error:
+            raise FileError(self._explain_failure(step, tensors, error)) from error
+        shutil.rmtree(replaced, ignore_errors=True)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
 
     def load(self, step: int, parts: Sequence[str] = ()) -> Any:
-        """The state saved at a step. Raises `FileError` for one that is damaged, or lacks any of `parts`."""
-        path = self.path(step)
-        try:
-            tensors = load_file(path / TENSORS)
-            state = _unpack(json.loads((path / FACTS).read_text(encoding="utf-8")), tensors)
-            if lacking := [name for name in parts if name not in state]:
-                raise ValueError(f"{', '.join(lacking)} not in {FACTS}")
-            return state
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise FileError(
-                f"The checkpoint {path} is damaged ({error}). Remove it to resume from the one before."
-            ) from error
+        """Return the state saved at a step. Raises `FileError` for one that is damaged, or lacks any of `parts`."""
+        return load_checkpoint(self.path(step), parts)
 
-    def _failure(self, step: int, tensors: dict[str, torch.Tensor], error: Exception) -> str:
-        full = (
-            getattr(error, "errno", None) == errno.ENOSPC
-            or "No space left" in str(error)
-            or "os error 28" in str(error)
-        )
-        needed = sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
-        reason = f"the disk is full (it takes {needed:,.0f} MiB)" if full else str(error)
-        if "No such file" in str(error):
-            return f"The checkpoint of step {step} vanished from {self.folder} as it was written: give each run its own folder."
+    def _explain_failure(self, step: int, tensors: dict[str, torch.Tensor], error: FileError) -> str:
+        cause = error.__cause__ or error
+        if "No such file" in str(cause):
+            return (
+                f"The checkpoint of step {step} vanished from {self.folder} as it was written: "
+                "give each run its own folder."
+            )
+        reason = str(cause)
+        # The library that writes tensors reports a full disk in a text alone.
+        if getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in reason or "os error 28" in reason:
+            needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**20
+            reason = f"the disk is full (it takes {needed:,.0f} MiB)"
         there = self.steps()
         before = f"The one of step {there[-1]} is intact" if there else "There is none before it"
         return (
@@ -100,33 +91,95 @@ class Checkpoints:
         )
 
 
-def _flush(path: Path) -> None:
-    """Onto the disk, contents or entries of a folder."""
-    handle = os.open(path, os.O_RDONLY)
+def load_checkpoint(path: Path, parts: Sequence[str] = ()) -> Any:
+    """Return the state saved in a checkpoint. Raises `FileError` for one that is damaged, or lacks any of `parts`."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        tensors = read_tensors(path / TENSORS)
+        state = unpack(json.loads(read_text(path / STRUCTURE, limit=_LARGEST_STRUCTURE)), tensors)
+        missing = [name for name in parts if name not in state]
+    except (FileError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise FileError(
+            f"The checkpoint {path} is damaged ({error}). Remove it to resume from the one before."
+        ) from error
+    if missing:
+        raise FileError(
+            f"The checkpoint {path} is damaged ({', '.join(missing)} not in {STRUCTURE}). "
+            "Remove it to resume from the one before."
+        )
+    return state
 
 
-def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON of a nested state, its tensors put aside under numbered names."""
-    if isinstance(value, torch.Tensor):
-        name = f"{len(tensors):06d}"
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
-    if isinstance(value, dict):  # as pairs, since JSON knows no other keys than strings
-        return {"items": [[key, _pack(item, tensors)] for key, item in value.items()]}
-    if isinstance(value, list | tuple):
-        return [_pack(item, tensors) for item in value]
-    return value
+def find_checkpoints(resume: bool | str | Path, output_dir: str | Path | None, stage: str) -> list[Path]:
+    """Return the checkpoints that a stage may resume from, the newest first; none where it starts anew.
+
+    Args:
+        resume: True for those of the run in `output_dir`; or the path of a checkpoint, which is then the only one, or
+            of the folder of another run. Beside a checkpoint of the other stage, those of this stage are found.
+
+    Raises `StateError` without a folder, and `FileError` for a path where no checkpoint is.
+    """
+    if resume is False or resume is None:
+        return []
+    if resume is True:
+        if output_dir is None:
+            raise StateError("There is nothing to resume from: give the output_dir that the interrupted run wrote to.")
+        return _newest_first(Path(output_dir) / CHECKPOINTS, stage)
+    path = Path(resume)
+    match = _NAME.fullmatch(path.name)
+    if match is not None and path.is_dir():
+        return [path] if match[1] == stage else _newest_first(path.parent, stage)
+    for folder in (path / CHECKPOINTS, path):
+        if any(_list_checkpoints(folder, name) for name in ("one", "two")):
+            return _newest_first(folder, stage)
+    raise FileError(
+        f"There is no checkpoint at {path}. Give the folder of one, such as {CHECKPOINTS}/stage-{stage}-00000500, the "
+        "output_dir of the run, or True for the newest one of this output_dir."
+    )
 
 
-def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
-    if isinstance(value, dict):
-        if "tensor" in value:
-            return tensors[value["tensor"]]
-        return {key: _unpack(item, tensors) for key, item in value["items"]}
-    return value
+def set_run_aside(output_dir: Path, stages: Iterable[str]) -> Path | None:
+    """Move the checkpoints of some stages to a folder of their own, and what their run saved beside them.
+
+    Returns that folder, or None where there was no checkpoint.
+    """
+    folder = output_dir / CHECKPOINTS
+    found = [path for stage in stages for _, path in _list_checkpoints(folder, stage)]
+    if not found:
+        return None
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
+    aside = folder / f"earlier-{number}"
+    aside.mkdir()
+    for path in output_dir.iterdir():
+        if path.is_file() and not path.is_symlink():
+            _link_or_copy(path, aside / path.name)
+    for path in found:
+        path.rename(aside / path.name)
+    return aside
+
+
+def _link_or_copy(path: Path, other: Path) -> None:
+    """Give a file a second name, which costs no room; a copy where the disk knows no second names."""
+    # Files that grow in their place, as logs do, would change under both names.
+    if path.suffix == ".jsonl":
+        shutil.copyfile(path, other)
+        return
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+
+
+def _newest_first(folder: Path, stage: str) -> list[Path]:
+    return [path for _, path in reversed(_list_checkpoints(folder, stage))]
+
+
+def _list_checkpoints(folder: Path, stage: str) -> list[tuple[int, Path]]:
+    """Return steps and folders of a stage's checkpoints, in order."""
+    found = []
+    for path in folder.glob(f"stage-{stage}-*"):
+        match = _NAME.fullmatch(path.name)
+        if match is not None:
+            found.append((int(match[2]), path))
+    return sorted(found)

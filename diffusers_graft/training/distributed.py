@@ -1,7 +1,7 @@
-"""Several processes as one: every process reads the same batches and takes its share of each.
+"""Several processes as one: every process reads the same batches and computes its share of each.
 
-Noise is drawn for the whole batch before it is shared out, so a run does not depend on how many processes there are,
-and one that was begun on four may be resumed on one.
+Noise is drawn for the whole batch before it is divided, so a run does not depend on the number of processes, and one
+that began on four may be resumed on one.
 """
 
 from __future__ import annotations
@@ -20,76 +20,86 @@ from ..errors import TrainingError
 
 
 def process_state() -> PartialState:
-    """The processes there are, as `accelerate launch` set them up.
+    """Return the processes there are, as `accelerate launch` set them up.
 
     Raises `TrainingError` for DeepSpeed, which brings a training loop of its own.
     """
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise TrainingError(
-            "DeepSpeed trains in its own loop. To spread weights, launch with --use_fsdp --fsdp_version 2."
+            "DeepSpeed trains in its own loop. To shard weights, launch with --use_fsdp --fsdp_version 2."
         )
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def describe_hardware(device: torch.device) -> str:
-    """What computes, in words."""
+    """Return in words what computes."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         threads = torch.get_num_threads()
-        name = f"{device.type.upper()} ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
+        plural = "s" if threads > 1 else ""
+        name = f"{device.type.upper()} ({platform.machine()}, {threads} thread{plural})"
     count = process_state().num_processes
     return f"{count} x {name}" if count > 1 else name
 
 
 def local_share(value: Any, count: int) -> Any:
-    """This process's part of everything that has `count` samples along its first dimension.
+    """Return this process's part of everything that has `count` samples along its first dimension.
 
-    Raises `TrainingError` for a batch that cannot be shared evenly.
+    Raises `TrainingError` for a batch that cannot be divided evenly.
     """
-    total = process_state().num_processes
-    if total == 1:
+    state = process_state()
+    if state.num_processes == 1:
         return value
-    if count % total:
-        raise TrainingError(f"A batch of {count} samples cannot be shared evenly by {total} processes.")
+    if count % state.num_processes:
+        raise TrainingError(
+            f"A batch of {count} samples cannot be divided evenly among {state.num_processes} processes."
+        )
     if isinstance(value, Mapping):
         return {name: local_share(item, count) for name, item in value.items()}
     if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
-        return value.chunk(total)[process_state().process_index]
+        return value.chunk(state.num_processes)[state.process_index]
     return value
 
 
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """The mean over processes."""
+    """Return the mean over processes."""
     return values if process_state().num_processes == 1 else reduce(values, "mean")
 
 
 def min_over_processes(value: int) -> int:
-    """The smallest over processes."""
-    if process_state().num_processes == 1:
+    """Return the smallest value of all processes."""
+    state = process_state()
+    if state.num_processes == 1:
         return value
-    return int(gather(torch.tensor([value], device=process_state().device)).min())
+    return int(gather(torch.tensor([value], device=state.device)).min())
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace gradients by their mean over processes; what got none on any process keeps none.
+    """Replace gradients by their mean over processes; a parameter without any on all processes still has none.
 
-    Those of spread weights are that already.
+    Gradients of sharded weights are such means already.
     """
     if process_state().num_processes == 1 or any(isinstance(parameter, DTensor) for parameter in parameters):
         return
-    flat = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
-    there = torch.tensor([float(p.grad is not None) for p in parameters], device=flat[0].device, dtype=flat[0].dtype)
-    *averaged, there = mean_over_processes(torch.cat([*flat, there])).split([*(len(f) for f in flat), len(there)])
-    for parameter, gradient, seen in zip(parameters, averaged, there.tolist(), strict=True):
+    gradients = []
+    for parameter in parameters:
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients.append(gradient.flatten())
+    flags = [float(parameter.grad is not None) for parameter in parameters]
+    has_gradient = torch.tensor(flags, device=gradients[0].device, dtype=gradients[0].dtype)
+    # One message for all of them.
+    together = mean_over_processes(torch.cat([*gradients, has_gradient]))
+    *averaged, has_gradient = together.split([*map(len, gradients), len(has_gradient)])
+    for parameter, gradient, seen in zip(parameters, averaged, has_gradient.tolist(), strict=True):
         parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if seen else None
 
 
 def is_main_process() -> bool:
-    """Whether this process writes files and shows bars."""
+    """Return whether this process writes files and shows bars."""
     return process_state().is_main_process
 
 
 def wait_for_all() -> None:
-    """Until every process is here."""
+    """Wait until every process is here."""
     process_state().wait_for_everyone()

@@ -1,8 +1,8 @@
-"""Weights spread over processes (FSDP2), as `accelerate launch --use_fsdp --fsdp_version 2` asks for.
+"""Weights sharded over processes (FSDP2), as `accelerate launch --use_fsdp --fsdp_version 2` asks for.
 
 The model that was given stays as it is, on the device it is on. A twin of it runs: at first the same weights in other
-modules, then each process's part of them, block by block. What was trained in the twin is brought back at the end, one
-tensor at a time. Checkpoints hold whole tensors, so a run that was begun on four processes may go on as one.
+modules, then each process's shard of them, block by block. What was trained in the twin is copied back at the end, one
+tensor at a time. Checkpoints hold full tensors, so a run that began on four processes may go on as one.
 """
 
 from __future__ import annotations
@@ -29,73 +29,75 @@ from ..injection.graft import Graft, get_graft
 from ..injection.install import disable, enable
 from . import distributed as processes
 
-UNABLE = ("Adafactor",)  # the norms of rows and columns that it takes in place are of whole tensors
+# Adafactor's norms of rows and columns, taken in place, are of full tensors.
+UNSHARDABLE_OPTIMIZERS = ("Adafactor",)
 
 
 def fsdp_plugin(optimizer: str = "AdamW") -> FullyShardedDataParallelPlugin | None:
-    """What accelerate was told about FSDP; None where weights stay whole: without it, and on one process.
+    """Return accelerate's settings of FSDP; None where weights are not sharded: without it, and on one process.
 
-    Raises `TrainingError` for what is not done here, an optimiser that needs whole tensors included.
+    Raises `TrainingError` for settings that are not supported, and for an optimizer that needs full tensors.
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP") or processes.process_state().num_processes == 1:
         return None
-    told = FullyShardedDataParallelPlugin()
-    if told.fsdp_version != 2:
-        raise TrainingError("Weights are spread by FSDP2, and FSDP1 was asked for: launch with --fsdp_version 2.")
-    if isinstance(told.cpu_offload, CPUOffloadPolicy):
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise TrainingError("Weights are sharded by FSDP2, and FSDP1 was asked for: launch with --fsdp_version 2.")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise TrainingError("Weights stay on the devices here: launch without --fsdp_offload_params.")
-    if told.activation_checkpointing:
+    if plugin.activation_checkpointing:
         raise TrainingError(
-            "Blocks are recomputed where the configuration says so: launch without --fsdp_activation_checkpointing, and set "
-            "FinetuneConfig.gradient_checkpointing=True."
+            "Blocks are recomputed where the configuration says so: launch without --fsdp_activation_checkpointing, "
+            "and set FinetuneConfig.gradient_checkpointing=True."
         )
-    if optimizer in UNABLE:
+    if optimizer in UNSHARDABLE_OPTIMIZERS:
         raise TrainingError(
-            f"torch.optim.{optimizer} cannot step with weights that are spread. Choose another, such as AdamW."
+            f"torch.optim.{optimizer} cannot step with weights that are sharded. Choose another, such as AdamW."
         )
-    return told
+    return plugin
 
 
 @contextmanager
 def shard(model: ModelMixin, sites: Sites, *, trained: bool = False) -> Iterator[ModelMixin]:
-    """The model itself, or a twin whose weights are spread; where they are `trained` inside, they are the model's
-    afterwards.
+    """Give the model itself, or a twin with sharded weights; weights `trained` inside are the model's afterwards.
 
-    They are so after a `TrainingError` too, which all processes meet together. After anything else the model has the
-    weights
-    it came with: only the checkpoints know better.
+    They are so after a `TrainingError` too, which all processes meet together. After any other error the model has the
+    weights it came with, and the checkpoints hold the others.
 
-    Raises `TrainingError` for weights that cannot be spread together.
+    Raises `TrainingError` for weights that cannot be sharded together.
     """
-    if (told := fsdp_plugin()) is None:
+    plugin = fsdp_plugin()
+    if plugin is None:
         yield model
         return
-    twin = _sharded(_twin(model, trained), sites, told)
+    twin = _shard_blocks(_make_twin(model, trained), sites, plugin)
     try:
         yield twin
     except TrainingError:
-        _bring_back(twin, model, trained)
+        _copy_back(twin, model, trained)
         raise
-    _bring_back(twin, model, trained)
+    _copy_back(twin, model, trained)
 
 
 def shard_original(model: ModelMixin, sites: Sites) -> ModelMixin | None:
-    """A spread twin of what a grafted model was before; None where weights are whole, which can be changed in their
-    place.
+    """Return a sharded twin of the model without its graft.
+
+    None where weights are not sharded: those can be exchanged in their place.
     """
-    if (told := fsdp_plugin()) is None:
+    plugin = fsdp_plugin()
+    if plugin is None:
         return None
     disable(model)
     try:
-        return _sharded(_twin(model, False), sites, told)
+        return _shard_blocks(_make_twin(model, trained=False), sites, plugin)
     finally:
         enable(model)
 
 
 @contextmanager
 def seats_beside(graft: Graft, model: ModelMixin, teacher: ModelMixin) -> Iterator[None]:
-    """New parts on the device of their teacher, where that is a twin of the model and may be elsewhere."""
-    moved = list(graft.seats.values()) if teacher is not model else []
+    """Move new parts to the device of their teacher inside, where that is a twin of the model."""
+    moved = [] if teacher is model else list(graft.seats.values())
     try:
         for seat in moved:
             seat.to(teacher.device)
@@ -106,33 +108,42 @@ def seats_beside(graft: Graft, model: ModelMixin, teacher: ModelMixin) -> Iterat
 
 
 def find_blocks(model: ModelMixin, sites: Sites) -> list[str]:
-    """Paths of the outermost blocks that sites lie in; none where they lie in no list of blocks."""
-    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    found = [
-        f"{path}.{number}"
-        for path in lists
-        for number in range(len(model.get_submodule(path)))
-        if any(f"{site.path}.".startswith(f"{path}.{number}.") for site in sites)
-    ]
-    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    """Return the paths of the outermost blocks that sites lie in; none where they lie in no list of blocks."""
+    found = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        for number in range(len(module)):
+            block = f"{path}.{number}."
+            if any(f"{site.path}.".startswith(block) for site in sites):
+                found.append(block)
+    outermost = [path for path in found if not any(path != other and path.startswith(other) for other in found)]
+    return [path.removesuffix(".") for path in outermost]
 
 
-def _twin(model: ModelMixin, trained: bool) -> ModelMixin:
-    """Other modules over the same weights, frozen unless they are to be trained."""
+def _make_twin(model: ModelMixin, trained: bool) -> ModelMixin:
+    """Copy the modules over the same weights, frozen unless they are to be trained."""
     graft = get_graft(model)
-    parts = [model, *(graft.seats.values() if graft else ()), *(graft.originals.values() if graft else ())]
-    known: dict[int, Any] = {id(tensor): tensor for tensor in (graft.body.values() if graft else ())}
-    for parameter in (parameter for part in parts for parameter in part.parameters()):
-        learns = trained and parameter.requires_grad
-        known.setdefault(id(parameter), nn.Parameter(parameter.detach().contiguous(), requires_grad=learns))
+    modules: list[nn.Module] = [model]
+    known: dict[int, Any] = {}
+    if graft is not None:
+        # The twin refers to the graft, whose tensors are not copied either.
+        modules += [*graft.seats.values(), *graft.originals.values()]
+        known = {id(tensor): tensor for tensor in graft.body.values()}
+    for module in modules:
+        for parameter in module.parameters():
+            is_trained = trained and parameter.requires_grad
+            twin = nn.Parameter(parameter.detach().contiguous(), requires_grad=is_trained)
+            known.setdefault(id(parameter), twin)
     return copy.deepcopy(model, known)
 
 
-def _sharded(twin: ModelMixin, sites: Sites, told: FullyShardedDataParallelPlugin) -> ModelMixin:
-    """Each block for itself, and the rest together."""
-    if len(dtypes := {str(parameter.dtype) for parameter in twin.parameters() if parameter.requires_grad}) > 1:
+def _shard_blocks(twin: ModelMixin, sites: Sites, plugin: FullyShardedDataParallelPlugin) -> ModelMixin:
+    """Shard each block on its own, and the rest together."""
+    dtypes = {str(parameter.dtype) for parameter in twin.parameters() if parameter.requires_grad}
+    if len(dtypes) > 1:
         raise TrainingError(
-            f"Weights that are trained while spread are of one dtype, and these are of {' and '.join(sorted(dtypes))}: "
+            f"Weights that are trained while sharded are of one dtype, and these are of {' and '.join(sorted(dtypes))}: "
             'call model.to(torch.float32), with precision="bf16" for speed.'
         )
     mesh = init_device_mesh(processes.process_state().device.type, (processes.process_state().num_processes,))
@@ -141,50 +152,49 @@ def _sharded(twin: ModelMixin, sites: Sites, told: FullyShardedDataParallelPlugi
         # DiT calls the embedding of its first block from outside that block.
         embeds_labels = any(isinstance(child, LabelEmbedding) for child in module.children())
         if embeds_labels or id(module) in blocks or module is twin:
-            fully_shard(module, mesh=mesh, reshard_after_forward=told.reshard_after_forward)
+            fully_shard(module, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
     return twin
 
 
 @torch.no_grad()
-def _bring_back(twin: ModelMixin, model: ModelMixin, trained: bool) -> None:
+def _copy_back(twin: ModelMixin, model: ModelMixin, trained: bool) -> None:
     if not trained:
         return
-    for home, own in zip(model.parameters(), twin.parameters(), strict=True):
-        if own.requires_grad:
-            home.copy_(full_tensor(own))
+    for home, parameter in zip(model.parameters(), twin.parameters(), strict=True):
+        if parameter.requires_grad:
+            home.copy_(full_tensor(parameter))
     for home, buffer in zip(model.buffers(), twin.buffers(), strict=True):
         home.copy_(buffer)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor put together; every process has to ask."""
+    """Return a tensor with all its shards; every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_state(state: Any) -> Any:
-    """A nested state with whole tensors, in the host's memory of the process that writes; the others get nothing."""
+    """Return a nested state with full tensors, in the host's memory of the process that writes; others get nothing."""
 
-    def together(tensor: DTensor) -> torch.Tensor:
-        all_of_it = tensor.full_tensor()
-        return all_of_it.cpu() if processes.is_main_process() else all_of_it.new_empty(0)
+    def gather(tensor: DTensor) -> torch.Tensor:
+        full = tensor.full_tensor()
+        return full.cpu() if processes.is_main_process() else full.new_empty(0)
 
-    return tree_map_only(DTensor, together, state)
+    return tree_map_only(DTensor, gather, state)
 
 
 def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A whole tensor spread as a parameter is; one of another shape, such as a count of steps, as it is."""
-    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+    """Shard a full tensor as a parameter is; one of another shape, such as a count of steps, is returned as it is."""
+    if isinstance(value, DTensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def shard_optimizer_state(state: Mapping[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
-    """The whole state of an optimiser, each tensor spread as its parameter is."""
-    spread_out = {
-        number: {
-            name: shard_like(value, parameters[number]) if isinstance(value, torch.Tensor) else value
-            for name, value in own.items()
-        }
-        for number, own in state["state"].items()
-    }
-    return {**state, "state": spread_out}
+    """Shard the full state of an optimizer, each tensor as its parameter is."""
+    sharded: dict[Any, dict[str, Any]] = {}
+    for number, values in state["state"].items():
+        sharded[number] = {}
+        for name, value in values.items():
+            is_tensor = isinstance(value, torch.Tensor)
+            sharded[number][name] = shard_like(value, parameters[number]) if is_tensor else value
+    return {**state, "state": sharded}

@@ -1,11 +1,13 @@
-"""Parameters and what moves them: optimiser, schedule, clipping, scaling, an average. Both stages step with it."""
+"""Optimizer of a stage: schedule, clipping, loss scaling, float32 master weights and a moving average."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from ..errors import TrainingError
@@ -14,25 +16,28 @@ from .distributed import average_gradients
 from .fsdp import full_tensor, gather_state, shard_like, shard_optimizer_state
 
 
-def mixed(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision on a device, or none.
+def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
+    """Return a context of mixed precision on a device, or of none.
 
-    Without autocast's cache: weights cast without gradients would be used again with them.
+    Autocast's cache is off: weights that were cast without gradients would be used again where gradients are needed.
     """
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, kind, enabled=kind is not None, cache_enabled=False)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 class StageOptimizer:
-    """One optimiser over some parameters.
+    """One optimizer over some parameters.
 
-    A step is: `backward` for every batch of it, `gather` (which tells whether the gradients can be used), `step`.
+    A step is: `backward` for every batch of it, `clip_gradients` (whose norm shows whether they can be used), `step`.
 
     Attributes:
-        average: exponential moving averages of the parameters, empty where there is no decay.
-        done: steps taken.
+        parameters: of the model.
+        masters: the weights that the optimizer moves. Those of parameters in bfloat16 are copies in float32, since
+            bfloat16 has three digits and a small step would be rounded away; others are the parameters themselves.
+        average: exponential moving average of the masters (diffusers' `EMAModel`), None without a decay.
+        steps_done: optimizer steps so far.
 
-    Raises `TrainingError` for weights that the precision cannot train.
+    Raises `TrainingError` for weights in float16.
     """
 
     def __init__(
@@ -43,62 +48,133 @@ class StageOptimizer:
         lr_scale: float = 1.0,
         ema_decay: float = 0.0,
     ):
-        self.parameters, self.config, self.ema_decay, self.done = list(parameters), config, ema_decay, 0
+        self.parameters = list(parameters)
+        self.config = config
+        self.steps_done = 0
         if any(parameter.dtype == torch.float16 for parameter in self.parameters):
             raise TrainingError(
                 "Weights in float16 cannot be trained, since small steps and gradients are zero there: call "
                 'model.to(torch.float32) first, with precision="fp16" or "bf16" for speed.'
             )
-        self.lr, self.factor = config.lr * lr_scale, config.lr_factors()
-        self.optimizer = config.make_optimizer(self.parameters, self.lr)
-        # In float32 at least: to bfloat16, which has three digits, a share of a thousandth would add nothing.
-        averaged = self.parameters if ema_decay else []
-        self.average = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in averaged]
+        self.masters = [_make_master(parameter) for parameter in self.parameters]
+        self.lr = config.lr * lr_scale
+        self.lr_factor = config.lr_factors()
+        self.optimizer = config.make_optimizer(self.masters, self.lr)
+        self.average = EMAModel(self.masters, decay=ema_decay, foreach=True) if ema_decay else None
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=config.precision == "fp16")
+
+    @property
+    def current_lr(self) -> float:
+        """Learning rate of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of one batch."""
         self.scaler.scale(loss / self.config.accumulate).backward()
+        for parameter, master in self._copies():
+            if parameter.grad is None:
+                continue
+            # Accumulated in float32, where small gradients are not lost beside large ones.
+            gradient = parameter.grad.float()
+            master.grad = gradient if master.grad is None else master.grad + gradient
+            parameter.grad = None
 
-    def gather(self) -> torch.Tensor:
-        """Gradients averaged over processes and clipped; their norm before that, 0 where the scaler looks after it."""
-        average_gradients(self.parameters)
+    def clip_gradients(self) -> torch.Tensor:
+        """Average gradients over processes and clip them; returns their norm before that.
+
+        The norm is 0 where the loss is scaled, since the scaler looks after gradients that are not finite.
+        """
+        average_gradients(self.masters)
         self.scaler.unscale_(self.optimizer)
-        norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm))
         return torch.zeros_like(norm) if self.scaler.is_enabled() else norm.detach()
 
     def step(self) -> None:
-        """Move the parameters, then the average."""
+        """Move the weights, then their average."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * self.factor(self.done)
+            group["lr"] = self.lr * self.lr_factor(self.steps_done)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.clear()
-        self.done += 1
-        if self.average:
-            decay = min(self.ema_decay, self.done / (self.done + 9))
-            now = [p.detach().to(a.dtype) for p, a in zip(self.parameters, self.average, strict=True)]
-            torch._foreach_lerp_(self.average, now, 1 - decay)
+        self.clear_gradients()
+        self._copy_masters()
+        self.steps_done += 1
+        if self.average is not None:
+            self.average.step(self.masters)
 
-    def clear(self) -> None:
-        """Drop the gradients."""
+    def clear_gradients(self) -> None:
+        """Remove all gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def result(self) -> list[torch.Tensor]:
+        """Return the weights that training gives: the average, or the masters."""
+        if self.average is not None:
+            return self.average.shadow_params
+        return [master.detach() for master in self.masters]
 
     @torch.no_grad()
-    def take(self, values: Sequence[torch.Tensor]) -> None:
-        """Set the parameters."""
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(shard_like(value, parameter))
+    def set_weights(self, values: Sequence[torch.Tensor]) -> None:
+        """Set masters and parameters."""
+        for master, value in zip(self.masters, values, strict=True):
+            master.copy_(shard_like(value, master))
+        self._copy_masters()
+
+    @contextmanager
+    def using_result(self) -> Iterator[None]:
+        """Put the average into the parameters inside, where there is one."""
+        if self.average is None:
+            yield
+            return
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        _copy(self.average.shadow_params, self.parameters)
+        try:
+            yield
+        finally:
+            _copy(before, self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
-        """With whole tensors, also where weights are spread over processes; every process has to ask."""
-        state = {"parameters": self.parameters, "average": self.average, "optimizer": self.optimizer.state_dict()}
-        return {**gather_state(state), "scaler": self.scaler.state_dict(), "done": self.done}
+        """Return the state with full tensors; where weights are sharded, all processes have to call it together."""
+        state = {
+            "masters": [master.detach() for master in self.masters],
+            "average": [] if self.average is None else self.average.shadow_params,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        return {**gather_state(state), "scaler": self.scaler.state_dict(), "steps_done": self.steps_done}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.take(state["parameters"])
-        for average, saved in zip(self.average, state["average"], strict=True):
-            average.copy_(shard_like(saved, average))
-        self.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], self.parameters))
+        """Load what `state_dict` returned."""
+        self.set_weights(state["masters"])
+        if self.average is not None:
+            for shadow, saved in zip(self.average.shadow_params, state["average"], strict=True):
+                shadow.copy_(shard_like(saved, shadow))
+            self.average.optimization_step = state["steps_done"]
+        ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], ordered))
         self.scaler.load_state_dict(state["scaler"])
-        self.done = state["done"]
+        self.steps_done = state["steps_done"]
+
+    def _copies(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Yield the parameters whose masters are copies, with these."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                yield parameter, master
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for parameter, master in self._copies():
+            parameter.copy_(master)
+
+
+def _make_master(parameter: nn.Parameter) -> nn.Parameter:
+    """Return a float32 copy of a parameter in bfloat16, and any other parameter itself."""
+    if parameter.dtype != torch.bfloat16:
+        return parameter
+    return nn.Parameter(parameter.detach().float())
+
+
+@torch.no_grad()
+def _copy(values: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter]) -> None:
+    for value, parameter in zip(values, parameters, strict=True):
+        parameter.copy_(value)

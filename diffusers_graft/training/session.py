@@ -1,11 +1,13 @@
-"""A run as people see it: bar, `training.jsonl`, trackers, callbacks, and checkpoints to continue from."""
+"""Session of a run: progress bar, log lines, `training.jsonl`, trackers, callbacks, and checkpoints to resume from."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,180 +16,276 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm.auto import tqdm
 
 from ..errors import FileError, StateError
-from .callbacks import CallbackArguments, Callbacks, RunState
-from .checkpoint import Checkpoints
+from .callbacks import CallbackArguments, Callbacks, RunControl, RunState
+from .checkpoint import CHECKPOINTS, Checkpoints, find_checkpoints, load_checkpoint, set_run_aside
 from .config import TrainingConfig, require_one_of
 from .distributed import describe_hardware, is_main_process, min_over_processes
+from .identity import UNVERIFIED, find_differences, flatten
 from .metrics_log import COST_FIELDS, append_row, drop_rows_after
 
 logger = logging.getLogger(__name__)
-PARTS = ("step", "seconds", "samples", "identity", "state")  # of a checkpoint
-STAGES = ("one", "two")  # the second goes on from the first
-CHECKPOINTS = ".checkpoints"  # of the machine that trains: a push to the Hub leaves out what begins with a dot
+
+STAGES = ("one", "two")
+_PARTS = ("step", "seconds", "samples", "identity", "outcome", "state")
+_MOST_DIFFERENCES = 3
 
 
 class Session:
-    """One stage on its way.
+    """Everything of a run that is seen or stored; the loop calls it.
 
     Args:
-        identity: whatever decides the weights; a checkpoint of another one is refused.
-        device: that it runs on.
-        folder: for `training.jsonl` and `.checkpoints`; None keeps nothing on disk.
+        stage: `"one"` or `"two"`.
+        identity: everything that decides the weights (`training.identity.describe_run`); a checkpoint of another run
+            is refused.
+        device: of the run.
+        folder: for `training.jsonl` and `.checkpoints`; nothing is written without it.
+        resume: whether to go on from the newest checkpoint of `folder`, or the path of a checkpoint.
         callbacks: see `diffusers_graft.training.callbacks.Callbacks`.
-        model, held_out: that callbacks are shown.
+        model, held_out: given to callbacks.
+
+    Attributes:
+        checkpoint: state of the stage to resume from, None where it starts anew.
+        state: steps, samples and seconds so far.
+
+    Raises:
+        StateError: resuming without a folder, or from a checkpoint of another run.
+        FileError: no checkpoint at the path to resume from, or only damaged ones.
+        UnknownNameError: a tracker that is not installed.
     """
 
     def __init__(
         self,
         stage: str,
         config: TrainingConfig,
-        identity: Any,
+        identity: dict[str, Any],
         device: torch.device,
         *,
         folder: str | Path | None = None,
+        resume: bool | str | Path = False,
         callbacks: Iterable[Any] = (),
         model: torch.nn.Module | None = None,
-        held_out: list[Any] | None = None,
+        held_out: Sequence[Any] | None = None,
     ):
-        self.config, self.state = config, RunState(stage, config.steps)
-        arguments = CallbackArguments(
-            config, None if folder is None else str(folder), has_evaluation=held_out is not None
-        )
-        self.callbacks = Callbacks(callbacks, arguments, self.state, model=model, eval_dataloader=held_out)
-        self.identity, self.hardware = json.loads(json.dumps(identity)), describe_hardware(device)
+        self.config = config
+        # As it comes back from a checkpoint, where tuples are lists.
+        self.identity = json.loads(json.dumps(identity))
+        self.hardware = describe_hardware(device)
         self.folder = None if folder is None else Path(folder)
-        self.checkpoints = None if folder is None else Checkpoints(self.folder / CHECKPOINTS, stage, config.keep)
+        self.state = RunState(stage, config.steps)
+        output_dir = None if folder is None else str(folder)
+        arguments = CallbackArguments(config, output_dir, has_evaluation=held_out is not None)
+        self.callbacks = Callbacks(callbacks, arguments, self.state, model=model, eval_dataloader=held_out)
         self.trackers: list[Any] = []
-        self._wanted = () if folder is None else _wanted(config)
+        self._tracker_names = [] if folder is None else _choose_trackers(config)
+        self._began = time.perf_counter()
+        self._first_step = 0
+        self._saved_step: int | None = None
+        self._resumed_from: Path | None = None
+        self.checkpoint = self._load_checkpoint(resume)
         if config.warmup >= config.steps and is_main_process():
-            told = (config.warmup, config.steps, config.lr)
-            logger.warning("A warm-up of %d steps out of %d: the learning rate stays below %g.", *told)
-        self._began, self._logged, self._saved = time.perf_counter(), 0, 0
-
-    def resume(self, load: Callable[[dict[str, Any]], None]) -> bool:
-        """Continue from the last checkpoint, whose state `load` takes; whether there was one.
-
-        Raises `StateError` without a folder, or for a checkpoint of another run.
-        """
-        if self.checkpoints is None:
-            raise StateError("There is nothing to resume from: give the output_dir that the interrupted run wrote to.")
-        steps = self.checkpoints.steps()
-        if not steps:
-            return False
-        saved = self.checkpoints.load(steps[-1], PARTS)
-        if other := _differences(saved["identity"], self.identity):
-            raise StateError(
-                f"The checkpoint in {self.checkpoints.path(steps[-1])} was made by another run: {other}. Resume with the same "
-                "settings, or give another output_dir."
+            logger.warning(
+                "A warm-up of %d steps out of %d: the learning rate stays below %g.",
+                config.warmup,
+                config.steps,
+                config.lr,
             )
-        load(saved["state"])
-        self.state.global_step = self._saved = saved["step"]
-        self.state.seconds, self.state.samples = saved["seconds"], saved["samples"]
-        self._logged = saved["step"] // self.config.log_every
-        self._began -= saved["seconds"]
-        return True
 
-    def begin(self, steps: int) -> None:
-        """Open what is written to; `steps` lie ahead in all. A stage that starts anew drops the checkpoints of runs
-        before it.
+    @property
+    def control(self) -> RunControl:
+        """Requests of callbacks for this step."""
+        return self.callbacks.control
 
-        Raises `FileError` for a folder that cannot be written to.
+    def _load_checkpoint(self, resume: bool | str | Path) -> dict[str, Any] | None:
+        """Return the state in the newest checkpoint that is not damaged, None where there is no checkpoint."""
+        paths = find_checkpoints(resume, self.folder, self.state.stage)
+        for number, path in enumerate(paths, 1):
+            try:
+                saved = load_checkpoint(path, _PARTS)
+            except FileError as error:
+                if number == len(paths):
+                    raise
+                logger.warning("%s Resuming from the one before.", error)
+                continue
+            self._require_same_run(path, saved)
+            self.state.global_step = saved["step"]
+            self.state.seconds = saved["seconds"]
+            self.state.samples = saved["samples"]
+            self._first_step = saved["step"]
+            self._saved_step = saved["step"]
+            self._resumed_from = path
+            self._began -= saved["seconds"]
+            return saved["state"]
+        return None
+
+    def _require_same_run(self, path: Path, saved: dict[str, Any]) -> None:
+        """Raise `StateError` for a checkpoint of another run; differences that may be on purpose are reported."""
+        before = dict(saved["identity"])
+        now = dict(self.identity)
+        reported = find_differences(before.pop(UNVERIFIED, {}), now.pop(UNVERIFIED, {}))
+        differences = find_differences(before, now)
+        if saved["outcome"] == "complete" and now["config"]["steps"] > before["config"]["steps"]:
+            # A run that has finished may be extended.
+            differences.pop("config.steps")
+        if saved["outcome"] == "failed":
+            # The error said to look at the data, or to lower the learning rate.
+            for name in [name for name in differences if name.startswith("data.") or name == "config.lr"]:
+                reported[name] = differences.pop(name)
+        if differences:
+            words = list(differences.values())[:_MOST_DIFFERENCES]
+            raise StateError(
+                f"The checkpoint in {path} was made by another run: {', '.join(words)}. Resume with the same settings, "
+                "data and model, or give another output_dir."
+            )
+        if reported and is_main_process():
+            logger.warning(
+                "Resuming from %s, although %s. Give the same as before, unless this is on purpose.",
+                path,
+                ", ".join(reported.values()),
+            )
+
+    def start(self, max_steps: int) -> None:
+        """Open the bar, files and trackers of a run of `max_steps` steps.
+
+        A run that starts anew moves the checkpoints of an earlier one aside. Raises `FileError` for a folder that
+        cannot be written to.
         """
-        one, self.state.max_steps = self.state, steps
+        self.state.max_steps = max_steps
+        self._session_began = time.perf_counter()
         self.bar = tqdm(
-            total=one.max_steps,
-            initial=one.global_step,
-            desc=f"stage {one.stage}",
+            total=max_steps,
+            initial=self.state.global_step,
+            desc=f"stage {self.state.stage}",
             unit="step",
+            # None shows a bar on a terminal alone.
             disable=None if self.config.progress and is_main_process() else True,
         )
         if self.folder is not None and is_main_process():
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._forget_what_is_ahead()
+                self._open_folder(self.folder)
             except OSError as error:
                 raise FileError(
                     f"The output_dir {self.folder} cannot be written to: {error}. Give another one."
                 ) from error
-            self.trackers = [_tracker(name, self.config, self.folder, f"stage-{one.stage}") for name in self._wanted]
         self.callbacks.call("on_train_begin")
 
-    def _forget_what_is_ahead(self) -> None:
-        """Rows of steps that will be done again; checkpoints of another run, from which a later `resume` would go on."""
-        one = self.state
-        drop_rows_after(self.folder, one.stage, one.global_step)
-        for stage in STAGES[STAGES.index(one.stage) :] if one.global_step == 0 else ():
-            Checkpoints(self.folder / CHECKPOINTS, stage, self.config.keep).drop()
+    def _open_folder(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        stage = self.state.stage
+        if self._resumed_from is None or self._resumed_from.parent.resolve() != (folder / CHECKPOINTS).resolve():
+            # Stage two goes on from stage one, so its checkpoints are of the same earlier run.
+            aside = set_run_aside(folder, STAGES[STAGES.index(stage) :])
+            if aside is not None:
+                logger.warning(
+                    "%s holds checkpoints of an earlier run. They are now in %s, with what that run had saved: resume "
+                    "from there, or remove that folder.",
+                    folder,
+                    aside,
+                )
+        drop_rows_after(folder, stage, self.state.global_step)
+        self.trackers = [_make_tracker(name, self.config, folder, f"stage-{stage}") for name in self._tracker_names]
 
-    def advance(
-        self, step: int, values: Callable[[], dict[str, Any]], *, samples: int, epoch: float | None = None
-    ) -> bool:
-        """After a step: log where it is time to; whether to go on.
+    def end_step(self, step: int, samples: int, epoch: float | None) -> None:
+        """Count a step and call `on_step_end`.
 
         Args:
-            values: what to log; only called then.
-            samples: of one step, all processes together.
+            step: number of the step, from 1.
+            samples: of the step, all processes together.
             epoch: how often the training set was read.
         """
-        one, before = self.state, self.state.global_step
-        one.global_step, one.seconds = step, time.perf_counter() - self._began
-        one.samples += samples * (step - before)
-        self.bar.update(step - before)
-        one.epoch = epoch
-        control = self.callbacks.control
-        control.clear()
+        self.state.global_step = step
+        self.state.seconds = time.perf_counter() - self._began
+        self.state.samples += samples
+        self.state.epoch = epoch
+        self.bar.update()
+        self.control.clear()
         self.callbacks.call("on_step_end")
-        control = self.callbacks.control
-        due = step // self.config.log_every > self._logged or step >= one.max_steps
-        if due or control.should_log:
-            self._logged = step // self.config.log_every
-            self.log({**values(), "samples_per_second": round(one.samples / max(one.seconds, 1e-9), 2)})
-        return not control.should_training_stop
 
-    def log(self, values: dict[str, Any]) -> None:
-        """A row for the journal, the bar, trackers and callbacks."""
-        row = {"stage": self.state.stage, "step": self.state.global_step, **self.costs(), **values}
-        self.state.log_history.append(row)
-        plain = {name: value for name, value in flat(values).items() if isinstance(value, int | float)}
-        self.bar.set_postfix({name: f"{value:.4g}" for name, value in plain.items() if "." not in name})
+    @property
+    def is_log_due(self) -> bool:
+        """Whether this step is logged."""
+        step = self.state.global_step
+        return step % self.config.log_every == 0 or step >= self.state.max_steps or self.control.should_log
+
+    @property
+    def is_save_due(self) -> bool:
+        """Whether a checkpoint is saved after this step, or after the next one that can be resumed from."""
+        steps = self.state.global_step - (self._saved_step or 0)
+        return self.folder is not None and (steps >= self.config.save_every or self.control.should_save)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Log losses: a row of `training.jsonl`, the bar or a line, trackers and callbacks."""
+        state = self.state
+        speed = round(state.samples / max(state.seconds, 1e-9), 2)
+        metrics = {**metrics, "samples_per_second": speed}
+        row = {"stage": state.stage, "step": state.global_step, **self.costs(), **metrics}
+        state.log_history.append(row)
+        numbers = {name: value for name, value in flatten(metrics).items() if isinstance(value, int | float)}
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items() if "." not in name})
+        if is_main_process() and state.global_step % self.config.log_every == 0:
+            self._write_line(metrics)
         if self.folder is not None and is_main_process():
             append_row(self.folder, row)
         for tracker in self.trackers:
-            tracker.log(
-                {f"{self.state.stage}/{name}": value for name, value in plain.items()}, step=self.state.global_step
-            )
+            tracker.log({f"{state.stage}/{name}": value for name, value in numbers.items()}, step=state.global_step)
         self.callbacks.call("on_log", logs=dict(row))
 
+    def _write_line(self, metrics: Mapping[str, Any]) -> None:
+        """Write loss, rate and time left to the program's log, or to stderr where there is neither log nor bar."""
+        state = self.state
+        seconds_per_step = (time.perf_counter() - self._session_began) / (state.global_step - self._first_step)
+        left = datetime.timedelta(seconds=round(seconds_per_step * (state.max_steps - state.global_step)))
+        line = (
+            f"stage {state.stage}: step {state.global_step} of {state.max_steps}, loss {metrics['loss']:.4g}, "
+            f"lr {metrics['lr']:.3g}, {metrics['samples_per_second']:g} samples/s, {left} left"
+        )
+        if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
+            logger.info(line)
+        elif self.config.progress and self.bar.disable:
+            tqdm.write(line, file=sys.stderr)
+
+    def report_evaluation(self, losses: Mapping[str, float] | None) -> None:
+        """Call `on_evaluate` with losses on held-out batches, where there are some."""
+        if losses is not None:
+            self.callbacks.report_evaluation(losses)
+
     def costs(self) -> dict[str, Any]:
-        """What was spent so far, and on what."""
-        return dict(zip(COST_FIELDS, (self.state.samples, round(self.state.seconds, 2), self.hardware), strict=True))
+        """Return samples, seconds and hardware so far."""
+        values = (self.state.samples, round(self.state.seconds, 2), self.hardware)
+        return dict(zip(COST_FIELDS, values, strict=True))
 
-    def due(self) -> bool:
-        """Whether it is time for a checkpoint, or a callback asked for one."""
-        if self.checkpoints is None:
-            return False
-        return self.callbacks.control.should_save or self.state.global_step - self._saved >= self.config.save_every
+    def save(self, make_state: Callable[[], dict[str, Any]], outcome: str = "running") -> None:
+        """Write a checkpoint, where there is a folder for it and none of this step.
 
-    def save(self, make: Callable[[], dict[str, Any]]) -> None:
-        """Write a checkpoint of the state that `make` tells, and its step, where there is a folder for it.
+        Args:
+            make_state: returns the state of the stage; called on every process, since sharded weights are gathered.
+            outcome: `"running"`, `"complete"` where all steps are done, or `"failed"` after an error.
 
-        Raises `FileError` where it cannot be written: on every process, since none may wait for another that has given
-            up.
+        Raises `FileError` where it cannot be written, on every process: none may wait for another that has given up.
         """
-        if self.checkpoints is None:
+        step = self.state.global_step
+        if self.folder is None or step == self._saved_step:
             return
-        state, failure = make(), None
-        step = self._saved = state["step"]
+        state = make_state()
+        failure = None
         if is_main_process():
-            spent = {"seconds": time.perf_counter() - self._began, "samples": self.state.samples}
+            checkpoint = {
+                "step": state["step"],
+                "seconds": time.perf_counter() - self._began,
+                "samples": self.state.samples,
+                "identity": self.identity,
+                "outcome": outcome,
+                "state": state,
+            }
             try:
-                self.checkpoints.save(step, {"step": step, **spent, "identity": self.identity, "state": state})
+                checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.state.stage, self.config.keep)
+                checkpoints.save(state["step"], checkpoint)
             except FileError as error:
                 failure = error
         if not min_over_processes(int(failure is None)):
             raise failure or FileError(
                 f"The checkpoint of step {step} could not be written; the first process says why."
             )
+        self._saved_step = step
         self.callbacks.call("on_save")
 
     def end(self) -> None:
@@ -199,54 +297,28 @@ class Session:
 
 
 def has_checkpoint(folder: str | Path | None, stage: str) -> bool:
-    """Whether a folder holds a checkpoint of a stage."""
-    return folder is not None and bool(Checkpoints(Path(folder) / CHECKPOINTS, stage, 1).steps())
+    """Return whether a folder holds a checkpoint of a stage."""
+    return folder is not None and bool(find_checkpoints(True, folder, stage))
 
 
-def random_state(generator: torch.Generator, device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of all randomness of a run."""
-    state = {"noise": generator.get_state(), "torch": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def restore_random_state(state: dict[str, torch.Tensor], generator: torch.Generator, device: torch.device) -> None:
-    """Bring randomness back to a state."""
-    generator.set_state(state["noise"])
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted names, those of lists under numbers."""
-    rows: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = dict(enumerate(value)) if isinstance(value, list) else value
-        rows |= flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {f"{prefix}{name}": value}
-    return rows
-
-
-def _differences(saved: Any, now: Any) -> str:
-    one, other = flat({"run": saved}), flat({"run": now})
-    names = [name for name in one | other if one.get(name) != other.get(name)]
-    return ", ".join(
-        f"{name.removeprefix('run.')} was {one.get(name)!r} and is {other.get(name)!r}" for name in names[:3]
-    )
-
-
-def _wanted(config: TrainingConfig) -> Iterable[str]:
-    """Names of trackers. Raises `UnknownNameError` for one that is not installed."""
+def _choose_trackers(config: TrainingConfig) -> list[str]:
+    """Return the trackers to use. Raises `UnknownNameError` for one that is not installed."""
     installed = [str(tracker) for tracker in get_available_trackers()]
-    for one in config.trackers or ():
-        require_one_of("installed tracker", one, installed)
-    return {"tensorboard"} & set(installed) if config.trackers is None else config.trackers
+    if config.trackers is None:
+        return [name for name in installed if name == "tensorboard"]
+    for name in config.trackers:
+        require_one_of("installed tracker", name, installed)
+    return list(config.trackers)
 
 
-def _tracker(kind: str, config: TrainingConfig, folder: Path, name: str) -> Any:
+def _make_tracker(kind: str, config: TrainingConfig, folder: Path, name: str) -> Any:
     cls = LOGGER_TYPE_TO_CLASS[kind]
     tracker = cls(name, logging_dir=folder / "logs") if cls.requires_logging_directory else cls(name)
+    # Trackers of newer releases of accelerate open their files in a call of their own.
     if hasattr(tracker, "start"):
         tracker.start()
-    settings = flat(config.to_dict()).items()
-    tracker.store_init_configuration({key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings})
+    plain = {}
+    for key, value in flatten(config.to_dict()).items():
+        plain[key] = value if isinstance(value, bool | int | float) else str(value)
+    tracker.store_init_configuration(plain)
     return tracker

@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig
 
 import diffusers_graft as dg
+from diffusers_graft.core import storage
 from diffusers_graft.errors import FileError, StateError, TrainingError, UnknownNameError
-from diffusers_graft.training import checkpoint
 from diffusers_graft.training.checkpoint import Checkpoints
 from diffusers_graft.training.metrics_log import read_metrics
 
@@ -59,15 +59,15 @@ def test_killed_while_a_checkpoint_is_written_it_takes_the_one_before(tmp_path, 
     class Cut(BaseException):
         pass
 
-    def cut(tensors, path):
+    def cut(tensors, path, **_):
         path.write_bytes(b"half")
         raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", cut)
+        patch.setattr(storage, "save_file", cut)
         with pytest.raises(Cut):
             saved.save(2, {"weights": torch.zeros(3)})
-    assert any(tmp_path.glob(".unfinished*/*"))
+    (tmp_path / ".saving-stage-one-00000002").mkdir()  # as a process leaves it that was killed there
     assert saved.steps() == [1]
     assert torch.equal(saved.load(1)["weights"], torch.ones(3))
     saved.save(2, {"weights": torch.zeros(3)})
@@ -78,12 +78,12 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_stays(tmp_path, 
     saved = Checkpoints(tmp_path, "two", keep=1)
     saved.save(10, {"weights": torch.ones(3)})
 
-    def full(tensors, path):
+    def full(tensors, path, **_):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(storage, "save_file", full)
         with pytest.raises(FileError, match=r"step 20 .* disk is full .* step 10 is intact"):
             saved.save(20, {"weights": torch.zeros(3)})
     assert [path.name for path in tmp_path.iterdir()] == ["stage-two-00000010"]
@@ -92,16 +92,16 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_stays(tmp_path, 
 
 @pytest.mark.parametrize("stage", ["one", "two"])
 def test_a_run_ends_at_a_full_disk_and_goes_on_when_there_is_room(stage, tmp_path, monkeypatch):
-    save_file = checkpoint.save_file
+    save_file = storage.save_file
 
-    def full(tensors, path):
+    def full(tensors, path, **more):
         if saved.steps():
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path)
+        save_file(tensors, path, **more)
 
     saved = Checkpoints(tmp_path / ".checkpoints", stage, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(storage, "save_file", full)
         with pytest.raises(
             FileError, match=r"disk is full .* step 2 is intact; make room and run again with resume=True"
         ):
@@ -148,7 +148,7 @@ def test_the_last_ones_are_kept_and_nothing_is_pickled(tmp_path):
     assert saved.steps() == [2, 3]
     state = saved.load(3)
     assert torch.equal(state["nested"][0][7], torch.full((2,), 3.0))
-    assert state["nested"][0]["more"] == [1, None, "x", 0.5]
+    assert state["nested"][0]["more"] == (1, None, "x", 0.5)
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors", ".json"}
     (saved.path(3) / "state.safetensors").write_bytes(b"half")
     with pytest.raises(FileError, match="damaged"):
@@ -169,7 +169,7 @@ def test_a_checkpoint_that_lacks_something_is_damaged(facts, tmp_path):
 def test_two_runs_in_one_folder_are_told_so(tmp_path, monkeypatch):
     saved = Checkpoints(tmp_path, "one", keep=2)
     monkeypatch.setattr(
-        checkpoint, "save_file", lambda tensors, path: shutil.rmtree(path.parent)
+        storage, "save_file", lambda tensors, path, **_: shutil.rmtree(path.parent)
     )  # the other run's doing
     with pytest.raises(FileError, match="give each run its own folder"):
         saved.save(1, {})

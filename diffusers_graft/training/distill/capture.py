@@ -1,5 +1,6 @@
-"""Watching a model run: hooks that show what the parts of some sites received and gave, and end the forward after the
-last.
+"""Capture of inputs and outputs: hooks on the original parts of a running model, which end its forward after the last.
+
+Paper: arXiv 2506.05340, section 3.1, where activations are captured to files; here they are used as they come.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from ...inspection import predict
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of a part, and its answer.
+class CapturedCall:
+    """One call of a part.
 
     Attributes:
-        gate: what the block multiplies the answer with (adaLN), where that was asked for.
+        args, kwargs: its inputs.
+        output: its output, [B, N, D], or a tuple of a block's streams.
+        gate: factor of the block on this output (adaLN), [B, 1, D], where it was asked for.
         context: of the forward it happened in.
     """
 
@@ -38,109 +41,125 @@ class Call:
     context: Context
 
 
-Visit = Callable[[str, Call], torch.Tensor | None]
+# Takes the path of a part and a call of it; an output that it returns replaces the part's.
+Visitor = Callable[[str, CapturedCall], torch.Tensor | None]
 
 
-class _Enough(Exception):  # noqa: N818  no error: the rest of the forward is of no interest
-    pass
+class _LastSiteReached(Exception):  # noqa: N818
+    """Ends a forward whose rest is not needed; no error."""
 
 
 class Capture:
-    """A model under watch: `run` shows every call of the chosen parts to a visitor.
+    """Hooks on the parts of a model that a graft replaces.
 
-    What a visitor returns takes the place of the answer, None leaves it. The forward ends after the last chosen part,
-    as soon as one has shown their order. Where a part is called twice, or hooks move weights to and fro, it runs to
-    its end.
+    The forward ends after the last part that is captured, once a first forward has shown the order of the parts. It
+    runs to its end where a part is called twice, or where other hooks move weights between devices.
     """
 
     def __init__(self, model: ModelMixin, graft: Graft):
-        self.model, self.graft = model, graft
+        self.model = model
+        self.graft = graft
         self.gates: dict[str, Callable[[], torch.Tensor]] = {}
         self._order: list[str] = []
-        self._known = False
-        hooked = (
-            hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") or isinstance(m, FSDPModule)
-            for m in model.modules()
-        )
-        self._whole = any(hooked)
+        self._order_is_known = False
+        self._runs_to_end = any(_moves_weights(module) for module in model.modules())
+        self._paths: set[str] = set()
+        self._last: str | None = None
+        self._visit: Visitor = lambda path, call: None
 
-    def run(self, inputs: dict[str, Any], chosen: Collection[str], visit: Visit) -> None:
-        """One forward without gradients, shown at the chosen paths."""
-        self._chosen, self._visit = set(chosen), visit
-        stop = self._known and not self._whole
-        called = self._chosen.intersection(self._order)
-        self._last = max(called, key=self._order.index, default=None) if stop else None
-        with torch.no_grad(), suppress(_Enough):
+    def run(self, inputs: dict[str, Any], paths: Collection[str], visit: Visitor) -> None:
+        """Run one forward without gradients, and call `visit` at the parts of these paths."""
+        self._paths = set(paths)
+        self._visit = visit
+        self._last = None
+        if self._order_is_known and not self._runs_to_end:
+            called = self._paths.intersection(self._order)
+            self._last = max(called, key=self._order.index, default=None)
+        with torch.no_grad(), suppress(_LastSiteReached):
             predict(self.model, inputs)
-        self._known = True
+        self._order_is_known = True
 
     @contextmanager
     def hooks(self, *, gated: bool = False) -> Iterator[None]:
-        """Capture inside; no trace of it afterwards, whatever happens."""
+        """Install the hooks inside, and remove them afterwards.
+
+        Args:
+            gated: capture the gates of the blocks too.
+
+        Raises `TrainingError` for gates of a block that is not known.
+        """
         with ExitStack() as stack:
-            stack.callback(
-                self.model.register_forward_pre_hook(ContextReader(self.graft, self.model), with_kwargs=True).remove
-            )
-            for path, last in {edit.site.path: edit.site.paths[-1] for edit in self.graft.plan.edits}.items():
-                told = self._told(path, stack) if last != path else None
+            reader = ContextReader(self.graft, self.model)
+            stack.callback(self.model.register_forward_pre_hook(reader, with_kwargs=True).remove)
+            for edit in self.graft.plan.edits:
+                first = edit.site.path
+                last = edit.site.paths[-1]
+                # The output of several blocks is the last one's, their input the first one's.
+                inputs = None if first == last else self._capture_inputs(first, stack)
                 module = self.model.get_submodule(last)
-                stack.callback(module.register_forward_hook(self._hook(path, told), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(self._make_hook(first, inputs), with_kwargs=True).remove)
                 if gated:
-                    self.gates[path] = _gate(self.model, path, stack)
+                    self.gates[first] = _capture_gate(self.model, first, stack)
             yield
 
-    def _told(self, path: str, stack: ExitStack) -> list[tuple[tuple, dict]]:
-        """What the first of several blocks is given, for the last of them to show beside its answer."""
-        told: list[tuple[tuple, dict]] = []
+    def _capture_inputs(self, path: str, stack: ExitStack) -> list[tuple[tuple, dict]]:
+        """Return a list that holds the inputs of the last call of a block."""
+        captured: list[tuple[tuple, dict]] = []
 
-        def hear(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            told[:] = [(args, kwargs)]
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            captured[:] = [(args, kwargs)]
 
-        stack.callback(self.model.get_submodule(path).register_forward_pre_hook(hear, with_kwargs=True).remove)
-        return told
+        stack.callback(self.model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        return captured
 
-    def _hook(self, path: str, told: list[tuple[tuple, dict]] | None) -> Callable:
+    def _make_hook(self, path: str, inputs: list[tuple[tuple, dict]] | None) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
-            if told is not None:
-                ((args, kwargs),) = told
-            if not self._known:
-                self._whole |= path in self._order
+            if inputs is not None:
+                ((args, kwargs),) = inputs
+            if not self._order_is_known:
+                self._runs_to_end |= path in self._order
                 self._order.append(path)
-            if path not in self._chosen:
+            if path not in self._paths:
                 return None
             gate = self.gates[path]() if path in self.gates else None
-            answer = self._visit(path, Call(args, kwargs, output, gate, self.graft.slot.current))
+            replacement = self._visit(path, CapturedCall(args, kwargs, output, gate, self.graft.slot.current))
             if path == self._last:
-                raise _Enough
-            return answer
+                raise _LastSiteReached
+            return replacement
 
         return hook
 
 
-def _gate(model: ModelMixin, path: str, stack: ExitStack) -> Callable[[], torch.Tensor]:
-    """What the block of a part will multiply its answer with in the running forward, [B, 1, D], heard by hooks."""
+def _moves_weights(module: nn.Module) -> bool:
+    """Return whether hooks that move weights run around a module: ending its forward early would skip some."""
+    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") or isinstance(module, FSDPModule)
+
+
+def _capture_gate(model: ModelMixin, path: str, stack: ExitStack) -> Callable[[], torch.Tensor]:
+    """Return a function that gives the factor of a block on a part's output in the running forward, [B, 1, D]."""
     parent, _, name = path.rpartition(".")
-    block, heard = model.get_submodule(parent), {}
+    block = model.get_submodule(parent)
     if not isinstance(block, BasicTransformerBlock) or block.norm_type not in ("ada_norm_zero", "ada_norm_single"):
         raise TrainingError(
             f"gated=True needs to know the gate of {path}, and only blocks with adaLN as in DiT and PixArt are known. "
             "Leave it False, or leave this site out."
         )
-    which = {"attn1": 0, "ff": 1}.get(name)
-    if which is None:  # cross-attention passes no gate
+    if name not in ("attn1", "ff"):
+        # The output of cross-attention passes no gate.
         return lambda: torch.ones((), device=model.device)
+    captured: dict[str, torch.Tensor] = {}
+
+    def capture_norm(module: nn.Module, args: tuple, output: tuple) -> None:
+        gate = output[1] if name == "attn1" else output[4]
+        captured["gate"] = gate.unsqueeze(1)
+
+    def capture_timestep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        timestep = kwargs["timestep"]
+        table = block.scale_shift_table[None] + timestep.reshape(len(timestep), 6, -1)
+        captured["gate"] = table.chunk(6, dim=1)[2 if name == "attn1" else 5]
+
     if block.norm_type == "ada_norm_zero":
-
-        def hear(module: nn.Module, args: tuple, output: tuple) -> None:
-            heard["gate"] = (output[1], output[4])[which].unsqueeze(1)
-
-        stack.callback(block.norm1.register_forward_hook(hear).remove)
+        stack.callback(block.norm1.register_forward_hook(capture_norm).remove)
     else:
-
-        def hear_single(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            step = kwargs["timestep"]
-            table = block.scale_shift_table[None] + step.reshape(len(step), 6, -1)
-            heard["gate"] = table.chunk(6, dim=1)[(2, 5)[which]]
-
-        stack.callback(block.register_forward_pre_hook(hear_single, with_kwargs=True).remove)
-    return lambda: heard["gate"]
+        stack.callback(block.register_forward_pre_hook(capture_timestep, with_kwargs=True).remove)
+    return lambda: captured["gate"]

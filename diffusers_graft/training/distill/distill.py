@@ -1,9 +1,8 @@
-"""Stage one: every new part learns what the old part does, all of them in one pass of the intact model.
+"""Stage one: every new part is trained to do what the original part does, all of them in one forward of the model.
 
-Hooks on the untouched model hand each new part the arguments the old one received and the output it gave. The part
-takes
-its own forward and backward right there and drops everything before the next site is reached: no second model, nothing
-on disk, and the peak is one site's activations. Paper: arXiv 2506.05340, Eq. 2, with noise redrawn each step.
+Hooks on the original model give each new part the inputs that the old part received and the output it gave. The part
+runs its own forward and backward right there and drops everything before the next site is reached: no second model,
+nothing on disk, and the peak is one site's activations. Paper: arXiv 2506.05340, Eq. 2, with noise redrawn each step.
 """
 
 from __future__ import annotations
@@ -24,11 +23,13 @@ from ...planning.rules import select
 from ..batches import Batch, BatchStream, read_first
 from ..config import config_or_default
 from ..fsdp import seats_beside, shard
+from ..identity import describe_run
+from ..loop import train
 from ..noised_batch import Noising
-from ..session import has_checkpoint
+from ..session import Session
 from .config import ClosedFormConfig, DistillConfig
-from .loop import Classroom, enroll
 from .ridge import closed_form, output_layer
+from .stage import DistillStage, make_students
 from .student import SiteReport
 
 
@@ -43,10 +44,13 @@ def distill(
     held_out: Iterable[Batch] | None = None,
     null_prompt: Mapping[str, Any] | None = None,
     output_dir: str | Path | None = None,
-    resume: bool = False,
+    resume: bool | str | Path = False,
     callbacks: Iterable[Any] = (),
 ) -> dict[str, SiteReport]:
-    """Teach every part of a graft to do what the part it replaces does.
+    """Train every part of a graft to do what the part it replaces does.
+
+    Launched with `--use_fsdp --fsdp_version 2`, the weights of the model are sharded over processes (see
+    `training.fsdp`), and every process holds the new parts in full.
 
     Args:
         model: the model the graft was built beside; intact, not grafted. It is not changed.
@@ -56,45 +60,64 @@ def distill(
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
         held_out: batches that are never trained on; by their error the best weights are chosen.
         null_prompt: conditioning of no prompt, one sample of each; prompts are dropped where it is given.
-        output_dir: for `training.jsonl` and checkpoints; nothing is written without it.
-        resume: continue from the last checkpoint there, exactly; start where there is none.
-        callbacks: see `diffusers_graft.training.session.Session`.
+        output_dir: for `training.jsonl` and checkpoints; nothing is written without it. Checkpoints of an earlier run
+            there are moved aside unless it is resumed.
+        resume: continue exactly from the newest checkpoint in `output_dir`, or from the checkpoint at this path; a run
+            that has finished may be resumed with more steps. Starts anew where True finds no checkpoint.
+        callbacks: see `diffusers_graft.training.callbacks.Callbacks`.
 
-    Returns a report for every site that was trained, by address. Launched with `--use_fsdp --fsdp_version 2`, the
-    weights of the model are spread over processes (see `training.sharding`), and every process holds the new parts
-    whole.
+    Returns:
+        A report for every site that was trained, by address.
 
     Raises:
-        StateError: the graft runs, or a callback makes it run: its parts would teach themselves; or it is none of this
-            model.
-        TrainingError: a loss that is not finite, batches that ran out, other settings, or a launch that cannot be
-            followed.
+        StateError: the graft is enabled, or a callback enables it: its parts would be compared with themselves; it is
+            no graft of this model; or the checkpoint is of another run.
+        TrainingError: a loss that is not finite, batches that ran out, other settings, or a launch that is not
+            supported.
+        FileError: an `output_dir` that cannot be written to, or no checkpoint at the path to resume from.
     """
     config = config_or_default(config, DistillConfig)
-    _require_originals(model, graft)
-    noising, stream, chosen = (
-        Noising.from_config(config, noise_scheduler, null_prompt),
-        BatchStream(batches),
-        _chosen(graft, config),
+    _require_original_model(model, graft)
+    noising = Noising.from_config(config, noise_scheduler, null_prompt)
+    stream = BatchStream(batches)
+    sites = _choose_sites(graft, config)
+    losses = _by_site(graft, config.loss, "auto")
+    lr_scales = _by_site(graft, config.lr_scale, 1.0)
+    evaluated = None if held_out is None else read_first(held_out, config.held_out_batches)
+    noising.require_usable(model, stream.peek(), *(evaluated or ()))
+    session = Session(
+        "one",
+        config,
+        describe_run("one", config, graft, model, noising, stream, evaluated),
+        model.device,
+        folder=output_dir,
+        resume=resume,
+        callbacks=callbacks,
+        model=model,
+        held_out=evaluated,
     )
-    held_out = None if held_out is None else read_first(held_out, config.held_out_batches)
-    noising.require_usable(model, stream.peek(), *(held_out or ()))
     with evaluating(model), shard(model, graft.sites) as teacher, seats_beside(graft, model, teacher):
-        if config.closed_form is not None and not (resume and has_checkpoint(output_dir, "one")):
-            _solve(teacher, graft, stream, chosen, config.closed_form, noise_scheduler)
-        pupils = enroll(
-            graft, chosen, config, _by_site(graft, config.loss, "auto"), _by_site(graft, config.lr_scale, 1.0)
-        )
-        classroom = Classroom(teacher, graft, pupils, config, noising, held_out)
-        facts = classroom.teach(stream, output_dir=output_dir, resume=resume, callbacks=callbacks)
-    reports = {pupil.site.address: pupil.report for pupil in pupils.values()}
+        if config.closed_form is not None and session.checkpoint is None:
+            _solve_output_layers(teacher, graft, stream, sites, config.closed_form, noise_scheduler)
+        students = make_students(graft, sites, config, losses, lr_scales)
+        stage = DistillStage(teacher, graft, students, config, noising, stream, evaluated)
+        with stage.prepared():
+            costs = train(stage, session)
+    reports = {student.site.address: student.report for student in students.values()}
     graft.history.append(
-        {"stage": "one", **config.to_dict(), **facts, "sites": [one.to_dict() for one in reports.values()]}
+        {
+            "stage": "one",
+            **config.to_dict(),
+            **costs,
+            # Groups of sites train one after the other, each for so many steps.
+            "steps": max(student.optimizer.steps_done for student in students.values()),
+            "sites": [report.to_dict() for report in reports.values()],
+        }
     )
     return reports
 
 
-def _require_originals(model: ModelMixin, graft: Graft) -> None:
+def _require_original_model(model: ModelMixin, graft: Graft) -> None:
     if is_enabled(model):
         raise StateError(
             "Stage one watches the original parts: call model.unset_graft() or model.disable_graft() first."
@@ -102,41 +125,46 @@ def _require_originals(model: ModelMixin, graft: Graft) -> None:
     require_built_beside(model, graft)
 
 
-def _solve(
+def _solve_output_layers(
     teacher: ModelMixin,
     graft: Graft,
     stream: BatchStream,
-    chosen: list[Site],
+    sites: list[Site],
     config: ClosedFormConfig,
     noise_scheduler: SchedulerMixin | None,
 ) -> None:
-    """The closed form, of the parts that have an output layer."""
-    if paths := {site.path for site in chosen if output_layer(graft.seats[site.path]) is not None}:
+    """Solve the closed form of the parts that have an output layer."""
+    paths = {site.path for site in sites if output_layer(graft.seats[site.path]) is not None}
+    if paths:
         closed_form(teacher, graft, stream, config, noise_scheduler=noise_scheduler, paths=paths)
 
 
-def _chosen(graft: Graft, config: DistillConfig) -> list[Site]:
-    """The sites to train, in forward order. Raises `TrainingError` for keys that name none of the graft's."""
-    if not (edited := Sites(edit.site for edit in graft.plan.edits)):
-        raise TrainingError("This graft replaces nothing, so there is nothing to teach: make a plan with an edit.")
+def _choose_sites(graft: Graft, config: DistillConfig) -> list[Site]:
+    """Return the sites to train, in forward order. Raises `TrainingError` for keys that name none of the graft's."""
+    edited = Sites(edit.site for edit in graft.plan.edits)
+    if not edited:
+        raise TrainingError("This graft replaces nothing, so there is nothing to train: make a plan with an edit.")
     if config.sites is None:
         return list(edited)
     keys = [config.sites] if isinstance(config.sites, str) else config.sites
     named = {site for key in keys for site in select(graft.sites, key)}
-    if not (chosen := [site for site in edited if site in named]):
+    chosen = [site for site in edited if site in named]
+    if not chosen:
         there = ", ".join(site.address for site in edited)
         raise TrainingError(f"None of the graft's sites is among {', '.join(keys)}: it has {there}.")
     return chosen
 
 
-def _by_site(graft: Graft, setting: Any, usual: Any) -> dict[str, Any]:
-    """A setting for every path: the same for all, or by rule key, where later keys win."""
+def _by_site(graft: Graft, setting: Any, default: Any) -> dict[str, Any]:
+    """Return a setting for every path: the same for all, or by rule key, where later keys win."""
+    paths = [edit.site.path for edit in graft.plan.edits]
     if not isinstance(setting, Mapping):
-        return {edit.site.path: setting for edit in graft.plan.edits}
-    values = {edit.site.path: usual for edit in graft.plan.edits}
+        return dict.fromkeys(paths, setting)
+    values = dict.fromkeys(paths, default)
     for key, value in setting.items():
-        if not (named := {site.path: value for site in select(graft.sites, key) if site.path in values}):
+        named = [site.path for site in select(graft.sites, key) if site.path in values]
+        if not named:
             there = ", ".join(edit.site.address for edit in graft.plan.edits)
             raise TrainingError(f"{key!r} names none of the graft's sites: it has {there}.")
-        values |= named
+        values |= dict.fromkeys(named, value)
     return values

@@ -1,6 +1,6 @@
-"""Stage two: the grafted model settles, on the model's own objective.
+"""Stage two: the grafted model is finetuned on its own objective, against the accumulated error of its new parts.
 
-Paper: arXiv 2506.05340, section 3.1 (end-to-end finetuning against accumulated error), Eq. 1.
+Paper: arXiv 2506.05340, section 3.1 (end-to-end finetuning), Eq. 1.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.models.embeddings import LabelEmbedding
 
 from ...errors import StateError, TrainingError
-from ...injection.graft import Graft, is_enabled
+from ...injection.graft import Graft, get_graft, is_enabled
 from ...injection.install import check_processors, require_graft
-from ..batches import Batch, BatchStream
+from ..batches import Batch, BatchStream, read_first
 from ..config import config_or_default
-from ..distill.student import tail
+from ..distill.student import mean_of_last_tenth
 from ..fsdp import fsdp_plugin, shard, shard_original
+from ..identity import describe_run
+from ..loop import train
 from ..noised_batch import Noising
+from ..session import Session
 from .config import FinetuneConfig
-from .loop import Settling
 from .lora import add_lora, refuse_foreign_lora, remove_lora
+from .stage import FinetuneStage
 from .teacher import Teacher
 
 
@@ -36,52 +39,82 @@ def finetune(
     config: FinetuneConfig | None = None,
     *,
     noise_scheduler: SchedulerMixin | None = None,
+    held_out: Iterable[Batch] | None = None,
     null_prompt: Mapping[str, Any] | None = None,
     output_dir: str | Path | None = None,
-    resume: bool = False,
+    resume: bool | str | Path = False,
     callbacks: Iterable[Any] = (),
 ) -> list[float]:
     """Finetune a grafted model in place, on its own denoising objective.
 
+    Weights in bfloat16 are trained through copies in float32. Launched with `--use_fsdp --fsdp_version 2`, weights are
+    sharded over processes (see `training.fsdp`): leave the model in the host's memory then.
+
     Args:
         model: with its graft installed. `unset_graft` afterwards still gives the original bit for bit: where shared
-            weights are trained (`train="all"`), their untrained values are kept beside the graft.
+            weights are trained (`train="all"`), their untrained values stay beside the graft.
         batches: see `diffusers_graft.training.batches`: a clean `sample` and conditioning, or model arguments with a
             `target`.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
+        held_out: batches that are never trained on; the weights with the smallest denoising loss on them are the
+            result.
         null_prompt: conditioning of no prompt, one sample of each; prompts are dropped where it is given.
-        output_dir: for `training.jsonl` and checkpoints; nothing is written without it.
-        resume: continue from the last checkpoint there, exactly, on a model prepared as the first time; start where
-            there is none.
-        callbacks: see `diffusers_graft.training.session.Session`.
+        output_dir: for `training.jsonl` and checkpoints; nothing is written without it. Checkpoints of an earlier run
+            there are moved aside unless it is resumed.
+        resume: continue exactly from the newest checkpoint in `output_dir`, or from the checkpoint at this path, on a
+            model prepared as the first time; a run that has finished may be resumed with more steps. Starts anew where
+            True finds no checkpoint.
+        callbacks: see `diffusers_graft.training.callbacks.Callbacks`.
 
-    Launched with `--use_fsdp --fsdp_version 2`, weights are spread over processes (see `training.sharding`): leave the
-    model in the host's memory then, where it stays whole. Returns the loss of every step.
+    Returns:
+        The loss of every step.
 
     Raises:
-        StateError: no graft is installed and running, LoRA is there already, or a callback takes the graft out.
+        StateError: no graft is installed and enabled, LoRA is there already, a callback takes the graft out, or the
+            checkpoint is of another run.
         TrainingError: a loss that is not finite, batches that ran out, blocks that cannot be recomputed, other
-            settings, or a launch that cannot be followed.
+            settings, or a launch that is not supported.
+        FileError: an `output_dir` that cannot be written to, or no checkpoint at the path to resume from.
     """
     config = config_or_default(config, FinetuneConfig)
-    graft = _checked(model, config)
-    noising, stream, losses = Noising.from_config(config, noise_scheduler, null_prompt), BatchStream(batches), []
-    noising.require_usable(model, stream.peek())
-    with _trainable(model, graft, config, losses, resume), shard(model, graft.sites, trained=True) as trained:
-        weights = {"output": config.distill_output, "features": config.distill_features}
-        teacher = Teacher(
-            trained, **weights, apart=shard_original(model, graft.sites) if any(weights.values()) else None
-        )
-        settling = Settling(trained, teacher, config, noising, losses)
-        facts = settling.run(stream, output_dir=output_dir, resume=resume, callbacks=callbacks)
-    graft.history.append(
-        {"stage": "two", **config.to_dict(), **facts, "first_loss": losses[0], "last_loss": tail(losses)}
+    graft = _require_trainable(model, config)
+    noising = Noising.from_config(config, noise_scheduler, null_prompt)
+    stream = BatchStream(batches)
+    evaluated = None if held_out is None else read_first(held_out, config.held_out_batches)
+    noising.require_usable(model, stream.peek(), *(evaluated or ()))
+    session = Session(
+        "two",
+        config,
+        describe_run("two", config, graft, model, noising, stream, evaluated),
+        model.device,
+        folder=output_dir,
+        resume=resume,
+        callbacks=callbacks,
+        model=model,
+        held_out=evaluated,
     )
+    losses: list[float] = []
+    with _prepared(model, graft, config, losses, bool(resume)), shard(model, graft.sites, trained=True) as student:
+        uses_teacher = config.distill_output or config.distill_features
+        teacher = Teacher(
+            student,
+            output_weight=config.distill_output,
+            feature_weight=config.distill_features,
+            original=shard_original(model, graft.sites) if uses_teacher else None,
+        )
+        stage = FinetuneStage(student, get_graft(student), teacher, config, noising, stream, evaluated, losses)
+        costs = train(stage, session)
+    row = {"stage": "two", **config.to_dict(), **costs}
+    row["first_loss"] = losses[0]
+    row["last_loss"] = mean_of_last_tenth(losses)
+    if stage.best_evaluation is not None:
+        row["best_step"], row["held_out_loss"] = stage.best_evaluation
+    graft.history.append(row)
     return losses
 
 
-def _checked(model: ModelMixin, config: FinetuneConfig) -> Graft:
-    """The running graft; what cannot be done is refused before anything is touched."""
+def _require_trainable(model: ModelMixin, config: FinetuneConfig) -> Graft:
+    """Return the enabled graft. Raises, before anything is touched, where the model cannot be trained so."""
     fsdp_plugin(config.optimizer)
     graft = require_graft(model)
     if not is_enabled(model):
@@ -94,10 +127,10 @@ def _checked(model: ModelMixin, config: FinetuneConfig) -> Graft:
 
 
 @contextmanager
-def _trainable(
+def _prepared(
     model: ModelMixin, graft: Graft, config: FinetuneConfig, losses: list[float], resume: bool
 ) -> Iterator[None]:
-    """Gradients for the parameters to train, and for no others; flags and modes are put back afterwards.
+    """Give gradients to the parameters to train, and to no others, inside; flags and modes are put back afterwards.
 
     An error that comes before there are `losses` leaves no LoRA and no copies of weights behind, so one can try again.
     """
@@ -105,18 +138,26 @@ def _trainable(
         graft.untie(path)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}
-    checkpointed, adapted, kept = model.is_gradient_checkpointing, graft.adapter_config is not None, set(graft.body)
+    was_checkpointing = model.is_gradient_checkpointing
+    had_lora = graft.adapter_config is not None
+    names_before = set(graft.body)
     try:
-        _prepare(model, graft, config, resume)
+        # LoRA first, since peft freezes whatever it did not add.
+        if config.lora is not None:
+            add_lora(model, graft, config.lora, resume=resume, seed=config.seed)
+        _set_trained_parameters(model, graft, config)
+        _set_training_mode(model)
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
         yield
     except BaseException:
         if not losses:
-            graft.body = {name: tensor for name, tensor in graft.body.items() if name in kept}
-        if not losses and not adapted:
-            remove_lora(model, graft)
+            graft.body = {name: tensor for name, tensor in graft.body.items() if name in names_before}
+            if not had_lora:
+                remove_lora(model, graft)
         raise
     finally:
-        if config.gradient_checkpointing and not checkpointed:
+        if config.gradient_checkpointing and not was_checkpointing:
             model.disable_gradient_checkpointing()
         for parameter in flags.keys() | set(model.parameters()):
             parameter.grad = None
@@ -125,35 +166,25 @@ def _trainable(
             module.training = modes.get(module, modes[model])
 
 
-def _prepare(model: ModelMixin, graft: Graft, config: FinetuneConfig, resume: bool) -> None:
-    """LoRA first, since peft freezes whatever it did not add; then what is trained, and how."""
-    if config.lora is not None:
-        add_lora(model, graft, config.lora, resume=resume, seed=config.seed)
-    chosen = _chosen(model, graft, config)
-    if config.train == "all":
-        _keep_untrained(model, graft, chosen)
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in chosen)
+def _set_training_mode(model: ModelMixin) -> None:
     model.train()
-    model.training = False  # its modules train; the model itself answers as in its pipeline, where HiDream would not
+    # The root stays in evaluation mode: HiDream, for one, returns something else in training.
+    model.training = False
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
-            module.eval()  # labels are dropped for whole samples, in `data`
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+            # Labels are dropped for whole samples as a batch is noised.
+            module.eval()
 
 
-def _chosen(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> set[int]:
-    """Identities of the parameters that stage two trains."""
-    lora = {id(p) for name, p in model.named_parameters() if ".lora_" in name}
-    if config.train == "all":
-        return {id(parameter) for parameter in model.parameters() if parameter.is_floating_point()}
-    return lora | {id(tensor) for path in graft.seats for tensor in graft.tensors_of(path).values()}
-
-
-def _keep_untrained(model: ModelMixin, graft: Graft, chosen: set[int]) -> None:
-    """Remember the values of shared weights that are about to change, so that removing the graft brings them back."""
+def _set_trained_parameters(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> None:
+    """Set `requires_grad`; shared weights that will change are copied, so that removing the graft brings them back."""
+    operators = {id(tensor) for path in graft.seats for tensor in graft.tensors_of(path).values()}
     seats = tuple(f"{path}." for path in graft.seats)
     for name, parameter in model.named_parameters():
-        if id(parameter) in chosen and not name.startswith(seats) and ".lora_" not in name:
-            graft.body.setdefault(name.replace(".base_layer.", "."), parameter.detach().clone())
+        is_lora = ".lora_" in name
+        is_trained = is_lora or id(parameter) in operators
+        if config.train == "all":
+            is_trained = parameter.is_floating_point()
+            if is_trained and not is_lora and not name.startswith(seats):
+                graft.body.setdefault(name.replace(".base_layer.", "."), parameter.detach().clone())
+        parameter.requires_grad_(is_trained)

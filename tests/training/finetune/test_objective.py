@@ -236,8 +236,8 @@ def test_the_teacher_is_the_untrained_model_also_where_all_weights_train():
     from diffusers_graft.training.finetune.teacher import Teacher
 
     inputs = Noising(scheduler=SCHEDULER)(model, batches()[0], torch.Generator().manual_seed(0)).inputs
-    teacher = Teacher(model, output=1.0)
-    teacher.ask(inputs)
+    teacher = Teacher(model, output_weight=1.0)
+    teacher.run(inputs)
     with torch.no_grad():
         assert torch.equal(teacher.prediction, tiny_dit()(**inputs).sample)
 

@@ -1,0 +1,192 @@
+"""Steps of stage two: noise a batch, predict, compare with the target, step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+
+from ...errors import StateError, TrainingError
+from ...injection.graft import Graft, get_graft, is_enabled
+from ...inspection import evaluating, predict
+from .. import distributed as processes
+from ..batches import Batch, BatchStream
+from ..fsdp import gather_state, shard_like
+from ..loop import Stage
+from ..noised_batch import NoisedBatch, Noising
+from ..optimizer import StageOptimizer, mixed_precision
+from .config import FinetuneConfig
+from .objective import denoising_loss, objective
+from .teacher import Teacher
+
+
+class FinetuneStage(Stage):
+    """Stage two of one model, whose parameters with `requires_grad` are trained.
+
+    Attributes:
+        model: the grafted model, the student.
+        teacher: the ungrafted model, where its prediction or features are distilled.
+        losses: of every step; the list given grows.
+        held_out_losses: steps done and denoising loss of every evaluation.
+        best: weights of the smallest one, those of `optimizer.masters`.
+
+    Raises `TrainingError` where nothing is to be trained.
+    """
+
+    name = "two"
+
+    def __init__(
+        self,
+        model: ModelMixin,
+        graft: Graft,
+        teacher: Teacher,
+        config: FinetuneConfig,
+        noising: Noising,
+        stream: BatchStream,
+        held_out: Sequence[Batch] | None,
+        losses: list[float],
+    ):
+        self.config = config
+        super().__init__(model, graft, noising, stream, held_out)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise TrainingError(
+                'None of the new parts has weights: train="operators+lora" or "all" trains the others.'
+            )
+        self.teacher = teacher
+        self.optimizer = StageOptimizer(parameters, config, ema_decay=config.ema_decay)
+        backend = {} if config.compile is True else {"backend": config.compile}
+        self.forward = torch.compile(model, **backend) if config.compile else model
+        self.losses = losses
+        self.terms: dict[str, float] = {}
+        self.held_out_losses: list[tuple[int, float]] = []
+        self.best: list[torch.Tensor] = []
+
+    @property
+    def step(self) -> int:
+        return self.optimizer.steps_done
+
+    @property
+    def best_evaluation(self) -> tuple[int, float] | None:
+        """Steps done and loss of the best evaluation, None without one."""
+        return min(self.held_out_losses, key=lambda evaluation: evaluation[1], default=None)
+
+    def begin_step(self) -> None:
+        """Nothing is to be prepared."""
+
+    def train_step(self) -> None:
+        """Take one step. Raises `TrainingError` for a loss or a gradient that is not finite."""
+        rows = []
+        for _ in range(self.config.accumulate):
+            terms = self._backward(self._next_batch())
+            rows.append(torch.stack(list(terms.values())))
+        norm = self.optimizer.clip_gradients().item()
+        loss, *values = processes.mean_over_processes(torch.stack(rows).mean(0)).tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self.optimizer.clear_gradients()
+            what = f"gradient's norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+            raise TrainingError(
+                f"Stage two: the {what} at step {self.step}, batch {self.stream.position - 1}; the weights are those of the "
+                "step before. Look at that batch for values that are not finite, or lower FinetuneConfig.lr."
+            )
+        self.optimizer.step()
+        self.losses.append(loss)
+        self.terms = dict(zip(list(terms)[1:], values, strict=True))
+
+    def _next_batch(self) -> NoisedBatch:
+        """Return this process's share of the next batch, noised."""
+        noised = self.noising(self.model, next(self.stream), self.generator)
+        self.samples_per_step = noised.count * self.config.accumulate
+        return self._local_share(noised)
+
+    def _local_share(self, noised: NoisedBatch) -> NoisedBatch:
+        if noised.target is None:
+            raise TrainingError(
+                'Stage two needs to know what to predict: batches need a "sample" to noise, or a "target".'
+            )
+        parts = (noised.inputs, noised.target, noised.sample, noised.timestep)
+        return NoisedBatch(*(processes.local_share(part, noised.count) for part in parts))
+
+    def _backward(self, noised: NoisedBatch) -> dict[str, torch.Tensor]:
+        """Add the gradients of one batch; returns its loss, and the terms that add up to it."""
+        with mixed_precision(self.model.device, self.config.precision):
+            self.teacher.run(noised.inputs)
+            with self.teacher.capture_features(self.model):
+                prediction = predict(self.model, noised.inputs, self.forward)
+        loss = objective(
+            prediction,
+            noised,
+            self.noising.scheduler,
+            variance=self.config.variance,
+            min_snr=self.config.min_snr,
+        )
+        terms = {"denoising": loss, **self.teacher.losses(prediction)}
+        total = sum(terms.values())
+        self.optimizer.backward(total)
+        return {name: term.detach() for name, term in {"loss": total, **terms}.items()}
+
+    def check_model(self) -> None:
+        if not self._is_grafted():
+            raise StateError(
+                f"A callback took the graft out after step {self.step}, and the original weights are not to be trained: let "
+                "callbacks enable it again before they return, or set control.should_training_stop."
+            )
+
+    def _is_grafted(self) -> bool:
+        return get_graft(self.model) is self.graft and is_enabled(self.model)
+
+    @torch.no_grad()
+    def evaluate_batches(self, batches: Iterable[NoisedBatch]) -> dict[str, float]:
+        losses = []
+        with self.optimizer.using_result(), evaluating(self.model):
+            for noised in map(self._local_share, batches):
+                with mixed_precision(self.model.device, self.config.precision):
+                    prediction = predict(self.model, noised.inputs)
+                losses.append(denoising_loss(prediction, noised.target))
+        loss = processes.mean_over_processes(torch.stack(losses)).mean().item()
+        if not math.isfinite(loss):
+            raise TrainingError(f"Stage two: the held-out loss at step {self.step} is {loss}. Look at those batches.")
+        best = self.best_evaluation
+        # A callback may ask for an evaluation at a step that has one.
+        if not self.held_out_losses or self.held_out_losses[-1][0] != self.step:
+            self.held_out_losses.append((self.step, loss))
+        if best is None or loss < best[1]:
+            self.best = [tensor.detach().clone() for tensor in self.optimizer.result()]
+        return {"loss": loss}
+
+    def metrics(self) -> dict[str, Any]:
+        recent = self.losses[-self.config.log_every :]
+        row = {
+            "loss": sum(recent) / len(recent),
+            "lr": self.optimizer.current_lr,
+            "terms": self.terms,
+        }
+        if self.held_out_losses:
+            step, loss = self.held_out_losses[-1]
+            row["held_out"] = {"step": step, "loss": loss}
+        return row
+
+    def finish(self) -> None:
+        # Where a callback took the graft out, the weights in the model are the original's.
+        if self._is_grafted():
+            self.optimizer.set_weights(self.best or self.optimizer.result())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "held_out_losses": self.held_out_losses,
+            "best": gather_state(self.best),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses[:] = state["losses"].tolist()
+        self.held_out_losses = state["held_out_losses"]
+        pairs = zip(state["best"], self.optimizer.masters, strict=False)
+        self.best = [shard_like(saved.to(master.device), master) for saved, master in pairs]
+        super().load_state_dict(state)

@@ -1,0 +1,132 @@
+"""Identity of a run: everything that decides its weights, so that a checkpoint is continued by the same run alone.
+
+Tensors and samples are told from others by digests of their values. Of a large tensor only evenly spaced values are
+read: another base model or data set differs in nearly all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+
+from ..injection.graft import Graft, base_tensors
+from .batches import Batch, BatchStream, ShuffledBatches
+from .config import TrainingConfig
+from .noised_batch import Noising
+from .random_state import seeded
+
+# Data that cannot be read twice may be random by design, so a difference there is reported and does not stop a run.
+UNVERIFIED = "unverified"
+
+_MOST_VALUES = 4096
+_DIGEST_LENGTH = 12
+
+
+def describe_run(
+    stage: str,
+    config: TrainingConfig,
+    graft: Graft,
+    model: ModelMixin,
+    noising: Noising,
+    stream: BatchStream,
+    held_out: Iterable[Batch] | None,
+) -> dict[str, Any]:
+    """Return everything that decides the weights of a run, JSON-able.
+
+    Args:
+        stage: `"one"` or `"two"`.
+        model: with or without its graft; the weights of the base model are described.
+        stream: at its first batch, which is read and not used up.
+    """
+    data, unverified = _describe_data(stream)
+    if held_out is not None:
+        unverified["held-out batches"] = digest(list(held_out))
+    return {
+        "stage": stage,
+        "config": config.identity(),
+        "plan": graft.plan.to_dict(),
+        "base model": digest(base_tensors(model)),
+        "noise scheduler": _describe_scheduler(noising.scheduler),
+        "null prompt": None if noising.null_prompt is None else digest(noising.null_prompt),
+        "data": data,
+        UNVERIFIED: unverified,
+    }
+
+
+def find_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Return in words how two identities differ, by the dotted name of what differs."""
+    before = flatten(saved)
+    after = flatten(now)
+    names = [name for name in before | after if before.get(name) != after.get(name)]
+    return {name: f"{name} was {before.get(name)!r} and is {after.get(name)!r}" for name in names}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values under dotted names, those of lists under numbers."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = dict(enumerate(value)) if isinstance(value, list) else value
+        if isinstance(inner, Mapping):
+            flat |= flatten(inner, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def digest(value: Any) -> str:
+    """Return a short digest of nested tensors, numbers and texts; objects of other kinds count by their type."""
+    hasher = hashlib.sha256()
+    _update(hasher, value)
+    return hasher.hexdigest()[:_DIGEST_LENGTH]
+
+
+def _update(hasher: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        hasher.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        # Quantised weights are subclasses whose values cannot be read so, and meta tensors have none.
+        if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta:
+            flat = value.detach().reshape(-1)
+            chosen = flat[:: max(1, len(flat) // _MOST_VALUES)].contiguous().cpu()
+            hasher.update(chosen.view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            hasher.update(f"{name}:".encode())
+            _update(hasher, item)
+    elif isinstance(value, list | tuple):
+        hasher.update(f"[{len(value)}]".encode())
+        for item in value:
+            _update(hasher, item)
+    elif value is None or isinstance(value, bool | int | float | str):
+        hasher.update(repr(value).encode())
+    else:
+        hasher.update(type(value).__name__.encode())
+
+
+def _describe_scheduler(scheduler: SchedulerMixin | None) -> dict[str, Any] | None:
+    """Return class and settings of a scheduler, without the places and versions that it came from."""
+    if scheduler is None:
+        return None
+    settings = {name: str(value) for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {"class": type(scheduler).__name__, **settings}
+
+
+def _describe_data(stream: BatchStream) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what is known of the training data for certain, and what may be another at every reading."""
+    batches = stream.batches
+    if isinstance(batches, ShuffledBatches):
+        facts = {"samples": len(batches.dataset), "batch size": batches.batch_size, "seed": batches.seed}
+        first, middle, last = 0, facts["samples"] // 2, facts["samples"] - 1
+        # A dataset may draw its augmentations from torch's generator.
+        with seeded(0, torch.device("cpu")):
+            start = digest(batches.dataset[first])
+            rest = digest([batches.dataset[middle], batches.dataset[last]])
+            is_fixed = digest(batches.dataset[first]) == start
+        return (facts | {"content": f"{start} {rest}"}, {}) if is_fixed else (facts, {})
+    if isinstance(batches, list | tuple) and batches:
+        content = digest([batches[0], batches[len(batches) // 2], batches[-1]])
+        return {"batches": len(batches), "content": content}, {}
+    return {}, {"first batch": digest(stream.peek())}

@@ -1,0 +1,180 @@
+"""The training loop, the same for both stages: step, evaluate, log, save."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+
+from ..errors import TrainingError
+from ..injection.graft import Graft
+from .batches import Batch, BatchStream
+from .config import TrainingConfig
+from .noised_batch import NoisedBatch, Noising
+from .random_state import get_random_state, seeded, set_random_state
+from .session import Session
+
+
+class Stage(ABC):
+    """State of one stage and its steps; `train` runs them.
+
+    Attributes:
+        model: runs in this process: the model given, or a twin with sharded weights.
+        generator: of noise.
+        samples_per_step: samples that a step used, of all processes together.
+        resume_point: where the data and all random numbers were after the last step; a checkpoint goes on from there.
+    """
+
+    config: TrainingConfig
+
+    def __init__(
+        self,
+        model: ModelMixin,
+        graft: Graft,
+        noising: Noising,
+        stream: BatchStream,
+        held_out: Sequence[Batch] | None,
+    ):
+        self.model = model
+        self.graft = graft
+        self.noising = noising
+        self.stream = stream
+        self.held_out = held_out
+        self.generator = torch.Generator().manual_seed(self.config.seed)
+        self.samples_per_step = 0
+        self.resume_point: dict[str, Any] = {}
+
+    @property
+    @abstractmethod
+    def step(self) -> int:
+        """Optimizer steps done."""
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.config.steps
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no step is left that would change anything."""
+        return self.step >= self.max_steps
+
+    @property
+    def outcome(self) -> str:
+        """`"complete"` where no step is left, else `"running"`; a checkpoint says so."""
+        return "complete" if self.is_finished else "running"
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a checkpoint of this moment goes on exactly."""
+        return True
+
+    @property
+    def is_at_start(self) -> bool:
+        """Whether what is trained now has not had a step."""
+        return self.step == 0
+
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Whether held-out batches are evaluated after this step."""
+        return self.step % self.config.evaluate_every == 0 or self.is_finished
+
+    def start(self) -> None:
+        """Prepare for the first step of a run that is not resumed."""
+        self.mark_resume_point()
+
+    @abstractmethod
+    def begin_step(self) -> None:
+        """Prepare for a step."""
+
+    @abstractmethod
+    def train_step(self) -> None:
+        """Take one optimizer step. Raises `TrainingError`, and leaves the weights, where a loss is not finite."""
+
+    @abstractmethod
+    def check_model(self) -> None:
+        """Raise `StateError` where a callback grafted the model, or took its graft out."""
+
+    @abstractmethod
+    def evaluate_batches(self, batches: Iterable[NoisedBatch]) -> dict[str, float]:
+        """Return losses on noised held-out batches, and remember the weights if they are the best so far."""
+
+    @abstractmethod
+    def metrics(self) -> dict[str, Any]:
+        """Return losses and learning rate of the last steps, for the log."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Leave the weights that are the result: the best ones, or the last."""
+
+    def evaluate(self) -> dict[str, float] | None:
+        """Return losses on the held-out batches, always under the same noise; None without such batches."""
+        if self.held_out is None:
+            return None
+        seed = self.config.seed + 1
+        generator = torch.Generator().manual_seed(seed)
+        noising = replace(self.noising, drop_labels=False, prompt_dropout=0.0)
+        with seeded(seed, self.model.device):
+            return self.evaluate_batches(noising(self.model, batch, generator) for batch in self.held_out)
+
+    def mark_resume_point(self) -> None:
+        """Remember where the data and all random numbers are."""
+        random = get_random_state(self.generator, self.model.device)
+        self.resume_point = {"position": self.stream.position, "random": random}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything from which a run goes on."""
+        return {"step": self.step, **self.resume_point}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        self.stream.seek(state["position"])
+        set_random_state(state["random"], self.generator, self.model.device)
+        self.mark_resume_point()
+
+
+def train(stage: Stage, session: Session) -> dict[str, Any]:
+    """Run a stage from its start, or from the checkpoint that its session loaded, to its last step.
+
+    Returns steps, samples, seconds and hardware. After a `TrainingError` a checkpoint holds the last good state; the
+    weights that are the result are in place in any case.
+    """
+    with seeded(stage.config.seed, stage.model.device):
+        if session.checkpoint is None:
+            stage.start()
+        else:
+            stage.load_state_dict(session.checkpoint)
+        session.start(stage.max_steps)
+        try:
+            for step in range(stage.step + 1, stage.max_steps + 1):
+                if stage.is_finished:
+                    break
+                stage.begin_step()
+                # The start may be better than anything that training makes of it.
+                if stage.is_at_start:
+                    session.report_evaluation(stage.evaluate())
+                stage.train_step()
+                if stage.is_resumable:
+                    stage.mark_resume_point()
+                session.end_step(step, stage.samples_per_step, stage.stream.epoch)
+                stage.check_model()
+                if stage.is_evaluation_due or session.control.should_evaluate:
+                    session.report_evaluation(stage.evaluate())
+                if session.is_log_due:
+                    session.log(stage.metrics())
+                if session.is_save_due and stage.is_resumable:
+                    session.save(stage.state_dict, stage.outcome)
+                if session.control.should_training_stop and stage.is_resumable:
+                    break
+            session.save(stage.state_dict, stage.outcome)
+        except TrainingError:
+            session.save(stage.state_dict, "failed")
+            raise
+        finally:
+            stage.finish()
+            session.end()
+    return {"steps": stage.step, **session.costs()}
