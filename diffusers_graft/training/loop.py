@@ -83,8 +83,10 @@ class Stage(ABC):
         """Whether held-out batches are evaluated after this step."""
         return self.step % self.config.evaluate_every == 0 or self.is_finished
 
-    def start(self) -> None:
-        """Prepare for the first step of a run that is not resumed."""
+    def start(self, checkpoint: dict[str, Any] | None) -> None:
+        """Prepare for the first step, or go on from what `state_dict` returned."""
+        if checkpoint is not None:
+            self.load_state_dict(checkpoint)
         self.mark_resume_point()
 
     @abstractmethod
@@ -134,7 +136,6 @@ class Stage(ABC):
         """Load what `state_dict` returned."""
         self.stream.seek(state["position"])
         set_random_state(state["random"], self.generator, self.model.device)
-        self.mark_resume_point()
 
 
 def train(stage: Stage, session: Session) -> dict[str, Any]:
@@ -144,10 +145,7 @@ def train(stage: Stage, session: Session) -> dict[str, Any]:
     weights that are the result are in place in any case.
     """
     with seeded(stage.config.seed, stage.model.device):
-        if session.checkpoint is None:
-            stage.start()
-        else:
-            stage.load_state_dict(session.checkpoint)
+        stage.start(session.checkpoint)
         session.start(stage.max_steps)
         try:
             for step in range(stage.step + 1, stage.max_steps + 1):

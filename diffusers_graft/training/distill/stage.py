@@ -167,14 +167,13 @@ class DistillStage(Stage):
                         module.eval()
             yield
 
-    def start(self) -> None:
-        """Divide the sites into groups that the replay buffer has room for."""
-        if self.config.reuse > 1:
+    def start(self, checkpoint: dict[str, Any] | None) -> None:
+        if checkpoint is None and self.config.reuse > 1:
             self._divide_sites()
-        super().start()
+        super().start(checkpoint)
 
     def _divide_sites(self) -> None:
-        """Set groups and size of the buffer by the size of one batch."""
+        """Divide the sites into groups that the replay buffer has room for, by the size of one batch."""
         noised = self.noising(self.model, self.stream.peek(), torch.Generator().manual_seed(0))
         sizes: dict[str, int] = {}
 
