@@ -14,26 +14,55 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 # (query place, key place) on one axis of a grid -> whether it is seen; elementwise on index tensors.
 Sees = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+BLOCK = 128  # tokens of a block, FlexAttention's own choice
+
 _compiled = functools.cache(lambda: torch.compile(flex_attention, dynamic=False))
 
 
 def mask_of(rule: Callable[..., Sees], axes: tuple[tuple[int, ...], ...]) -> Callable[..., torch.Tensor]:
-    """The mask function of FlexAttention for a grid: every axis must be seen."""
+    """Make the mask function of FlexAttention for a grid: every axis must be seen."""
     sees = [(axis[0], rule(*axis)) for axis in axes]
 
     def mask(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         visible = query == query
         for length, seen in reversed(sees):
             visible = visible & seen(query % length, key % length)
-            query, key = query // length, key // length
+            query = query // length
+            key = key // length
         return visible
 
     return mask
 
 
+# Tensors of a BlockMask: which blocks of keys a block of queries sees in part and in full, and the other way round.
+_TENSORS = (
+    "kv_num_blocks",
+    "kv_indices",
+    "full_kv_num_blocks",
+    "full_kv_indices",
+    "q_num_blocks",
+    "q_indices",
+    "full_q_num_blocks",
+    "full_q_indices",
+)
+
+
 @functools.lru_cache(maxsize=64)
-def _block_mask(rule: Callable[..., Sees], axes: tuple[tuple[int, ...], ...], tokens: int, device: str) -> BlockMask:
-    return create_block_mask(mask_of(rule, axes), None, None, tokens, tokens, device=device)
+def _make_blocks(
+    rule: Callable[..., Sees], axes: tuple[tuple[int, ...], ...], tokens: int, device: str
+) -> tuple[torch.Tensor, ...]:
+    # Blocks outlive the mode they are made in, and inference tensors could never be trained with.
+    with torch.inference_mode(False):
+        made = create_block_mask(mask_of(rule, axes), None, None, tokens, tokens, device=device, BLOCK_SIZE=BLOCK)
+    return tuple(getattr(made, name) for name in _TENSORS)
+
+
+@torch.compiler.assume_constant_result
+def _blocks(
+    rule: Callable[..., Sees], axes: tuple[tuple[int, ...], ...], tokens: int, device: str
+) -> tuple[torch.Tensor, ...]:
+    """Find the blocks from a mask of all pairs, once for a grid; compiled code holds them as constants."""
+    return _make_blocks(rule, axes, tokens, device)
 
 
 def flex(
@@ -44,6 +73,10 @@ def flex(
     axes: tuple[tuple[int, ...], ...],
     scale: float | None,
 ) -> torch.Tensor:
-    """Softmax attention over the keys a rule lets each query see: [B, H, N, E] in and out."""
+    """Compute softmax attention over the keys a rule lets each query see: [B, H, N, E] in and out."""
+    tokens = query.shape[2]
+    blocks = dict(zip(_TENSORS, _blocks(rule, axes, tokens, query.device.type), strict=True))
+    sides = (BLOCK, BLOCK)
+    mask = BlockMask(seq_lengths=(tokens, tokens), BLOCK_SIZE=sides, mask_mod=mask_of(rule, axes), **blocks)
     call = flex_attention if torch.compiler.is_compiling() else _compiled()
-    return call(query, key, value, block_mask=_block_mask(rule, axes, query.shape[2], query.device.type), scale=scale)
+    return call(query, key, value, block_mask=mask, scale=scale)

@@ -1,7 +1,8 @@
-"""What the gated short convolutions of the Hyena family share: y = query * inner(key * value), each part featurised."""
+"""Gated short convolutions, which the Hyena family is made of: y = query * inner(key * value), each part featurised."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,11 +10,13 @@ import torch
 from torch import nn
 
 from ...core.context import Context, Grid
+from ...core.shapes import HeadTensor, KeyTensor
 from ...core.sites import AttentionSite
 from ...errors import OperatorError, UnknownNameError
 from ..base import Mixer
 from .backends import COMPILED, HALF, Backend, WithBackends, compute_dtype
 from .depthwise import LAYOUTS, ShortConvolution, heads_first, tokens_last
+from .settings import require_count
 
 
 def _causal_conv1d(operator: GatedConvolution, query, key, value, context: Context) -> torch.Tensor:
@@ -21,14 +24,15 @@ def _causal_conv1d(operator: GatedConvolution, query, key, value, context: Conte
 
     def convolve(convolution: ShortConvolution, image: torch.Tensor) -> torch.Tensor:
         taps = convolution.weight[:, 0, :, 0]
-        return causal_conv1d_fn(image[:, :, 0].transpose(1, 2), taps, convolution.bias).transpose(1, 2)[:, :, None]
+        sequence = image[:, :, 0].transpose(1, 2)
+        return causal_conv1d_fn(sequence, taps, convolution.bias).transpose(1, 2)[:, :, None]
 
     if operator.config.layout != "causal_1d" or not 2 <= operator.config.kernel_size <= 4:
         raise OperatorError(
             f'{operator.name}: backend "causal_conv1d" is for the layout causal_1d and kernel sizes from 2 to 4. '
             'Choose backend="torch".'
         )
-    return operator.gated(query, key, value, context, convolve)
+    return operator.gate(query, key, value, context, convolve)
 
 
 class GatedConvolution(WithBackends, Mixer):
@@ -61,58 +65,67 @@ class GatedConvolution(WithBackends, Mixer):
             super().__post_init__()
             if self.layout not in LAYOUTS:
                 raise UnknownNameError(f"layout of {self.owner.name}", self.layout, LAYOUTS)
-            if type(self.kernel_size) is not int or self.kernel_size < 1:
-                raise OperatorError(
-                    f"{self.owner.name}: kernel_size counts taps from 1; got {self.kernel_size!r}. Try 4."
-                )
+            require_count(self.owner.name, "kernel_size", self.kernel_size, example=4)
 
     def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
-        width, settings = site.inner_width, (config.kernel_size, config.layout)
+        size = config.kernel_size
         self.needs_grid = config.layout == "2d"
-        self.before = config.kernel_size - 1 if config.layout == "causal_1d" else config.kernel_size // 2
-        self.causal_operator = self.before == config.kernel_size - 1
-        self.convolutions, self.inner = nn.ModuleDict(), None
+        self.before = size - 1 if config.layout == "causal_1d" else size // 2
+        self.causal_operator = self.before == size - 1
+        self.convolutions = nn.ModuleDict()
         if self.has_featurisers:
-            parts = ("query", "key", "value")
-            self.convolutions.update({name: ShortConvolution(width, *settings) for name in parts})
+            for name in ("query", "key", "value"):
+                self.convolutions[name] = ShortConvolution(site.inner_width, size, config.layout)
+        self.inner = None
         if self.has_inner:
-            self.inner = ShortConvolution(width, *settings)
+            self.inner = ShortConvolution(site.inner_width, size, config.layout)
             self.inner.set_identity()
 
     def init_from(self, original: nn.Module) -> None:
-        """Both gates open (one), so that values pass unmixed; without featurisers there is no such start."""
+        """Open both gates (one), so that values pass unmixed; without featurisers there is no such start."""
         for name, convolution in self.convolutions.items():
-            convolution.set_identity() if name == "value" else convolution.set_constant(1.0)
+            if name == "value":
+                convolution.set_identity()
+            else:
+                convolution.set_constant(1.0)
 
-    def in_torch(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-        return self.gated(query, key, value, context, ShortConvolution.__call__)
+    def in_torch(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
+        return self.gate(query, key, value, context, ShortConvolution.__call__)
 
-    def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    def reference(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         """The definition: every convolution tap by tap."""
-        return self.gated(query, key, value, context, ShortConvolution.by_taps)
+        return self.gate(query, key, value, context, ShortConvolution.by_taps)
 
-    def countable(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    def countable(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         """Without the outputs beyond the border that `forward` throws away."""
-        return self.gated(query, key, value, context, ShortConvolution.padded)
+        return self.gate(query, key, value, context, ShortConvolution.padded)
 
-    def gated(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, convolve
+    def gate(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: Context,
+        convolve: Callable[[ShortConvolution, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """The whole of it, with `convolve(convolution, image)` for its convolutions."""
+        """Compute the output, [B, H, N, E], with `convolve(convolution, image)` for its convolutions."""
         layout = self._layout(query, context)
 
-        def featurised(name: str, part: torch.Tensor) -> torch.Tensor:
+        def featurise(name: str, part: torch.Tensor) -> torch.Tensor:
             image = tokens_last(part, *layout)
-            return convolve(self.convolutions[name], image) if self.has_featurisers else image.to(compute_dtype(image))
+            if self.has_featurisers:
+                return convolve(self.convolutions[name], image)
+            return image.to(compute_dtype(image))
 
         # One after the other, so that the next can have the memory of the last.
-        product = _times(featurised("key", key), featurised("value", value), own=self.has_featurisers)
-        product = product if self.inner is None else convolve(self.inner, product)
-        return heads_first(_times(product, featurised("query", query), own=True), query)
+        product = _multiply(featurise("key", key), featurise("value", value), in_place=self.has_featurisers)
+        if self.inner is not None:
+            product = convolve(self.inner, product)
+        return heads_first(_multiply(product, featurise("query", query), in_place=True), query)
 
     def _layout(self, query: torch.Tensor, context: Context) -> tuple[int, int]:
-        """Rows and columns; a sequence stands upright, one token a row."""
+        """Rows and columns of the image; a sequence has one token a row."""
         if not self.needs_grid:
             return query.shape[2], 1
         grid = context.require_grid(self.name, query.shape[2])
@@ -125,26 +138,31 @@ class GatedConvolution(WithBackends, Mixer):
 
     def receptive_field(self, token: int, grid: Grid) -> set[int]:
         depth = self.has_featurisers + self.has_inner
-        before, after = depth * self.before, depth * (self.config.kernel_size - 1 - self.before)
+        before = depth * self.before
+        after = depth * (self.config.kernel_size - 1 - self.before)
         if not self.needs_grid:
             return set(range(max(0, token - before), min(grid.tokens, token + after + 1)))
         y, x = grid.place_of(token)
-        rows, columns = (
-            range(max(0, place - before), min(length, place + after + 1))
-            for place, length in ((y, grid.height), (x, grid.width))
-        )
+        rows = range(max(0, y - before), min(grid.height, y + after + 1))
+        columns = range(max(0, x - before), min(grid.width, x + after + 1))
         return {row * grid.width + column for row in rows for column in columns}
 
     def flops(self, tokens: int) -> int:
-        """The convolutions and two gates."""
-        convolutions = [*self.convolutions.values(), *([self.inner] if self.has_inner else [])]
-        return sum(convolution.flops(tokens) for convolution in convolutions) + self.uncounted_flops(tokens)
+        """Price the convolutions and two gates."""
+        operations = self.uncounted_flops(tokens)
+        for convolution in self.convolutions.values():
+            operations += convolution.flops(tokens)
+        if self.inner is not None:
+            operations += self.inner.flops(tokens)
+        return operations
 
     def uncounted_flops(self, tokens: int) -> int:
         """The gates, which torch's counter does not see."""
         return 2 * tokens * self.site.inner_width
 
 
-def _times(product: torch.Tensor, part: torch.Tensor, *, own: bool) -> torch.Tensor:
-    """In place where the product is ours and no backward pass needs it: new memory costs more than the multiplication."""
-    return product * part if torch.is_grad_enabled() or not own else product.mul_(part)
+def _multiply(product: torch.Tensor, part: torch.Tensor, *, in_place: bool) -> torch.Tensor:
+    """Multiply in place where that is allowed and no backward pass needs the product: new memory costs more."""
+    if torch.is_grad_enabled() or not in_place:
+        return product * part
+    return product.mul_(part)

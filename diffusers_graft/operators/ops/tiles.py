@@ -46,21 +46,41 @@ class Tiling:
     starts: list[tuple[int, int]]
 
 
-def _cut(rule: Rule, axis: Axis, tile: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
-    """One axis: queries [tiles, T], halo [tiles, K], mask [tiles, T, K]; the last tile overlaps if T does not divide.
+@dataclass(frozen=True)
+class _Cut:
+    """The tiles of one axis.
 
-    And the first query and key of each tile, where both are runs.
+    Attributes:
+        queries: [tiles, T].
+        keys: the halo of each tile, [tiles, K].
+        mask: [tiles, T, K].
+        starts: first query and first key of each tile where both are runs, else none.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor
+    starts: list[tuple[int, int]]
+
+
+def _cut(rule: Rule, axis: Axis, tile: int) -> _Cut:
+    """Cut one axis into tiles; the last tile overlaps if T does not divide.
+
     Where a rule sees every n-th place, so do tiles and halos: dilation costs nothing.
     """
-    visible, length = rule(*axis), axis[0]
+    visible = rule(*axis)
+    length = axis[0]
     step = visible[0].step if tile < length else 1
     tile = min(tile, length // step)
-    groups = [range(remainder, length, step) for remainder in range(step)]
-    tiles = [group[min(start, len(group) - tile) :][:tile] for group in groups for start in range(0, len(group), tile)]
+    tiles = []
+    for remainder in range(step):
+        group = range(remainder, length, step)
+        tiles += [group[min(start, len(group) - tile) :][:tile] for start in range(0, len(group), tile)]
     lows = [min(visible[place][0] for place in places) for places in tiles]
     highs = [max(visible[place][-1] for place in places) for places in tiles]
     halo = max((high - low) // step + 1 for low, high in zip(lows, highs, strict=True))
-    lows = [min(low, length - halo) for low in lows] if step == 1 else lows
+    if step == 1:
+        lows = [min(low, length - halo) for low in lows]
     mask = torch.zeros(len(tiles), tile, halo, dtype=torch.bool)
     for number, (low, places) in enumerate(zip(lows, tiles, strict=True)):
         for row, place in enumerate(places):
@@ -69,34 +89,42 @@ def _cut(rule: Rule, axis: Axis, tile: int) -> tuple[torch.Tensor, torch.Tensor,
             mask[number, row, first : (seen[-1] - low) // step + 1 : seen.step // step] = True
     # Past the end a dilated halo repeats the last place, which the mask hides.
     keys = (torch.tensor(lows)[:, None] + step * torch.arange(halo)).clamp(max=length - 1)
-    starts = [(places[0], low) for places, low in zip(tiles, lows, strict=True)] if step == 1 else []
-    return torch.tensor([list(places) for places in tiles]), keys, mask, starts
+    starts = []
+    if step == 1:
+        starts = [(places[0], low) for places, low in zip(tiles, lows, strict=True)]
+    return _Cut(torch.tensor([list(places) for places in tiles]), keys, mask, starts)
 
 
-def _made(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, device: torch.device) -> Tiling:
+def _make_tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, device: torch.device) -> Tiling:
     # A tiling outlives the mode it is made in: inference tensors, for one, could never be trained with.
     with torch.inference_mode(False), torch.device("cpu"):
         tokens = math.prod(axis[0] for axis in axes)
-        see_all = all(len(row) == axis[0] for axis in axes for row in rule(*axis))
-        sides = [tokens if see_all or tokens <= DENSE_TOKENS else tile] * len(axes)
-        queries, keys = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
+        sees_all = all(len(row) == axis[0] for axis in axes for row in rule(*axis))
+        if sees_all or tokens <= DENSE_TOKENS:
+            tile = tokens
+        queries = torch.zeros(1, 1, dtype=torch.long)
+        keys = torch.zeros(1, 1, dtype=torch.long)
         mask = torch.ones(1, 1, 1, dtype=torch.bool)
-        for axis, side in zip(axes, sides, strict=True):
-            q, k, m, starts = _cut(rule, axis, side)
-            queries, keys, mask = _outer(queries, q, axis[0]), _outer(keys, k, axis[0]), _outer_mask(mask, m)
+        for axis in axes:
+            sees_itself_alone = all(len(row) == 1 for row in rule(*axis))
+            # Places that see themselves alone have nothing in common to gather.
+            cut = _cut(rule, axis, 1 if sees_itself_alone and tile < tokens else tile)
+            queries = _outer(queries, cut.queries, axis[0])
+            keys = _outer(keys, cut.keys, axis[0])
+            mask = _outer_mask(mask, cut.mask)
         inverse = torch.empty(tokens, dtype=torch.long)
         inverse[queries.flatten()] = torch.arange(queries.numel())
         keys = torch.cat([keys, torch.arange(tokens, tokens + others).expand(len(keys), -1)], dim=1)
-        mask = None if see_all else F.pad(mask[:, None], (0, others), value=True).to(device)
-        starts = starts if len(axes) == 1 else []
+        mask = None if sees_all else F.pad(mask[:, None], (0, others), value=True).to(device)
+        starts = cut.starts if len(axes) == 1 else []
         return Tiling(queries.to(device), keys.to(device), mask, inverse.to(device), starts)
 
 
-_kept = functools.lru_cache(maxsize=64)(_made)
+_cached_tiling = functools.lru_cache(maxsize=64)(_make_tiling)
 
 
 def _outer(outer: torch.Tensor, inner: torch.Tensor, length: int) -> torch.Tensor:
-    """Raster index of every pair of an outer and an inner place, tile by tile."""
+    """Raster indices of all pairs of an outer and an inner place, tile by tile."""
     combined = outer[:, None, :, None] * length + inner[None, :, None, :]
     return combined.flatten(0, 1).flatten(1)
 
@@ -108,10 +136,11 @@ def _outer_mask(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
 
 @torch.compiler.assume_constant_result
 def tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, device: torch.device) -> Tiling:
-    """The tiling of a grid, made once for each geometry and device; all queries see `others` keys besides, after the
-    grid's.
+    """Return the tiling of a grid, made once for each geometry and device.
+
+    All queries see `others` keys besides, after the grid's.
     """
-    return _kept(rule, axes, tile, others, device)
+    return _cached_tiling(rule, axes, tile, others, device)
 
 
 def tiled_attention(
@@ -125,38 +154,47 @@ def tiled_attention(
     scale: float | None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of each query over the keys it sees: [B, H, N, E], twice [B, H, M, E], and [B, H, N, E] out.
+    """Compute softmax attention of each query over the keys it sees: [B, H, N, E] and twice [B, H, M, E].
 
-    KeyTensor beyond the queries' own, M - N of them, are seen by every query.
+    Keys beyond the queries' own, M - N of them, are seen by every query.
 
     Args:
+        rule, axes: which places of each axis a place sees.
+        tile: places of a tile along each axis.
+        scale: factor on query-key products; None means 1 / sqrt(E).
         mask: as `scaled_dot_product_attention` takes it, broadcastable to [B, H, N, M]; each tile gathers its part. A
             query all of whose keys are hidden gives zeros.
+
+    Returns: [B, H, N, E].
     """
     # A tiling belongs to one grid.
     axes = tuple(tuple(specialize(setting) for setting in axis) for axis in axes)
-    # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind; it must not be kept for real ones.
     others = specialize(key.shape[2] - query.shape[2])
     tile = max(tile, round((others / 4) ** (1 / len(axes))))  # each tile gathers the others anew: fewer tiles then
-    cut = (tiling if type(query) is torch.Tensor else _made)(rule, axes, tile, others, query.device)
+    # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind; it must not be cached for real ones.
+    make = tiling if type(query) is torch.Tensor else _make_tiling
+    cut = make(rule, axes, tile, others, query.device)
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
     # Code compiled for changing sizes knows the `size()` of such constants, and not their `shape`.
-    tiles, mask = cut.queries.size(0), mask if mask is None else mask[(None,) * (4 - mask.dim())]
+    tiles = cut.queries.size(0)
     if tiles == 1:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=_both(cut.mask, mask), scale=scale)
-    whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=_combine(cut.mask, mask), scale=scale)
     if cut.starts and runs_in_pieces(query):
-        return _in_turns(query, key, value, cut, others, scale, mask)
+        return _tile_by_tile(query, key, value, cut, others, scale, mask)
     # Whole tokens [B, N, H * E] are gathered fastest, and without gradients a few tiles at a time, which stay in
     # cache.
     parts = tuple(part.transpose(1, 2).flatten(2) for part in (query, key, value))
-    step = tiles if whole else max(1, GATHERED_TOKENS // cut.keys.size(1))
-    some = [slice(start, start + step) for start in range(0, tiles, step)]
-    mixed = [_mixed(parts, cut, few, query.shape[1], scale, mask) for few in some]
-    mixed = (torch.cat(mixed, dim=1) if len(mixed) > 1 else mixed[0]).index_select(1, cut.inverse)
-    return mixed.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
+    step = tiles
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        step = max(1, GATHERED_TOKENS // cut.keys.size(1))
+    pieces = [slice(start, start + step) for start in range(0, tiles, step)]
+    mixed = [_mix_tiles(parts, cut, piece, query.shape[1], scale, mask) for piece in pieces]
+    joined = torch.cat(mixed, dim=1) if len(mixed) > 1 else mixed[0]
+    return joined.index_select(1, cut.inverse).unflatten(2, (query.shape[1], -1)).transpose(1, 2)
 
 
-def _in_turns(
+def _tile_by_tile(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -165,58 +203,72 @@ def _in_turns(
     scale: float | None,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Tile by tile on the tensors as they lie. (A backward pass would fill a whole tensor for each slice.)"""
-    queries, keys, tokens = cut.queries.shape[1], cut.keys.shape[1] - others, query.shape[2]
+    """One tile after the other on the tensors as they lie. (A backward pass would fill a whole tensor for each.)"""
+    tokens = query.shape[2]
+    queries = cut.queries.shape[1]
+    keys = cut.keys.shape[1] - others
 
-    def near(part: torch.Tensor, dim: int, low: int) -> torch.Tensor:
-        own = part.narrow(dim, low, keys)
-        return torch.cat([own, part.narrow(dim, tokens, others)], dim) if others else own
+    def take_halo(part: torch.Tensor, dim: int, low: int) -> torch.Tensor:
+        near = part.narrow(dim, low, keys)
+        if not others:
+            return near
+        return torch.cat([near, part.narrow(dim, tokens, others)], dim)
 
-    mixed = value.new_empty(query.shape[0], query.shape[2], value.shape[1], value.shape[3], dtype=compute_dtype(value))
+    batch, heads, _, width = value.shape
+    mixed = value.new_empty(batch, tokens, heads, width, dtype=compute_dtype(value))
     for (first, low), window in zip(cut.starts, cut.mask[:, 0], strict=True):
-        own = slice(first, first + queries)
-        parts = query[:, :, own], near(key, 2, low), near(value, 2, low)
-        visible = _both(
-            window, None if mask is None else near(mask[:, :, own if mask.shape[2] > 1 else slice(None)], 3, low)
-        )
-        mixed[:, own] = F.scaled_dot_product_attention(*parts, attn_mask=visible, scale=scale).transpose(1, 2)
+        rows = slice(first, first + queries)
+        visible = window
+        if mask is not None:
+            mask_rows = mask[:, :, rows] if mask.shape[2] > 1 else mask
+            visible = _combine(window, take_halo(mask_rows, 3, low))
+        inputs = query[:, :, rows], take_halo(key, 2, low), take_halo(value, 2, low)
+        mixed[:, rows] = F.scaled_dot_product_attention(*inputs, attn_mask=visible, scale=scale).transpose(1, 2)
     return mixed.transpose(1, 2)
 
 
-def _mixed(
+def _mix_tiles(
     parts: tuple[torch.Tensor, ...],
     cut: Tiling,
-    some: slice,
+    piece: slice,
     heads: int,
     scale: float | None,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Some tiles, mixed: [B, tiles * Q, H * E]."""
-    queries, keys, window = cut.queries[some], cut.keys[some], cut.mask[some]
-    batch, tiles = len(parts[0]), len(queries)
+    """Attention within some tiles: [B, tiles * Q, H * E]."""
+    queries = cut.queries[piece]
+    keys = cut.keys[piece]
+    batch = len(parts[0])
+    tiles = len(queries)
     gathered = (
         part.index_select(1, index.flatten())
         .view(batch * tiles, index.size(1), heads, part.shape[2] // heads)
         .transpose(1, 2)
         for part, index in zip(parts, (queries, keys, keys), strict=True)
     )
-    visible = _both(window.repeat(batch, 1, 1, 1), None if mask is None else _gathered(mask, queries, keys, batch))
+    visible = cut.mask[piece].repeat(batch, 1, 1, 1)
+    if mask is not None:
+        visible = _combine(visible, _gather_mask(mask, queries, keys, batch))
     mixed = F.scaled_dot_product_attention(*gathered, attn_mask=visible, scale=scale)
     return mixed.transpose(1, 2).reshape(batch, queries.numel(), parts[2].shape[2])
 
 
-def _gathered(mask: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, batch: int) -> torch.Tensor:
+def _gather_mask(mask: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, batch: int) -> torch.Tensor:
     """What tiles see of a mask: [B or 1, H or 1, N or 1, N] -> [B * tiles, H or 1, Q or 1, K]."""
     rows = queries if mask.shape[2] > 1 else torch.zeros_like(queries[:, :1])
     part = mask[:, :, rows[:, :, None], keys[:, None]].transpose(1, 2)
     return part.expand(batch, *part.shape[1:]).flatten(0, 1)
 
 
-def _both(window: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:
+def _combine(window: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:
     """What a window and a mask leave to be seen; additive where the mask is."""
-    if window is None or mask is None:
-        return mask if window is None else window
-    return mask & window if mask.dtype == torch.bool else mask.masked_fill(~window, float("-inf"))
+    if window is None:
+        return mask
+    if mask is None:
+        return window
+    if mask.dtype == torch.bool:
+        return mask & window
+    return mask.masked_fill(~window, float("-inf"))
 
 
 def dense_attention(
@@ -229,16 +281,22 @@ def dense_attention(
     scale: float | None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same by definition: one softmax over all tokens under a mask. The reference; quadratic."""
+    """Compute what `tiled_attention` does by definition: one softmax over all tokens under a mask; quadratic."""
     window = torch.ones(1, 1, dtype=torch.bool)
     for axis in axes:
-        sees = torch.tensor([[j in seen for j in range(axis[0])] for seen in rule(*axis)])
+        sees = torch.zeros(axis[0], axis[0], dtype=torch.bool)
+        for place, seen in enumerate(rule(*axis)):
+            sees[place, list(seen)] = True
         window = (window[:, None, :, None] & sees[None, :, None, :]).flatten(0, 1).flatten(1)
     window = F.pad(window, (0, key.shape[2] - query.shape[2]), value=True)
-    scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
     hidden = ~window.to(query.device)
-    if mask is not None:
-        hidden = hidden | (~mask if mask.dtype == torch.bool else mask == float("-inf"))
-        scores = scores if mask.dtype == torch.bool else scores + mask
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    scores = (query @ key.transpose(-1, -2)) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        hidden = hidden | ~mask
+    elif mask is not None:
+        hidden = hidden | (mask == float("-inf"))
+        scores = scores + mask
     weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
     return weights.masked_fill(hidden, 0) @ value  # zeros, and not undefined, where all is hidden

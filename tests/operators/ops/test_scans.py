@@ -8,7 +8,7 @@ from diffusers_graft.core.context import Grid
 from diffusers_graft.operators.ops.scans import (
     _in_groups,
     _one_by_one,
-    carried,
+    carry_states,
     decay,
     gated_delta_rule,
     state_space,
@@ -27,7 +27,7 @@ def test_groups_of_chunks_carry_what_a_loop_does(chunks, backwards, matrices):
     start = torch.zeros_like(added[:, 0])
     loop, _ = _one_by_one(added, kept, start, backwards, matrices)
     same_with_gradients(_in_groups(added, kept, start, 3, backwards, matrices), loop, (added, kept))
-    same_with_gradients(carried(added, kept, backwards=backwards, matrices=matrices), loop, (added, kept))
+    same_with_gradients(carry_states(added, kept, backwards=backwards, matrices=matrices), loop, (added, kept))
 
 
 @pytest.mark.parametrize("matrices", [False, True])
@@ -38,8 +38,8 @@ def test_states_keep_their_precision_under_autocast(matrices):
         torch.eye(8).expand(1, 256, 8, 8) * 0.998 if matrices else torch.full((1, 256, 1, 1), 0.998),
     )
     with torch.autocast("cpu", torch.bfloat16):
-        states = carried(added, kept, backwards=False, matrices=matrices)
-    torch.testing.assert_close(states, carried(added, kept, backwards=False, matrices=matrices))
+        states = carry_states(added, kept, backwards=False, matrices=matrices)
+    torch.testing.assert_close(states, carry_states(added, kept, backwards=False, matrices=matrices))
 
 
 def test_orders_visit_what_they_say():

@@ -22,9 +22,9 @@ WINDOWS = ["sliding_window", {"operator": "neighborhood", "kernel": 5, "dilation
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    _tiles._kept.cache_clear()
+    _tiles._cached_tiling.cache_clear()
     yield
-    _tiles._kept.cache_clear()
+    _tiles._cached_tiling.cache_clear()
 
 
 def assert_is_masked_softmax(operator, seen, context):
