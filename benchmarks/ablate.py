@@ -7,6 +7,8 @@ come, and a run that is started again goes on behind the last.
 
 from __future__ import annotations
 
+import argparse
+
 import dataclasses
 import json
 import statistics
@@ -19,8 +21,9 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_graft import testbed
+from diffusers_graft.cli.main import say
 from diffusers_graft.errors import GraftError
-from diffusers_graft.evaluation.benchmark import compare, require_rounds, table
+from diffusers_graft.evaluation.benchmark import compare, require_rounds
 from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.injection.install import install, uninstall
 from diffusers_graft.operators import OperatorConfig, parse_operator
@@ -31,6 +34,8 @@ from diffusers_graft.training.distill.distill import distill
 from diffusers_graft.training.distill.ridge import closed_form
 from diffusers_graft.training.finetune.config import FinetuneConfig
 from diffusers_graft.training.finetune.finetune import finetune
+
+from .output import format_rows
 
 from .rows import read_rows, write_row
 
@@ -212,7 +217,7 @@ def _report(ablation: Ablation, rows: list[dict[str, Any]]) -> str:
     price = ", ".join(f"{name} {value:.3f} s" for name, value in head["seconds"].items())
     count = len({row["arm"]["seed"] for row in runs})
     return (
-        f"# What starts and stages buy\n\n{_facts(ablation)}\n\n```\n{table(lines)}\n```\n\nMean +- standard deviation over "
+        f"# What starts and stages buy\n\n{_facts(ablation)}\n\n```\n{format_rows(lines)}\n```\n\nMean +- standard deviation over "
         f"{count} seeds. Compute 1 is what {ablation.steps} steps of stage two cost; steps are of stage one + stage two. "
         f"Prices of a step, measured in turns: {price} (torch {head['torch']}).\n\n"
         f"{_bought(ablation, by_arm)}\n\n{_verdict(ablation, by_arm)}\n"
@@ -274,3 +279,20 @@ def _read(path: Path, ablation: Ablation) -> list[dict[str, Any]]:
     if rows and rows[0].get("ablation") != json.loads(json.dumps(asdict(ablation))):
         raise GraftError(f"{path} holds rows of another ablation: {rows[0].get('ablation')}. Give another --output.")
     return rows
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this measurement to a parser."""
+    parser.add_argument("--steps", type=int, default=50, help="of stage two that every run may cost")
+    parser.add_argument("--seeds", type=int, default=3, help="that every row is run with")
+    parser.add_argument("--operator", default="neighborhood", help="operator, such as hyena_x(kernel_size=4)")
+    parser.add_argument("--sites", default="self_attention[1::2]", help="rule key of the sites to graft")
+    parser.add_argument(
+        "--output", type=Path, default=Path("ablation"), help="folder; rows that are there are not run again"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure with options that were parsed."""
+    settings = {name: getattr(arguments, name) for name in ("operator", "sites", "steps", "seeds")}
+    ablate(Ablation(**settings), arguments.output, say=say)

@@ -7,6 +7,8 @@ again goes on behind the last.
 
 from __future__ import annotations
 
+import argparse
+
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +19,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from diffusers_graft import testbed
+from diffusers_graft.cli.main import say
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.benchmark import benchmark, compare
 from diffusers_graft.injection.graft import Graft, build_graft
@@ -179,3 +182,15 @@ def _read(path: Path, budget: Budget) -> list[dict[str, Any]]:
     if rows and rows[0].get("budget") != json.loads(json.dumps(asdict(budget))) or rows and "models" not in rows[0]:
         raise GraftError(f"{path} holds rows of another budget. Give another --output.")
     return rows
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this measurement to a parser."""
+    parser.add_argument(
+        "--output", type=Path, default=Path("depth"), help="folder; rows that are there are not run again"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure with options that were parsed."""
+    bench_depth(arguments.output, say=say)

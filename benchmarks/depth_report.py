@@ -6,8 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from diffusers_graft.evaluation.benchmark import table
 from diffusers_graft.evaluation.plots import draw_rows
+
+from .output import format_rows
 
 MEASURES = {"denoising_loss": 4, "frechet_distance": 1, "accuracy": 3}  # with the digits that are shown
 OURS, SAME_STAGE_TWO, SAME_COMPUTE = "(d)", ("(e)", "(f)"), ("(e+)", "(f+)")
@@ -54,7 +55,7 @@ def _results(runs: dict[str, list[dict]]) -> str:
     for name, run in runs.items():
         steps = " + ".join(str(count) for count in run[0]["steps"])
         lines.append([name, steps, *(_spread(run, measure) for measure in MEASURES)])
-    return table(lines)
+    return format_rows(lines)
 
 
 def _costs(models: dict[str, dict]) -> str:
@@ -70,7 +71,7 @@ def _costs(models: dict[str, dict]) -> str:
         ]
         for name, row in models.items()
     ]
-    return table(lines)
+    return format_rows(lines)
 
 
 def _spread(run: list[dict], measure: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+
 from dataclasses import dataclass
 
 import torch
 from diffusers import ModelMixin
 
 from diffusers_graft.core.sites import Sites
+from diffusers_graft.cli.main import say
 from diffusers_graft.errors import GraftError
 from diffusers_graft.injection.graft import build_graft
 from diffusers_graft.injection.install import install, uninstall
@@ -129,3 +132,15 @@ def _outcome(model: ModelMixin, sites: Sites, spec: object, before: torch.Tensor
 def measure_families() -> list[Row]:
     """A row for every class of the installed diffusers."""
     return [measure_family(name) for name in sorted(exported())]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this measurement to a parser."""
+    parser.add_argument("--full", action="store_true", help="a line a class, as in examples/benchmarks/families.md")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure with options that were parsed."""
+    rows = measure_families()
+    table = full_table if arguments.full else short_table
+    say(table(rows, diffusers.__version__))

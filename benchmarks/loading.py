@@ -14,7 +14,6 @@ import torch
 from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.models.modeling_utils import no_init_weights
 
-from diffusers_graft.evaluation.benchmark import table
 from diffusers_graft.injection.graft import build_graft
 from diffusers_graft.injection.install import install, uninstall
 from diffusers_graft.planning.plan import plan_graft
@@ -24,6 +23,8 @@ from diffusers_graft.serialization.empty_graft import build_blank
 from diffusers_graft.serialization.graft_folder import fill, load_graft, save_graft
 from diffusers_graft.serialization.proof import replay
 from diffusers_graft.serialization.tensors import read_tensors
+
+from .output import format_rows
 
 RULES = {"self_attention[:]": "mamba2", "feed_forward[::2]": {"operator": "mlp", "expansion": 6}}
 
@@ -106,7 +107,7 @@ def report(width: int = 768, layers: int = 12, rounds: int = 7) -> str:
     return (
         f"# Loading a graft on a CPU\n\n`make bench-loading`: {size / 1e6:.0f} MB of weights (Mamba-2 in {layers} layers of "
         f"width {width}, every second feed-forward), fp32, files in the page cache, {torch.get_num_threads()} thread, torch "
-        f"{torch.__version__}; medians of {rounds} rounds, ratios within a round.\n\n```\n{table(rows)}\n```\n\n"
+        f"{torch.__version__}; medians of {rounds} rounds, ratios within a round.\n\n```\n{format_rows(rows)}\n```\n\n"
         f"With verify=False loading takes {seconds['ratio']:.2f} x what reading and installing take, with the proof "
         f"{seconds['verified_ratio']:.2f} x:\nthe proof is a forward of the model over few tokens."
     )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from diffusers import DiTTransformer2DModel
 
-from diffusers_graft.evaluation.benchmark import benchmark, publish, require_writable, table
+from diffusers_graft.evaluation.benchmark import benchmark
+from diffusers_graft.cli.main import say
+
+from .output import format_rows, publish, require_writable
 
 # Wide enough for attention to weigh as it does in real models, small enough for two cores.
 SHAPE = dict(
@@ -49,7 +54,35 @@ def bench_models(
             ]
         )
     text = (
-        f"{table(rows)}\n\nOne sample, {torch.get_num_threads()} threads, torch {torch.__version__}; width 384, 4 layers, "
+        f"{format_rows(rows)}\n\nOne sample, {torch.get_num_threads()} threads, torch {torch.__version__}; width 384, 4 layers, "
         "all replaced."
     )
     publish(text, output, title="Forward of a model and of its grafts", command="make bench", say=say)
+
+
+def _side(text: str) -> int:
+    """Return a side of latents. Raises argparse's error for one without room for a patch."""
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"latents are 2 wide or more, a patch; got {number}")
+    return number
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this measurement to a parser."""
+    parser.add_argument(
+        "--operators",
+        default="neighborhood,sliding_window,linear_attention,hyena_x",
+        help="names with commas between them",
+    )
+    parser.add_argument(
+        "--sizes", type=_side, nargs="+", default=[16, 32, 64, 128], help="sides of the latents (2 x 2 patches)"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="measured runs of each, in turns; 2 or more")
+    parser.add_argument("--output", type=Path, help="Markdown file to store the tables in")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure with options that were parsed."""
+    operators = arguments.operators.split(",")
+    bench_models(arguments.output, operators, sizes=arguments.sizes, rounds=arguments.rounds, say=say)

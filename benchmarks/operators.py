@@ -4,6 +4,8 @@ memory.
 
 from __future__ import annotations
 
+import argparse
+
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -14,14 +16,17 @@ import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 
 from diffusers_graft.core.context import Context, Grid
+from diffusers_graft.cli.main import say
 from diffusers_graft.errors import GraftError
-from diffusers_graft.evaluation.benchmark import compare, publish, require_writable, table, with_graft
+from diffusers_graft.evaluation.benchmark import compare, with_graft
 from diffusers_graft.evaluation.operator_costs import example_part, operator_costs, peak_memory, run_of
 from diffusers_graft.injection.attention_core import mix_with_others
 from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.inspection import example_inputs
 from diffusers_graft.operators import OperatorConfig, parse_operator
 from diffusers_graft.planning.plan import plan_graft
+
+from .output import format_rows, publish, require_writable
 
 # (operator, most of softmax's time it should take: forward at 4,096 tokens, forward and backward at 16,384)
 MIXERS = [
@@ -114,7 +119,7 @@ def bench_operators(
         parts = [(title, measured()) for title, measured in chosen]
     finally:
         torch.set_num_threads(threads)
-    text = "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in parts)
+    text = "\n\n".join(f"{title}\n\n{format_rows(rows)}" for title, rows in parts)
     text += (
         f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios and shares are medians over {rounds} "
         "rounds in turns,\neach of one round; so is ms, on its own. FLOPs is the ratio of operations: what the time would "
@@ -272,3 +277,15 @@ def _peak(config: OperatorConfig, grid: Grid) -> str:
         return f"{peak_memory(config, grid, width=2 * WIDTH, heads=2, backward=True) / 2**20:.1f}"
     except GraftError:
         return "refused"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this measurement to a parser."""
+    parser.add_argument("--only", default="", help='tables whose titles begin so, as in "Compiled|Image and text"')
+    parser.add_argument("--rounds", type=int, default=7, help="measured runs of each, in turns; 2 or more")
+    parser.add_argument("--output", type=Path, help="Markdown file to store the tables in")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure with options that were parsed."""
+    bench_operators(arguments.output, rounds=arguments.rounds, only=arguments.only, say=say)

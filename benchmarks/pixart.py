@@ -5,6 +5,8 @@ Random weights, since speed does not depend on them. Layers as in arXiv 2506.053
 
 from __future__ import annotations
 
+import argparse
+
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -15,8 +17,11 @@ from diffusers import PixArtTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_graft.errors import GraftError
-from diffusers_graft.evaluation.benchmark import compare, publish, require_writable, table
+from diffusers_graft.cli.main import say
+from diffusers_graft.evaluation.benchmark import compare
 from diffusers_graft.inspection import example_inputs
+
+from .output import format_rows, publish, require_writable
 
 SHAPE = dict(
     num_attention_heads=16,
@@ -93,7 +98,7 @@ def pixart_table(
                 share = "" if one == "original" else f"{free / row.ratio:.3f}"
                 spread = "" if one == "original" else f"{1 / row.high:.3f} to {1 / row.low:.3f}"
                 rows.append([name, one, f"{1000 * row.seconds:.1f}", f"{1 / row.ratio:.3f}", spread, share])
-    return table(rows) + f"\n\nSoftmax of the layers that keep it: {best.name if best else 'chosen by torch'}."
+    return format_rows(rows) + f"\n\nSoftmax of the layers that keep it: {best.name if best else 'chosen by torch'}."
 
 
 def _grafted(
@@ -117,3 +122,14 @@ def _fastest_softmax(call: Callable, inputs: dict, softmax: tuple[SDPBackend, ..
             except RuntimeError:  # not on this device
                 continue
     return min(seconds, key=seconds.get, default=None)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this measurement to a parser."""
+    parser.add_argument("--rounds", type=int, default=7, help="measured runs of each, in turns; 2 or more")
+    parser.add_argument("--output", type=Path, help="Markdown file to store the tables in")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure with options that were parsed."""
+    bench_pixart(arguments.output, rounds=arguments.rounds, say=say)

@@ -6,6 +6,8 @@ when it is done; a run that is started again goes on behind the last.
 
 from __future__ import annotations
 
+import argparse
+
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from diffusers_graft import testbed
+from diffusers_graft.cli.main import say
 from diffusers_graft.core.sites import Site
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.benchmark import compare, with_graft
@@ -192,3 +195,15 @@ def _facts(spending: Spending) -> str:
         "sites as the budget allows; `chance` draws sites and operators until it is met. Harm is the squared error of the "
         f"model's answer on {100 * spending.judged} samples; denoising losses are on {spending.samples} of held-out fonts."
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this measurement to a parser."""
+    parser.add_argument(
+        "--output", type=Path, default=Path("planner"), help="folder; rows that are there are not run again"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure with options that were parsed."""
+    bench_planner(arguments.output, say=say)

@@ -8,8 +8,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from diffusers_graft.evaluation.benchmark import table
 from diffusers_graft.evaluation.plots import draw_front
+
+from .output import format_rows
 
 PLANNED, CHANCE = "planned", "chance"
 
@@ -60,7 +61,7 @@ def _table(seeds: list[dict[str, Any]], budget: float) -> str:
             for key, digits in (("flops", 3), ("predicted", 4), ("harm", 4), ("before", 4), ("after", 4))
         ]
         lines.append([name, edits, *columns])
-    return table(lines)
+    return format_rows(lines)
 
 
 def _promises(rows: list[dict[str, float]]) -> str:
@@ -74,7 +75,7 @@ def _promises(rows: list[dict[str, float]]) -> str:
         ]
         for row in rows
     ]
-    return table(lines)
+    return format_rows(lines)
 
 
 def _verdict(seeds: list[dict[str, Any]], budget: float) -> str:

@@ -6,6 +6,8 @@ optimiser step, on inputs that lie ready. Both are timed in turns.
 
 from __future__ import annotations
 
+import argparse
+
 import copy
 import time
 from collections.abc import Callable
@@ -15,7 +17,8 @@ import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, ModelMixin
 
 from diffusers_graft import testbed
-from diffusers_graft.evaluation.benchmark import PeakMemory, compare, publish, require_writable, table
+from diffusers_graft.cli.main import say
+from diffusers_graft.evaluation.benchmark import PeakMemory, compare
 from diffusers_graft.evaluation.evaluate import evaluate
 from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.injection.install import install
@@ -26,6 +29,8 @@ from diffusers_graft.training.distill.capture import Capture, CapturedCall
 from diffusers_graft.training.distill.config import DistillConfig
 from diffusers_graft.training.distill.distill import distill
 from diffusers_graft.training.distill.losses import loss_for
+
+from .output import format_rows, publish, require_writable
 
 SHAPE = dict(
     num_attention_heads=6,
@@ -85,7 +90,7 @@ def cost_table(model: ModelMixin, cases: dict[str, str], *, rounds: int, batch_s
                 f"{allowed / 1e6:.2f}",
             ]
         )
-    return table(rows)
+    return format_rows(rows)
 
 
 def _stage_one(model: ModelMixin, graft: Graft, inputs: dict, steps: int) -> None:
@@ -164,4 +169,15 @@ def reuse_table(steps: int) -> str:
         loss = evaluate(model, judged, noise_scheduler=FlowMatchEulerDiscreteScheduler())["denoising_loss"]
         error = sum(report.held_out[-1].error for report in reports.values()) / len(reports)
         rows.append([str(reuse), f"{seconds:.1f}", f"{seconds / first:.2f}", f"{error:.4f}", f"{loss:.4f}"])
-    return table(rows)
+    return format_rows(rows)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this measurement to a parser."""
+    parser.add_argument("--rounds", type=int, default=7, help="measured runs of each, in turns; 2 or more")
+    parser.add_argument("--output", type=Path, help="Markdown file to store the tables in")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure with options that were parsed."""
+    bench_training(arguments.output, rounds=arguments.rounds, say=say)

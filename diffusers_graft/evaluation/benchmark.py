@@ -1,4 +1,4 @@
-"""Speed and memory, measured so that the figures mean something: one process, alternating, ratios with their spread."""
+"""Speed and memory of models and grafts: one process, contenders in turns, ratios with their spread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from tqdm.auto import tqdm
 
-from ..core.tables import Table
-from ..errors import FileError, GraftError, StateError
+from ..errors import GraftError, StateError
 from ..injection.graft import Graft, build_graft, get_graft
 from ..injection.install import install, uninstall
 from ..inspection import evaluating, example_inputs, read_context
@@ -27,10 +25,19 @@ from ..planning.plan import plan_graft
 from ..planning.rules import Rules
 from .cost import count_depth, count_flops, count_parameters
 
+ORIGINAL = "original"  # the name of the model without a graft in every table
+
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender against the first: seconds (median), and the ratio of each pair of neighbouring runs."""
+    """Times of one contender.
+
+    Attributes:
+        name: of the contender.
+        seconds: median.
+        ratio: of its time to the first contender's of the same round, median.
+        low, high: quartiles of that ratio.
+    """
 
     name: str
     seconds: float
@@ -45,12 +52,12 @@ def compare(
     rounds: int = 7,
     around: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> list[Timing]:
-    """Time callables in turns; ratios are to the first contender's run of the same round, with quartiles as spread.
+    """Time callables in turns, each against the first one in the same round.
 
-    On CUDA each run is synchronised. One unmeasured round warms everything up.
+    On CUDA each run is synchronised. One round before the measured ones warms everything up.
 
     Args:
-        rounds: runs of each that are measured.
+        rounds: measured runs of each.
         around: entered with a contender's name before its clock starts, and left after it stops.
 
     Raises `GraftError` for fewer than two rounds, which have no spread.
@@ -62,22 +69,23 @@ def compare(
             with around(name):
                 started = _now()
                 run()
-                taken = _now() - started
+                elapsed = _now() - started
             if turn:
-                seconds[name].append(taken)
-    base = next(iter(seconds.values()))
-    rows = []
-    for name, own in seconds.items():
-        ratios = sorted(one / other for one, other in zip(own, base, strict=True))
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        rows.append(Timing(name, statistics.median(own), statistics.median(ratios), low, high))
-    return rows
+                seconds[name].append(elapsed)
+    first = next(iter(seconds.values()))
+    return [_timing(name, values, first) for name, values in seconds.items()]
+
+
+def _timing(name: str, seconds: list[float], first: list[float]) -> Timing:
+    ratios = [one / other for one, other in zip(seconds, first, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Timing(name, statistics.median(seconds), statistics.median(ratios), low, high)
 
 
 def require_rounds(rounds: int) -> None:
     """Raise `GraftError` unless there are enough rounds for quartiles."""
     if type(rounds) is not int or rounds < 2:
-        raise GraftError(f"Times are told with their spread, which takes 2 rounds or more; got {rounds}. Try 7.")
+        raise GraftError(f"Times are given with their spread, which takes 2 rounds or more; got {rounds}. Try 7.")
 
 
 def _now() -> float:
@@ -90,65 +98,70 @@ def _now() -> float:
 def benchmark(
     model: ModelMixin, rules: Mapping[str, Rules], sizes: Iterable[int], *, rounds: int = 7, progress: bool = True
 ) -> list[dict[str, Any]]:
-    """What a forward of a model and of its grafts costs, at several sizes of the latents, one sample.
+    """Measure the cost of a forward of one sample for a model and its grafts, at several sizes of the latents.
 
-    Depth, operations and time are told apart, since they need not go together: blocks side by side halve the depth,
-    save no operations, and on a CPU no time.
+    Depth, operations and time are measured separately, since they need not go together: blocks side by side halve the
+    depth, save no operations, and on a CPU no time.
 
     Args:
         rules: rules by name of the contender; `"original"` is the model without a graft.
         sizes: height and width of the latents.
-        rounds: runs of each contender that are measured.
+        rounds: measured runs of each contender.
         progress: show a bar, on a terminal.
 
     Raises:
         GraftError: a contender of the name "original", fewer than two rounds, or a size that holds no patch.
         RuleError, UnknownNameError, OperatorError, ModelError: as `plan_graft`.
-        StateError: a model that wears a graft already.
+        StateError: a model that is grafted already.
 
     Returns:
         Rows with `tokens`, `name`, `depth` (blocks one after the other), `parameters`, `flops` (see `count_flops`),
         `milliseconds`, and `ratio`, `low`, `high` of the time to the original's of the same round.
     """
     require_rounds(rounds)
-    grafts, rows = _contenders(model, rules), []
+    grafts = _contenders(model, rules)
+    rows = []
     with evaluating(model):
         for size in tqdm(list(sizes), desc="benchmark", unit="size", disable=None if progress else True):
             inputs = example_inputs(model, size=size)
             tokens = read_context(model, (), inputs).grid.tokens
-            contenders = dict.fromkeys(grafts, partial(model, **inputs))
-            for timing in compare(contenders, rounds=rounds, around=lambda name: with_graft(model, grafts[name])):
+            runs = dict.fromkeys(grafts, partial(model, **inputs))
+            for timing in compare(runs, rounds=rounds, around=lambda name: with_graft(model, grafts[name])):
                 with with_graft(model, grafts[timing.name]):
-                    shape = {
-                        "depth": count_depth(model),
-                        "parameters": count_parameters(model),
-                        "flops": count_flops(model, inputs),
-                    }
-                rows.append(
-                    {
-                        "tokens": tokens,
-                        "name": timing.name,
-                        **shape,
-                        "milliseconds": 1000 * timing.seconds,
-                        "ratio": timing.ratio,
-                        "low": timing.low,
-                        "high": timing.high,
-                    }
-                )
+                    rows.append({"tokens": tokens, "name": timing.name, **_counts(model, inputs), **_times(timing)})
     return rows
 
 
+def _counts(model: ModelMixin, inputs: dict[str, Any]) -> dict[str, int]:
+    return {
+        "depth": count_depth(model),
+        "parameters": count_parameters(model),
+        "flops": count_flops(model, inputs),
+    }
+
+
+def _times(timing: Timing) -> dict[str, float]:
+    return {
+        "milliseconds": 1000 * timing.seconds,
+        "ratio": timing.ratio,
+        "low": timing.low,
+        "high": timing.high,
+    }
+
+
 def _contenders(model: ModelMixin, rules: Mapping[str, Rules]) -> dict[str, Graft | None]:
+    """Build the grafts that are compared. Raises an error where nothing can be compared."""
     if get_graft(model) is not None:
         raise StateError("A benchmark compares grafts with the original: call model.unset_graft() first.")
-    if "original" in rules:
-        raise GraftError('"original" is the name of the model without a graft. Give these rules another name.')
-    return {"original": None} | {name: build_graft(model, plan_graft(model, rule)) for name, rule in rules.items()}
+    if ORIGINAL in rules:
+        raise GraftError(f'"{ORIGINAL}" is the name of the model without a graft. Give these rules another name.')
+    grafts = {name: build_graft(model, plan_graft(model, rule)) for name, rule in rules.items()}
+    return {ORIGINAL: None, **grafts}
 
 
 @contextmanager
 def with_graft(model: ModelMixin, graft: Graft | None) -> Iterator[None]:
-    """The model with a graft, or without one, so that they can take turns without a second copy."""
+    """Install a graft, or none, for the block, so that contenders take turns without a second copy of the model."""
     if graft is None:
         yield
         return
@@ -160,7 +173,7 @@ def with_graft(model: ModelMixin, graft: Graft | None) -> Iterator[None]:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Largest number of bytes of tensors that were made inside the block and alive at once, on any device.
+    """The largest number of bytes of tensors made inside the block and alive at once, on any device.
 
     >>> with PeakMemory() as memory:
     ...     _ = torch.ones(1024).exp()
@@ -170,51 +183,33 @@ class PeakMemory(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+        for tensor in _tensors(result):
+            # results that are views hold no memory of their argument's
+            if tensor.untyped_storage()._cdata not in given:
                 self._follow(tensor.untyped_storage())
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        """Count a storage until it is freed."""
+        key = storage._cdata
         if key in self._seen:
             return
         self._seen.add(key)
-        self.now += size
+        self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._forget, key, storage.nbytes())
 
-    def _gone(self, key: int, size: int) -> None:
+    def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
 
 
-def table(rows: list[list[str]]) -> str:
-    """Rows as text with aligned columns, the first row as heading."""
-    if not rows:
-        raise GraftError("A table needs at least its heading.")
-    heading, *others = rows
-    return Table(others, heading=heading, numbers=range(1, len(heading)), is_ruled=True).to_text()
-
-
-def require_writable(output: Path | None) -> None:
-    """Raise `FileError` where `publish` could not store its text; called before minutes of measuring."""
-    try:
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise FileError(f"{output} cannot be written: {error.strerror}. Give another --output.") from error
-
-
-def publish(text: str, output: Path | None, *, title: str, command: str, say: Callable[[str], None]) -> None:
-    """Print what a command measured, and store it as Markdown where an output is named."""
-    say(text)
-    if output is not None:
-        output.write_text(f"# {title}\n\n`{command}`\n\n```\n{text}\n```\n", encoding="utf-8")
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
