@@ -49,7 +49,7 @@ bench: $(READY) ## Forward latency of original and grafted models
 	$(BIN)/python -m benchmarks models --output examples/benchmarks/forward-cpu.md
 
 bench-loading: $(READY) ## Loading a graft against reading its bytes and installing it
-	$(BIN)/python -m benchmarks.loading --output examples/benchmarks/loading-cpu.md
+	$(BIN)/python -m benchmarks loading --output examples/benchmarks/loading-cpu.md
 
 bench-operators: $(READY) ## Every operator by itself, on a CPU
 	$(BIN)/python -m benchmarks operators --output examples/benchmarks/operators-cpu.md

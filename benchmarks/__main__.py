@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from diffusers_graft.cli.main import run_verb
+from diffusers_graft.cli import verbs
 
 NAMES = {
     "ablate": "what each start and each stage buys, at equal compute, and the paper's recipe beside ours",
@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(prog=f"{parser.prog} {named.name}", description=NAMES[named.name])
     measurement.add_options(options)
     arguments = options.parse_args(named.options)
-    arguments.run = measurement.run
-    return run_verb(arguments, program=parser.prog)
+    return verbs.run(measurement.run, arguments, program=parser.prog)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ come, and a run that is started again goes on behind the last.
 from __future__ import annotations
 
 import argparse
-
 import dataclasses
 import json
 import statistics
@@ -21,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_graft import testbed
-from diffusers_graft.cli.main import say
+from diffusers_graft.cli.verbs import say
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.benchmark import compare, require_rounds
 from diffusers_graft.injection.graft import Graft, build_graft
@@ -36,7 +35,6 @@ from diffusers_graft.training.finetune.config import FinetuneConfig
 from diffusers_graft.training.finetune.finetune import finetune
 
 from .output import format_rows
-
 from .rows import read_rows, write_row
 
 STARTS = ("random", "warm", "warm + closed form")

@@ -8,7 +8,6 @@ again goes on behind the last.
 from __future__ import annotations
 
 import argparse
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from diffusers_graft import testbed
-from diffusers_graft.cli.main import say
+from diffusers_graft.cli.verbs import say
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.benchmark import benchmark, compare
 from diffusers_graft.injection.graft import Graft, build_graft

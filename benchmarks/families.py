@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-
 from dataclasses import dataclass
 
+import diffusers
 import torch
 from diffusers import ModelMixin
 
+from diffusers_graft.cli.verbs import say
 from diffusers_graft.core.sites import Sites
-from diffusers_graft.cli.main import say
 from diffusers_graft.errors import GraftError
 from diffusers_graft.injection.graft import build_graft
 from diffusers_graft.injection.install import install, uninstall
@@ -141,6 +141,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure with options that were parsed."""
+    # imported here, since the tables import the rows of this module
+    from .family_tables import full_table, short_table
+
     rows = measure_families()
     table = full_table if arguments.full else short_table
     say(table(rows, diffusers.__version__))

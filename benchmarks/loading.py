@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.models.modeling_utils import no_init_weights
 
+from diffusers_graft.cli.verbs import say
 from diffusers_graft.injection.graft import build_graft
 from diffusers_graft.injection.install import install, uninstall
 from diffusers_graft.planning.plan import plan_graft
@@ -24,7 +24,7 @@ from diffusers_graft.serialization.graft_folder import fill, load_graft, save_gr
 from diffusers_graft.serialization.proof import replay
 from diffusers_graft.serialization.tensors import read_tensors
 
-from .output import format_rows
+from .output import format_rows, require_writable
 
 RULES = {"self_attention[:]": "mamba2", "feed_forward[::2]": {"operator": "mlp", "expansion": 6}}
 
@@ -113,17 +113,18 @@ def report(width: int = 768, layers: int = 12, rounds: int = 7) -> str:
     )
 
 
-def main() -> None:
-    """Write the table to the standard output, or to a file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for option, value in (("--width", 768), ("--layers", 12), ("--rounds", 7)):
-        parser.add_argument(option, type=int, default=value)
-    parser.add_argument("--output", type=Path)
-    settings = vars(parser.parse_args())
-    output = settings.pop("output")
-    text = report(**settings) + "\n"
-    output.write_text(text, encoding="utf-8") if output else sys.stdout.write(text)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this measurement to a parser."""
+    parser.add_argument("--width", type=int, default=768, help="of the model")
+    parser.add_argument("--layers", type=int, default=12, help="of the model")
+    parser.add_argument("--rounds", type=int, default=7, help="measured runs of each, in turns; 2 or more")
+    parser.add_argument("--output", type=Path, help="Markdown file to store the table in")
 
 
-if __name__ == "__main__":
-    main()
+def run(arguments: argparse.Namespace) -> None:
+    """Measure with options that were parsed."""
+    require_writable(arguments.output)
+    text = report(arguments.width, arguments.layers, arguments.rounds)
+    say(text)
+    if arguments.output is not None:
+        arguments.output.write_text(text + "\n", encoding="utf-8")

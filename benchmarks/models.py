@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from diffusers import DiTTransformer2DModel
 
+from diffusers_graft.cli.verbs import say
 from diffusers_graft.evaluation.benchmark import benchmark
-from diffusers_graft.cli.main import say
 
 from .output import format_rows, publish, require_writable
 

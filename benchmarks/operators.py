@@ -5,7 +5,6 @@ memory.
 from __future__ import annotations
 
 import argparse
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -15,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 
+from diffusers_graft.cli.verbs import say
 from diffusers_graft.core.context import Context, Grid
-from diffusers_graft.cli.main import say
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.benchmark import compare, with_graft
 from diffusers_graft.evaluation.operator_costs import example_part, operator_costs, peak_memory, run_of

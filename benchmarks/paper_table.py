@@ -85,7 +85,7 @@ def example_card() -> str:
         "versions": versions(),
         "about": {"license": "cc-by-nc-4.0"},
     }
-    return render_card(model, graft, config, source="user/name", whole=False)
+    return render_card(model, graft, config, source="user/name", is_full_model=False)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ Random weights, since speed does not depend on them. Layers as in arXiv 2506.053
 from __future__ import annotations
 
 import argparse
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,8 +15,8 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffusers_graft.cli.verbs import say
 from diffusers_graft.errors import GraftError
-from diffusers_graft.cli.main import say
 from diffusers_graft.evaluation.benchmark import compare
 from diffusers_graft.inspection import example_inputs
 

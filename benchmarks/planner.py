@@ -7,7 +7,6 @@ when it is done; a run that is started again goes on behind the last.
 from __future__ import annotations
 
 import argparse
-
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from diffusers_graft import testbed
-from diffusers_graft.cli.main import say
+from diffusers_graft.cli.verbs import say
 from diffusers_graft.core.sites import Site
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.benchmark import compare, with_graft

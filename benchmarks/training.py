@@ -7,7 +7,6 @@ optimiser step, on inputs that lie ready. Both are timed in turns.
 from __future__ import annotations
 
 import argparse
-
 import copy
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, ModelMixin
 
 from diffusers_graft import testbed
-from diffusers_graft.cli.main import say
+from diffusers_graft.cli.verbs import say
 from diffusers_graft.evaluation.benchmark import PeakMemory, compare
 from diffusers_graft.evaluation.evaluate import evaluate
 from diffusers_graft.injection.graft import Graft, build_graft

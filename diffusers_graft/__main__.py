@@ -1,7 +1,7 @@
-"""`python -m diffusers_graft <verb>`."""
+"""`python -m diffusers_graft VERB`."""
 
 import sys
 
-from .cli import main
+from diffusers_graft_cli import main
 
 sys.exit(main())

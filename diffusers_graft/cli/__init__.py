@@ -1,5 +1,1 @@
-"""The command line."""
-
-from .main import main
-
-__all__ = ["main"]
+"""The verbs of the command line."""

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, and floating-point operations of one forward."""
+"""The cost of a model: parameters, depth, and floating-point operations of one forward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..operators import BlockOperator, Mixer, Operator
 
 
 def _softmax_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
-    """Two matrix products, from the shapes [B, H, N, E] of the queries and [B, H, M, E] of the keys."""
+    """Count two matrix products, from the shapes [B, H, N, E] of the queries and [B, H, M, E] of the keys."""
     batch, heads, tokens, width = query
     return 4 * batch * heads * tokens * key[2] * width
 
@@ -27,14 +27,16 @@ FLOP_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _so
 
 
 def count_parameters(model: ModelMixin) -> int:
-    """Parameters that run: those of the original parts are not counted while a graft stands in for them."""
+    """Count the parameters that run: those of original parts do not count while a graft replaces them."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_depth(model: ModelMixin) -> int:
-    """Blocks that run one after the other: those side by side are one, and what stands in for removed ones is none."""
+    """Count the blocks that run one after the other: those side by side are one, removed ones are none."""
     depth = len(find_sites(model, blocks=True).where(kind="block"))
-    for edit in get_graft(model).plan.edits if is_enabled(model) else ():
+    if not is_enabled(model):
+        return depth
+    for edit in get_graft(model).plan.edits:
         if edit.site.kind in BLOCK_KINDS:
             depth -= edit.site.blocks - edit.config.owner.runs_blocks
     return depth
@@ -42,20 +44,22 @@ def count_depth(model: ModelMixin) -> int:
 
 @torch.no_grad()
 def count_flops(model: ModelMixin, inputs: dict[str, Any] | None = None) -> int:
-    """Floating-point operations of one forward, a multiply-add counting two.
+    """Count the floating-point operations of one forward, a multiply-add as two.
 
     torch's counter sees matrix products, convolutions and softmax attention; it is blind to the rest, and it counts
-    padding and tiles. Operators are therefore priced by their own `flops(tokens)`, and the counter prices everything
+    padding and tiles. Operators are therefore priced by their `flops(tokens)`, and the counter prices everything
     around them.
 
     Args:
-        inputs: arguments of the model; one example of its own size unless given.
+        inputs: arguments of the model; one example of its native size unless given.
     """
     inputs = inputs or example_inputs(model)
     counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     counter.mod_tracker = _NoModules()
-    operators = get_graft(model).operators().values() if is_enabled(model) else ()
-    prices = [_Price(part, counter) for operator in operators for part in _computing_parts(operator)]
+    prices: list[_Price] = []
+    if is_enabled(model):
+        for operator in get_graft(model).operators().values():
+            prices += [_Price(part, counter) for part in _priced_parts(operator)]
     with evaluating(model), counter, contextlib.ExitStack() as hooks:
         for price in prices:
             hooks.enter_context(price.hooks())
@@ -63,34 +67,40 @@ def count_flops(model: ModelMixin, inputs: dict[str, Any] | None = None) -> int:
     return counter.get_total_flops() + sum(price.difference for price in prices)
 
 
-def _computing_parts(operator: Operator) -> list[Operator]:
-    """The operators with a price: those inside a hybrid, which beside text run one by one, or the operator itself."""
+def _priced_parts(operator: Operator) -> list[Operator]:
+    """Return the operators with a price: those inside a hybrid, which beside text run one by one, or itself."""
+    # operators of blocks have no price: the counter is right about them, stream by stream
     if isinstance(operator, BlockOperator):
         return []
-    inner = [part for child in operator.children() if isinstance(child, Operator) for part in _computing_parts(child)]
+    inner: list[Operator] = []
+    for child in operator.children():
+        if isinstance(child, Operator):
+            inner += _priced_parts(child)
     return inner or [operator]
 
 
 class _NoModules(contextlib.nullcontext):
-    """In place of torch's tracker of modules, which nobody asks here, and which trips over views of parameters in
-    no_grad.
-    """
+    """Stand-in for torch's tracker of modules, which trips over views of parameters in no_grad; nobody asks it here."""
 
     parents = ("Global",)
 
 
 class _Price:
-    """What an operator costs by its own words, over all its calls, less what the counter saw inside it.
+    """The cost of an operator by its `flops`, over all its calls, less the counter's figure for them.
 
-    Operators of blocks have none: they are counted right, for each of their streams.
+    Attributes:
+        difference: of the two, which corrects the counter's total.
     """
 
     def __init__(self, operator: Operator, counter: FlopCounterMode):
-        self.operator, self.counter, self.seen_before, self.difference = operator, counter, 0, 0
+        self.operator = operator
+        self.counter = counter
+        self.difference = 0
+        self._total_before = 0
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
-        """Listening inside."""
+        """Watch the operator's calls inside the block."""
         handles = [
             self.operator.register_forward_pre_hook(self._begin),
             self.operator.register_forward_hook(self._end),
@@ -102,13 +112,17 @@ class _Price:
                 handle.remove()
 
     def _begin(self, operator: Operator, args: tuple) -> None:
-        self.seen_before = self.counter.get_total_flops()
+        self._total_before = self.counter.get_total_flops()
 
     def _end(self, operator: Operator, args: tuple, output: torch.Tensor) -> None:
-        batch, tokens = len(args[0]), args[0].shape[-2]
+        batch = len(args[0])
+        tokens = args[0].shape[-2]
+        softmax = 0
         others = args[1].shape[-2] - tokens if isinstance(operator, Mixer) else 0
-        if others and not operator.honours_others:
-            return  # keys of another sequence, of which its words do not tell: as the counter saw it
-        softmax = 4 * tokens * others * operator.site.inner_width if others else 0
-        seen = self.counter.get_total_flops() - self.seen_before
-        self.difference += batch * (operator.flops(tokens) + softmax) - seen
+        if others:
+            if not operator.honours_others:
+                # `flops` says nothing of keys of another sequence: the counter's figure stays
+                return
+            softmax = 4 * tokens * others * operator.site.inner_width
+        counted = self.counter.get_total_flops() - self._total_before
+        self.difference += batch * (operator.flops(tokens) + softmax) - counted

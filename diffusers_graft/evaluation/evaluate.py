@@ -1,4 +1,4 @@
-"""What was measured of a model, and how."""
+"""Scores of a model on held-out batches, with the protocol that made them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Metric = Callable[[ModelMixin], dict[str, float]]
 
 @dataclass(frozen=True)
 class Scores:
-    """Measured values by name, with the protocol that made them; what was not measured is absent."""
+    """Measured values by name, with the protocol that made them; values that were not measured are absent."""
 
     values: dict[str, float]
     protocol: dict[str, Any] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Scores:
         return self.values[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; numbers that are not finite, which JSON lacks, as text."""
+        """Return the scores as JSON-able data; numbers that are not finite, which JSON lacks, as text."""
         return json.loads(json.dumps(asdict(self), default=str), parse_constant=str)
 
     def __str__(self) -> str:
@@ -58,30 +58,41 @@ def evaluate(
         metrics: callables from the model to named values, such as `testbed.SampleQuality()`.
         progress: show a bar.
 
-    Raises `TrainingError` for batches that do not fit the model, or without a target, or none at all; `ModelError` for
-    a pipeline.
+    Raises:
+        TrainingError: batches that do not fit the model, have no target, or are none at all.
+        ModelError: a pipeline.
     """
     if not isinstance(model, nn.Module):  # a compiled model is one
         require_model(model)
-    generator = torch.Generator().manual_seed(seed)
-    noising = Noising(scheduler=noise_scheduler, timesteps="uniform", drop_labels=False)
-    total, samples = 0.0, 0
     with evaluating(model):
-        for batch in tqdm(batches, desc="evaluating", unit="batch", disable=None if progress else True):
-            noising.require_usable(model, batch)
-            noised = noising(model, batch, generator)
-            if noised.target is None:
-                raise TrainingError('Nothing to compare with: batches need a "sample" to noise, or a "target".')
-            count = len(noised.target)
-            total += denoising_loss(predict(model, noised.inputs), noised.target).item() * count
-            samples += count
-        if not samples:
-            raise TrainingError("There were no batches to evaluate on.")
-        values = {"denoising_loss": total / samples}
-        protocol = {"samples": samples, "seed": seed}
-        protocol |= {} if noise_scheduler is None else {"noise_scheduler": type(noise_scheduler).__name__}
+        loss, samples = _mean_loss(model, batches, noise_scheduler, seed, progress)
+        values = {"denoising_loss": loss}
+        protocol: dict[str, Any] = {"samples": samples, "seed": seed}
+        if noise_scheduler is not None:
+            protocol["noise_scheduler"] = type(noise_scheduler).__name__
         for metric in metrics:
             values.update(metric(model))
-            settings = asdict(metric) if is_dataclass(metric) else {}
-            protocol.update({f"{type(metric).__name__}.{name}": value for name, value in settings.items()})
+            if is_dataclass(metric) and not isinstance(metric, type):
+                protocol.update({f"{type(metric).__name__}.{name}": value for name, value in asdict(metric).items()})
     return Scores(values, protocol)
+
+
+def _mean_loss(
+    model: ModelMixin, batches: Iterable[Batch], scheduler: SchedulerMixin | None, seed: int, progress: bool
+) -> tuple[float, int]:
+    """Return the denoising loss, as a mean over samples, and their number."""
+    generator = torch.Generator().manual_seed(seed)
+    noising = Noising(scheduler=scheduler, timesteps="uniform", drop_labels=False)
+    total = 0.0
+    samples = 0
+    for batch in tqdm(batches, desc="evaluating", unit="batch", disable=None if progress else True):
+        noising.require_usable(model, batch)
+        noised = noising(model, batch, generator)
+        if noised.target is None:
+            raise TrainingError('Nothing to compare with: batches need a "sample" to noise, or a "target".')
+        count = len(noised.target)
+        total += denoising_loss(predict(model, noised.inputs), noised.target).item() * count
+        samples += count
+    if not samples:
+        raise TrainingError("There were no batches to evaluate on.")
+    return total / samples, samples

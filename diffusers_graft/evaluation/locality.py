@@ -1,4 +1,4 @@
-"""How local attention is: the share of its mass within a band, and within a neighbourhood of the grid.
+"""Locality of attention: the share of its mass within a band, and within a neighbourhood of the grid.
 
 Paper: arXiv 2506.05340, section 3.3: L_k = (1 / N) sum_ij A_ij [|i - j| <= k] on the raster order. The paper's band
 does not know rows; the neighbourhood counts what a 2-D window would keep.
@@ -33,7 +33,7 @@ class Locality:
         site: the attention.
         band: share within `|i - j| <= k` of the raster order, per head: [H].
         neighborhood: share within a kernel x kernel window of the grid, per head: [H].
-        uniform_band, uniform_neighborhood: the same shares if attention were uniform.
+        uniform_band, uniform_neighborhood: these shares if attention were uniform.
     """
 
     site: Site
@@ -44,7 +44,7 @@ class Locality:
 
 
 class _Probe(Mixer):
-    """Softmax attention that adds up where its mass lies."""
+    """Softmax attention that records the shares of its mass near the query."""
 
     name = "locality_probe"
     honours_mask = True
@@ -63,7 +63,8 @@ class _Probe(Mixer):
 
     def __init__(self, config: Config, site: Site):
         super().__init__(config, site)
-        self.shares, self.uniform = [], (0.0, 0.0)
+        self.shares: list[torch.Tensor] = []
+        self.uniform = (0.0, 0.0)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         if context.grid is not None and context.grid.tokens == query.shape[2]:
@@ -72,10 +73,11 @@ class _Probe(Mixer):
 
     def _measure(self, query: torch.Tensor, key: torch.Tensor, context: Context) -> None:
         scores = query @ key.transpose(-1, -2) * (context.scale or query.shape[-1] ** -0.5)
-        if (mask := context.mask) is not None:
-            scores = (
-                scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-            )
+        mask = context.mask
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores = scores + mask
         mass = scores.softmax(-1)
         near = near_tokens(context.grid, self.config.band, self.config.kernel, mass.device)
         self.shares.append(torch.stack([(mass * pairs).sum(-1).mean(2) for pairs in near]))
@@ -85,13 +87,16 @@ class _Probe(Mixer):
 def near_tokens(
     grid: Grid, band: int, kernel: int, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which pairs of tokens lie within a band of the raster order, and within a window of the grid: two [N, N] masks."""
+    """Return the pairs of tokens within a band of the raster order, and within a window of the grid: two [N, N] masks."""
     index = torch.arange(grid.tokens, device=device)
-    places = (index // (grid.height * grid.width), index // grid.width % grid.height, index % grid.width)
-    inside = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool, device=device)
-    for place in places:
-        inside &= (place[:, None] - place[None]).abs() <= kernel // 2
-    return (index[:, None] - index[None]).abs() <= band, inside
+    frame = index // (grid.height * grid.width)
+    row = index // grid.width % grid.height
+    column = index % grid.width
+    in_window = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool, device=device)
+    for place in (frame, row, column):
+        in_window &= (place[:, None] - place[None]).abs() <= kernel // 2
+    in_band = (index[:, None] - index[None]).abs() <= band
+    return in_band, in_window
 
 
 @torch.no_grad()
@@ -113,7 +118,7 @@ def locality(
 
     Raises:
         StateError: a grafted model.
-        OperatorError: a band or a kernel that is none.
+        OperatorError: a negative band, or an even kernel.
         GraftError: nothing to measure: no batches, or no such attention.
     """
     if get_graft(model) is not None:
@@ -121,7 +126,8 @@ def locality(
     config = _Probe.Config(band=band, kernel=kernel)
     edits = tuple(Edit(site, config) for site in find_sites(model).where(kind="self_attention"))
     graft = build_graft(model, GraftPlan(type(model).__name__, edits))
-    generator, noising = torch.Generator().manual_seed(seed), Noising(scheduler=noise_scheduler, drop_labels=False)
+    generator = torch.Generator().manual_seed(seed)
+    noising = Noising(scheduler=noise_scheduler, drop_labels=False)
     install(model, graft)
     try:
         with evaluating(model):
@@ -132,12 +138,13 @@ def locality(
     probes = {edit.site: graft.seats[edit.site.path].graft for edit in edits}
     if not any(probe.shares for probe in probes.values()):
         raise GraftError(
-            f"There is no locality to tell: no batches, or no self-attention of {type(model).__name__} ran on all tokens of "
-            "the image. Joint and cross-attention are not measured."
+            f"There is no locality to measure: no batches, or no self-attention of {type(model).__name__} ran on all "
+            "tokens of the image. Joint and cross-attention are not measured."
         )
-    return [_averaged(site, probe) for site, probe in probes.items() if probe.shares]
+    return [_average(site, probe) for site, probe in probes.items() if probe.shares]
 
 
-def _averaged(site: Site, probe: _Probe) -> Locality:
+def _average(site: Site, probe: _Probe) -> Locality:
+    """Return the shares of one site, averaged over everything that its probe recorded."""
     band, neighborhood = torch.cat(probe.shares, dim=1).mean(1)
     return Locality(site, band, neighborhood, *probe.uniform)

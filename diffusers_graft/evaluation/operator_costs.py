@@ -1,4 +1,4 @@
-"""What operators cost by themselves: time against the part they replace, parameters, FLOPs, memory."""
+"""Costs of operators by themselves: time against the part they replace, parameters, FLOPs, memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 
 from ..core.context import Context, Grid
 from ..core.sites import Site
+from ..core.tables import Table
 from ..errors import GeometryError, GraftError, OperatorError
 from ..operators import AttentionOperator, Mixer, Operator, OperatorConfig, available, get
 from ..operators.base import BlockOperator
-from .benchmark import PeakMemory, compare, require_rounds, table
+from .benchmark import PeakMemory, compare, require_rounds
 
 Run = Callable[..., torch.Tensor]
 
@@ -28,13 +29,13 @@ class OperatorCost:
 
     Attributes:
         config: its settings.
-        baseline: what it is timed against: `softmax`, `attention` (softmax with its four projections) or `mlp` (r =
-            4).
+        baseline: the part it is timed against: `softmax`, `attention` (softmax with its four projections) or `mlp` (of
+            r = 4).
         parameters, flops: of the operator itself, for one sample.
-        flops_ratio: of its FLOPs to the baseline's: what its time would be if it ran as densely.
+        flops_ratio: of its FLOPs to the baseline's: the ratio of times if both ran as densely.
         milliseconds: median.
         ratio, low, high: of its time to the baseline's, median and quartiles over rounds.
-        refusal: why it could not run at that shape; then the measurements are zero.
+        refusal: the reason why it could not run at that shape; then the measurements are zero.
     """
 
     config: OperatorConfig
@@ -50,7 +51,7 @@ class OperatorCost:
 
 
 def example_part(config: OperatorConfig, *, width: int, heads: int) -> Operator:
-    """An operator with random weights, on a site of the first kind it replaces."""
+    """Build an operator with random weights, on a site of the first kind it replaces."""
     kind = config.owner.kinds[0]
     attention = {"heads": heads, "head_width": width // heads}
     feed_forward = {"hidden": 4 * width, "activation": "gelu-approximate"}
@@ -60,11 +61,12 @@ def example_part(config: OperatorConfig, *, width: int, heads: int) -> Operator:
 
 
 def example_tensors(operator: Operator, tokens: int, *, seed: int = 0) -> list[torch.Tensor]:
-    """Random inputs of one sample: three of [1, H, N, E] for a mixer, else one of [1, N, D].
+    """Return random inputs of one sample: three of [1, H, N, E] for a mixer, else one of [1, N, D].
 
-    In memory tokens come before heads, as projections leave them: what an operator copies to undo that counts.
+    In memory tokens come before heads, as projections leave them: the copies by which an operator undoes that count.
     """
-    generator, site = torch.Generator().manual_seed(seed), operator.site
+    generator = torch.Generator().manual_seed(seed)
+    site = operator.site
     if not isinstance(operator, Mixer):
         return [torch.randn(1, tokens, site.width, generator=generator)]
     return [torch.randn(1, tokens, site.heads, site.head_width, generator=generator).transpose(1, 2) for _ in range(3)]
@@ -89,56 +91,54 @@ def operator_costs(
         rounds: runs of each that are measured.
         progress: show a bar, where there is a terminal.
 
-    Raises `GraftError` for fewer than two rounds; what an operator refuses stands in its row.
+    Raises `GraftError` for fewer than two rounds; the refusal of an operator is part of its row.
     """
     require_rounds(rounds)
     rows = []
     for config in tqdm(list(configs), desc="operators", unit="operator", disable=None if progress else True):
         operator = example_part(config, width=width, heads=heads)
         name, baseline = _baseline(operator)
-        inputs, context = example_tensors(operator, grid.tokens), Context(grid=grid)
-        called = partial(_called, operator, context)
-        runs = {name: run_of(baseline, inputs, backward), "operator": run_of(called, inputs, backward)}
+        inputs = example_tensors(operator, grid.tokens)
+        call = partial(_call, operator, Context(grid=grid))
+        runs = {name: run_of(baseline, inputs, backward), "operator": run_of(call, inputs, backward)}
         try:
             timing = compare(runs, rounds=rounds)[1]
         except GraftError as error:
             rows.append(OperatorCost(config, name, refusal=str(error)))
             continue
-        parameters = sum(parameter.numel() for parameter in operator.parameters())
         flops = operator.flops(grid.tokens)
-        rows.append(
-            OperatorCost(
-                config,
-                name,
-                parameters,
-                flops,
-                flops / baseline_flops(operator, grid.tokens),
-                1000 * timing.seconds,
-                timing.ratio,
-                timing.low,
-                timing.high,
-            )
+        cost = OperatorCost(
+            config,
+            name,
+            parameters=sum(parameter.numel() for parameter in operator.parameters()),
+            flops=flops,
+            flops_ratio=flops / baseline_flops(operator, grid.tokens),
+            milliseconds=1000 * timing.seconds,
+            ratio=timing.ratio,
+            low=timing.low,
+            high=timing.high,
         )
+        rows.append(cost)
     return rows
 
 
 def peak_memory(config: OperatorConfig, grid: Grid, *, width: int, heads: int, backward: bool = False) -> int:
-    """Bytes of tensors alive at once above the inputs, in one run on one sample."""
+    """Measure the bytes of tensors alive at once above the inputs, in one run on one sample."""
     operator = example_part(config, width=width, heads=heads)
     inputs = example_tensors(operator, grid.tokens)
-    run = run_of(partial(_called, operator, Context(grid=grid)), inputs, backward)
-    run()  # what is kept from run to run is made here
+    run = run_of(partial(_call, operator, Context(grid=grid)), inputs, backward)
+    run()  # tables that serve all later runs are made in the first
     with PeakMemory() as memory:
         run()
     return memory.peak
 
 
-def _called(operator: Operator, context: Context, *inputs: torch.Tensor) -> torch.Tensor:
+def _call(operator: Operator, context: Context, *inputs: torch.Tensor) -> torch.Tensor:
     return operator(*inputs, context)
 
 
 def run_of(call: Run, inputs: list[torch.Tensor], backward: bool) -> Callable[[], None]:
-    """What is timed: one forward, or one forward and backward to every input."""
+    """Return the call that is timed: one forward, or one forward and backward to every input."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -151,7 +151,7 @@ def run_of(call: Run, inputs: list[torch.Tensor], backward: bool) -> Callable[[]
 
 
 def _baseline(operator: Operator) -> tuple[str, Run]:
-    """The part an operator replaces, by what kind of operator it is."""
+    """Return the part that an operator replaces, with its name."""
     site = operator.site
     if isinstance(operator, Mixer):
         return "softmax", F.scaled_dot_product_attention
@@ -163,12 +163,14 @@ def _baseline(operator: Operator) -> tuple[str, Run]:
 
 
 def baseline_flops(operator: Operator, tokens: int) -> int:
-    """Of the part an operator is timed against, for one sample: matrix products alone."""
+    """Count the FLOPs of the part an operator is timed against, for one sample: matrix products alone."""
     site = operator.site
     if not isinstance(operator, Mixer | AttentionOperator):
         return 4 * tokens * site.width * site.hidden
-    projections = 8 * tokens * site.width * site.inner_width if isinstance(operator, AttentionOperator) else 0
-    return projections + 4 * tokens**2 * site.inner_width
+    softmax = 4 * tokens**2 * site.inner_width
+    if isinstance(operator, Mixer):
+        return softmax
+    return softmax + 8 * tokens * site.width * site.inner_width
 
 
 class _Attention(nn.Module):
@@ -176,9 +178,9 @@ class _Attention(nn.Module):
 
     def __init__(self, site: Site):
         super().__init__()
-        self.site, inner = site, site.inner_width
-        self.parts = nn.ModuleList(nn.Linear(site.width, inner) for _ in range(3))
-        self.out = nn.Linear(inner, site.width)
+        self.site = site
+        self.parts = nn.ModuleList(nn.Linear(site.width, site.inner_width) for _ in range(3))
+        self.out = nn.Linear(site.inner_width, site.width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         split = (part(hidden_states).unflatten(-1, (self.site.heads, -1)).transpose(1, 2) for part in self.parts)
@@ -186,7 +188,7 @@ class _Attention(nn.Module):
 
 
 def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], None]) -> None:
-    """Print every operator with its default settings: what it replaces, its measured cost, its start, its paper.
+    """Print every operator with its default settings: the kinds it replaces, its measured cost, its start, its paper.
 
     Raises `GeometryError` for tokens that are no square, `OperatorError` for heads that do not divide the width.
     """
@@ -195,37 +197,35 @@ def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], 
         raise GeometryError(f"Costs are measured on a square of tokens; {tokens} is none. Try {max(1, side) ** 2}.")
     if heads < 1 or width < heads or width % heads:
         raise OperatorError(f"{heads} heads do not divide a width of {width}. Try --width {64 * max(1, heads)}.")
-    owners, refusals = _loaded()
+    owners, refusals = _importable()
     configs = [owner.Config() for owner in owners if not issubclass(owner, BlockOperator)]
-    rows = [["operator", "replaces", "time", "of", "parameters", "MFLOPs"]]
     costs = operator_costs(configs, grid=Grid(height=side, width=side), width=width, heads=heads)
-    for cost in costs:
-        owner, ran = cost.config.owner, not cost.refusal
-        rows.append(
-            [
-                owner.name,
-                ", ".join(owner.kinds),
-                f"{cost.ratio:.2f} x" if ran else "refused",
-                cost.baseline,
-                f"{cost.parameters:,}",
-                f"{cost.flops / 1e6:,.1f}",
-            ]
-        )
-    blocks = [owner for owner in owners if issubclass(owner, BlockOperator)]
-    say(table([*rows, *([owner.name, ", ".join(owner.kinds), "", "", "", ""] for owner in blocks)]))
+    rows = [_cost_row(cost) for cost in costs]
+    # a block has no example of its own: its cost is that of the parts it holds
+    rows += [(o.name, ", ".join(o.kinds), "", "", "", "") for o in owners if issubclass(o, BlockOperator)]
+    heading = ("operator", "replaces", "time", "of", "parameters", "MFLOPs")
+    say(Table(rows, heading=heading, numbers=(2, 4, 5), is_ruled=True).to_text())
     threads = torch.get_num_threads()
     say(f"\nForward at {tokens} tokens, width {width}, {heads} heads, fp32, {threads} threads; default settings.")
     say("Time is against the part it replaces: softmax, an attention with its projections, or an mlp of r = 4.")
-    say("What stands for blocks costs what it holds of them.\n")
+    say("Operators that replace blocks cost as much as the parts they hold.\n")
     for owner in owners:
         say(f"{owner.name}: {owner.start or 'starts from random weights'}. {owner.paper}")
     for refusal in refusals:
         say(f"\nLeft out: {refusal}")
 
 
-def _loaded() -> tuple[list[type[Operator]], list[str]]:
-    """The operators that can be imported, and what is said of those of other packages that cannot."""
-    owners, refusals = [], []
+def _cost_row(cost: OperatorCost) -> tuple[str, ...]:
+    owner = cost.config.owner
+    time = "refused" if cost.refusal else f"{cost.ratio:.2f} x"
+    flops = f"{cost.flops / 1e6:,.1f}"
+    return (owner.name, ", ".join(owner.kinds), time, cost.baseline, f"{cost.parameters:,}", flops)
+
+
+def _importable() -> tuple[list[type[Operator]], list[str]]:
+    """Return the operators that can be imported, and the errors of those of other packages that cannot."""
+    owners = []
+    refusals = []
     for name in available():
         try:
             owners.append(get(name))

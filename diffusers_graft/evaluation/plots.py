@@ -1,115 +1,125 @@
-"""Pictures of measurements."""
+"""Pictures of measurements. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GraftError, MissingDependencyError
+from .locality import Locality
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .locality import Locality
+BLUE = "#4878a8"
+ORANGE = "#d1704a"
+GREEN = "#6a9955"
+GREY = "#888888"
+BLACK = "#333333"
 
 
-def _figure(what: str, width: float, height: float) -> Figure:
+def new_figure(purpose: str, width: float, height: float) -> Figure:
+    """Return an empty figure. Raises `MissingDependencyError` without matplotlib.
+
+    Args:
+        purpose: the picture in words, for the error.
+        width, height: in inches.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError(what, "matplotlib", extra="eval") from error
+        raise MissingDependencyError(purpose, "matplotlib", extra="eval") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def draw_locality(path: Path, rows: Sequence[Locality], *, band: int, kernel: int) -> None:
-    """Bars of each layer's share of attention mass near the query, heads as dots, uniform attention as a line."""
-    figure = _figure("Drawing locality", 9, 3.4)
-    panels = figure.subplots(1, 2, sharey=True)
-    layers = range(len(rows))
-    measures = (
-        (f"raster band, |i - j| <= {band}", [row.band for row in rows], rows[0].uniform_band, "#4878a8"),
-        (
-            f"{kernel} x {kernel} neighbourhood",
-            [row.neighborhood for row in rows],
-            rows[0].uniform_neighborhood,
-            "#d1704a",
-        ),
-    )
-    for axis, (title, shares, uniform, colour) in zip(panels, measures, strict=True):
-        axis.bar(layers, [share.mean().item() for share in shares], color=colour, alpha=0.75, label="layer")
-        for layer, share in zip(layers, shares, strict=True):
-            axis.plot(
-                [layer] * len(share),
-                share.tolist(),
-                ".",
-                color="#333333",
-                markersize=4,
-                label="head" if layer == 0 else None,
-            )
-        axis.axhline(uniform, color="#888888", linestyle="--", linewidth=1, label="uniform attention")
-        axis.set(title=title, xlabel="self-attention", xticks=list(layers), ylim=(0, 1))
-        axis.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("share of attention mass")
-    panels[0].legend(frameon=False, fontsize=8)
+    """Draw each layer's share of attention mass near the query: bars, heads as dots, uniform attention as a line."""
+    figure = new_figure("Drawing locality", 9, 3.4)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_shares(left, [row.band for row in rows], rows[0].uniform_band, BLUE)
+    left.set_title(f"raster band, |i - j| <= {band}")
+    _draw_shares(right, [row.neighborhood for row in rows], rows[0].uniform_neighborhood, ORANGE)
+    right.set_title(f"{kernel} x {kernel} neighbourhood")
+    left.set_ylabel("share of attention mass")
+    left.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
+def _draw_shares(axis: Axes, shares: Sequence[Any], uniform: float, colour: str) -> None:
+    """Draw one panel: shares are a tensor of heads a layer."""
+    layers = list(range(len(shares)))
+    axis.bar(layers, [heads.mean().item() for heads in shares], color=colour, alpha=0.75, label="layer")
+    dots = {"color": BLACK, "markersize": 4}
+    for layer, heads in enumerate(shares):
+        axis.plot([layer] * len(heads), heads.tolist(), ".", **dots, label="head" if layer == 0 else None)
+    axis.axhline(uniform, color=GREY, linestyle="--", linewidth=1, label="uniform attention")
+    axis.set(xlabel="self-attention", xticks=layers, ylim=(0, 1))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def draw_training(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """How training went, from the rows of `training.jsonl`: relative error of every site in stage one, loss in stage
-    two.
+    """Draw the rows of `training.jsonl`: relative error of every site in stage one, loss in stage two.
 
     Raises `GraftError` where there are no rows.
     """
     if not rows:
         raise GraftError("There is nothing to draw: no step of training was logged.")
-    stages = dict.fromkeys(row["stage"] for row in rows)
-    figure = _figure("Drawing training", 4.5 * len(stages), 3.4)
-    panels = dict(zip(stages, figure.subplots(1, len(stages), squeeze=False)[0], strict=True))
-    for stage, axis in panels.items():
-        own = [row for row in rows if row["stage"] == stage]
-        _draw_sites(axis, own) if "sites" in own[0] else _draw_loss(axis, own)
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    figure = new_figure("Drawing training", 4.5 * len(stages), 3.4)
+    panels = figure.subplots(1, len(stages), squeeze=False)[0]
+    for stage, axis in zip(stages, panels, strict=True):
+        of_stage = [row for row in rows if row["stage"] == stage]
+        if "sites" in of_stage[0]:
+            _draw_sites(axis, of_stage)
+        else:
+            _draw_loss(axis, of_stage)
         axis.set(title=f"stage {stage}", xlabel="step")
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
 def _draw_sites(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """Relative error of every site, dots on held-out batches."""
+    """Draw the relative error of every site, with dots for held-out batches."""
     errors: dict[str, list[tuple[int, dict]]] = {}
     for row in rows:
         for site, values in row["sites"].items():
             errors.setdefault(site, []).append((row["step"], values))
+    has_held_out = False
     for site, points in errors.items():
-        (line,) = axis.plot(
-            [step for step, _ in points], [values["error"] for _, values in points], linewidth=1, label=site
-        )
-        looks = {
-            values["held_out"]["step"]: values["held_out"]["error"] for _, values in points if "held_out" in values
-        }
-        axis.plot(list(looks), list(looks.values()), ".", color=line.get_color(), markersize=4)
-    if len(errors) <= 12:
+        steps = [step for step, _ in points]
+        (line,) = axis.plot(steps, [values["error"] for _, values in points], linewidth=1, label=site)
+        # one evaluation is repeated in every row until the next
+        held_out = [values["held_out"] for _, values in points if "held_out" in values]
+        by_step = {evaluation["step"]: evaluation["error"] for evaluation in held_out}
+        axis.plot(list(by_step), list(by_step.values()), ".", color=line.get_color(), markersize=4)
+        has_held_out = has_held_out or bool(by_step)
+    if len(errors) <= 12:  # a longer legend would cover the panel
         axis.legend(frameon=False, fontsize=7)
-    judged = any("held_out" in values for points in errors.values() for _, values in points)
-    axis.set(ylabel="relative error" + (" (dots: held-out batches)" if judged else ""), ylim=(0, None))
+    axis.set(ylabel="relative error" + (" (dots: held-out batches)" if has_held_out else ""), ylim=(0, None))
 
 
 def _draw_loss(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1, color="#d1704a")
+    axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1, color=ORANGE)
     axis.set(ylabel="loss")
 
 
 def draw_rows(
     path: Path, measures: dict[str, dict[str, Sequence[float]]], *, logarithmic: Collection[str] = ()
 ) -> None:
-    """A panel for each measure, lower being better: a dot for each seed of a row."""
+    """Draw a panel for each measure, where lower is better: a line for each row, a dot for each of its seeds.
+
+    Args:
+        measures: values of the seeds by row, by name of the measure.
+        logarithmic: measures with a logarithmic axis.
+    """
     rows = list(next(iter(measures.values())))
-    figure = _figure("Drawing rows", 10, 0.6 + 0.4 * len(rows))
+    figure = new_figure("Drawing rows", 10, 0.6 + 0.4 * len(rows))
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axis, (title, values) in zip(panels, measures.items(), strict=True):
         for row in rows:
-            axis.plot(values[row], [row] * len(values[row]), "o", color="#4878a8", markersize=5, alpha=0.75)
+            axis.plot(values[row], [row] * len(values[row]), "o", color=BLUE, markersize=5, alpha=0.75)
         axis.set(title=title, xlabel="lower is better; a dot is a seed")
         if title in logarithmic:
             axis.set(title=f"{title} (logarithmic)", xscale="log")
@@ -125,31 +135,24 @@ def draw_rows(
 def draw_front(
     path: Path,
     fronts: Sequence[Sequence[tuple[float, float]]],
-    designs: dict[str, Sequence[tuple[float, float]]],
+    designs: Mapping[str, Sequence[tuple[float, float]]],
     *,
     measure: str,
 ) -> None:
-    """The least harm predicted at every share of a measure, a line for each survey, and the harm of designs that were
-    tried.
+    """Draw the least harm predicted at every share of a measure, a line a survey, and the harm of measured designs.
 
     Args:
-        fronts: as `Survey.front` gives them.
-        designs: (share, harm) of the designs of one name.
-        measure: that shares are of, in words.
+        fronts: as `Survey.front` returns them.
+        designs: (share, harm) of the designs by name.
+        measure: of the shares, in words.
     """
-    figure = _figure("Drawing a front", 7, 4.4)
+    figure = new_figure("Drawing a front", 7, 4.4)
     axis = figure.subplots()
     for number, front in enumerate(fronts):
         shares, harms = zip(*(point for point in front if point[1] > 0), strict=True)
-        axis.plot(
-            shares,
-            harms,
-            color="#888888",
-            linewidth=1,
-            drawstyle="steps-pre",
-            label=None if number else "predicted, best plans",
-        )
-    for (name, points), colour in zip(designs.items(), ("#d1704a", "#4878a8", "#333333", "#6a9955"), strict=False):
+        label = "predicted, best plans" if number == 0 else None
+        axis.plot(shares, harms, color=GREY, linewidth=1, drawstyle="steps-pre", label=label)
+    for (name, points), colour in zip(designs.items(), (ORANGE, BLUE, BLACK, GREEN), strict=False):
         axis.plot(*zip(*points, strict=True), "o", color=colour, markersize=5, alpha=0.75, label=f"measured, {name}")
     axis.set(xlabel=f"share of the original's {measure}", ylabel="harm (logarithmic)", yscale="log")
     axis.invert_xaxis()

@@ -15,8 +15,9 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from .. import testbed
+from ..core.tables import Table
 from ..errors import GraftError
-from ..evaluation.benchmark import compare, table
+from ..evaluation.benchmark import compare
 from ..evaluation.cost import count_flops, count_parameters
 from ..evaluation.evaluate import Scores
 from ..evaluation.locality import locality
@@ -205,7 +206,8 @@ def _table(run: Run, milliseconds: dict[str, float]) -> str:
                 f"{run.spent.get(name, 0):.1f}",
             ]
         )
-    return table(rows)
+    heading, *others = rows
+    return Table(others, heading=heading, numbers=range(1, len(heading)), is_ruled=True).to_text()
 
 
 @torch.no_grad()

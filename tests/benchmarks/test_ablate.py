@@ -6,7 +6,7 @@ import pytest
 
 import diffusers_graft as dg
 from benchmarks import ablate as ab
-from diffusers_graft.cli.main import main
+from benchmarks.__main__ import main
 
 TINY = ab.Ablation(steps=4, seeds=1, samples=20, sampling_steps=1, rounds=2, more=2, batch_size=4)
 

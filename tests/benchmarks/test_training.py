@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import training as bench
-from diffusers_graft.cli.main import main
+from benchmarks.__main__ import main
 
 from ..models import tiny_dit
 
@@ -26,7 +26,7 @@ def test_the_tables_have_what_they_promise():
     assert bench.reuse_table(2).count("\n") == 5
 
 
-@pytest.mark.parametrize("verb", ["bench", "bench-operators", "bench-training"])
+@pytest.mark.parametrize("verb", ["models", "operators", "training", "loading"])
 def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(verb, tmp_path, capsys):
     assert main([verb, "--output", str(tmp_path)]) == 2
     assert "Give another --output" in capsys.readouterr().err

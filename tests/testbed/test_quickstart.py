@@ -1,10 +1,9 @@
-"""The quick start and the command line; the paper's pattern on the testbed, marked long."""
+"""The quick start, the examples and the README's code; the paper's pattern on the testbed, marked long."""
 
 import functools
 import importlib.util
 import json
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 
 import diffusers_graft as dg
 from diffusers_graft import testbed
-from diffusers_graft.cli.main import build_parser, main
 from diffusers_graft.operators import parse_operator
 from diffusers_graft.testbed import quickstart as qs
 
@@ -67,86 +65,6 @@ def test_what_has_nothing_to_learn_goes_on_to_stage_two(rules, stages, monkeypat
     qs.Run(model, TINY).stages(dg.plan_graft(model, rules))
     assert told == stages
     assert model.graft is not None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--operator", "neighbourhood"], "Did you mean 'neighborhood'"),
-        (["--sites", "self_attention[9]"], "matches nothing"),
-        (["--operator", "neighborhood(kernel=4)"], "odd"),
-        (["--sites", "feed_forward[0]"], "replaces self_attention"),
-    ],
-)
-def test_refusals_are_one_line(arguments, words, capsys, tmp_path):
-    assert main(["quickstart", "--output", str(tmp_path), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["sites", "/nonexistent"], "no model of diffusers in /nonexistent"),
-        (["sites", "user/name"], "no model of diffusers in user/name"),
-        (["bench", "--rounds", "1"], "got 1"),
-        (["bench-operators", "--rounds", "0"], "got 0"),
-        (["ablate", "--steps", "0"], "counts its steps from 1"),
-        (["ablate", "--seeds", "0"], "counts its seeds from 1"),
-    ],
-)
-def test_refusals_of_other_verbs_are_one_line(arguments, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_files_that_cannot_be_read_or_written_are_one_line(capsys, tmp_path):
-    (tmp_path / "config.json").write_text('{"_class_name": 5}')
-    for arguments in (["sites", str(tmp_path)], ["quickstart", "--output", str(tmp_path / "config.json")]):
-        assert main(arguments) == 2
-        assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(SystemExit):
-        main(["bench", "--sizes", "0"])
-    assert "2 wide or more" in capsys.readouterr().err
-
-
-def test_the_package_is_a_command(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["diffusers_graft", "--version"])
-    with pytest.raises(SystemExit):
-        runpy.run_module("diffusers_graft", run_name="__main__")
-    assert capsys.readouterr().out == f"diffusers-graft {dg.__version__}\n"
-
-
-def test_every_option_says_what_it_is():
-    verbs = next(action for action in build_parser()._actions if action.dest == "verb").choices
-    assert not [(verb, action.dest) for verb, parser in verbs.items() for action in parser._actions if not action.help]
-
-
-def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
-    def interrupt(*arguments, **settings):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(qs, "locality", interrupt)
-    assert main(["quickstart", "--output", str(tmp_path)]) == 130
-    assert "interrupted" in capsys.readouterr().err
-
-
-def test_listings(capsys):
-    assert main(["operators"]) == 0
-    listed = capsys.readouterr().out
-    assert all(name in listed for name in dg.operators.available())
-    assert main(["sites"]) == 0
-    assert "self_attention[7]" in capsys.readouterr().out
-
-
-def test_the_benchmark_prints_ratios(capsys):
-    assert main(["bench", "--sizes", "8", "--rounds", "2", "--operators", "hyena_x"]) == 0
-    assert "quartiles" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def pipeline(transformer: PixArtTransformer2DModel | None = None) -> PixArtSigma
     components = {}
     if transformer is not None:
         components["transformer"] = transformer
-    loaded = PixArtSigmaPipeline.from_pretrained(WEIGHTS, **components)
+    loaded = PixArtSigmaPipeline.from_pretrained(str(WEIGHTS), **components)
     loaded.transformer.eval()
     # An attribute of the instance, so that the pipeline is saved and loaded as diffusers' own class.
     loaded.encode_prompt = functools.partial(_encode_checked_prompt, loaded)
