@@ -1,5 +1,7 @@
-"""Training sets on disk, made by a pipeline or encoded once from images. Public as `dg.data`."""
+"""Training sets on disk, sampled by a pipeline or encoded once from images. Public as `dg.data`."""
 
-from .datasets import Shards, encode, from_pipeline, prompt_encoder
+from .encoding import encode
+from .pipelines import from_pipeline, prompt_encoder
+from .shards import Shards
 
 __all__ = ["Shards", "encode", "from_pipeline", "prompt_encoder"]

@@ -1,155 +1,142 @@
-"""What a pipeline draws, and what it tells its transformer meanwhile: samples for a training set."""
+"""Training sets that a pipeline samples itself, and prompts as its denoiser is given them."""
 
 from __future__ import annotations
 
 import inspect
-import reprlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
-from torch.utils._pytree import tree_leaves, tree_map
+from diffusers import DiffusionPipeline
 
 from ..errors import TrainingError
-from ..inspection.families import argument_names, bind_arguments
-from ..training.noised_batch import find_timestep_name
+from .recording import BY_HAND, Recording, conditioning_of, record_call
+from .shards import Shards, write_shards
 
-_BY_HAND = "make the batches yourself, as dicts of a sample and conditioning."
+Conditions = Sequence[str] | Sequence[int] | torch.Tensor
+TextEncoder = Callable[[list[str]], Mapping[str, Any]]
 
 
-def draw(
-    pipe: DiffusionPipeline, some: list[str] | list[int], generator: torch.Generator, arguments: dict
+@torch.no_grad()
+def from_pipeline(
+    pipe: DiffusionPipeline,
+    conditions: Conditions,
+    n: int,
+    folder: str | Path,
+    *,
+    batch_size: int = 8,
+    shard_size: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+    **arguments: Any,
+) -> Shards:
+    """Let a pipeline sample its own training set: clean latents with the conditioning that its denoiser received.
+
+    Args:
+        pipe: with a `transformer` or a `unet`, ungrafted, and any sampler.
+        conditions: prompts, or class labels; sample i has condition i, over and over.
+        n: samples. A longer call goes on from a shorter one where that ended with a full shard.
+        folder: for the shards.
+        arguments: of the pipeline's call: `num_inference_steps`, `guidance_scale`, `height` and the like.
+
+    Raises:
+        StateError: the folder holds a set made with other settings.
+        FileError: a folder or a shard that cannot be written.
+        TrainingError: no list of conditions, latents that are no clean sample of the denoiser, or conditioning that a
+            set cannot hold.
+    """
+    if isinstance(conditions, str) or not len(conditions):
+        raise TrainingError(f"Conditions are a list of prompts or of class labels; got {conditions!r}.")
+    names = list(conditions) if isinstance(conditions[0], str) else [int(label) for label in conditions]
+    made = {
+        "pipeline": type(pipe).__name__,
+        "seed": seed,
+        "batch_size": batch_size,
+        "conditions": names,
+        "arguments": json.loads(json.dumps(arguments, default=str)),
+    }
+
+    def make(span: range) -> Iterator[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(seed + span.start)
+        for first in range(span.start, span.stop, batch_size):
+            numbers = range(first, min(first + batch_size, span.stop))
+            yield sample_pipeline(pipe, [names[number % len(names)] for number in numbers], generator, arguments)
+
+    return write_shards(Path(folder), n, shard_size, made, make, progress=progress)
+
+
+def sample_pipeline(
+    pipe: DiffusionPipeline, conditions: list[str] | list[int], generator: torch.Generator, arguments: Mapping
 ) -> dict[str, Any]:
-    """Latents and conditioning of one call of a pipeline.
+    """Return the latents and the conditioning of one call of a pipeline.
 
-    Raises `TrainingError` for latents that are no clean sample of the transformer, and for conditioning that is no
-    tensor.
+    Raises `TrainingError` for latents that are no clean sample of the denoiser, and for conditioning that a set cannot
+    hold.
     """
-    texts = isinstance(some[0], str)
-    call = {"prompt": some, "output_type": "latent"} if texts else {"class_labels": some, "output_type": "np"}
-    with _heard(pipe) as heard, _quiet(pipe):
-        result = pipe(**call, generator=generator, **arguments)
-    if not texts:
-        return {"sample": heard["latents"], "class_labels": torch.tensor(some)}
-    sample, taken = result[0], heard["taken"]
-    if getattr(taken, "shape", sample.shape)[1:] != sample.shape[1:]:
-        raise TrainingError(
-            f"{type(pipe).__name__} gives latents {tuple(sample.shape)}, its transformer takes {tuple(taken.shape)}: they "
-            f"are no clean sample of it. You can {_BY_HAND}"
-        )
-    return {"sample": sample, **_for_prompts(heard, len(some), len(taken))}
+    if not isinstance(conditions[0], str):
+        with record_call(pipe) as recording:
+            pipe(class_labels=conditions, output_type="np", generator=generator, **arguments)
+        return {"sample": recording.latents, "class_labels": torch.tensor(conditions)}
+    call = {"prompt": conditions, "output_type": "latent", "generator": generator, **arguments}
+    with record_call(pipe) as recording:
+        if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+            call.setdefault("callback_on_step_end", recording.add_step)
+        result = pipe(**call)
+    sample = match_latents(result[0], recording, type(pipe).__name__)
+    return {"sample": sample, **conditioning_of(recording, len(conditions), type(pipe).__name__)}
 
 
-@contextmanager
-def _heard(pipe: DiffusionPipeline) -> Iterator[dict[str, Any]]:
-    """What the transformer took first, its conditioning, what the prompts were encoded to, and the latents that
-    reached the decoder, where it was asked.
+def match_latents(latents: Any, recording: Recording, who: str) -> torch.Tensor:
+    """Return the clean latents of a call in the shape in which the denoiser takes them.
 
-    With guidance in two calls the prompts' own come first, and what stands for no prompt second.
+    Args:
+        latents: that the pipeline returned. Those after its last step come first: some pipelines unpack or rescale
+            them before they return them.
+
+    Raises `TrainingError` where neither is a clean sample of the denoiser.
     """
-    heard: dict[str, Any] = {}
-
-    def listen(model: ModelMixin, args: tuple, kwargs: dict) -> None:
-        if "taken" not in heard:
-            names = argument_names(type(model))
-            given = bind_arguments(names, args, kwargs)
-            heard["taken"] = given[names[0]]
-            besides = (names[0], find_timestep_name(model), "return_dict")
-            told = {name: value for name, value in given.items() if name not in besides}
-            heard["conditioning"] = _tensors(
-                type(pipe).__name__, told, inspect.signature(type(model).forward).parameters
-            )
-
-    def decoding(args: tuple, image: Any) -> None:
-        heard["latents"] = scaled(pipe.vae, args[0])
-
-    def encoding(args: tuple, embeds: Any) -> None:
-        heard.setdefault(
-            "encoded", next((leaf for leaf in tree_leaves(embeds) if isinstance(leaf, torch.Tensor)), None)
-        )
-
-    handle = pipe.transformer.register_forward_pre_hook(listen, with_kwargs=True)
-    try:
-        with _overheard(pipe.vae, "decode", decoding), _overheard(pipe, "encode_prompt", encoding):
-            yield heard
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _overheard(owner: Any, name: str, heed: Callable[[tuple, Any], None]) -> Iterator[None]:
-    """Tell `heed` what a method was given and what it gave, if there is such a method."""
-    method, before = getattr(owner, name, None), vars(owner).get(name)
-    if method is None:
-        yield
-        return
-
-    def overheard(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        heed(args, result)
-        return result
-
-    setattr(owner, name, overheard)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
-        if before is not None:
-            setattr(owner, name, before)
-
-
-@contextmanager
-def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Without the pipeline's own bar, one a call."""
-    before = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)
-
-
-def _tensors(who: str, told: Mapping[str, Any], usual: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """Conditioning as a set can hold it, without what the model would take for granted."""
-    kept: dict[str, Any] = {}
-    for name, value in told.items():
-        if isinstance(value, torch.Tensor):
-            kept[name] = value
-        elif isinstance(value, Mapping):
-            kept[name] = _tensors(who, value, {})
-        elif value is not None and not (name in usual and value == usual[name].default):
-            raise TrainingError(
-                f"{who} tells its transformer {name}={reprlib.repr(value)}, and a training set holds tensors alone. Call it "
-                f"so that it needs none of that, or {_BY_HAND}"
-            )
-    return kept
-
-
-def _for_prompts(heard: Mapping[str, Any], count: int, rows: int) -> dict[str, Any]:
-    """Conditioning of the prompts themselves. With guidance in one call of more rows, those without a prompt come
-    first, unless the first rows are what the prompts were encoded to (Lumina).
-
-    What all samples share, such as Flux's ids of tokens, goes to each.
-    """
-    conditioning, encoded = heard["conditioning"], heard.get("encoded")
-    doubled = [value for value in tree_leaves(conditioning) if value.shape[:1] == (rows,)]
-    leading = encoded is not None and any(torch.equal(value[:count], encoded.to(value)) for value in doubled)
-
-    def own(value: torch.Tensor) -> torch.Tensor:
-        if value.shape[:1] != (rows,):
-            return value.expand(count, *value.shape)
-        return value[:count] if leading else value[-count:]
-
-    return tree_map(own, conditioning)
-
-
-def scaled(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """Latents as the transformer has them: of unit scale. DiT's pipeline divides by the scale before it decodes."""
-    mean, std = (
-        torch.tensor(vae.config.get(name) or (usual,)).view(-1, *[1] * (latents.ndim - 2)).to(latents)
-        for name, usual in (("latents_mean", 0.0), ("latents_std", 1.0))
+    wanted = recording.noisy.shape[1:]
+    for candidate in (recording.denoised, latents):
+        # A denoiser of videos may take an axis of one frame that images lack.
+        if isinstance(candidate, torch.Tensor) and _without_ones(candidate.shape[1:]) == _without_ones(wanted):
+            return candidate.reshape(len(candidate), *wanted)
+    raise TrainingError(
+        f"{who} gives latents {tuple(getattr(latents, 'shape', ()))}, its denoiser takes "
+        f"{tuple(recording.noisy.shape)}: they are no clean sample of it. You can {BY_HAND}"
     )
-    shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.get("scaling_factor", 1.0)
-    return (latents - mean - shift) * scale / std
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size > 1]
+
+
+def prompt_encoder(pipe: DiffusionPipeline, **arguments: Any) -> TextEncoder:
+    """Return a function from prompts to the conditioning that the denoiser of a pipeline gets for them.
+
+    It calls the pipeline and ends the call at the denoiser, so it serves every pipeline that `from_pipeline` does.
+
+    Args:
+        arguments: of the pipeline's call, `height` and `width` among them where conditioning depends on the size.
+
+    Raises `TrainingError` for pipelines that take no prompt; its function does for conditioning that no set can hold.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "prompt" not in parameters:
+        raise TrainingError(
+            f"{type(pipe).__name__} takes no prompt: pass text_encoder=, a function from prompts to the arguments of the "
+            "model."
+        )
+
+    # Bins of resolutions fit published models only, and matter to pixels alone.
+    usual = {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
+
+    @torch.no_grad()
+    def encode_prompts(prompts: list[str]) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        with record_call(pipe, stop=True) as recording:
+            pipe(prompt=prompts, output_type="latent", generator=generator, **{**usual, **arguments})
+        return conditioning_of(recording, len(prompts), type(pipe).__name__)
+
+    return encode_prompts

@@ -8,29 +8,80 @@ arguments used as it is, with the `target` of stage two among them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ..errors import TrainingError
 
 Batch = Mapping[str, Any]
+Sample = Mapping[str, Any]
+Collate = Callable[[list[Any]], Batch]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Conditioning that is the same for all samples, such as a number of frames; put into batches as it is."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """Conditioning of one sample that is no row of a tensor's first axis.
+
+    Attributes:
+        value: of the sample.
+        axis: of a tensor along which the values of a batch are joined; None makes them a list.
+    """
+
+    value: Any
+    axis: int | None = None
+
+
+def _collate_shared(values: Sequence[Shared], *, collate_fn_map: Any = None) -> Shared:
+    return values[0]
+
+
+def _collate_rows(values: Sequence[Row], *, collate_fn_map: Any = None) -> Any:
+    items = [one.value for one in values]
+    return items if values[0].axis is None else torch.cat(items, dim=values[0].axis)
+
+
+# torch's own way to extend its collating, so that any DataLoader makes the batches that models take.
+default_collate_fn_map[Shared] = _collate_shared
+default_collate_fn_map[Row] = _collate_rows
 
 
 class ShuffledBatches:
     """Endless batches of a map-style dataset (torch's, or of the `datasets` library), shuffled anew each epoch.
 
-    Order depends on `seed` alone, so a run that is resumed reads no sample of those it has had.
+    The order depends on `seed` alone, so a run that is resumed reads no sample of those it has had.
+
+    Args:
+        workers: processes that read the dataset.
+        collate: makes a batch of a list of samples; torch's own unless given.
+
+    Raises `TrainingError` for an empty dataset, or batches of no sample.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, *, workers: int = 0):
-        self.dataset, self.batch_size, self.seed, self.workers, self._start = dataset, batch_size, seed, workers, 0
+    def __init__(
+        self, dataset: Dataset, batch_size: int, seed: int, *, workers: int = 0, collate: Collate | None = None
+    ):
         if batch_size < 1 or not len(dataset):
             raise TrainingError(
                 f"A batch has one sample or more; got batches of {batch_size} out of {len(dataset)} samples."
             )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.workers = workers
+        self.collate = collate
+        self._start = 0
 
     def start_at(self, batch: int) -> None:
         """Begin the next reading at the batch of this number."""
@@ -40,34 +91,72 @@ class ShuffledBatches:
         return len(self.dataset) // self.batch_size or 1
 
     def __iter__(self) -> Iterator[Batch]:
-        own = torch.Generator().manual_seed(
-            self.seed
-        )  # of workers' seeds, which would be drawn from torch's generator
+        # Seeds of workers, which would otherwise be drawn from torch's global generator.
+        generator = torch.Generator().manual_seed(self.seed)
         yield from DataLoader(
-            self.dataset, batch_sampler=self._indices(self._start), num_workers=self.workers, generator=own
+            self.dataset,
+            batch_sampler=self._indices(self._start),
+            num_workers=self.workers,
+            collate_fn=self.collate,
+            generator=generator,
         )
 
     def _indices(self, start: int) -> Iterator[list[int]]:
-        full = len(self)
-        epoch, skipped = divmod(start, full)
+        epoch, skipped = divmod(start, len(self))
         while True:
-            order = torch.randperm(
-                len(self.dataset), generator=torch.Generator().manual_seed(self.seed + epoch)
-            ).tolist()
-            chunks = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(full)]
-            yield from chunks[skipped:]
-            epoch, skipped = epoch + 1, 0
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(len(self.dataset), generator=generator).tolist()
+            for first in range(skipped, len(self)):
+                yield order[first * self.batch_size : (first + 1) * self.batch_size]
+            epoch += 1
+            skipped = 0
+
+
+class SequentialBatches:
+    """Batches of an iterable of single samples, in its own order; what is left over at its end is dropped.
+
+    Args:
+        workers: processes that read a torch `IterableDataset`, which has to divide its samples among them itself.
+        collate: makes a batch of a list of samples; torch's own unless given.
+    """
+
+    def __init__(
+        self, samples: Iterable[Sample], batch_size: int, *, workers: int = 0, collate: Collate | None = None
+    ):
+        if batch_size < 1:
+            raise TrainingError(f"A batch has one sample or more; got batches of {batch_size}.")
+        self.samples = samples
+        self.batch_size = batch_size
+        self.workers = workers
+        self.collate = collate or default_collate
+
+    def __iter__(self) -> Iterator[Batch]:
+        if isinstance(self.samples, IterableDataset) and self.workers:
+            yield from DataLoader(
+                self.samples,
+                batch_size=self.batch_size,
+                drop_last=True,
+                num_workers=self.workers,
+                collate_fn=self.collate,
+                generator=torch.Generator().manual_seed(0),
+            )
+            return
+        samples = iter(self.samples)
+        while True:
+            chunk = list(itertools.islice(samples, self.batch_size))
+            if len(chunk) < self.batch_size:
+                return
+            yield self.collate(chunk)
 
 
 def make_batches(
     dataset: Dataset | Iterable, batch_size: int | None, seed: int = 0, *, workers: int = 0
 ) -> Iterable[Batch]:
-    """Batches of single samples of a map-style dataset; a list or any other iterable holds batches, passed on as they
-    come.
+    """Return batches of a map-style dataset of single samples; other iterables hold batches and are returned as is.
 
     Raises `TrainingError` for single samples without a `batch_size`.
     """
-    if not hasattr(dataset, "__getitem__") or isinstance(dataset, list | tuple | Mapping | IterableDataset):
+    if not is_map_style(dataset):
         return dataset
     if batch_size is None:
         raise TrainingError(
@@ -76,15 +165,24 @@ def make_batches(
     return ShuffledBatches(dataset, batch_size, seed, workers=workers)
 
 
+def is_map_style(dataset: Any) -> bool:
+    """Return whether a dataset is read by index, sample by sample."""
+    if isinstance(dataset, list | tuple | Mapping | IterableDataset):
+        return False
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+
+
 class BatchStream:
-    """Batches one after the other, over and over, by number.
+    """Batches one after the other, over and over, counted.
 
     Attributes:
-        position: batches taken so far.
+        position: batches read so far.
     """
 
     def __init__(self, batches: Iterable[Batch]):
-        self.batches, self.position, self._next = make_batches(batches, None), 0, repeat_batches(batches)
+        self.batches = make_batches(batches, None)
+        self.position = 0
+        self._next = repeat_batches(batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -100,7 +198,7 @@ class BatchStream:
         return self.position / len(self.batches) if isinstance(self.batches, Sized) else None
 
     def peek(self) -> Batch:
-        """The next batch, not yet taken."""
+        """Return the next batch without counting it as read."""
         batch = next(self._next)
         self._next = itertools.chain([batch], self._next)
         return batch
@@ -109,26 +207,28 @@ class BatchStream:
         """Go on to a later batch: at once where the batches have `start_at`, else by reading those before it."""
         if hasattr(self.batches, "start_at"):
             self.batches.start_at(position)
-            self._next, self.position = repeat_batches(self.batches), position
+            self._next = repeat_batches(self.batches)
+            self.position = position
         while self.position < position:
             next(self)
 
 
 def read_first(batches: Iterable[Batch], count: int) -> list[Batch]:
-    """The first batches, fewer where there are fewer. Raises `TrainingError` where there is none."""
-    if not (found := list(itertools.islice(make_batches(batches, None), count))):
+    """Return the first batches, fewer where there are fewer. Raises `TrainingError` where there is none."""
+    found = list(itertools.islice(make_batches(batches, None), count))
+    if not found:
         raise TrainingError("There are no held-out batches: give some, or None.")
     return found
 
 
 def repeat_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Batches over and over. An iterator that ends is an error, since it cannot be started again."""
+    """Yield batches over and over. Raises `TrainingError` where they end and cannot be read again."""
     while True:
-        empty = True
+        is_empty = True
         for batch in batches:
-            empty = False
+            is_empty = False
             yield batch
-        if empty or iter(batches) is batches:
+        if is_empty or iter(batches) is batches:
             raise TrainingError(
                 "The batches ran out before the last step. Pass a dataset or list, which can be read again, an endless "
                 "iterator, or ask for fewer steps."

@@ -13,7 +13,7 @@ from diffusers.models.embeddings import LabelEmbedding
 
 from ..errors import TrainingError, UnknownNameError
 from ..inspection.families import argument_names
-from .batches import Batch
+from .batches import Batch, Shared
 from .config import TrainingConfig
 from .noise import (
     DENSITIES,
@@ -252,6 +252,8 @@ def _find_label_embedding(model: ModelMixin) -> LabelEmbedding | None:
 
 def _move(value: Any, model: ModelMixin) -> Any:
     """Return a value on the model's device, numbers in floating point in its dtype."""
+    if isinstance(value, Shared):
+        return _move(value.value, model)
     if isinstance(value, Mapping):
         return {name: _move(item, model) for name, item in value.items()}
     if isinstance(value, list):

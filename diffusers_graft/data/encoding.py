@@ -1,0 +1,135 @@
+"""Training sets encoded once from pictures and captions, or class labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+
+from ..errors import TrainingError
+from .pipelines import TextEncoder
+from .recording import scale_latents
+from .shards import Shards, write_shards
+
+
+@torch.no_grad()
+def encode(
+    images: Sequence[Any],
+    vae: ModelMixin,
+    text_encoder: TextEncoder | None = None,
+    *,
+    folder: str | Path,
+    prompts: Sequence[str] | None = None,
+    class_labels: Sequence[int] | None = None,
+    size: int | tuple[int, int] | None = None,
+    batch_size: int = 8,
+    shard_size: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+) -> Shards:
+    """Encode images once: latents of a VAE, and embeddings of their prompts, or their labels.
+
+    Args:
+        images: tensors [3, height, width] in [-1, 1], or pictures of PIL; anything with a length that takes an index.
+        vae: an autoencoder of diffusers; its scale and shift are applied.
+        text_encoder: from prompts to conditioning under the model's argument names, see `prompt_encoder`.
+        folder: for the shards.
+        size: height and width in pixels to which pictures are scaled and cropped about their middle; they are taken as
+            they are without it.
+
+    Raises:
+        TrainingError: prompts without a text encoder, not as many conditions as images, or what is no image.
+        StateError: the folder holds a set made with other settings.
+        FileError: a folder or a shard that cannot be written.
+    """
+    for name, values in (("prompts", prompts), ("class_labels", class_labels)):
+        if values is not None and len(values) != len(images):
+            raise TrainingError(f"There are {len(images)} images and {len(values)} {name}.")
+    if prompts is not None and text_encoder is None:
+        raise TrainingError("Prompts need a text_encoder, such as dg.data.prompt_encoder(pipe).")
+    conditions = prompts or class_labels
+    made = {
+        "vae": type(vae).__name__,
+        "seed": seed,
+        "batch_size": batch_size,
+        "conditions": None if conditions is None else list(conditions),
+    }
+    if size is not None:
+        made["size"] = size
+
+    def make(span: range) -> Iterator[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(seed + span.start)
+        for first in range(span.start, span.stop, batch_size):
+            numbers = range(first, min(first + batch_size, span.stop))
+            pixels = torch.stack([to_pixels(images[number], size) for number in numbers])
+            batch = {"sample": encode_pixels(vae, pixels, generator)}
+            if prompts is not None:
+                batch |= text_encoder([prompts[number] for number in numbers])
+            if class_labels is not None:
+                batch["class_labels"] = torch.tensor([int(class_labels[number]) for number in numbers])
+            yield batch
+
+    return write_shards(Path(folder), len(images), shard_size, made, make, progress=progress)
+
+
+def encode_pixels(vae: ModelMixin, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return the latents of images [B, 3, height, width] (videos [B, 3, frames, ...]), scaled as denoisers have them."""
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+    # Deep compression autoencoders (DC) give latents, all others a distribution of them.
+    latents = encoded.latent_dist.sample(generator) if "latent_dist" in encoded else encoded.latent
+    return scale_latents(vae, latents)
+
+
+def is_picture(value: Any) -> bool:
+    """Return whether a value is an image of PIL, which need not be installed."""
+    return hasattr(value, "convert") and hasattr(value, "size") and hasattr(value, "tobytes")
+
+
+def to_pixels(image: Any, size: int | tuple[int, int] | None = None) -> torch.Tensor:
+    """Return an image as a tensor [3, height, width] in [-1, 1].
+
+    Args:
+        image: such a tensor, or a picture of PIL of any mode; transparent ones lie on white.
+        size: height and width, one number for a square; pictures are scaled to cover it and cropped about the middle.
+
+    Raises `TrainingError` for what is no image.
+    """
+    if isinstance(image, torch.Tensor):
+        return image
+    if not is_picture(image):
+        raise TrainingError(
+            f"Images are tensors [3, height, width] in [-1, 1], or pictures of PIL; got {type(image).__name__}."
+        )
+    picture = _flatten_onto_white(image)
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        picture = _cover(picture, height, width)
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    pixels = pixels.view(picture.height, picture.width, 3).permute(2, 0, 1)
+    return pixels.float() / 127.5 - 1
+
+
+def _flatten_onto_white(picture: Any) -> Any:
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        # A class of PIL without importing it: this module works where PIL is not installed.
+        white = picture.copy()
+        white.paste((255, 255, 255, 255), (0, 0, *picture.size))
+        white.alpha_composite(picture)
+        picture = white
+    return picture.convert("RGB")
+
+
+def _cover(picture: Any, height: int, width: int) -> Any:
+    """Return a picture scaled to cover a size, and cropped about its middle."""
+    scale = max(height / picture.height, width / picture.width)
+    scaled_width = max(width, round(picture.width * scale))
+    scaled_height = max(height, round(picture.height * scale))
+    # 3 is PIL's number for bicubic resampling.
+    picture = picture.resize((scaled_width, scaled_height), 3)
+    left = (scaled_width - width) // 2
+    top = (scaled_height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
