@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= quickstart
+SCENES ?= runs/scenes
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 LOWEST := $(VENV)-lowest
 
-.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate bench bench-loading bench-operators bench-depth bench-pixart bench-planner bench-training testbed lint clean
+.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate bench bench-loading bench-operators bench-depth bench-pixart bench-planner bench-training testbed testbed-scenes lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -73,6 +74,15 @@ testbed: $(READY) ## Train the testbed's model and its judge from scratch (hours
 	$(BIN)/python -m diffusers_graft.testbed.classifier --output runs/testbed
 	$(BIN)/python -m benchmarks.testbed.pretrain --output runs/testbed
 	$(BIN)/python -m benchmarks.testbed.card --output runs/testbed
+
+testbed-scenes: $(READY) ## Train the text-to-image testbed from scratch (twelve hours on two cores; goes on where it stopped)
+	$(BIN)/python -m benchmarks.testbed.scenes.autoencoder --output $(SCENES)
+	$(BIN)/python -m benchmarks.testbed.scenes.text --output $(SCENES)
+	$(BIN)/python -m benchmarks.testbed.scenes.transformer --output $(SCENES) --tokens 64 --steps 60000 --decay 6000
+	$(BIN)/python -m benchmarks.testbed.scenes.transformer --output $(SCENES) --tokens 256 --steps 16000 --decay 3000 --lr 1e-3 --shift 2
+	$(BIN)/python -m benchmarks.testbed.scenes.transformer --output $(SCENES) --tokens 1024 --steps 4000 --decay 2000 --lr 5e-4 --shift 3 --batch-size 16
+	$(BIN)/python -m benchmarks.testbed.scenes.assemble --run $(SCENES) --output diffusers_graft/testbed/scenes/weights
+	$(BIN)/python -m benchmarks.testbed.scenes.card
 
 lint: $(READY) ## Format, style, spelling and types; the same tools as pre-commit
 	$(BIN)/ruff format --check .

@@ -154,13 +154,18 @@ def make_autoencoder(seed: int) -> AutoencoderTiny:
 
 
 def train_decoder(output: Path, steps: int, lr: float = 4e-3, seed: int = 0, save_every: int = 100) -> None:
-    """Train the decoder of `output/vae`, save it every so many steps, and log to `output/autoencoder.jsonl`."""
+    """Train the decoder of `output/vae`, save it every so many steps, and log to `output/autoencoder.jsonl`.
+
+    A run that was interrupted begins anew, from the decoder that it left.
+    """
     if (output / "vae").exists():
         model = AutoencoderTiny.from_pretrained(output / "vae")
         model.encoder.requires_grad_(False)
     else:
         model = make_autoencoder(seed)
         save(model, output)
+    if last_step(output / "autoencoder.jsonl") >= steps:
+        return
     run = DecoderTraining(model, lr, seed)
     started = time.monotonic()
     for step in range(steps):
@@ -172,6 +177,13 @@ def train_decoder(output: Path, steps: int, lr: float = 4e-3, seed: int = 0, sav
             with (output / "autoencoder.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(row) + "\n")
             save(model, output)
+
+
+def last_step(log: Path) -> int:
+    """How far the log says that a run came; 0 without one."""
+    if not log.exists():
+        return 0
+    return json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["step"]
 
 
 def save(model: AutoencoderTiny, output: Path) -> None:

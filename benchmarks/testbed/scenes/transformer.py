@@ -187,8 +187,9 @@ class Pretraining:
         model = self.averaged_model()
         self.planned = None
         errors = []
-        for _ in range(count // 64):
-            batch = self.encode([sample_scene(rng) for _ in range(64)], 0.0)
+        together = max(1, 4096 // self.recipe.tokens)
+        for _ in range(count // together):
+            batch = self.encode([sample_scene(rng) for _ in range(together)], 0.0)
             errors.append(self.losses(model, batch, generator)[0].item())
         return sum(errors) / len(errors)
 

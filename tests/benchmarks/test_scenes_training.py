@@ -1,0 +1,92 @@
+"""The training of the scenes' parts: it resumes exactly, starts from what is shipped, and its encoder is what it says."""
+
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.testbed.scenes.autoencoder import make_autoencoder, sample_pictures
+from benchmarks.testbed.scenes.prompts import PROMPT_KINDS, sample_prompts
+from benchmarks.testbed.scenes.restore import restore
+from benchmarks.testbed.scenes.text import answers_at_nouns, make_tokenizer, tokenize
+from benchmarks.testbed.scenes.transformer import Pretraining, Recipe, pretrain, token_labels
+from diffusers_graft.testbed import scenes
+from diffusers_graft.testbed.scenes.draw import draw_with_coverage
+from diffusers_graft.testbed.scenes.grammar import COLOURS, KIND_WORDS, KINDS
+
+RECIPE = {"tokens": 64, "batch_size": 2, "decay": 2, "warmup": 1}
+
+
+@pytest.fixture
+def short_check(monkeypatch):
+    monkeypatch.setattr(Pretraining, "held_out_loss", lambda self: 0.0)
+
+
+def test_training_that_is_resumed_gives_the_same_weights(tmp_path, short_check):
+    results = []
+    for folder, halts in ((tmp_path / "once", (2,)), (tmp_path / "twice", (1, 2))):
+        restore(folder)
+        for steps in halts:
+            recipe = Recipe(steps=2, **RECIPE)
+            run = Pretraining(recipe, folder)
+            if run.checkpoint().exists():
+                run.resume()
+            while run.step < steps:
+                run.train_step()
+            run.save()
+        results.append(load_file(folder / "average_64" / "diffusion_pytorch_model.safetensors"))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_a_phase_leaves_the_transformer_that_the_next_one_starts_from(tmp_path, short_check):
+    restore(tmp_path)
+    before = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    pretrain(Recipe(steps=1, **RECIPE), tmp_path, save_every=1)
+    after = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    following = Pretraining(Recipe(steps=1, **{**RECIPE, "tokens": 256}), tmp_path)
+    assert not torch.equal(after["proj_out.weight"], before["proj_out.weight"])
+    assert torch.equal(following.model.state_dict()["proj_out.weight"], after["proj_out.weight"])
+
+
+def test_the_encoder_is_linear_and_explains_patches():
+    model = make_autoencoder(seed=0)
+    pictures = sample_pictures(random.Random(3), 64, 32)
+    with torch.no_grad():
+        latents = model.encode(pictures).latents
+        middle = model.encode((pictures[:16] + pictures[16:]) / 2).latents
+    assert torch.allclose(middle, (latents[:16] + latents[16:]) / 2, atol=1e-4)
+    assert latents.square().mean().sqrt().item() == pytest.approx(1.0, abs=0.2)
+    rows = latents.movedim(1, -1).flatten(0, -2)
+    patches = torch.nn.functional.pixel_unshuffle(pictures, 8).movedim(1, -1).flatten(0, -2)
+    known = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+    left = patches - known @ torch.linalg.lstsq(known, patches).solution
+    assert left.var() < 0.1 * patches.var()
+
+
+def test_every_token_is_labelled_with_what_it_shows():
+    rng = random.Random(0)
+    chosen = [scenes.sample_scene(rng) for _ in range(20)]
+    _, coverage, owners = draw_with_coverage(chosen, 64)
+    labels = token_labels(coverage, owners, chosen)
+    assert labels.shape == (20, 64, 16)
+    for scene, shown in zip(chosen, labels.amax(1), strict=True):
+        names = {(*KINDS, *COLOURS)[index] for index in (shown > 0.3).nonzero().flatten().tolist()}
+        assert names == {name for one in scene.objects for name in (one.kind, one.colour)}
+
+
+def test_captions_have_as_many_nouns_as_groups():
+    rng = random.Random(0)
+    chosen = [scenes.sample_scene(rng) for _ in range(200)]
+    tokenizer = make_tokenizer()
+    ids = tokenize(tokenizer, [scene.caption for scene in chosen])["input_ids"]
+    nouns = ["▁" + word for pairs in KIND_WORDS.values() for pair in pairs for word in pair]
+    count = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(nouns))).sum().item()
+    assert count == len(answers_at_nouns(chosen))
+    assert tokenizer.unk_token_id not in ids
+
+
+def test_the_shipped_prompts_are_what_the_command_writes():
+    rng = random.Random(0)
+    assert sample_prompts(PROMPT_KINDS, False, rng) == scenes.load_prompts("seen")
+    assert sample_prompts(("counting", "colors", "color_attr"), True, rng) == scenes.load_prompts("held_out")
