@@ -42,8 +42,11 @@ class Site:
     width: int
 
     # As pathlib.Path does: the base class makes an instance of the subclass that fits.
-    def __new__(cls, *, kind: str = "", **sizes: Any):
-        return super().__new__(_class_of(kind) if cls is Site and kind else cls)
+    def __new__(cls, *, kind: str = "", **sizes: Any) -> Site:
+        # Copying makes instances without arguments.
+        if cls is Site and kind:
+            return object.__new__(_class_of(kind))
+        return object.__new__(cls)
 
     def __post_init__(self):
         if self.kind not in self.kinds:

@@ -180,7 +180,7 @@ def is_enabled(model: ModelMixin) -> bool:
 def _build_seat(model: ModelMixin, edit: Edit, original: nn.Module, slot: ContextSlot) -> nn.Module:
     _refuse_hooked(original, edit.site)
     operator = build_operator(edit.config, edit.site)
-    operator.listen(slot)
+    operator.bind_context(slot)
     if edit.site.kind == "feed_forward":
         if edit.config.init == "warm":
             operator.init_from(linear_pair(original, edit.site.path))
@@ -208,7 +208,7 @@ def _block_seats(
     for block in blocks:
         _refuse_hooked(block, edit.site)
     operator = build_operator(edit.config, edit.site)
-    operator.listen(slot)
+    operator.bind_context(slot)
     like = next((p for p in blocks[0].parameters() if p.dtype in COMPUTE_DTYPES), model)
     operator.to(like.device, like.dtype)
     if operator.runs_blocks:

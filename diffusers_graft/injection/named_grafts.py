@@ -54,7 +54,7 @@ def remember(model: ModelMixin, known: dict[str, Graft], names: Sequence[str]) -
 def bind(graft: Graft) -> None:
     """Have the parts of a graft read the context where that graft leaves it, after they ran in another's company."""
     for operator in graft.operators().values():
-        operator.listen(graft.slot)
+        operator.bind_context(graft.slot)
 
 
 def activate(model: ModelMixin, names: str | Sequence[str], *, enabled: bool = True) -> None:

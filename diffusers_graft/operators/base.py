@@ -11,14 +11,17 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import nn
 
 from ..core.context import Context, ContextSlot, Grid
-from ..core.sites import Site
+from ..core.sites import AttentionSite, BlockSite, FeedForwardSite, Site
 from ..errors import OperatorError, UnknownNameError
+
+ConfigT = TypeVar("ConfigT", bound="OperatorConfig")
+SiteT = TypeVar("SiteT", bound=Site)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,27 +42,32 @@ class OperatorConfig:
             raise UnknownNameError("init", self.init, ("warm", "random"))
 
     def resolved(self, site: Site) -> Self:
-        """This config with every None that means "as in the replaced part" filled in from the site."""
+        """Return this config with every None that means "as in the replaced part" filled in from the site."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Operator name and every setting, defaults included, so that a changed default never changes a saved graft."""
+        """Return the operator's name and every setting, JSON-able.
+
+        Defaults are included, so that a changed default never changes a saved graft.
+        """
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         nested = {name: value.to_dict() for name, value in settings.items() if isinstance(value, OperatorConfig)}
         return {"operator": self.owner.name, **settings, **nested}
 
     def build(self, site: Site) -> Operator:
+        """Make the operator for a site. Raises `OperatorError` for a site of a kind that it does not replace."""
         return self.owner(self, site)
 
     def __str__(self) -> str:
+        """Return the text that rules take, without settings that have their usual value; `init` comes last."""
         usual = {"init": "warm", "backend": "torch"}
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        told = {name: value for name, value in values.items() if usual.get(name) != value}
-        settings = (
-            f"{name}={v if isinstance(v, OperatorConfig) else repr(v)}" for name, v in told.items() if name != "init"
-        )
-        start = [f"init={self.init!r}"] if "init" in told else []
-        return f"{self.owner.name}({', '.join([*settings, *start])})"
+        names = [field.name for field in dataclasses.fields(self) if field.name != "init"]
+        settings = []
+        for name in [*names, "init"]:
+            value = getattr(self, name)
+            if usual.get(name) != value:
+                settings.append(f"{name}={value if isinstance(value, OperatorConfig) else repr(value)}")
+        return f"{self.owner.name}({', '.join(settings)})"
 
 
 def dense_weight(part: str, weight: torch.Tensor) -> torch.Tensor:
@@ -161,10 +169,15 @@ def _require_frozen(config: type, operator: str) -> None:
         raise OperatorError(f"{operator}.Config has settings that change, or that are given by position: {decorator}.")
 
 
-class Operator(nn.Module):
+class Operator(nn.Module, Generic[ConfigT, SiteT]):
     """Base of all operators. Class attributes declare capabilities; `check_operator` proves them.
 
+    Where a capability depends on settings, `__init__` sets it on the instance.
+
     Attributes:
+        config, site: what it was built from.
+        settings: the config as text.
+        slot: holds the context of the running forward.
         name: set from the file name unless given.
         kinds: the kinds of site it can replace.
         needs_grid: whether it asks the context for the layout of tokens.
@@ -182,26 +195,32 @@ class Operator(nn.Module):
             the attention's output projection.
         uses_energy: whether a warm start is better for a `LinearPair.energy`, which takes data.
 
-    Where they depend on settings, `__init__` sets them on the instance. Optional methods that `check_operator` reads:
-    `reference`, the definition in plain torch with the signature of `forward`; `countable`, the same for torch's FLOP
-    counter, where that is misled by `forward`.
+    Optional methods that `check_operator` reads: `reference`, the definition in plain torch with the signature of
+    `forward`; `countable`, the same for torch's FLOP counter, where that is misled by `forward`.
     """
+
+    config: ConfigT
+    site: SiteT
+    settings: str
+    slot: ContextSlot
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]] = ()
-    needs_grid: ClassVar[bool] = False
-    honours_mask: ClassVar[bool] = False
-    honours_others: ClassVar[bool] = False
-    honours_causal: ClassVar[bool] = False
-    causal_operator: ClassVar[bool] = False
-    is_plain_softmax: ClassVar[bool] = False
-    ignores_attention_backend: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     start: ClassVar[str] = ""
-    unused_inputs: ClassVar[tuple[str, ...]] = ()
-    output_layer: ClassVar[str | None] = None
-    uses_energy: ClassVar[bool] = False
     Config: ClassVar[type[OperatorConfig]] = OperatorConfig
+
+    # Not ClassVar, since instances may have values of their own.
+    needs_grid: bool = False
+    honours_mask: bool = False
+    honours_others: bool = False
+    honours_causal: bool = False
+    causal_operator: bool = False
+    is_plain_softmax: bool = False
+    ignores_attention_backend: bool = False
+    uses_energy: bool = False
+    unused_inputs: tuple[str, ...] = ()
+    output_layer: str | None = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -214,9 +233,12 @@ class Operator(nn.Module):
         _require_frozen(cls.Config, cls.__name__)
         cls.Config.owner = cls
 
-    def __init__(self, config: OperatorConfig, site: Site):
+    def __init__(self, config: ConfigT, site: SiteT):
         super().__init__()
-        self.config, self.settings, self.site, self.slot = config, str(config), site, ContextSlot()
+        self.config = config
+        self.settings = str(config)
+        self.site = site
+        self.slot = ContextSlot()
         if site.kind not in self.kinds:
             raise OperatorError(f"{self.name} replaces {' or '.join(self.kinds)}; {site.path} is {site.address}.")
 
@@ -224,48 +246,54 @@ class Operator(nn.Module):
         """Start from the part that is replaced. The default keeps what `__init__` made."""
 
     @torch.compiler.assume_constant_result
-    def constant(self, make: Callable[..., Any], settings: str, *asked: Any) -> Any:
-        """`make(config, *asked)`, as compiled code holds it for every operator of these `settings` (its own).
+    def constant(self, make: Callable[..., Any], settings: str, *arguments: Any) -> Any:
+        """Return `make(config, *arguments)`, which compiled code computes once for all operators of one config.
 
-        Of plain functions, texts, numbers and tuples: torch 2.11 cannot take a config along, or a grid.
+        Args:
+            make: a plain function.
+            settings: those of this operator. They stand for its config, which torch 2.11 cannot take as an argument.
+            arguments: texts, numbers and tuples.
         """
-        return make(self.config, *asked)
+        return make(self.config, *arguments)
 
     def flops(self, tokens: int) -> int:
-        """Floating-point operations of one sample of `tokens` tokens, a multiply-add counting two."""
+        """Return the floating-point operations of one sample of `tokens` tokens, a multiply-add counting two."""
         raise OperatorError(f"{self.name} does not say what it costs: define flops(tokens) beside its forward.")
 
-    def listen(self, slot: ContextSlot) -> None:
-        """Find the context of the running forward in `slot`, with all operators within this one."""
+    def bind_context(self, slot: ContextSlot) -> None:
+        """Read the context of the running forward from `slot`, here and in all operators within this one."""
         for part in self.modules():
             if isinstance(part, Operator):
                 part.slot = slot
 
     def last_grid(self, tokens: int) -> Grid | None:
-        """The grid of the last forward, for `flops` that depend on it; None where that had none of so many tokens."""
+        """Return the grid of the last forward, for `flops` that depend on it; None where it has not so many tokens."""
         grid = self.slot.current.at(self.site, tokens).grid
-        return grid if grid is not None and grid.tokens == tokens else None
+        if grid is None or grid.tokens != tokens:
+            return None
+        return grid
 
     def uncounted_flops(self, tokens: int) -> int:
-        """The part of `flops` that torch's counter is blind to; negative where it counts what a mask hides."""
+        """Return the part of `flops` that torch's counter misses; negative where it counts what a mask hides."""
         return 0
 
     def receptive_field(self, token: int, grid: Grid) -> Collection[int]:
-        """The tokens that the output at `token` depends on, in raster order: all, or those up to it of a causal
-        operator.
+        """Return the tokens that the output at `token` depends on, in raster order.
+
+        These are all, or of a causal operator those up to it.
         """
         return range(token + 1 if self.causal_operator else grid.tokens)
 
     @property
     def stays_causal(self) -> bool:
-        """Whether no token sees later ones where the replaced attention was causal."""
+        """Return whether no token sees later ones where the replaced attention was causal."""
         return self.honours_causal or self.causal_operator
 
     def extra_repr(self) -> str:
         return str(self.config)
 
 
-class Mixer(Operator):
+class Mixer(Operator[ConfigT, AttentionSite]):
     """Replaces the softmax of an attention and nothing else: projections, norms and rotary embeddings stay.
 
     `forward(query, key, value, context)` takes [B, H, N, E], [B, H, M, E] twice, and returns [B, H, N, E].
@@ -292,11 +320,10 @@ class Mixer(Operator):
         return mix(self, query, key, value, context)
 
 
-class AttentionOperator(Operator):
-    """Replaces a whole self-attention with its projections: `forward(hidden_states, context)` takes and returns [B, N,
-    D].
+class AttentionOperator(Operator[ConfigT, AttentionSite]):
+    """Replaces a self-attention together with its projections.
 
-    Norms of queries and keys and rotary embeddings of the original go with it. `init_from` receives `Projections`.
+    `forward(hidden_states, context)` takes and returns [B, N, D]. Norms of queries and keys and rotary embeddings of the original go with it. `init_from` receives `Projections`.
     """
 
     kinds = ("self_attention",)
@@ -305,11 +332,10 @@ class AttentionOperator(Operator):
         raise OperatorError(f"{self.name} has no forward.")
 
 
-class FeedForwardOperator(Operator):
+class FeedForwardOperator(Operator[ConfigT, FeedForwardSite]):
     """Replaces a feed-forward: `forward(hidden_states, context)` takes and returns [B, N, D].
 
-    `init_from` receives the original as a `LinearPair`. Unless it overrides `receptive_field`, tokens stay by
-    themselves.
+    `init_from` receives the original as a `LinearPair`. Unless it overrides `receptive_field`, no token sees another.
     """
 
     kinds = ("feed_forward",)
@@ -321,19 +347,19 @@ class FeedForwardOperator(Operator):
         raise OperatorError(f"{self.name} has no forward.")
 
 
-class BlockOperator(Operator):
-    """Takes the place of one block or several neighbours: what they would add to a stream becomes something else.
+class BlockOperator(Operator[ConfigT, BlockSite]):
+    """Replaces one block or several neighbours: what they would add to a stream becomes something else.
 
-    `forward(hidden_states, *outputs, context, stream)` takes what entered the blocks, [B, N, D], and what each of them
-    made of it, and returns [B, N, D]; `stream` counts the streams of blocks that carry several (image and prompt). An
-    operator that does not run the blocks (`runs_blocks = False`) is given no outputs, and the blocks' weights go with
-    them.
+    `forward(hidden_states, *outputs, context, stream)` takes the input of the blocks, [B, N, D], and the output that
+    each of them makes of it, and returns [B, N, D]; `stream` numbers the streams of blocks that carry several (image
+    and prompt). An operator that does not run the blocks (`runs_blocks = False`) is given no outputs, and the weights
+    of the blocks go with them.
     """
 
     kinds = ("block_pair", "block", "block_run")
     runs_blocks: ClassVar[bool] = True
 
-    def __init__(self, config: OperatorConfig, site: Site):
+    def __init__(self, config: ConfigT, site: BlockSite):
         super().__init__(config, site)
         if not self.runs_blocks:
             self.unused_inputs = tuple(f"input {number}" for number in range(1, site.blocks + 1))
