@@ -191,8 +191,9 @@ def test_what_is_no_conditioning_of_a_sample_is_refused(give, words, tmp_path):
 
 
 def test_conditioning_that_a_set_cannot_hold_is_refused_and_the_folder_is_free_for_another_try(tmp_path):
+    cache = object()
     with pytest.raises(TrainingError, match="gives its denoiser shapes=<object .* holds tensors, numbers and texts"):
-        draw(lambda *_: {"shapes": object()}, tmp_path)
+        draw(lambda *_: {"shapes": cache}, tmp_path)
     assert len(draw(lambda *_: {"shapes": None}, tmp_path)) == 3
 
 
