@@ -14,15 +14,15 @@ from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.models.modeling_utils import no_init_weights
 
 from diffusers_graft.cli.verbs import say
-from diffusers_graft.injection.graft import build_graft
+from diffusers_graft.core.storage import read_tensors
+from diffusers_graft.injection.graft import base_tensors, build_graft
 from diffusers_graft.injection.install import install, uninstall
 from diffusers_graft.planning.plan import plan_graft
 from diffusers_graft.serialization.config_file import PROOF, WEIGHTS
 from diffusers_graft.serialization.describe import describe_base
-from diffusers_graft.serialization.empty_graft import build_blank
+from diffusers_graft.serialization.empty_graft import build_empty_graft
 from diffusers_graft.serialization.graft_folder import fill, load_graft, save_graft
 from diffusers_graft.serialization.proof import replay
-from diffusers_graft.serialization.tensors import read_tensors
 
 from .output import format_rows, require_writable
 
@@ -49,7 +49,7 @@ def measure(folder: Path, model: ModelMixin, rounds: int = 7) -> dict[str, float
 
     def installed() -> None:
         with no_init_weights():
-            graft = build_blank(model, plan)
+            graft = build_empty_graft(model, plan)
         fill(model, graft, tensors, folder)
         install(model, graft)
 
@@ -61,7 +61,7 @@ def measure(folder: Path, model: ModelMixin, rounds: int = 7) -> dict[str, float
         "read": path.read_bytes,
         "install": installed,
         "load": lambda: load_graft(model, folder, verify=False),
-        "compare": lambda: describe_base(model, graft.originals),
+        "compare": lambda: describe_base(model, base_tensors(model), graft.originals),
         "replay": replayed,
         "verified": lambda: load_graft(model, folder),
     }

@@ -15,11 +15,11 @@ from diffusers import DiTTransformer2DModel
 from diffusers_graft.cards.card import citation, render_card, template, template_folder
 from diffusers_graft.cards.edit_table import edit_rows, strip
 from diffusers_graft.cards.user_edits import front_matter
+from diffusers_graft.core.storage import read_json
 from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.injection.install import install
 from diffusers_graft.planning.plan import GraftPlan, plan_graft
 from diffusers_graft.serialization.describe import versions
-from diffusers_graft.serialization.tensors import read_json
 
 _BASE = {"base_model": "facebook/DiT-XL-2-256", "base_model_relation": "finetune", "license": "cc-by-nc-4.0"}
 EXAMPLE = "example.md"

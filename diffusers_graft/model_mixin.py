@@ -15,8 +15,8 @@ from .injection.install import disable, enable, install, require_graft
 from .inspection import require_model
 from .planning.plan import GraftPlan, plan_graft
 from .serialization import graft_folder as store
-from .serialization.atomic_folder import require_source
 from .serialization.diffusers_patch import attach_saving
+from .serialization.download import require_source
 
 
 def set_graft(

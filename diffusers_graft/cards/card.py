@@ -11,10 +11,10 @@ from typing import Any
 import jinja2
 from diffusers import ModelMixin
 
+from ..core.storage import require_regular, write_text
 from ..errors import FileError, GraftError, UnknownNameError
 from ..evaluation.evaluate import Scores
 from ..injection.graft import Graft
-from ..serialization.tensors import write_text
 from ..training.metrics_log import read_metrics
 from .edit_table import edit_rows, own_parameters, strip
 from .training_table import draw_curves, training
@@ -91,8 +91,11 @@ def write_card(
 
 def _present(path: Path) -> str | None:
     """The card that is there."""
+    if not path.exists():
+        return None
+    require_regular(path)
     try:
-        return path.read_text(encoding="utf-8") if path.exists() else None
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FileError(
             f"{path} is no UTF-8 text ({error}), so nobody's words in it can be kept: move it away."

@@ -12,25 +12,25 @@ from typing import Any
 import torch
 
 from ..errors import FileError, StateError
-
-Tensors = dict[str, torch.Tensor]
+from .tensors import Tensors, require_finite
 
 _SUFFIXES = {"svd": ("left", "right"), "int8": ("steps", "scale")}
 
 
 def compress(tensors: Tensors, base: Tensors, error: float) -> tuple[Tensors, dict[str, dict[str, Any]]]:
-    """Tensors as they are stored, and for each that was compressed its method, its measured error and its bytes.
+    """Return tensors as they are stored, and for each compressed one its method, its measured error and its bytes.
 
     Args:
-        tensors: those of a graft; what has no counterpart in `base` of the same shape stays as it is.
+        tensors: those of a graft; one without a counterpart in `base` of the same shape stays as it is.
         error: largest relative error of an update in the Frobenius norm. Truncated singular values then keep at least
             1 - error ** 2 of its energy.
 
-    Raises `StateError` for an error that is none.
+    Raises `StateError` for an error that is not between 0 and 1.
     """
     if isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error < 1:
         raise StateError(f"compress is the relative error allowed, between 0 and 1; got {error!r}. Try 0.01.")
-    stored, told = {}, {}
+    stored: Tensors = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         if name not in base or base[name].shape != tensor.shape or not tensor.is_floating_point():
             stored[name] = tensor
@@ -38,22 +38,28 @@ def compress(tensors: Tensors, base: Tensors, error: float) -> tuple[Tensors, di
         form, row = _smallest(tensor.detach().cpu(), base[name].detach().cpu(), error)
         stored.update({f"{name}.{suffix}" if suffix else name: part for suffix, part in form.items()})
         if row["method"] != "full":
-            told[name] = row
-    return stored, told
+            rows[name] = row
+    return stored, rows
 
 
 def _smallest(tensor: torch.Tensor, base: torch.Tensor, limit: float) -> tuple[Tensors, dict[str, Any]]:
     update = tensor.float() - base.float()
-    before = tensor.numel() * tensor.element_size()
-    best = {"": tensor}, {"method": "full", "error": 0.0, "bytes_before": before, "bytes_after": before}
+    before = _size({"": tensor})
+    best = {"": tensor}
+    row = {"method": "full", "error": 0.0, "bytes_before": before, "bytes_after": before}
     for method, form in (("svd", _singular(update, limit)), ("int8", _integers(update))):
         if form is None:
             continue
-        size = sum(part.numel() * part.element_size() for part in form.values())
+        size = _size(form)
         error = _relative(_update(method, form, update.shape), update)
-        if error <= limit and size < best[1]["bytes_after"]:
-            best = form, {"method": method, "error": error, "bytes_before": before, "bytes_after": size}
-    return best
+        if error <= limit and size < row["bytes_after"]:
+            best = form
+            row = {"method": method, "error": error, "bytes_before": before, "bytes_after": size}
+    return best, row
+
+
+def _size(tensors: Tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _relative(approximate: torch.Tensor, exact: torch.Tensor) -> float:
@@ -67,7 +73,9 @@ def _singular(update: torch.Tensor, limit: float) -> Tensors | None:
     left, values, right = torch.linalg.svd(update.flatten(1), full_matrices=False)
     energy = values.double().square()
     lost = (energy.sum() - energy.cumsum(0)).clamp_min(0).sqrt() / energy.sum().sqrt().clamp_min(1e-300)
-    rank = int((lost > 0.999 * limit).sum()) + 1 if energy.sum() else 1
+    rank = 1
+    if energy.sum():
+        rank = int((lost > 0.999 * limit).sum()) + 1
     return {"left": (left * values)[:, :rank].contiguous(), "right": right[:rank].contiguous()}
 
 
@@ -78,22 +86,27 @@ def _integers(update: torch.Tensor) -> Tensors:
 
 
 def _update(method: str, form: Tensors, shape: torch.Size) -> torch.Tensor:
-    whole = form["left"] @ form["right"] if method == "svd" else form["steps"].float() * form["scale"]
-    return whole.reshape(shape)
+    if method == "svd":
+        return (form["left"] @ form["right"]).reshape(shape)
+    return (form["steps"].float() * form["scale"]).reshape(shape)
 
 
-def restore(tensors: Tensors, told: dict[str, Any], base: Tensors, where: Path) -> Tensors:
-    """What `compress` stored, as it was but for the error. Raises `FileError` for forms that do not fit."""
+def restore(tensors: Tensors, compressed: dict[str, Any], base: Tensors, where: Path) -> Tensors:
+    """Return the tensors that `compress` stored, as they were but for the error.
+
+    Raises `FileError` for forms that do not fit, or whose values are not finite once they are unpacked.
+    """
     restored = dict(tensors)
-    for name, row in told.items():
+    for name, row in compressed.items():
         try:
             method = row["method"]
-            form = {suffix: restored.pop(f"{name}.{suffix}") for suffix in _SUFFIXES[method]}
+            form = {suffix: restored.pop(f"{name}.{suffix}").cpu() for suffix in _SUFFIXES[method]}
             _require_shapes(method, form, base[name].shape)
-            update = _update(method, {key: part.cpu() for key, part in form.items()}, base[name].shape)
+            update = _update(method, form, base[name].shape)
             restored[name] = (base[name].detach().cpu().float() + update).to(base[name].dtype)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise FileError(f"The compressed update of {name} in {where} does not fit: {error!r}.") from error
+    require_finite({name: restored[name] for name in compressed}, where)
     return restored
 
 
@@ -102,11 +115,10 @@ def _require_shapes(method: str, form: Tensors, shape: torch.Size) -> None:
     columns = shape.numel() // max(rows, 1)
     if method == "svd":
         rank = form["right"].shape[0]
-        sound = form["left"].shape == (rows, rank) and form["right"].shape == (rank, columns)
+        is_sound = form["left"].shape == (rows, rank) and form["right"].shape == (rank, columns)
     else:
-        steps, scale = form["steps"], form["scale"]
-        sound = steps.shape == (rows, columns) and scale.shape == (rows, 1) and steps.dtype == torch.int8
-    if not sound:
-        raise ValueError(
-            f"its parts are {[tuple(part.shape) for part in form.values()]}, for an update of {tuple(shape)}"
-        )
+        is_int8 = form["steps"].dtype == torch.int8
+        is_sound = is_int8 and form["steps"].shape == (rows, columns) and form["scale"].shape == (rows, 1)
+    if not is_sound:
+        shapes = [tuple(part.shape) for part in form.values()]
+        raise ValueError(f"its parts are {shapes}, for an update of {tuple(shape)}")

@@ -1,4 +1,4 @@
-"""What `graft_config.json` says of a graft: its plan, the base it was made on, what was done to it, and with what."""
+"""The description of a graft: its plan, the base it was made on, how it was trained, and the versions it was made with."""
 
 from __future__ import annotations
 
@@ -20,29 +20,35 @@ from ..injection.graft import Graft, base_tensors
 from .config_file import FORMAT, ORIGIN
 from .license import license_of
 from .lora import describe_adapters
-from .tensors import fingerprint
+from .tensors import Tensors, fingerprint
+
+LOADED_FROM = "_graft_loaded_from"  # a model's note of the folder it was loaded from, as an absolute path
 
 
-def describe(model: ModelMixin, graft: Graft, total: str) -> dict[str, Any]:
-    """What `graft_config.json` holds."""
+def describe_graft(model: ModelMixin, graft: Graft, base: Tensors | None = None) -> dict[str, Any]:
+    """Return what `graft_config.json` of a graft folder holds; the save adds its checksum and its files.
+
+    Args:
+        base: `base_tensors` of the model, where they were gathered already.
+    """
     return {
         "format": FORMAT,
         "versions": versions(),
-        "base": _base(model, graft),
+        "base": _base(model, graft, base_tensors(model) if base is None else base),
         "plan": graft.plan.to_dict(),
         "lora": describe_adapters(model, graft),
         "compressed": {},
-        "checksum": total,
+        "checksum": "",
         "history": graft.history,
         "scores": {},
         "about": {},
     }
 
 
-def describe_whole(model: ModelMixin, graft: Graft, total: str) -> dict[str, Any]:
-    """What `graft_config.json` holds beside a whole model."""
+def describe_model(model: ModelMixin, graft: Graft) -> dict[str, Any]:
+    """Return what `config.json` says of a full model; the save adds its checksum and its files."""
     origin = vars(model).get(ORIGIN, {})
-    base = origin.get("base") if graft.is_standalone else _base(model, graft)
+    base = origin.get("base") if graft.is_standalone else _base(model, graft, base_tensors(model))
     return {
         "format": FORMAT,
         "versions": versions(),
@@ -53,62 +59,73 @@ def describe_whole(model: ModelMixin, graft: Graft, total: str) -> dict[str, Any
         "about": origin.get("about") or {},
         "imported": origin.get("imported"),
         "lora": describe_adapters(model, graft),
-        "checksum": total,
+        "checksum": "",
         "buffers": _other_buffers(model),
         "history": graft.history,
     }
 
 
 def _other_buffers(model: ModelMixin) -> dict[str, str]:
-    """Dtypes of the buffers that are not saved with the weights, by name."""
+    """Return the dtypes of the buffers that are not saved with the weights, by name."""
     weights = model.state_dict()
-    own = {
-        name: buffer for name, buffer in model.named_buffers() if name not in weights and buffer.is_floating_point()
-    }
-    return {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in own.items()}
+    dtypes = {}
+    for name, buffer in model.named_buffers():
+        if name not in weights and buffer.is_floating_point():
+            dtypes[name] = str(buffer.dtype).removeprefix("torch.")
+    return dtypes
 
 
-def describe_base(model: ModelMixin, replaced: Iterable[str]) -> dict[str, Any]:
-    """Which model a graft was made on: its name and commit, its weights, and those of each part that is replaced."""
-    tensors, name = base_tensors(model), hub_name(model)
-    parts = {path: fingerprint({k: t for k, t in tensors.items() if k.startswith(f"{path}.")}) for path in replaced}
+def describe_base(model: ModelMixin, base: Tensors, replaced: Iterable[str]) -> dict[str, Any]:
+    """Return which model a graft was made on: its name and commit, and fingerprints of it and of replaced parts."""
+    parts = {}
+    for path in replaced:
+        parts[path] = fingerprint({name: t for name, t in base.items() if name.startswith(f"{path}.")})
+    name = hub_name(model)
     return {
         "model_class": type(model).__name__,
         "name_or_path": name,
         "revision": _commit(name, model),
-        "fingerprint": fingerprint(tensors),
+        "fingerprint": fingerprint(base),
         "parts": parts,
     }
 
 
-def _base(model: ModelMixin, graft: Graft) -> dict[str, Any]:
-    base, in_half = describe_base(model, graft.originals), fingerprint(base_tensors(model), through=torch.float16)
-    license = license_of(_loaded_from(model), base["name_or_path"], base["revision"])
-    return {**base, "float16_fingerprint": in_half, "license": license}
+def _base(model: ModelMixin, graft: Graft, base: Tensors) -> dict[str, Any]:
+    described = describe_base(model, base, graft.originals)
+    return {
+        **described,
+        "float16_fingerprint": fingerprint(base, through=torch.float16),
+        "license": license_of(_loaded_from(model), described["name_or_path"], described["revision"]),
+    }
 
 
 def hub_name(model: ModelMixin) -> str | None:
-    """Where the base came from, unless that is a folder of this machine."""
+    """Return the repository that the base came from; None for a folder of this machine."""
     name = _loaded_from(model)
     if path := _in_cache(name):
         return path[0]
-    return name if name.count("/") == 1 and not os.path.exists(name) and not os.path.isabs(name) else None
+    is_repository = name.count("/") == 1 and not os.path.isabs(name) and not os.path.exists(name)
+    return name if is_repository else None
 
 
 def _loaded_from(model: ModelMixin) -> str:
-    return str(model.config.get("_name_or_path") or "")
+    # A relative folder looks like a repository once the process works elsewhere.
+    return vars(model).get(LOADED_FROM) or str(model.config.get("_name_or_path") or "")
 
 
 def _in_cache(name: str) -> tuple[str, str] | None:
-    """Repository and commit of a path into the Hub's cache."""
-    for part in Path(name).parents if os.path.isabs(name) else ():
+    """Return repository and commit of a path into the Hub's cache."""
+    if not os.path.isabs(name):
+        return None
+    for part in Path(name).parents:
         if part.name == "snapshots" and part.parent.name.startswith("models--"):
-            return part.parent.name.removeprefix("models--").replace("--", "/"), Path(name).relative_to(part).parts[0]
+            repository = part.parent.name.removeprefix("models--").replace("--", "/")
+            return repository, Path(name).relative_to(part).parts[0]
     return None
 
 
 def _commit(name: str | None, model: ModelMixin) -> str | None:
-    """The commit that the base's configuration was read from, where the cache knows it."""
+    """Return the commit that the base's configuration was read from, where the cache knows it."""
     if name is None:
         return None
     if path := _in_cache(_loaded_from(model)):
@@ -124,7 +141,7 @@ def _commit(name: str | None, model: ModelMixin) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """What the graft was made with."""
+    """Return the versions that a graft was made with."""
     return {
         "diffusers_graft": __version__,
         "torch": str(torch.__version__),

@@ -1,4 +1,4 @@
-"""Grafts without values: what loading fills, and checks before it does."""
+"""Grafts without values: built for loading, after the saved tensors were compared with them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from diffusers import ModelMixin
 
 from ..core.sites import Site
-from ..errors import FileError, GraftError, StateError
+from ..errors import FileError, StateError
 from ..injection.graft import COMPUTE_DTYPES, Graft, build_graft
 from ..operators import Mixer, Operator, OperatorConfig
-from ..planning.plan import Edit, GraftPlan, build_operator
+from ..planning.plan import GraftPlan, build_operator
+from .limits import Budget, building_within, check_work
 
 
-class _Blank:
+class _EmptyConfig:
     """A config whose operators do not start from the part they replace: their values are about to be loaded."""
 
     def __init__(self, config: OperatorConfig):
         self.config = config
-        # A random start would copy the projections that a mixer shares; the others must not ask for what they would
-        # replace.
+        # A random start would copy the projections that a mixer shares; the others must not ask for the projections
+        # that they replace.
         self.init = "warm" if issubclass(config.owner, Mixer) else "random"
 
     def __getattr__(self, name: str) -> Any:
@@ -34,42 +35,38 @@ class _Blank:
         return operator
 
 
-def build_blank(model: ModelMixin, plan: GraftPlan, history: list[dict[str, Any]] | None = None) -> Graft:
-    """The parts of a plan beside the model, at no more than the cost of their memory."""
-    graft = build_graft(
-        model, replace(plan, edits=tuple(replace(edit, config=_Blank(edit.config)) for edit in plan.edits))
-    )
-    graft.plan, graft.history = plan, history or []
+def build_empty_graft(model: ModelMixin, plan: GraftPlan, history: list[dict[str, Any]] | None = None) -> Graft:
+    """Build the parts of a plan beside the model, at no more than the cost of their memory."""
+    edits = tuple(replace(edit, config=_EmptyConfig(edit.config)) for edit in plan.edits)
+    graft = build_graft(model, replace(plan, edits=edits))
+    graft.plan = plan
+    graft.history = history or []
     for operator in graft.operators().values():
         del vars(operator)["init_from"]
     return graft
 
 
 def check_operators(plan: GraftPlan, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Raise `FileError` unless each operator's tensors are all there, no others, of the right shapes; nothing is
-    built.
+    """Compare each operator of a plan with its tensors in a file, before it is built.
+
+    Raises `FileError` where tensors are missing, too many or of other shapes, and for an operator that asks for more
+    memory, parts or work than the file warrants.
     """
+    budget = Budget.of(tensors)
     for edit in plan.edits:
-        expected = _expected(edit)
+        what = f"{edit.site.path} in {folder}"
+        with building_within(budget, what):
+            operator = build_operator(edit.config, edit.site)
+            expected = operator.state_dict()
+        check_work(operator, what)
         prefix = f"{edit.site.path}.graft."
-        there = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        if odd := sorted(expected.keys() ^ there.keys()):
+        given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if odd := sorted(expected.keys() ^ given.keys()):
             raise FileError(
                 f"{folder} does not fit {edit.site.path}: {', '.join(odd[:4])} missing, or not of {edit.config}."
             )
-        for name, tensor in there.items():
+        for name, tensor in given.items():
             require_like(expected[name], tensor, f"{prefix}{name}", folder)
-
-
-def _expected(edit: Edit) -> dict[str, torch.Tensor]:
-    """What the operator of an edit holds, without memory for it."""
-    try:
-        with torch.device("meta"):
-            return build_operator(edit.config, edit.site).state_dict()
-    except GraftError:
-        raise
-    except (ArithmeticError, RuntimeError, TypeError, ValueError, LookupError, MemoryError) as error:
-        raise FileError(f"{edit} cannot be built: {error}") from error
 
 
 def require_dtype(dtype: Any) -> None:
@@ -79,6 +76,19 @@ def require_dtype(dtype: Any) -> None:
         raise StateError(
             f"A grafted model is loaded in one of {known}; not in {dtype!r}. Leave it out for the usual one."
         )
+
+
+def require_device(device: Any) -> None:
+    """Raise `StateError` for a device that does not exist here, or holds no values."""
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+        is_usable = torch.device(device).type != "meta"
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        raise StateError(f"A model cannot be loaded onto {device!r}: {str(error)[:200]}.") from error
+    if not is_usable:
+        raise StateError("A model cannot be loaded onto the meta device, which holds no values. Give another device.")
 
 
 def require_like(expected: torch.Tensor, given: torch.Tensor, name: str, folder: Path) -> None:

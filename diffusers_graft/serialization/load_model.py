@@ -1,4 +1,4 @@
-"""A grafted model read as a whole, without the base it was made on."""
+"""A grafted model read in full, without the base it was made on."""
 
 from __future__ import annotations
 
@@ -12,32 +12,23 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.modeling_utils import ContextManagers, no_init_weights
 
-from ..errors import FileError, StateError
+from ..core.storage import read_json, read_tensors
+from ..errors import FileError, GraftError, StateError
 from ..injection.graft import Graft
 from ..injection.install import install
-from .atomic_folder import inside, local_folder
-from .config_file import (
-    CARRIED,
-    CONFIG,
-    MARK,
-    as_whole,
-    check_kinds,
-    described,
-    infix_of,
-    is_adapter,
-    read_plan,
-    require_format,
-)
-from .empty_graft import build_blank, check_operators, require_dtype, require_like
-from .remote_code.operator_source import is_pinned, trusted
+from ..planning.plan import GraftPlan
+from .config_file import CONFIG, MARK, descriptions_in, infix_of, is_adapter, read_plan, require_format, set_origin
+from .download import file_in, local_folder
+from .empty_graft import build_empty_graft, check_operators, require_device, require_dtype, require_like
+from .entries import CARRIED, check_description
+from .limits import Budget, building_within, first_line
+from .remote_code.operator_source import is_pinned, register_trusted
 from .settings import apply_settings
-from .tensors import checksum, read_json, read_tensors, require_finite
+from .tensors import Tensors, checksum, require_finite
 
-_BESIDES = ["config.json", CONFIG, "README.md", "graft_operator_*.py"]  # what is read beside the weights of a variant
 STEM = "diffusion_pytorch_model"
 AUTO = "auto_map"  # where config.json names code that loads the model
-FETCHING = ("cache_dir", "force_download", "token", "local_files_only", "revision", "subfolder")
-_LOADING = ("dtype", "torch_dtype", "variant", "low_cpu_mem_usage", "trust_remote_code")
+_BESIDES = ["config.json", CONFIG, "README.md", "graft_operator_*.py"]  # files read beside the weights of a variant
 
 
 def load_pretrained(
@@ -47,54 +38,68 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     torch_dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    subfolder: str = "",
+    device_map: Any = None,
+    quantization_config: Any = None,
+    subfolder: str | None = "",
     variant: str | None = None,
     low_cpu_mem_usage: bool = True,
     trust_remote_code: bool = False,
     **hub_arguments: Any,
 ) -> ModelMixin:
-    """A grafted model, of the right class, from what its `save_pretrained` wrote.
+    """Load a grafted model, of the right class, from what its `save_pretrained` wrote.
 
     Args:
         source: folder or Hub repository id.
         dtype: as in diffusers' `from_pretrained`, which also calls it `torch_dtype`; float32 unless given.
-        device: where the model goes.
-        low_cpu_mem_usage: take the tensors of the file for the model's own instead of copying them into initialised
-            ones.
+        device: where the model goes; diffusers' `device_map` may name one device, too.
+        quantization_config: as in diffusers' `from_pretrained`, and refused: a grafted model is not quantised on load.
+        low_cpu_mem_usage: assign the tensors of the file to the model instead of copying them into initialised ones.
         trust_remote_code: run operators that come as code; from the Hub also `revision` must then be the id of a
             commit.
         hub_arguments: `token`, `cache_dir`, `local_files_only` and the like, for `huggingface_hub.snapshot_download`.
 
     Raises:
-        FileError: missing, damaged, or not a whole grafted model.
-        UnknownNameError, StateError: an argument that nothing takes, a dtype that no model computes in.
+        FileError: missing, damaged, no full grafted model, or out of proportion to what its files hold.
+        UnknownNameError: an argument that nothing takes.
+        StateError: a dtype or a device that a model cannot have, quantisation, or several devices.
     """
-    folder = local_folder(
-        source, [*_BESIDES, *weight_files(variant)], subfolder=subfolder, revision=revision, **hub_arguments
-    )
-    description = _description(folder, variant)
-    classes = trusted(description, folder, trust=trust_remote_code, pinned=is_pinned(source, revision))
-    plan, tensors = read_plan(description["plan"], classes), read_weights(folder, variant)
+    device = _one_device(device, device_map, quantization_config)
+    require_dtype(dtype)
+    require_dtype(torch_dtype)
+    wanted = [*_BESIDES, *weight_files(variant)]
+    folder = local_folder(source, wanted, subfolder=subfolder, revision=revision, **hub_arguments)
+    config, description = _read_config(folder, variant)
+    register_trusted(description, folder, trust=trust_remote_code, pinned=is_pinned(source, revision))
+    tensors = read_weights(folder, variant, description.get("files"))
     if description.get("checksum") not in (None, checksum(tensors)):
         raise FileError(f"The weights in {folder} were edited or damaged: they are not those that were saved.")
     require_finite(tensors, folder)
-    adapters = {name: tensors.pop(name) for name in filter(is_adapter, list(tensors))}
+    adapters = {name: tensors.pop(name) for name in list(tensors) if is_adapter(name)}
+    plan = _checked_plan(config, description, tensors, folder)
     with ContextManagers([no_init_weights()] if low_cpu_mem_usage else []):
-        model = _bare_model(folder, len(tensors))
-        plan.check(model)
-        check_operators(plan, tensors, folder)
-        graft = build_blank(model, plan)
-    install(model, graft)
+        model, graft = _build(config, plan, folder)
     graft.history = description["history"]
-    apply_settings(model, description.get("settings", []))
-    take(model, tensors, folder, assign=low_cpu_mem_usage)
-    as_whole(model, graft, **{name: description.get(name) for name in CARRIED})
-    model = _cast(model, tensors, dtype or torch_dtype or torch.float32, description.get("buffers"))
-    _adapt(model, graft, description.get("lora"), adapters)
+    apply_settings(model, description.get("settings") or [])
+    assign_tensors(model, tensors, folder, assign=low_cpu_mem_usage)
+    set_origin(model, graft, **{name: description.get(name) for name in CARRIED})
+    _cast(model, tensors, dtype or torch_dtype or torch.float32, description.get("buffers"), folder)
+    _load_lora(model, graft, description.get("lora"), adapters)
     return model.to(device).eval() if device is not None else model.eval()
 
 
-def _adapt(model: ModelMixin, graft: Graft, described: Any, adapters: dict[str, torch.Tensor]) -> None:
+def _one_device(device: Any, device_map: Any, quantization_config: Any) -> Any:
+    """Return the device to load onto. Raises `StateError` for several, and for quantisation."""
+    is_spread = isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+    if quantization_config is not None or is_spread:
+        raise StateError(
+            "A grafted model is loaded without quantization, onto one device. Load the base as you like, then load_graft."
+        )
+    device = device_map if device is None else device
+    require_device(device)
+    return device
+
+
+def _load_lora(model: ModelMixin, graft: Graft, described: Any, adapters: Tensors) -> None:
     if described is None and not adapters:
         return
     try:
@@ -104,96 +109,117 @@ def _adapt(model: ModelMixin, graft: Graft, described: Any, adapters: dict[str, 
     load_adapters(model, graft, described, adapters)
 
 
-def load_as_diffusers(source: str | Path, kwargs: dict[str, Any]) -> ModelMixin:
-    """`load_pretrained`, asked in the words of diffusers' `from_pretrained`; what only tunes its loading is passed
-    over.
-
-    Raises `StateError` for what a grafted model cannot be given while it is loaded, and whatever `load_pretrained`
-    raises.
-    """
-    device = kwargs.get("device_map")
-    spread = isinstance(device, dict) or device in ("auto", "balanced", "balanced_low_0", "sequential")
-    if kwargs.get("quantization_config") is not None or spread:
-        raise StateError(
-            "A grafted model is loaded without quantization, onto one device. Load the base as you like, then load_graft."
-        )
-    known = {name: kwargs[name] for name in (*FETCHING, *_LOADING) if kwargs.get(name) is not None}
-    return load_pretrained(source, device=device, **known)
-
-
-def _description(folder: Path, variant: str | None) -> dict[str, Any]:
-    """Of one variant, from `config.json`; format 1 had a file of its own."""
-    config, name = read_json(folder / "config.json"), variant or ""
-    known = described(config)
-    if known and name not in known:
+def _read_config(folder: Path, variant: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration of a model and the description of the graft of a variant, both from `config.json`."""
+    config = read_json(folder / "config.json")
+    where = str(folder / "config.json")
+    known = descriptions_in(config)
+    if (variant or "") not in known:
         there = ", ".join(repr(name or None) for name in known)
+        if not there:
+            raise FileError(
+                f"{where} describes no graft: this is not a grafted model, as its save_pretrained writes it."
+            )
         raise FileError(f"There is no {weight_file(variant)} of a grafted model in {folder}. Its variants: {there}.")
-    description, where = (known[name], "config.json") if known else (read_json(folder / CONFIG), CONFIG)
-    check_kinds({"description": description}, {"description": dict}, str(folder / where))
-    require_format(description, str(folder / where))
-    check_kinds(description, {"plan": dict, "history": list}, str(folder / where))
+    description = known[variant or ""]
+    if not isinstance(description, dict):
+        raise FileError(f"{where} is damaged: its description is {type(description).__name__}, not dict.")
+    require_format(description, where)
+    check_description(description, where, is_full_model=True)
     if description.get("model") not in (None, config_digest(config)):
-        raise FileError(
-            f"{folder / 'config.json'} was edited, or belongs to another model than its graft. Save it again."
-        )
-    return description
+        raise FileError(f"{where} was edited, or belongs to another model than its graft. Save it again.")
+    return {name: value for name, value in config.items() if name not in (MARK, AUTO)}, description
 
 
 def config_digest(config: dict[str, Any]) -> str:
-    """Of everything in `config.json` that is the model's own."""
-    own = {name: value for name, value in config.items() if name not in (MARK, AUTO)}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    """Return a hash of the entries of `config.json` that are the model's."""
+    entries = {name: value for name, value in config.items() if name not in (MARK, AUTO)}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
-def _model_class(folder: Path) -> type[ModelMixin]:
-    name = read_json(folder / "config.json").get("_class_name")
+def _model_class(config: dict[str, Any], folder: Path) -> type[ModelMixin]:
+    name = config.get("_class_name")
     cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
-        raise FileError(f"{folder / 'config.json'} names the class {name}, which diffusers does not have.")
+        raise FileError(f"{folder / 'config.json'} names the class {name!r}, which diffusers does not have.")
     return cls
 
 
-def _bare_model(folder: Path, tensors: int) -> ModelMixin:
-    """The ungrafted model that `config.json` describes. Raises `FileError` where it describes none."""
-    config = {name: value for name, value in read_json(folder / "config.json").items() if name not in (MARK, AUTO)}
-    layers = [value for name, value in config.items() if name.endswith("layers") and isinstance(value, int)]
-    if max(layers, default=0) > tensors:
-        raise FileError(
-            f"{folder / 'config.json'} asks for {max(layers)} layers; the weights hold {tensors} tensors in all."
-        )
+def _checked_plan(
+    config: dict[str, Any],
+    description: dict[str, Any],
+    tensors: Tensors,
+    folder: Path,
+) -> GraftPlan:
+    """Read the plan of a model, and compare the model and its operators with the tensors before they are built."""
+    cls = _model_class(config, folder)
+    with building_within(Budget.of(tensors), f"The model of {folder / 'config.json'}"):
+        model = cls.from_config(config)
+    plan = read_plan(description["plan"], model)
+    seats = tuple(f"{path}." for edit in plan.edits for path in edit.site.paths)
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        if name in tensors:
+            require_like(tensor, tensors[name], name, folder)
+        elif not name.startswith(seats):
+            raise FileError(f"The weights in {folder} do not fit the model and its graft: {name} is missing.")
+    for name in tensors.keys() - expected.keys():
+        if not name.startswith(seats):
+            raise FileError(f"The weights in {folder} do not fit the model and its graft: {name} is no part of it.")
+    check_operators(plan, tensors, folder)
+    return plan
+
+
+def _build(config: dict[str, Any], plan: GraftPlan, folder: Path) -> tuple[ModelMixin, Graft]:
+    """Build a model and its graft without values. Raises `FileError` where the configuration is of none."""
     try:
-        return _model_class(folder).from_config(config)
-    except FileError:
+        model = _model_class(config, folder).from_config(config)
+        plan.check(model)
+        graft = build_empty_graft(model, plan)
+    except GraftError:
         raise
     except Exception as error:
-        raise FileError(f"{folder / 'config.json'} describes no model: {error!r}") from error
+        raise FileError(f"{folder / 'config.json'} describes no model: {first_line(error)}") from error
+    install(model, graft)
+    return model, graft
 
 
 def weight_file(variant: str | None) -> str:
-    """The file of a model's weights, where it is one."""
+    """Return the name of the file of a model's weights, where it is one."""
     return f"{STEM}{infix_of(variant)}.safetensors"
 
 
 def weight_files(variant: str | None) -> list[str]:
-    """Patterns of all files that may hold a model's weights, as diffusers of today and of old name them, or list them."""
+    """Return patterns of all files that may hold or list a model's weights, as diffusers of any version names them."""
     infix = infix_of(variant)
     return [
         weight_file(variant),
         f"{STEM}{infix}-?????-of-?????.safetensors",
         f"{STEM}-?????-of-?????{infix}.safetensors",
-        f"{STEM}.safetensors.index{infix}.json",
+        index_file(variant),
     ]
 
 
-def read_weights(folder: Path, variant: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a model that diffusers saved, in one file or in shards. Raises `FileError`; pickles are not read."""
-    index = folder / f"{STEM}.safetensors.index{infix_of(variant)}.json"
-    if index.exists():
+def index_file(variant: str | None) -> str:
+    """Return the name of the file that lists the shards of a model's weights."""
+    return f"{STEM}.safetensors.index{infix_of(variant)}.json"
+
+
+def read_weights(folder: Path, variant: str | None = None, files: list[str] | None = None) -> Tensors:
+    """Read the tensors of a model that diffusers saved, in one file or in shards.
+
+    Args:
+        files: those that its description lists, where it does: an index of shards that is not among them is stale.
+
+    Raises `FileError`; pickles are not read.
+    """
+    index = folder / index_file(variant)
+    if index.exists() and (files is None or index.name in files):
         mapped = read_json(index).get("weight_map")
         if not isinstance(mapped, dict) or not mapped:
             raise FileError(f"{index} is damaged: it holds no weight_map.")
-        files = dict.fromkeys(inside(folder, name) for name in mapped.values())
-        tensors = {name: tensor for path in files for name, tensor in read_tensors(path).items()}
+        shards = dict.fromkeys(file_in(folder, name) for name in mapped.values())
+        tensors = {name: tensor for path in shards for name, tensor in read_tensors(path).items()}
         if odd := sorted(mapped.keys() ^ tensors.keys()):
             raise FileError(f"{index} does not fit the files it names: {', '.join(odd[:4])} differ.")
         return tensors
@@ -203,7 +229,7 @@ def read_weights(folder: Path, variant: str | None = None) -> dict[str, torch.Te
     return read_tensors(path)
 
 
-def take(model: ModelMixin, tensors: dict[str, torch.Tensor], folder: Path, *, assign: bool) -> None:
+def assign_tensors(model: ModelMixin, tensors: Tensors, folder: Path, *, assign: bool) -> None:
     """Give a model all its tensors. Raises `FileError` where they do not fit."""
     expected = model.state_dict()
     if odd := sorted(expected.keys() ^ tensors.keys()):
@@ -215,24 +241,26 @@ def take(model: ModelMixin, tensors: dict[str, torch.Tensor], folder: Path, *, a
     model.load_state_dict(tensors, assign=assign)
 
 
-def _cast(model: ModelMixin, tensors: dict[str, torch.Tensor], dtype: torch.dtype, buffers: Any) -> ModelMixin:
-    """In the dtype asked for, but for what diffusers keeps in float32.
+def _cast(
+    model: ModelMixin, tensors: Tensors, dtype: torch.dtype, buffers: dict[str, str] | None, folder: Path
+) -> None:
+    """Cast a model to the dtype asked for, except what diffusers computes in float32.
 
-    Buffers that are no weights (tables of positions) had a dtype of their own if the model was loaded in that dtype,
-    and
-    another if it was cast to it: where the model comes back as it was saved, so do they.
+    Buffers that are no weights (tables of positions) had another dtype if the model was cast than if it was loaded in
+    its dtype: where the model comes back as it was saved, they do too. Raises `FileError` where a cast makes a value
+    infinite.
     """
-    require_dtype(dtype)
-    kept = set(type(model)._keep_in_fp32_modules or ())
+    in_float32 = set(type(model)._keep_in_fp32_modules or ())
     for name, parameter in model.named_parameters():
-        wanted = torch.float32 if kept & set(name.split(".")) else dtype
+        wanted = torch.float32 if in_float32 & set(name.split(".")) else dtype
         if parameter.is_floating_point() and parameter.dtype != wanted:
             parameter.data = tensors[name].to(wanted)
-    as_saved = any(tensor.dtype == dtype for tensor in tensors.values()) and isinstance(buffers, dict)
+            require_finite({name: parameter.data}, folder)
+    is_as_saved = any(tensor.dtype == dtype for tensor in tensors.values())
+    saved_dtypes = (buffers or {}) if is_as_saved else {}
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point():
-            path, _, own = name.rpartition(".")
-            told = getattr(torch, str(buffers.get(name)), None) if as_saved else None
-            wanted = told if isinstance(told, torch.dtype) and told.is_floating_point else dtype
-            model.get_submodule(path)._buffers[own] = buffer.to(wanted)
-    return model
+            path, _, last = name.rpartition(".")
+            saved = getattr(torch, str(saved_dtypes.get(name)), None)
+            is_dtype = isinstance(saved, torch.dtype) and saved.is_floating_point
+            model.get_submodule(path)._buffers[last] = buffer.to(saved if is_dtype else dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,80 +13,163 @@ from diffusers import ModelMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
-from ..errors import FileError
+from ..errors import FileError, StateError
 from ..injection.graft import Graft
 from ..training.finetune.lora import add_lora, refuse_foreign_lora, remove_lora
 
 _SHARED = {"lora_dropout": float, "use_rslora": bool, "use_dora": bool, "fan_in_fan_out": bool}
+_ADAPTER = "default"
+_LARGEST_RANK = 2**16
+_LARGEST_ALPHA = 1e6
 
 
 def describe_adapters(model: ModelMixin, graft: Graft) -> dict[str, Any] | None:
-    """The LoRA of a graft as data, resolved layer by layer; None without one."""
-    config = graft.adapter_config
-    if config is None:
+    """Return the LoRA of a graft as data, layer by layer; None without one."""
+    layers = _layers(model)
+    if graft.adapter_config is None or not layers:
         return None
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
-    described = {
-        path: {"r": layer.r["default"], "alpha": layer.lora_alpha["default"]} for path, layer in layers.items()
-    }
-    return {**{name: kind(getattr(config, name)) for name, kind in _SHARED.items()}, "layers": described}
+    described: dict[str, Any] = {name: kind(getattr(graft.adapter_config, name)) for name, kind in _SHARED.items()}
+    described["layers"] = {path: _describe_layer(layer) for path, layer in layers.items()}
+    return described
+
+
+def _describe_layer(layer: LoraLayer) -> dict[str, Any]:
+    row = {"r": layer.r[_ADAPTER], "alpha": layer.lora_alpha[_ADAPTER]}
+    if layer.scaling[_ADAPTER] != _usual_scaling(layer):
+        row["scaling"] = layer.scaling[_ADAPTER]  # set_adapters and scale_layer change it, and nothing else
+    return row
+
+
+def _usual_scaling(layer: LoraLayer) -> float:
+    root = math.sqrt(layer.r[_ADAPTER]) if layer.use_rslora.get(_ADAPTER) else layer.r[_ADAPTER]
+    return layer.lora_alpha[_ADAPTER] / root
 
 
 def adapter_tensors(model: ModelMixin, graft: Graft) -> dict[str, torch.Tensor]:
-    """The tensors of a graft's LoRA by their names in the model. Raises `StateError` for LoRA that is not the graft's."""
+    """Return the tensors of a graft's LoRA by their names in the model.
+
+    Raises `StateError` for LoRA that is not the graft's, and for LoRA whose state its tensors do not hold: fused into
+    the weights, disabled, or one of several adapters.
+    """
     refuse_foreign_lora(model, graft)
-    return {} if graft.adapter_config is None else get_peft_model_state_dict(model)
+    if graft.adapter_config is None:
+        return {}
+    layers = _layers(model)
+    for path, layer in layers.items():
+        _require_plain_state(path, layer)
+    return get_peft_model_state_dict(model) if layers else {}
+
+
+def require_unfused(model: ModelMixin, graft: Graft) -> None:
+    """Raise `StateError` where LoRA that a graft was trained with is no longer in its layers.
+
+    Its share is then in the weights of the base, or lost, and a graft holds neither.
+    """
+    lost = sorted(graft.adapters.keys() - _layers(model).keys())
+    if lost:
+        raise StateError(
+            f"The LoRA of this graft is no longer at {lost[0]}: it was fused and unloaded, or taken off. Save the model "
+            "with save_pretrained, which writes all weights as they are."
+        )
+
+
+def _layers(model: ModelMixin) -> dict[str, LoraLayer]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _require_plain_state(path: str, layer: LoraLayer) -> None:
+    if layer.merged:
+        raise StateError(
+            f"The LoRA at {path} is fused into the weights, and would be applied twice after loading. "
+            "Call model.unfuse_lora() first, or unload the LoRA after fusing it to save the fused weights."
+        )
+    if layer.disable_adapters:
+        raise StateError(
+            f"The LoRA at {path} is disabled, and would act again after loading. Enable it first, or take it off."
+        )
+    adapters = set(layer.r)
+    if adapters != {_ADAPTER} or set(layer.active_adapters) != {_ADAPTER}:
+        raise StateError(
+            f"{path} carries the LoRA adapters {sorted(adapters)}, of which {sorted(layer.active_adapters)} run. A graft "
+            f"is saved with the one it was trained with, {_ADAPTER!r}: delete the others, and have that one run."
+        )
 
 
 def load_adapters(model: ModelMixin, graft: Graft, described: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Add a saved LoRA to a model whose graft is installed. Raises `FileError` where it does not fit,
-    `StateError` where there is another; nothing is left then."""
+    """Add a saved LoRA to a model whose graft is installed.
+
+    Raises `FileError` where it does not fit, `StateError` where there is another; nothing is left then.
+    """
     if described is None and not tensors:
         return
-    config = _config(described)
+    config, scalings = _read_config(described, tensors)
     refuse_foreign_lora(model, graft)
-    shapes = {name: (parameter.shape, parameter.requires_grad) for name, parameter in model.named_parameters()}
-    with _undone_on_error(model, graft):
+    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with _removed_on_error(model, graft):
         add_lora(model, graft, config)
         expected = {(name, value.shape) for name, value in get_peft_model_state_dict(model).items()}
         given = {(name, value.shape) for name, value in tensors.items()}
-        adapted = {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+        adapted = set(_layers(model))
         if odd := sorted({name for name, _ in expected ^ given} | (adapted ^ set(config.target_modules))):
             raise FileError(f"The saved LoRA does not fit the model: {', '.join(odd[:4])} differ.")
         set_peft_model_state_dict(model, tensors)
+    for path, scaling in scalings.items():
+        model.get_submodule(path).scaling[_ADAPTER] = scaling
     for name, parameter in model.named_parameters():
-        known = shapes.get(name.replace(".base_layer.", "."))
-        if known is not None:
-            parameter.requires_grad_(known[1])  # peft freezes what it does not train
+        before = requires_grad.get(name.replace(".base_layer.", "."))
+        if before is not None:
+            parameter.requires_grad_(before)  # peft freezes what it does not train
 
 
-def _config(described: Any) -> LoraConfig:
-    """peft's config from our description: numbers and names alone, since some of peft's settings name code to import."""
+def _read_config(described: Any, tensors: dict[str, torch.Tensor]) -> tuple[LoraConfig, dict[str, float]]:
+    """Make peft's config of a description, and the scaling of the layers that have one of their own.
+
+    Only numbers and names are read, since some of peft's settings name code to import.
+    """
     try:
-        layers = {str(path): (row["r"], row["alpha"]) for path, row in described["layers"].items()}
+        layers: dict[str, dict[str, Any]] = dict(described["layers"])
         settings = {name: described[name] for name in _SHARED}
-        sound = layers and all(type(settings[name]) is kind for name, kind in _SHARED.items())
-        sound = sound and all(type(r) is int and 0 < r < 2**16 and type(a) in (int, float) for r, a in layers.values())
-        if not sound or not all(re.fullmatch(r"[\w.]+", path) for path in layers):
-            raise ValueError("a rank, a path or a setting is none")
+        if not layers or not all(type(settings[name]) is kind for name, kind in _SHARED.items()):
+            raise ValueError("it has no layers, or a setting of another kind")
+        if not 0 <= settings["lora_dropout"] < 1:
+            raise ValueError("its dropout is no share")
+        for path, row in layers.items():
+            _check_layer(path, row, tensors)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise FileError(f"The description of this graft's LoRA is damaged: {error!r}.") from error
-    r, alpha = next(iter(layers.values()))
-    escaped = {re.escape(path): pair for path, pair in layers.items()}
-    return LoraConfig(
-        r=r,
-        lora_alpha=alpha,
+    first = next(iter(layers.values()))
+    config = LoraConfig(
+        r=first["r"],
+        lora_alpha=first["alpha"],
         target_modules=list(layers),
         exclude_modules=[],
-        rank_pattern={path: pair[0] for path, pair in escaped.items() if pair[0] != r},
-        alpha_pattern={path: pair[1] for path, pair in escaped.items() if pair[1] != alpha},
+        rank_pattern={re.escape(path): row["r"] for path, row in layers.items() if row["r"] != first["r"]},
+        alpha_pattern={
+            re.escape(path): row["alpha"] for path, row in layers.items() if row["alpha"] != first["alpha"]
+        },
         **settings,
     )
+    return config, {path: float(row["scaling"]) for path, row in layers.items() if "scaling" in row}
+
+
+def _check_layer(path: str, row: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Raise `ValueError` for a layer whose rank, numbers or name cannot be; nothing is built of the rank before."""
+    if not re.fullmatch(r"[\w.]+", path):
+        raise ValueError(f"{path!r} is no path of a layer")
+    rank = row["r"]
+    if type(rank) is not int or not 0 < rank < _LARGEST_RANK:
+        raise ValueError(f"the rank of {path} is none")
+    for number in (row["alpha"], row.get("scaling", 0)):
+        if type(number) not in (int, float) or not abs(number) <= _LARGEST_ALPHA:
+            raise ValueError(f"the alpha of {path} is none")
+    down = tensors.get(f"{path}.lora_A.weight", tensors.get(f"{path}.lora_embedding_A"))
+    if down is None or down.dim() == 0 or down.shape[0] != rank:
+        raise ValueError(f"the tensors of {path} are not of rank {rank}")
 
 
 @contextlib.contextmanager
-def _undone_on_error(model: ModelMixin, graft: Graft) -> Iterator[None]:
-    """Where LoRA cannot be added whole, put every module back in its place."""
+def _removed_on_error(model: ModelMixin, graft: Graft) -> Iterator[None]:
+    """Take LoRA off again where it cannot be added to all its layers."""
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield

@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from ..cards.card import check_about, check_scores, render_card
 from ..cards.user_edits import add_note
 from ..injection.install import require_graft
-from .describe import describe, describe_whole
+from .describe import describe_graft, describe_model
 
 
 def card(
@@ -37,8 +37,8 @@ def card(
         GraftError: a value that a card cannot hold.
     """
     graft = require_graft(model)
-    describe_model = describe_whole if graft.is_standalone else describe
-    config = describe_model(model, graft, "")
+    describe = describe_model if graft.is_standalone else describe_graft
+    config = describe(model, graft)
     config["scores"] = check_scores(scores) or config["scores"]
     config["about"] = check_about(about)
     return add_note(

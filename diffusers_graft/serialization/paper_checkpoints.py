@@ -25,10 +25,10 @@ from ..injection.install import install
 from ..inspection import find_sites
 from ..operators import configure
 from ..planning.plan import Edit, GraftPlan
-from .atomic_folder import local_folder, require_source
-from .config_file import as_whole
-from .empty_graft import build_blank
-from .load_model import take
+from .config_file import set_origin
+from .download import local_folder, require_source
+from .empty_graft import build_empty_graft
+from .load_model import assign_tensors
 from .settings import apply_settings, frequency_settings
 
 Tensors = dict[str, torch.Tensor]
@@ -76,9 +76,9 @@ def import_upstream(
     values = _common(tensors, config["num_layers"]) | {
         name: tensor for part in parts for name, tensor in part.tensors.items()
     }
-    take(model, {name: tensor.float() for name, tensor in values.items()}, path, assign=True)
+    assign_tensors(model, {name: tensor.float() for name, tensor in values.items()}, path, assign=True)
     base = _BASE if all(config[name] == value for name, value in _DIT_XL.items()) else None
-    as_whole(
+    set_origin(
         model,
         get_graft(model),
         base={"model_class": type(model).__name__, "name_or_path": base},
@@ -91,7 +91,7 @@ def import_upstream(
 def _graft(model: DiTTransformer2DModel, operators: list[tuple[Site, dict[str, Any]]]) -> None:
     edits = tuple(Edit(site, configure(operator).resolved(site)) for site, operator in operators)
     with no_init_weights():
-        install(model, build_blank(model, GraftPlan(DiTTransformer2DModel.__name__, edits)))
+        install(model, build_empty_graft(model, GraftPlan(DiTTransformer2DModel.__name__, edits)))
 
 
 def _file(source: str | Path, hub_arguments: dict[str, Any]) -> Path:

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
-from ..cards.card import write_card
+from ..cards.card import CARD, write_card
+from ..cards.user_edits import OURS, add_note, merge_edits
+from ..core.storage import finish_save, read_json, read_text, replace_files, separate_memory, write_text
 from ..errors import StateError
 from ..injection.graft import Graft
 from ..injection.install import check_processors
-from .atomic_folder import replacing, settle
-from .config_file import CONFIG, MARK, described, holds_graft, is_adapter, to_text
-from .describe import describe_whole
-from .load_model import AUTO, config_digest, weight_files
+from .config_file import (
+    CONFIG,
+    MARK,
+    descriptions_in,
+    holds_graft,
+    infix_of,
+    is_adapter,
+    read_if_sound,
+    stale_files,
+    to_text,
+)
+from .describe import describe_model
+from .load_model import AUTO, config_digest
 from .lora import adapter_tensors
-from .remote_code.operator_source import describe_code, sources, unnamed_sources
+from .remote_code.operator_source import describe_code, sources
 from .remote_code.pack import AUTO_MAP, FILE, library_file
-from .tensors import apart, checksum, read_json, require_finite, write_text
+from .tensors import Tensors, checksum, is_quantised, require_finite
 
 
-def save_whole(
-    original,
+def save_grafted(
+    original: Callable[..., Any],
     model: ModelMixin,
     graft: Graft,
     folder: Path,
@@ -33,7 +44,7 @@ def save_whole(
     self_contained: bool = False,
     **kwargs: Any,
 ) -> None:
-    """What diffusers' `save_pretrained` writes, the graft's description and its card, all at once.
+    """Write what diffusers' `save_pretrained` writes, the graft's description and its card, all at once.
 
     LoRA layers of the graft come along, unfused: their tensors lie among the weights, and the layers that carry them
     are written as they are underneath.
@@ -43,94 +54,120 @@ def save_whole(
         self_contained: the code that reads the model goes along, for people without this package:
             `AutoModel.from_pretrained` runs it where `trust_remote_code=True` allows.
 
-    Raises `StateError` for LoRA layers that the graft did not bring, for a graft that lost its processors, and for
-    other files than safetensors; `FileError` for values that are not finite, and for a folder that cannot be written.
+    Raises `StateError` for LoRA that the graft did not bring or whose tensors do not describe it, for quantised
+    weights, for a graft that lost its processors, and for other files than safetensors; `FileError` for values that
+    are not finite, for an operator whose source cannot be separated, and for a folder that cannot be written.
     """
     if not kwargs.get("safe_serialization", True) or kwargs.get("use_flashpack"):
         raise StateError(
             "A grafted model is saved as safetensors and read from nothing else. Leave the other format out."
         )
+    infix_of(variant)
     check_processors(graft)
     weights = _weights(model, graft)
     require_finite(weights, "the model")
     code = sources(graft.plan) if self_contained else {}
-    description = {**describe_whole(model, graft, checksum(weights)), "code": describe_code(code)}
+    description = {**describe_model(model, graft), "checksum": checksum(weights), "code": describe_code(code)}
     there = _config_in(folder)
     others = _others(there, variant)
-    auto = {AUTO: AUTO_MAP} if self_contained or (others and AUTO in there) else {}
-    files = (
-        ["config.json"] if holds_graft(folder) else ["config.json", CONFIG]
-    )  # a graft there describes itself in the other
-    stale = [*weight_files(variant), *([] if auto else [FILE]), *unnamed_sources(folder, *files, also=to_text(others))]
-    code |= {FILE: library_file(graft.plan)} if self_contained else {}
-    with replacing(folder, stale=stale) as stage:
-        _write_weights(original, model, weights, stage, variant=variant, **kwargs)
-        _describe_in_config(stage, others, variant or "", description, auto)
-        shown = (
-            {CONFIG: to_text(description)} if CONFIG in files else {}
-        )  # for people and tools; config.json is what is read
-        for name, text in {**code, **shown}.items():
-            write_text(stage / name, text)
-        write_card(stage, folder, model, graft, description, is_full_model=True)
+    auto_map = {}
+    if self_contained or (others and AUTO in there):
+        auto_map = {AUTO: AUTO_MAP}
+    replaced = [f"config.json:{variant or ''}"]
+    if is_shown := not holds_graft(folder):  # a graft in the folder describes itself in that file
+        replaced.append(CONFIG)
+    if self_contained:
+        code[FILE] = library_file(graft.plan)
+    with replace_files(folder, stale=stale_files(folder, replaced)) as temporary:
+        _write_weights(original, model, weights, temporary, variant=variant, **kwargs)
+        for name, text in code.items():
+            write_text(temporary / name, text)
+        write_card(temporary, folder, model, graft, description, is_full_model=True)
+        config = read_json(temporary / "config.json")
+        config.pop("_name_or_path", None)  # it may be a path of this machine; the description names the base
+        description["model"] = config_digest(config)
+        written = {path.name for path in temporary.iterdir()} - {"config.json"}
+        # Another variant may need the code that this one was saved without.
+        carried = {FILE} if auto_map and not self_contained else set()
+        description["files"] = sorted(written | carried | ({CONFIG} if is_shown else set()))
+        if is_shown:
+            write_text(temporary / CONFIG, to_text(description))
+        described = {**config, MARK: {**others, variant or "": description}, **auto_map}
+        write_text(temporary / "config.json", to_text(described) + "\n")
 
 
-def _describe_in_config(
-    stage: Path, others: dict[str, Any], name: str, description: dict[str, Any], auto: dict[str, Any]
-) -> None:
-    """Put the description of a variant beside the others' into the `config.json` that diffusers wrote."""
-    config = read_json(stage / "config.json")
-    config.pop("_name_or_path", None)  # it may be a path of this machine; the description names the base
-    description["model"] = config_digest(config)
-    write_text(stage / "config.json", to_text(config | {MARK: {**others, name: description}, **auto}) + "\n")
+def save_plain(original: Callable[..., Any], model: ModelMixin, folder: Path, **kwargs: Any) -> Any:
+    """Save a model without a graft; where a grafted one was saved before, the files of that save go.
+
+    Sections of the card that a person wrote stay.
+    """
+    replaced = [f"config.json:{kwargs.get('variant') or ''}"]
+    if not holds_graft(folder):
+        replaced.append(CONFIG)
+    stale = stale_files(folder, replaced)
+    if not stale:
+        return original(model, folder, **kwargs)
+    with replace_files(folder, stale=stale) as temporary:
+        result = original(model, temporary, **kwargs)
+        if CARD in stale and (folder / CARD).exists():
+            card = merge_edits(add_note(""), read_text(folder / CARD))
+            if card.partition(f"<!-- {OURS}")[0].strip():
+                write_text(temporary / CARD, card)
+    return result
+
+
+def is_described(folder: Path, variant: str | None) -> bool:
+    """Return whether the `config.json` of a folder describes the graft of a variant."""
+    return (variant or "") in descriptions_in(_config_in(folder))
 
 
 def _config_in(folder: Path) -> dict[str, Any]:
-    """The `config.json` that is there, empty where there is none that can be read."""
-    settle(folder)
-    try:
-        return read_json(folder / "config.json")
-    except OSError:  # FileError is one
-        return {}
+    """Return the `config.json` of a folder, empty where there is none that can be read."""
+    finish_save(folder)
+    return read_if_sound(folder / "config.json")
 
 
 def _others(config: dict[str, Any], variant: str | None) -> dict[str, Any]:
-    return {name: told for name, told in described(config).items() if name != (variant or "")}
+    return {name: one for name, one in descriptions_in(config).items() if name != (variant or "")}
 
 
 def forget_description(model: ModelMixin) -> None:
-    """Drop what a model built `from_config` of a grafted one took over, which would tell of weights that are not its
-    own.
-    """
+    """Drop the description that a model built `from_config` of a grafted one took over with its settings."""
     config = vars(model).get("_internal_dict", {})
     if MARK in config:
         model._internal_dict = FrozenDict({name: value for name, value in config.items() if name not in (MARK, AUTO)})
 
 
-def require_alone(folder: Path, variant: str | None, *, where: str | None = None) -> None:
-    """Raise `StateError` where diffusers' `config.json` of a plain model would leave grafted variants without
-    description.
-    """
+def require_no_variants(folder: Path, variant: str | None, *, where: str | None = None) -> None:
+    """Raise `StateError` where diffusers' `config.json` of a plain model would drop the description of variants."""
     if others := _others(_config_in(folder), variant):
         there = ", ".join(repr(name or None) for name in others)
-        own = "Give the plain one a repository or a folder of its own."
-        raise StateError(f"{where or folder} holds a grafted model (variant {there}). {own}")
+        advice = "Give the plain one a repository or a folder of its own."
+        raise StateError(f"{where or folder} holds a grafted model (variant {there}). {advice}")
 
 
-def _weights(model: ModelMixin, graft: Graft) -> dict[str, torch.Tensor]:
-    """Every tensor by the name it has without LoRA around it, and those of LoRA."""
+def _weights(model: ModelMixin, graft: Graft) -> Tensors:
+    """Return every tensor by the name it has without LoRA around it, and those of LoRA."""
     tensors = model.state_dict()
+    if quantised := next((name for name, tensor in tensors.items() if is_quantised(tensor)), None):
+        raise StateError(
+            f"{quantised} is quantised, and weights are saved as plain tensors. Save the graft alone, with save_graft: "
+            "it loads over the same quantised base."
+        )
     adapters = [name for name in tensors if is_adapter(name)]
     if adapters and graft.adapter_config is None:
         raise StateError(
-            f"This model carries LoRA layers that are not the graft's ({adapters[0]} and others). Fuse or unload them first; "
-            "those that dg.finetune trains are the graft's, and are saved with it."
+            f"This model carries LoRA layers that are not the graft's ({adapters[0]} and others). Fuse and unload them "
+            "first; those that dg.finetune trains are the graft's, and are saved with it."
         )
     plain = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items() if not is_adapter(name)}
-    return apart({**plain, **adapter_tensors(model, graft)})
+    return separate_memory({**plain, **adapter_tensors(model, graft)})
 
 
-def _write_weights(original, model: ModelMixin, weights: dict[str, Any], folder: Path, **kwargs) -> None:
-    """diffusers' own saving, of these tensors in place of what it would ask the model for."""
+def _write_weights(
+    original: Callable[..., Any], model: ModelMixin, weights: Tensors, folder: Path, **kwargs: Any
+) -> None:
+    """Run diffusers' save with these tensors in place of those it would ask the model for."""
     vars(model)["state_dict"] = lambda: weights
     try:
         original(model, folder, **kwargs)

@@ -1,4 +1,4 @@
-"""Settings of a model that its configuration does not hold, carried with what is saved and told on its card."""
+"""Settings of a model that its configuration does not hold: saved with it, and named on its card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffusers.models.embeddings import Timesteps
 
 from ..errors import FileError
 
-# The only attributes that a file may set, by the class that has them; a number each.
+# The only attributes that a file may set, by the class that has them: a number from 0 to 1 each.
 _ALLOWED = {"downscale_freq_shift": Timesteps}
 
 
@@ -18,25 +18,28 @@ def apply_settings(model: ModelMixin, settings: Any) -> None:
 
     Raises `FileError` for anything but a number in one of the known places; the model is then as it was.
     """
-    rows = [_checked(model, row) for row in (settings if isinstance(settings, list) else [settings])]
-    for module, attribute, value in rows:
+    rows = settings if isinstance(settings, list) else [settings]
+    if len(rows) > sum(1 for _ in model.modules()):
+        raise FileError(f"{len(rows):,} settings are more than the model has modules.")
+    for module, attribute, value in [_checked(model, row) for row in rows]:
         setattr(module, attribute, value)
 
 
 def _checked(model: ModelMixin, row: Any) -> tuple[Any, str, float]:
     try:
-        module, attribute, value = model.get_submodule(row["path"]), row["attribute"], row["value"]
-        sound = type(value) in (int, float) and isinstance(module, _ALLOWED[attribute])
+        module = model.get_submodule(row["path"])
+        attribute = row["attribute"]
+        value = row["value"]
+        is_sound = type(value) in (int, float) and 0 <= value <= 1 and isinstance(module, _ALLOWED[attribute])
     except (KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"The setting {row!r} does not fit the model: {error!r}.") from error
-    if not sound:
-        raise FileError(
-            f"The setting {row!r} is none that a file may change; those are {', '.join(_ALLOWED)}, numbers."
-        )
+        raise FileError(f"The setting {row!r} does not fit the model: {error!r}."[:400]) from error
+    if not is_sound:
+        known = ", ".join(_ALLOWED)
+        raise FileError(f"The setting {row!r} is none that a file may change; those are {known}, from 0 to 1."[:400])
     return module, attribute, value
 
 
 def frequency_settings(model: ModelMixin, shift: float) -> list[dict[str, Any]]:
-    """Rows that give every timestep embedding of a model this `downscale_freq_shift`."""
+    """Return rows that give every timestep embedding of a model this `downscale_freq_shift`."""
     paths = [path for path, module in model.named_modules() if isinstance(module, Timesteps)]
     return [{"path": path, "attribute": "downscale_freq_shift", "value": shift} for path in paths]

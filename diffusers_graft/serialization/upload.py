@@ -11,8 +11,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 
 from ..cards.card import CARD
 from ..cards.user_edits import OURS, merge_edits, rename_source
+from ..core.storage import finish_save
 from ..errors import FileError
-from .atomic_folder import settle
 from .config_file import ALL_WEIGHTS, CONFIG, WEIGHTS
 from .graft_folder import read_graft
 from .hub_errors import HUB_ERRORS, explain
@@ -25,8 +25,6 @@ _GRAFT = [
     ALL_WEIGHTS,
     "graft_proof*.safetensors",
     "graft_operator_*.py",
-    "adapter_config.json",
-    "adapter_model.safetensors",
     *_SHOWN,
 ]
 _WHOLE = ["config.json", f"{STEM}*.json", f"{STEM}*.safetensors", FILE, "graft_operator_*.py", *_SHOWN]
@@ -44,7 +42,7 @@ def push_graft(folder: str | Path, repo_id: str, **hub_arguments) -> str:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileError(f"There is no folder {folder}. Give one that save_graft wrote.")
-    settle(folder)
+    finish_save(folder)
     stem, _, ending = WEIGHTS.partition(".")
     variants = [
         path.name.removeprefix(stem).removesuffix(ending).strip(".") for path in folder.glob(f"{stem}.*{ending}")

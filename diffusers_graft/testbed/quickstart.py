@@ -28,7 +28,7 @@ from ..inspection import evaluating, predict
 from ..operators import OperatorConfig
 from ..planning.plan import Edit, GraftPlan, plan_graft
 from ..serialization.graft_folder import load_graft, save_graft
-from ..serialization.tensors import digest
+from ..serialization.tensors import checksum
 from ..training.distill.config import DistillConfig
 from ..training.distill.distill import distill
 from ..training.finetune.config import FinetuneConfig
@@ -223,7 +223,7 @@ def output_digest(model: DiTTransformer2DModel) -> str:
                 "class_labels": batch["class_labels"],
             },
         )
-    return digest({"output": output})
+    return checksum({"output": output})
 
 
 def _prove_reload(model: DiTTransformer2DModel, folder: Path) -> None:

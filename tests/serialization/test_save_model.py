@@ -15,8 +15,8 @@ from diffusers import DiTTransformer2DModel
 
 import diffusers_graft as dg
 from diffusers_graft.cards import edit_table as edits
+from diffusers_graft.core import storage
 from diffusers_graft.errors import FileError, GraftError
-from diffusers_graft.serialization import atomic_folder as folders
 from diffusers_graft.serialization import graft_folder as store
 from diffusers_graft.serialization import tensors as files
 
@@ -62,9 +62,8 @@ def test_a_save_that_fails_leaves_what_was_there(step, error, tmp_path, monkeypa
 
 def test_a_save_that_was_decided_is_finished_by_the_next_reader(tmp_path, monkeypatch):
     saved(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{}")
     newer = grafted(OTHER)
-    monkeypatch.setattr(folders, "settle", lambda folder: None)
+    monkeypatch.setattr(storage, "finish_save", lambda folder: None)
     newer.save_graft(tmp_path)
     monkeypatch.undo()
     assert (tmp_path / ".saved" / WEIGHTS).exists()
@@ -98,7 +97,7 @@ def test_names_of_an_interrupted_save_cannot_reach_outside(tmp_path):
     (tmp_path / "graft" / ".saved").mkdir(parents=True)
     (tmp_path / "mine").write_text("x")
     (tmp_path / "graft" / ".saved" / ".stale").write_text(f"../mine\n{tmp_path}/mine\n")
-    folders.settle(tmp_path / "graft")
+    storage.finish_save(tmp_path / "graft")
     assert (tmp_path / "mine").read_text() == "x"
 
 

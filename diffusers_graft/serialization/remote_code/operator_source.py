@@ -1,12 +1,9 @@
-"""Operators whose source lies in a repository: read by everybody, run for those alone who say so, at a commit they
-name.
-"""
+"""Operators whose source lies in a repository: anybody may read it; it runs only where the caller trusts a commit."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import inspect
+import linecache
 import re
 import sys
 from pathlib import Path
@@ -14,56 +11,58 @@ from types import ModuleType
 from typing import Any
 
 from ... import operators
+from ...core.storage import read_bytes
 from ...errors import FileError
-from ...operators import Operator, OperatorConfig
+from ...operators import Operator
+from ...operators.registry import names_in, register
 from ...planning.plan import GraftPlan
-from ..atomic_folder import inside, settle
+from ..download import file_in
 
+_PACKAGE = Path(__file__).parents[2]
 _HASH = "_graft_source_sha256"
+_TEXT = "_graft_source"
+_LARGEST_SOURCE = 2**20
 
 
 def sources(plan: GraftPlan) -> dict[str, str]:
-    """File name and source of every operator of a plan."""
-    return {f"graft_operator_{cls.name}.py": inspect.getsource(sys.modules[cls.__module__]) for cls in owners(plan)}
+    """Return file name and source of every operator of a plan.
+
+    Raises `FileError` for an operator that cannot be separated from the script it was written in, or that needs a file
+    which does not come along.
+    """
+    return {file_of(cls.name): source_text(cls) for cls in plan.operators()}
 
 
-def owners(plan: GraftPlan) -> list[type[Operator]]:
-    """The operators of a plan, and those that they are made of, as a hybrid is, by name."""
-    waiting, found = [edit.config for edit in plan.edits], {}
-    while waiting:
-        config = waiting.pop()
-        found[config.owner.name] = config.owner
-        waiting += [value for value in vars(config).values() if isinstance(value, OperatorConfig)]
-    return [found[name] for name in sorted(found)]
+def file_of(name: str) -> str:
+    """Return the name of the file that holds the source of an operator."""
+    return f"graft_operator_{name}.py"
+
+
+def source_text(operator: type[Operator]) -> str:
+    """Return the source of one operator: of ours its file, of one that came as code what came, else its extract."""
+    if is_ours(operator):
+        return (_PACKAGE / "operators" / f"{operator.name}.py").read_text(encoding="utf-8")
+    loaded = getattr(sys.modules.get(operator.__module__), _TEXT, None)
+    if loaded is not None:
+        return loaded
+    from .source_text import source_of  # not among the modules that a self-contained model carries
+
+    return source_of(operator)
+
+
+def is_ours(operator: type[Operator]) -> bool:
+    """Return whether an operator comes with this library."""
+    is_here = operator.__module__ == f"{operators.__name__}.{operator.name}"
+    return is_here and (_PACKAGE / "operators" / f"{operator.name}.py").is_file()
 
 
 def describe_code(files: dict[str, str]) -> dict[str, dict[str, str]]:
-    """What a description says of them: file and SHA-256 by operator."""
-    return {
-        name.removeprefix("graft_operator_").removesuffix(".py"): {"file": name, "sha256": _digest(text.encode())}
-        for name, text in files.items()
-    }
-
-
-def unnamed_sources(folder: Path, *besides: str, also: str = "") -> list[str]:
-    """Operators' source in a folder that no description there names.
-
-    Args:
-        besides: files of descriptions that are about to be replaced.
-        also: text of descriptions in it that stay.
-    """
-    settle(folder)
-    paths = [folder / "config.json", *folder.glob("graft_config*.json")]
-    told = [
-        path.read_text(encoding="utf-8", errors="replace")
-        for path in paths
-        if path.name not in besides and path.is_file()
-    ]
-    return [
-        path.name
-        for path in folder.glob("graft_operator_*.py")
-        if not any(path.name in text for text in (also, *told))
-    ]
+    """Return what a description says of sources: file and SHA-256 by operator."""
+    described = {}
+    for file, text in files.items():
+        name = file.removeprefix("graft_operator_").removesuffix(".py")
+        described[name] = {"file": file, "sha256": _digest(text.encode())}
+    return described
 
 
 def _digest(data: bytes) -> str:
@@ -71,65 +70,82 @@ def _digest(data: bytes) -> str:
 
 
 def is_pinned(source: str | Path, revision: str | None) -> bool:
-    """Whether what is loaded cannot change: a folder of this machine, or one commit of a repository."""
+    """Return whether what is loaded cannot change: a folder of this machine, or one commit of a repository."""
     return Path(source).is_dir() or bool(re.fullmatch(r"[0-9a-f]{40}", revision or ""))
 
 
-def trusted(config: dict[str, Any], folder: Path, *, trust: bool, pinned: bool) -> dict[str, type[Operator]]:
-    """The operators of a description that only its own source can give, by name.
+def register_trusted(config: dict[str, Any], folder: Path, *, trust: bool, pinned: bool) -> None:
+    """Run and register the operators of a description that only its source can give.
 
     Raises `FileError` unless that is trusted and pinned, and the source is the one that was saved.
     """
-    asked = _operators_in(config["plan"].get("edits"))
-    code = config.get("code") if isinstance(config.get("code"), dict) else {}
-    classes = {}
-    for name in sorted(name for name in asked & code.keys() if name not in operators.available()):
-        if not (trust and pinned):
-            missing = [] if trust else ["trust_remote_code=True"]
-            missing += [] if pinned else ["revision=, the full id of a commit"]
-            raise FileError(
-                f"{folder} brings the operator {name!r} as code that would run on this machine. Read graft_operator_{name}.py "
-                f"first; to run it pass {' and '.join(missing)}."
-            )
-        classes[name] = _operator(name, code[name], folder)
-    return classes
+    code = config.get("code") or {}
+    here = set(operators.available())
+    for name in sorted(names_in(config["plan"].get("edits")) & code.keys()):
+        if name not in here:
+            if not (trust and pinned):
+                raise FileError(_refusal(name, folder, trust=trust, pinned=pinned))
+            register(_operator(name, code[name], folder))
+        elif _hash_of(name) not in (None, code[name]["sha256"]):
+            raise FileError(f"Another operator {name!r} is loaded already. Load this one in a new process.")
 
 
-def _operators_in(edits: Any) -> set[str]:
-    """Names of the operators of a plan that was read, and of those that they are made of."""
-    within = edits.values() if isinstance(edits, dict) else edits if isinstance(edits, list) else ()
-    own = {str(edits["operator"])} if isinstance(edits, dict) and "operator" in edits else set()
-    return own.union(*map(_operators_in, within))
+def _hash_of(name: str) -> str | None:
+    """Return the hash of an operator that came as code into this process, before."""
+    return getattr(sys.modules.get(f"{operators.__name__}.{name}"), _HASH, None)
 
 
-def _operator(name: str, row: Any, folder: Path) -> type[Operator]:
-    if not name.isidentifier() or not isinstance(row, dict):
+def _refusal(name: str, folder: Path, *, trust: bool, pinned: bool) -> str:
+    missing = []
+    if not trust:
+        missing.append("trust_remote_code=True")
+    if not pinned:
+        missing.append("revision=, the full id of a commit")
+    return (
+        f"{folder} brings the operator {name!r} as code that would run on this machine. Read {file_of(name)} first; "
+        f"to run it pass {' and '.join(missing)}."
+    )
+
+
+def _operator(name: str, row: dict[str, str], folder: Path) -> type[Operator]:
+    """Run the source of an operator. Raises `FileError` where it is not the very text that the description names."""
+    if not name.isidentifier():
         raise FileError(f"The code of the operator {name!r} in {folder} is not described as ours is.")
-    path = inside(folder, row.get("file"))
-    if not path.is_file() or _digest(path.read_bytes()) != row.get("sha256"):
+    path = file_in(folder, row["file"])
+    # People are told to read the file of this name before they trust it.
+    if row["file"] != file_of(name):
+        raise FileError(f"{folder} names {row['file']} as the source of {name!r}, and not {file_of(name)}.")
+    data = read_bytes(path, limit=_LARGEST_SOURCE) if path.exists() else b""
+    if _digest(data) != row["sha256"]:
         raise FileError(f"{path} is missing, or not the source that was saved. Download it again.")
-    module = _imported(f"{operators.__name__}.{name}", path, row["sha256"])
+    module = _run(f"{operators.__name__}.{name}", path, data)
     found = [item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__]
     found = [item for item in found if issubclass(item, Operator)]
+    # A class that another one of the file inherits from has the same name.
+    found = [item for item in found if not any(item in other.__mro__[1:] for other in found)]
     if len(found) != 1 or found[0].name != name:
         raise FileError(f"{path} defines {[item.name for item in found]}, not the one operator {name!r}.")
     return found[0]
 
 
-def _imported(name: str, path: Path, sha256: str) -> ModuleType:
+def _run(name: str, path: Path, data: bytes) -> ModuleType:
+    """Run source as a module: the very bytes that were hashed, never what a cache holds in their place."""
     known = sys.modules.get(name)
-    if known is not None and vars(known).get(_HASH) != sha256:
-        raise FileError(
-            f"Another operator {name.rpartition('.')[2]!r} is loaded already. Load this one in a new process."
-        )
     if known is not None:
+        if vars(known).get(_HASH) != _digest(data):
+            short = name.rpartition(".")[2]
+            raise FileError(f"Another operator {short!r} is loaded already. Load this one in a new process.")
         return known
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    vars(module)[_HASH] = sha256
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    module.__package__ = operators.__name__
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        text = data.decode("utf-8")
+        vars(module).update({_HASH: _digest(data), _TEXT: text})
+        # So that tracebacks and inspect show the text that runs.
+        linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
+        exec(compile(text, str(path), "exec", dont_inherit=True), vars(module))
     except Exception as error:
         del sys.modules[name]
         raise FileError(f"{path} does not run: {error!r}") from error

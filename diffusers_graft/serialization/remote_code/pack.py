@@ -3,8 +3,8 @@
 diffusers runs `graft_code.py` where `trust_remote_code=True` allows: `config.json` names it as `auto_map` for
 `AutoModel`, `model_index.json` as the transformer's class for pipelines. It is one file because diffusers fetches one:
 of a pipeline's component it downloads the file that is named, and no others. It must not look as if it imported its
-neighbours either, since diffusers copies whatever lines like `from .x import y` name; the modules inside are therefore
-written line by line as strings.
+neighbours either, since diffusers copies the files that lines like `from .x import y` name; the modules inside are
+therefore written line by line as strings.
 """
 
 from __future__ import annotations
@@ -14,42 +14,46 @@ import hashlib
 import inspect
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..._version import __version__
 from ...planning.plan import GraftPlan
-from .. import load_model as full
-from . import unpack as unpacking
-from .operator_source import owners
+from . import unpack
+from .operator_source import is_ours, source_text
 
 _ROOT = Path(__file__).parents[2]
 _NAME = _ROOT.name
-_STEM, _CLASS = "graft_code", unpacking.GraftedModel.__name__
+_STEM = "graft_code"
+_READER = "serialization/load_model.py"
 FILE = f"{_STEM}.py"
-CODE = (_STEM, _CLASS)  # as `model_index.json` names it
+CODE = (_STEM, unpack.GraftedModel.__name__)  # as `model_index.json` names it
 AUTO_MAP = {"AutoModel": ".".join(CODE)}
 
 
 def library_file(plan: GraftPlan) -> str:
-    """The text of `graft_code.py`: what of this library reads models, and the operators of a plan, wherever they are
-    from.
+    """Return the text of `graft_code.py`: the modules that read models, and the operators of a plan.
+
+    Raises `FileError` for an operator of somebody else that cannot be shared by itself.
     """
-    classes = owners(plan)
-    foreign = {
-        f"operators/{cls.name}.py": inspect.getsource(sys.modules[cls.__module__])
-        for cls in classes
-        if not (_ROOT / "operators" / f"{cls.name}.py").is_file()
-    }
-    own = [f"operators/{cls.name}.py" for cls in classes if f"operators/{cls.name}.py" not in foreign]
-    paths = _needed([Path(full.__file__).relative_to(_ROOT).as_posix(), *own], foreign)
+    ours = []
+    foreign = {}
+    for operator in plan.operators():
+        path = f"operators/{operator.name}.py"
+        if is_ours(operator):
+            ours.append(path)
+        else:
+            foreign[path] = source_text(operator)
+    paths = _needed([_READER, *ours], foreign)
     texts = {path: foreign.get(path) or (_ROOT / path).read_text(encoding="utf-8") for path in paths}
-    texts["__init__.py"] = f'"""What reads a model that diffusers-graft {__version__} saved: a part of it."""\n'
+    texts["__init__.py"] = (
+        f'"""The modules of diffusers-graft {__version__} that read a saved model."""\n\n'
+        "from .serialization.load_model import load_pretrained as load_pretrained\n"
+    )
     package = f"{_NAME}_{hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]}"
     for path in foreign:  # ours import each other by their places, others import us by name
         texts[path] = re.sub(rf"\b{_NAME}\b", package, texts[path])
-    source = inspect.getsource(unpacking)
+    source = inspect.getsource(unpack)
     source = source.replace('PACKAGE = ""\n', f"PACKAGE = {package!r}\n", 1)
     return source.replace(" = {}\n", f" = {{\n{_as_strings(texts)}}}\n", 1)
 
@@ -63,31 +67,35 @@ def _as_strings(texts: dict[str, str]) -> str:
 
 
 def _needed(paths: list[str], foreign: dict[str, str]) -> list[str]:
-    """Modules of this package that these import, and those import, in no order; the packages they lie in too."""
-    waiting, found = [*paths, *foreign], {}
+    """Return modules of this package that these import, directly or through others, and the packages around them."""
+    waiting = [*paths, *foreign]
+    found: set[str] = set()
     while waiting:
         path = waiting.pop()
-        if path not in found:
-            tree = ast.parse(foreign.get(path) or (_ROOT / path).read_text(encoding="utf-8"))
-            found[path] = None
-            waiting += [target for name in _imported(tree, path) for target in _files(name)]
-            waiting += [f"{parent.as_posix()}/__init__.py" for parent in list(Path(path).parents)[:-1]]
+        if path in found:
+            continue
+        found.add(path)
+        tree = ast.parse(foreign.get(path) or (_ROOT / path).read_text(encoding="utf-8"))
+        for name in _imported(tree, path):
+            waiting += _files(name)
+        waiting += [f"{parent.as_posix()}/__init__.py" for parent in list(Path(path).parents)[:-1]]
     return sorted(found)
 
 
 def _imported(tree: ast.AST, path: str) -> Iterator[str]:
-    """Dotted names inside this package of everything that a module imports from it."""
+    """Yield the dotted names inside this package that a module imports from it."""
     here = [_NAME, *Path(path).parent.parts]
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            base = here[: len(here) - node.level + 1] if node.level else []
-            base = [*base, *(node.module.split(".") if node.module else [])]
-            if base[0] == _NAME:
-                yield from (".".join([*base[1:], alias.name]) for alias in node.names)
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = here[: len(here) - node.level + 1] if node.level else []
+        base = [*base, *(node.module or "").split(".")] if node.module else base
+        if base[0] == _NAME:
+            yield from (".".join([*base[1:], alias.name]) for alias in node.names)
 
 
 def _files(name: str) -> list[str]:
-    """The file of a module, or of the module that defines the name."""
+    """Return the file of a module, or of the module that defines the name."""
     for part in (name, name.rpartition(".")[0]):
         path = part.replace(".", "/")
         for candidate in (f"{path}.py", f"{path}/__init__.py"):

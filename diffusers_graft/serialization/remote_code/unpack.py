@@ -1,7 +1,7 @@
-"""How a self-contained model is read: the last lines of its `graft_code.py`, below the modules it carries.
+"""The reader of a self-contained model: the last lines of its `graft_code.py`, below the modules it carries.
 
-A library that is installed reads it; where there is none, the modules carried here are unpacked into a temporary
-folder.
+An installed library reads the model; where there is none, the modules carried here are unpacked into a temporary
+folder. Either way the model is loaded through the library's public `load_pretrained`.
 """
 
 from __future__ import annotations
@@ -13,35 +13,46 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from diffusers import ModelMixin
 
-# The name of the package that the modules make up, and their text by path; filled in what is saved.
+# The name of the package that the modules make up, and their text by path; filled in when a model is saved.
 PACKAGE = ""
 MODULES: dict[str, str] = {}
 
+FETCHING = ("cache_dir", "force_download", "token", "local_files_only", "revision", "subfolder")
+_LOADING = ("dtype", "torch_dtype", "variant", "low_cpu_mem_usage", "device_map", "quantization_config")
+
 
 class GraftedModel(ModelMixin):
-    """What `config.json` and `model_index.json` name; loading gives a model of diffusers' own class."""
+    """The class that `config.json` and `model_index.json` name; loading gives a model of diffusers' class."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> ModelMixin:
-        """The grafted model of a folder or Hub repository, asked for as any model of diffusers."""
-        library = _reader()
-        model = library.load_as_diffusers(pretrained_model_name_or_path, {**kwargs, "trust_remote_code": True})
-        if library.__name__.startswith(PACKAGE):
+        """Load the grafted model of a folder or Hub repository, with the arguments of any model of diffusers."""
+        library = _library()
+        arguments = loading_arguments({**kwargs, "trust_remote_code": True})
+        model = library.load_pretrained(pretrained_model_name_or_path, **arguments)
+        if library.__name__ == PACKAGE:
             vars(model)["save_pretrained"] = _refuse_saving
         return model
 
 
-def _reader() -> ModuleType:
+def loading_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of diffusers' `from_pretrained` that decide what is loaded; others only tune its loading."""
+    names = (*FETCHING, *_LOADING, "trust_remote_code")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def _library() -> ModuleType:
     name = "diffusers_graft"
     if importlib.util.find_spec(name) is None:
         name = PACKAGE
         if importlib.util.find_spec(name) is None:
             sys.path.append(_unpacked())
             importlib.invalidate_caches()
-    return importlib.import_module(f"{name}.serialization.load_model")
+    return importlib.import_module(name)
 
 
 def _unpacked() -> str:

@@ -41,7 +41,7 @@ def graft(tmp_path, monkeypatch):
     """A folder with a graft of an operator that nobody else has, and its outputs."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "shifted.py").write_text(SOURCE)
-    operator = code._imported("diffusers_graft.operators.shifted", tmp_path / "mine" / "shifted.py", "mine").Shifted
+    operator = code._run("diffusers_graft.operators.shifted", tmp_path / "mine" / "shifted.py", SOURCE.encode()).Shifted
     model = tiny_dit()
     model.set_graft(
         {"self_attention[1::2]": operator.Config(shift=2), "feed_forward[0]": {"operator": "mlp", "expansion": 2}}
@@ -145,7 +145,7 @@ def test_source_outside_the_folder_is_not_run(file, graft):
     folder, _ = graft
     source = (folder / "graft_operator_shifted.py").rename(folder.parent / "shifted.py")
     forge(folder, lambda config, tensors: config["code"]["shifted"].update(file=file))
-    with pytest.raises(FileError, match="no plain file name"):
+    with pytest.raises(FileError, match="no plain file name|is damaged"):
         tiny_dit().load_graft(folder, trust_remote_code=True)
     assert not source.with_name("ran").exists()
 

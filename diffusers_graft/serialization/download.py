@@ -1,0 +1,110 @@
+"""The folder that is loaded: one of this machine, or files of a Hub repository."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from ..core.storage import finish_save, is_plain_name
+from ..errors import FileError, UnknownNameError
+from .hub_errors import HUB_ERRORS, explain
+
+_DOWNLOADING = (
+    "cache_dir",
+    "endpoint",
+    "etag_timeout",
+    "force_download",
+    "local_files_only",
+    "max_workers",
+    "revision",
+    "token",
+)
+
+
+def require_source(source: Any) -> None:
+    """Raise `FileError` for what is neither a folder nor the name of a repository."""
+    if not isinstance(source, str | os.PathLike):
+        raise FileError(
+            f"What is loaded lies in a folder, or in a Hub repository user/name; got {source!r}. Give one of them."
+        )
+
+
+def local_folder(source: str | Path, patterns: list[str], *, subfolder: str | None = "", **hub_arguments: Any) -> Path:
+    """Return a folder as it is, or download files of a Hub repository.
+
+    Args:
+        patterns: names of the files that are wanted.
+        subfolder: of the folder or repository.
+
+    Raises `FileError` where there is neither, `UnknownNameError` for an argument that downloading does not take.
+    """
+    require_source(source)
+    for name in hub_arguments:
+        if name not in _DOWNLOADING:
+            raise UnknownNameError("argument of loading", name, _DOWNLOADING)
+    subfolder = _checked_subfolder(subfolder, source)
+    if Path(source).is_dir():
+        folder = Path(source) / subfolder
+    else:
+        folder = _downloaded(source, patterns, subfolder, hub_arguments)
+    if not folder.is_dir():
+        raise FileError(f"There is no folder {subfolder} in {source}.")
+    finish_save(folder)
+    return folder
+
+
+def _checked_subfolder(subfolder: Any, source: str | Path) -> str:
+    """Return a subfolder, empty for None. Raises `FileError` for one that leads elsewhere."""
+    if subfolder is None:
+        return ""
+    if not isinstance(subfolder, str | os.PathLike):
+        raise FileError(f"A subfolder is a folder's name in {source}; got {subfolder!r}. Leave it out, or give one.")
+    path = Path(subfolder)
+    if path.is_absolute() or ".." in path.parts:
+        raise FileError(f"The subfolder {str(subfolder)!r} leads out of {source}.")
+    return str(subfolder)
+
+
+def _downloaded(source: str | Path, patterns: list[str], subfolder: str, hub_arguments: dict[str, Any]) -> Path:
+    is_repository = isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    if not is_repository:
+        raise FileError(f"There is no folder {source}. Give one that is there, or a Hub repository user/name.")
+    wanted = patterns
+    if subfolder:
+        wanted = [f"{subfolder}/{pattern}" for pattern in patterns]
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted, **hub_arguments)) / subfolder
+    except HUB_ERRORS as error:
+        raise explain(error, source, hub_arguments.get("revision")) from error
+
+
+def file_in(folder: Path, name: Any) -> Path:
+    """Return the path of a file that a description names.
+
+    Raises `FileError` for a name that leads out of the folder, by its words or by a link.
+    """
+    if not isinstance(name, str) or not is_plain_name(name):
+        raise FileError(
+            f"{folder} names the file {name!r}, which is no plain file name. Nothing outside the folder is read."
+        )
+    try:
+        target = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileError(f"{folder} names the file {name!r}, which no disk can hold: {error}.") from error
+    if not target.is_relative_to(_home(folder)):
+        raise FileError(
+            f"{name} in {folder} is a link that leads out of the folder. Nothing outside the folder is read."
+        )
+    return folder / name
+
+
+def _home(folder: Path) -> Path:
+    """Return where files of a folder may lie: in it, or in the repository's folder of the Hub's cache."""
+    folder = folder.resolve()
+    for parent in folder.parents:
+        if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
+            return parent.parent
+    return folder

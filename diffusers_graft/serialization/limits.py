@@ -1,0 +1,100 @@
+"""Limits on what a file may ask for, checked before anything is built or run.
+
+The budget of loading: memory for ten bytes a byte of the files, and 64 MiB besides. A model or an operator that a
+description asks for is first built on the meta device, where tensors take no memory, and building stops as soon as it
+would exceed that budget, or has more parts than the tensors of the file can fill. Work is limited by what an operator
+says it costs: at most a thousand times that of a transformer block of the site's width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.modules import module as modules
+
+from ..errors import FileError, GraftError
+from ..operators import BlockOperator, Operator
+
+_BYTES_A_BYTE = 10
+_BYTES_BESIDES = 64 * 2**20
+_PARTS_A_TENSOR = 4
+_PARTS_BESIDES = 4096
+_DEAREST = 1000
+_TOKENS = 1024  # of the forward that is priced
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory and parts that a file of some size may ask for."""
+
+    bytes: int
+    parts: int
+
+    @classmethod
+    def of(cls, tensors: dict[str, torch.Tensor]) -> Budget:
+        """Return the budget of a file with these tensors."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return cls(_BYTES_A_BYTE * size + _BYTES_BESIDES, _PARTS_A_TENSOR * len(tensors) + _PARTS_BESIDES)
+
+
+@contextlib.contextmanager
+def building_within(budget: Budget, what: str) -> Iterator[None]:
+    """Build modules on the meta device, and stop where they exceed a budget.
+
+    Raises `FileError` where they do, and for whatever goes wrong in building.
+    """
+    thread = threading.get_ident()
+    spent = {"bytes": 0, "parts": 0}
+
+    def count(module: torch.nn.Module, name: str, part: Any) -> None:
+        # The hooks are called for modules of all threads.
+        if threading.get_ident() != thread:
+            return
+        spent["parts"] += 1
+        if isinstance(part, torch.Tensor):
+            spent["bytes"] += part.numel() * part.element_size()
+        if spent["parts"] > budget.parts:
+            raise FileError(f"{what} asks for more than {budget.parts:,} parts, which its tensors cannot fill.")
+        if spent["bytes"] > budget.bytes:
+            raise FileError(f"{what} asks for more than {budget.bytes:,} bytes, out of proportion to its file.")
+
+    handles = [
+        modules.register_module_parameter_registration_hook(count),
+        modules.register_module_buffer_registration_hook(count),
+        modules.register_module_module_registration_hook(count),
+    ]
+    try:
+        with torch.device("meta"):
+            yield
+    except GraftError:
+        raise
+    except Exception as error:
+        raise FileError(f"{what} cannot be built: {first_line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_work(operator: Operator, what: str) -> None:
+    """Raise `FileError` for an operator that costs out of proportion to the part it replaces, such as by its steps."""
+    if isinstance(operator, BlockOperator):
+        return
+    width = operator.site.width
+    block = 24 * _TOKENS * width**2 + 4 * _TOKENS**2 * width
+    try:
+        cost = operator.flops(_TOKENS)
+    except GraftError:
+        return  # an operator of another package need not say it
+    if not cost <= _DEAREST * block:
+        raise FileError(f"{what} costs {cost / block:,.0f} times a transformer block of its width. Nobody means that.")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind and the first words of an error, since some messages print whole models."""
+    words = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {words[:200]}"
