@@ -95,7 +95,7 @@ DAMAGE = {
     "operator is a dunder": (edited(OPERATOR, "__init__"), "no operator '__init__'"),
     "operator is a private module": (edited(OPERATOR, "_checks"), "no operator '_checks'"),
     "operator is the base": (edited(OPERATOR, "base"), "no operator 'base'"),
-    "operator is no name": (edited(OPERATOR, ["hyena_x"]), "An operator is a name"),
+    "operator is no name": (edited(OPERATOR, ["hyena_x"]), "no operator"),
     "setting is a dunder": (edited(("plan", "edits", 0, "__class__"), "os"), "no setting"),
     "setting of another type": (edited(("plan", "edits", 0, "expansion"), "__import__('os')"), "expansion"),
     "site path leaves the model": (edited(("plan", "edits", 0, "site", "path"), "__class__.mro"), "The plan edits"),
@@ -331,7 +331,7 @@ WHOLE_DAMAGE = {
     "class without sites": (in_config("_class_name", "AutoencoderKL"), "encoder.conv_in.weight is missing"),
     "more layers than weights": (in_config("num_layers", 5), "do not fit"),
     "layers without end": (in_config("num_layers", 10**9), "asks for more than [\\d,]+ parts"),
-    "no model of that size": (in_config("attention_head_dim", -8), "describes no model"),
+    "no model of that size": (in_config("attention_head_dim", -8), "cannot be built"),
     "config edited": (lambda f: write_mark(f, read_mark(f), num_layers=3), "was edited"),
     "config lost": (
         lambda f: (f / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}'),

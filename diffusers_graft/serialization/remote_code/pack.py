@@ -26,6 +26,7 @@ _ROOT = Path(__file__).parents[2]
 _NAME = _ROOT.name
 _STEM = "graft_code"
 _READER = "serialization/load_model.py"
+_SHAPES = "core/shapes.py"
 FILE = f"{_STEM}.py"
 CODE = (_STEM, unpack.GraftedModel.__name__)  # as `model_index.json` names it
 AUTO_MAP = {"AutoModel": ".".join(CODE)}
@@ -50,12 +51,26 @@ def library_file(plan: GraftPlan) -> str:
         f'"""The modules of diffusers-graft {__version__} that read a saved model."""\n\n'
         "from .serialization.load_model import load_pretrained as load_pretrained\n"
     )
+    texts[_SHAPES] = _without_shapes(texts[_SHAPES])
     package = f"{_NAME}_{hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]}"
     for path in foreign:  # ours import each other by their places, others import us by name
         texts[path] = re.sub(rf"\b{_NAME}\b", package, texts[path])
     source = inspect.getsource(unpack)
     source = source.replace('PACKAGE = ""\n', f"PACKAGE = {package!r}\n", 1)
     return source.replace(" = {}\n", f" = {{\n{_as_strings(texts)}}}\n", 1)
+
+
+def _without_shapes(text: str) -> str:
+    """Return the module that names shapes of tensors without jaxtyping, which a reader need not have."""
+    names = [node.target.id for node in ast.parse(text).body if isinstance(node, ast.AnnAssign)]
+    lines = [
+        '"""Shapes of tensors, unchecked."""',
+        "",
+        "from torch import Tensor",
+        "",
+        *(f"{name} = Tensor" for name in names),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _as_strings(texts: dict[str, str]) -> str:

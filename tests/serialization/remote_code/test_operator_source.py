@@ -8,6 +8,7 @@ import torch
 import diffusers_graft as dg
 from diffusers_graft import operators
 from diffusers_graft.errors import FileError
+from diffusers_graft.operators import registry
 from diffusers_graft.serialization.remote_code import operator_source as code
 from diffusers_graft.serialization.upload import push_graft
 
@@ -41,15 +42,22 @@ def graft(tmp_path, monkeypatch):
     """A folder with a graft of an operator that nobody else has, and its outputs."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "shifted.py").write_text(SOURCE)
-    operator = code._run("diffusers_graft.operators.shifted", tmp_path / "mine" / "shifted.py", SOURCE.encode()).Shifted
+    operator = code._run(
+        "diffusers_graft.operators.shifted", tmp_path / "mine" / "shifted.py", SOURCE.encode()
+    ).Shifted
     model = tiny_dit()
     model.set_graft(
         {"self_attention[1::2]": operator.Config(shift=2), "feed_forward[0]": {"operator": "mlp", "expansion": 2}}
     )
     model.save_graft(tmp_path / "graft", self_contained=True)
-    del sys.modules["diffusers_graft.operators.shifted"]
+    forget_shifted()
     yield tmp_path / "graft", predict(model)
+    forget_shifted()
+
+
+def forget_shifted():
     sys.modules.pop("diffusers_graft.operators.shifted", None)
+    registry._registered.pop("shifted", None)
 
 
 def test_saving_beside_it_leaves_its_source(graft):
@@ -99,6 +107,7 @@ def test_an_operator_inside_another(graft, tmp_path):
         }
     )
     model.save_graft(tmp_path / "hybrid", self_contained=True)
+    forget_shifted()
     with pytest.raises(FileError, match="'shifted' as code"):
         other.load_graft(tmp_path / "hybrid")
     other.load_graft(tmp_path / "hybrid", trust_remote_code=True)
@@ -169,5 +178,6 @@ def test_without_its_source_the_operator_is_unknown(tmp_path, graft):
     model = tiny_dit()
     model.load_graft(folder, trust_remote_code=True)
     model.save_graft(tmp_path / "plain")
+    forget_shifted()
     with pytest.raises(dg.GraftError, match="no operator 'shifted'"):
         tiny_dit().load_graft(tmp_path / "plain", trust_remote_code=True)

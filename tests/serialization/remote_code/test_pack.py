@@ -21,7 +21,7 @@ from ...models import predict, tiny_dit
 from ..pipelines import draw, pipeline
 from ..test_lora import trained
 from ..test_upload import TOKEN, cached, hub  # noqa: F401
-from .test_operator_source import SOURCE
+from .test_operator_source import SOURCE, forget_shifted
 
 RULES = {
     "self_attention[0]": "hyena_x",
@@ -88,7 +88,7 @@ def folders(tmp_path_factory):
     model.save_pretrained(root / "model", self_contained=True, max_shard_size="20KB")
     pipe.transformer.set_graft(rules)
     pipe.save_pretrained(root / "pipe", self_contained=True)
-    del sys.modules["diffusers_graft.operators.shifted"]
+    forget_shifted()
     lora = trained(tiny_dit())
     lora.save_pretrained(root / "lora", self_contained=True)
     return root, {"model": predict(model), "lora": predict(lora), "pipeline": torch.from_numpy(draw(pipe))}
