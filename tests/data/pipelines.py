@@ -52,8 +52,6 @@ def lumina_pipeline():
         multiple_of=8,
         cross_attention_dim=10,
     )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)  # this class leaves some of them uninitialised
     flow, rest = FlowMatchEulerDiscreteScheduler(), {"text_encoder": None, "tokenizer": None}
     pipe = LuminaPipeline(transformer=model.eval(), scheduler=flow, vae=tiny_vae(), **rest)
     pipe.encode_prompt = encode_prompt

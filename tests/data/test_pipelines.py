@@ -84,11 +84,12 @@ def train_one_step(denoiser, found, scheduler):
 
 def test_numbers_and_tuples_that_all_samples_share_reach_the_denoiser_as_they_are(tmp_path):
     pipe = lumina_pipeline()
-    found = dg.data.from_pipeline(pipe, ["one", "three"], 3, tmp_path, height=16, width=16, **SETTINGS)
+    call = {"height": 16, "width": 16, "guidance_scale": 1.0, **SETTINGS}
+    found = dg.data.from_pipeline(pipe, ["one", "three"], 3, tmp_path, **call)
     told = {}
     pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: told.update(kwargs), with_kwargs=True)
     train_one_step(pipe.transformer, found, pipe.scheduler)
-    assert told["base_sequence_length"] == 16
+    assert told["cross_attention_kwargs"] == {"base_sequence_length": 16}
     assert told["image_rotary_emb"].shape[0] > 3
     assert torch.equal(told["image_rotary_emb"], dg.data.Shards(tmp_path)[0]["image_rotary_emb"].value)
 
