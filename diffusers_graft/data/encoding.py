@@ -78,8 +78,12 @@ def encode(
 def encode_pixels(vae: ModelMixin, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return the latents of images [B, 3, height, width] (videos [B, 3, frames, ...]), scaled as denoisers have them."""
     encoded = vae.encode(pixels.to(vae.device, vae.dtype))
-    # Deep compression autoencoders (DC) give latents, all others a distribution of them.
-    latents = encoded.latent_dist.sample(generator) if "latent_dist" in encoded else encoded.latent
+    if "latent_dist" in encoded:
+        latents = encoded.latent_dist.sample(generator)
+    elif "latent" in encoded:  # deep compression autoencoders (DC)
+        latents = encoded.latent
+    else:  # AutoencoderTiny
+        latents = encoded.latents
     return scale_latents(vae, latents)
 
 

@@ -132,6 +132,23 @@ def test_the_score_is_a_metric_of_evaluate(drawing):
     assert measured.protocol["SceneScore.steps"] == 2
 
 
+def test_training_sets_are_drawn_by_the_pipeline_and_encoded_from_pictures(drawing, tmp_path):
+    settings = {"height": 64, "width": 64, "use_resolution_binning": False, "num_inference_steps": 1}
+    drawn = dg.data.from_pipeline(drawing, PROMPTS, 2, tmp_path / "drawn", max_sequence_length=32, **settings)
+    rng = random.Random(0)
+    pictures = scenes.draw_scenes([scenes.sample_scene(rng) for _ in range(2)], 64)
+    encoded = dg.data.encode(
+        pictures,
+        drawing.vae,
+        lambda prompts: scenes.encode_captions(drawing, prompts),
+        folder=tmp_path / "encoded",
+        prompts=PROMPTS,
+    )
+    assert drawn[0]["sample"].shape == encoded[0]["sample"].shape == (12, 8, 8)
+    assert drawn[1]["encoder_hidden_states"].shape == encoded[1]["encoder_hidden_states"].shape == (32, 128)
+    assert torch.allclose(drawn[1]["encoder_hidden_states"], encoded[1]["encoder_hidden_states"], atol=1e-5)
+
+
 def test_batches_of_scenes_train_a_graft(drawing):
     transformer = drawing.transformer
     batches = scenes.scene_batches(drawing, 2, seed=0, size=64)
