@@ -12,6 +12,7 @@ from .errors import StateError
 from .injection import named_grafts as named
 from .injection.graft import Graft, build_graft, get_graft
 from .injection.install import disable, enable, install, require_graft
+from .injection.lora_verbs import attach_lora_verbs
 from .inspection import require_model
 from .planning.plan import GraftPlan, plan_graft
 from .serialization import graft_folder as store
@@ -146,4 +147,5 @@ def attach_verbs() -> None:
     ModelMixin.unset_graft, ModelMixin.disable_graft, ModelMixin.enable_graft = _unset_graft, disable, enable
     ModelMixin.set_active_graft, ModelMixin.active_grafts = _set_active_graft, _active_grafts
     ModelMixin.save_graft, ModelMixin.load_graft = save_graft, load_graft
+    attach_lora_verbs()
     attach_saving()

@@ -68,6 +68,8 @@ class Context:
         causal: whether the replaced attention was causal.
         softmax: softmax attention by the backend that `set_attention_backend` chose, called as torch's
             `scaled_dot_product_attention`; None means torch's own.
+        hidden_states: [B, N, D], input of the attention, for operators that declare `needs_hidden_states`.
+        unrotated: queries and keys before rotary embeddings, for operators that declare `before_rotary`.
     """
 
     grid: Grid | None = None
@@ -81,6 +83,8 @@ class Context:
     scale: float | None = None
     causal: bool = False
     softmax: Callable[..., torch.Tensor] | None = None
+    hidden_states: torch.Tensor | None = None
+    unrotated: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def attend(
         self,

@@ -2,9 +2,8 @@
 
 diffusers has some seventy processors that differ in norms, rotary embeddings, text streams and output projections;
 nearly each ends in one call of `scaled_dot_product_attention` or `dispatch_attention_fn`. That call, or the core of an
-attention that is linear already, is rewritten in the source of the processor's `__call__` (`rewriting`), once per
-class, and nothing else
-changes: same signature, same attributes, same instance checks.
+attention that is linear already, is rewritten in the source of the processor's `__call__` (`processor_source`), once
+per class, and nothing else changes: same signature, same attributes, same instance checks.
 """
 
 from __future__ import annotations
@@ -12,10 +11,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
@@ -29,18 +30,22 @@ from ..core.context import Context
 from ..core.sites import Site
 from ..errors import OperatorError
 from ..inspection.source import text_comes_first
+from ..operators import Operator
 from .attention_core import mix, mix_with_others
-from .processor_source import image_stream, rewritten_call
+from .processor_source import image_stream, rewrite_call
+
+# Queries and keys as they were before rotary embeddings.
+Unrotated = tuple[torch.Tensor, torch.Tensor] | None
 
 
 def graft_processor(processor: Any) -> Any:
-    """A processor that acts as `processor` but calls `attn.graft` in place of softmax attention. Stateless.
+    """Make a processor that acts as `processor` but calls `attn.graft` in place of softmax attention.
 
     Raises `OperatorError` for processors whose softmax cannot be reached.
     """
     if isinstance(processor, nn.Module):
         raise OperatorError(
-            f"{type(processor).__name__} holds weights of its own, which a generated processor would not carry. "
+            f"{type(processor).__name__} has weights, which a generated processor would not carry. "
             "Unload what installed it (an IP-Adapter, say), then graft."
         )
     if getattr(processor, "_parallel_config", None) is not None:
@@ -54,7 +59,7 @@ def is_grafted(processor: Any) -> bool:
 
 
 def _make_processor(original: type, state: dict[str, Any]) -> Any:
-    """A processor of the class generated for `original`, with the attributes that its own had."""
+    """Make a processor of the class generated for `original`, with the same attributes."""
     cls = grafted_class(original)
     processor = cls.__new__(cls)
     vars(processor).update(state)
@@ -62,7 +67,7 @@ def _make_processor(original: type, state: dict[str, Any]) -> Any:
 
 
 class _Grafted:
-    """What every generated class adds to the processor class it derives from."""
+    """The part of every generated class that is not the processor class it derives from. It holds no state."""
 
     _original: type
     _text_first: bool | None
@@ -70,22 +75,25 @@ class _Grafted:
 
     def _mix(
         self,
-        attn,
-        stream,
-        query,
-        key,
-        value,
-        attn_mask=None,
-        dropout_p=0.0,
-        is_causal=False,
-        scale=None,
-        enable_gqa=False,
-        softmax=None,
-    ):
-        """`scaled_dot_product_attention`, by the operator: [B, H, N, E] each; `stream` is the length of the image's
-        stream.
+        attn: nn.Module,
+        stream: torch.Tensor,
+        unrotated: Unrotated,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        softmax: Callable[..., torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Run the operator in place of `scaled_dot_product_attention`: [B, H, N, E] each.
+
+        `stream` are the hidden states of the image, as the processor was given them.
         """
-        operator, site = attn.graft, attn.graft_site
+        operator: Operator = attn.graft
+        site: Site = attn.graft_site
         if dropout_p:
             raise OperatorError(f"{operator.name} has no attention dropout; the model asks for {dropout_p}.")
         if isinstance(attn_mask, BlockMask):
@@ -94,19 +102,23 @@ class _Grafted:
             )
         if enable_gqa and key.shape[1] != query.shape[1]:
             shared = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
-        tokens, keys = query.shape[2], key.shape[2]
+            key = key.repeat_interleave(shared, dim=1)
+            value = value.repeat_interleave(shared, dim=1)
+        tokens = query.shape[2]
+        keys = key.shape[2]
         if attn_mask is not None and attn_mask.dim() and attn_mask.shape[-1] == 1:
-            attn_mask = attn_mask.expand(*attn_mask.shape[:-1], keys)  # one for all keys
-        context = operator.slot.with_attention(mask=attn_mask, scale=scale, causal=is_causal, softmax=softmax).at(
-            site, tokens
-        )
-        image = self._image_tokens(site, context, stream, tokens, keys)
+            # One value for all keys.
+            attn_mask = attn_mask.expand(*attn_mask.shape[:-1], keys)
+        context = operator.slot.with_attention(mask=attn_mask, scale=scale, causal=is_causal, softmax=softmax)
+        context = context.at(site, tokens)
+        context = _with_more(context, operator, site, stream, unrotated, tokens)
+        image = self._image_tokens(site, context, stream.shape[-2], tokens, keys)
         if image is None or operator.is_plain_softmax:
             return mix(operator, query, key, value, context)
-        first = self._text_first if site.kind == "joint_attention" else context.text_first
-        start = keys - image if first else 0
-        if site.kind == "self_attention" and first:
+        is_joint = site.kind == "joint_attention"
+        text_first = self._text_first if is_joint else context.text_first
+        start = keys - image if text_first else 0
+        if text_first and not is_joint:
             start -= context.references
         has_others = context.text_first is not None or context.references > 0
         if context.grid is not None and has_others and context.grid.tokens < image:
@@ -117,71 +129,112 @@ class _Grafted:
         return mix_with_others(operator, query, key, value, context, start=start, image=image)
 
     def _image_tokens(self, site: Site, context: Context, stream: int, tokens: int, keys: int) -> int | None:
-        """How many of the keys belong to the image; None where a mixer takes the whole sequence."""
+        """Return how many of the keys belong to the image; None where a mixer takes the complete sequence."""
         if site.kind == "cross_attention":
             return None
-        image = stream if site.kind == "joint_attention" else None
-        if site.kind == "self_attention" and context.grid is not None and context.text_first is not None:
-            shared = keys > context.grid.tokens or (self._calls > 1 and tokens < context.grid.tokens)
-            image = context.grid.tokens if shared else None
+        image = None
+        if site.kind == "joint_attention":
+            image = stream
+        elif context.grid is not None and context.text_first is not None:
+            in_pieces = self._calls > 1 and tokens < context.grid.tokens
+            if keys > context.grid.tokens or in_pieces:
+                image = context.grid.tokens
         if tokens != keys and (image is None or tokens > image):
             raise OperatorError(
-                f"{site.path} attends to keys of other tokens than its own, as with a key-value cache, and "
+                f"{site.path} attends to keys of other tokens than its queries, as with a key-value cache, and "
                 "a graft mixes the tokens of one forward. Run the model without its cache."
             )
         return image
 
     def _mix_tokens_first(
         self,
-        attn,
-        stream,
-        query,
-        key,
-        value,
-        attn_mask=None,
-        dropout_p=0.0,
-        is_causal=False,
-        scale=None,
-        enable_gqa=False,
-        attention_kwargs=None,
+        attn: nn.Module,
+        stream: torch.Tensor,
+        unrotated: Unrotated,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
         *,
-        backend=None,
-        parallel_config=None,
-    ):
-        """`dispatch_attention_fn`, by the operator: [B, N, H, E] each. Its backend is for operators that use softmax."""
+        backend: AttentionBackendName | None = None,
+        parallel_config: Any = None,
+    ) -> torch.Tensor:
+        """Run the operator in place of `dispatch_attention_fn`: [B, N, H, E] each.
+
+        The backend is for operators that use softmax.
+        """
         if parallel_config is not None:
             raise OperatorError("A graft mixes tokens on one device: disable context parallelism.")
         if isinstance(attn_mask, torch.Tensor) and attn_mask.shape == (query.shape[0], key.shape[1]):
             attn_mask = attn_mask[:, None, None]
-        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        if unrotated is not None:
+            unrotated = (unrotated[0].transpose(1, 2), unrotated[1].transpose(1, 2))
+        heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
         softmax = _softmax_by(backend)
-        mixed = self._mix(attn, stream, *heads_first, attn_mask, dropout_p, is_causal, scale, enable_gqa, softmax)
+        mixed = self._mix(
+            attn, stream, unrotated, *heads_first, attn_mask, dropout_p, is_causal, scale, enable_gqa, softmax
+        )
         return mixed.transpose(1, 2)
 
     def _scores(self, query, key, attn_mask=None):
-        """`attn.get_attention_scores`: put off until the values are there."""
+        """Put off `attn.get_attention_scores` until the values are there."""
         return query, key, attn_mask
 
-    def _mix_scores(self, attn, stream, scores, value):
-        """`torch.bmm(scores, value)`, by the operator: [B * H, N, E] each, as the oldest processors have them."""
+    def _mix_scores(self, attn, stream, unrotated, scores, value):
+        """Run the operator in place of `torch.bmm(scores, value)`, as the oldest processors have it.
+
+        [B * H, N, E] each.
+        """
         query, key, mask = scores
         query, key, value = (tensor.unflatten(0, (-1, attn.heads)) for tensor in (query, key, value))
-        mask = mask if mask is None else mask.unflatten(0, (-1, attn.heads))
-        return self._mix(attn, stream, query, key, value, mask, scale=attn.scale).flatten(0, 1)
+        if mask is not None:
+            mask = mask.unflatten(0, (-1, attn.heads))
+        return self._mix(attn, stream, unrotated, query, key, value, mask, scale=attn.scale).flatten(0, 1)
 
-    def _mix_projected(self, attn, stream, query, key, value, rotary=None):
-        """What stands between the projections and the output projection, by the operator: [B, N, H * E] each."""
+    def _mix_projected(self, attn, stream, unrotated, query, key, value, rotary=None):
+        """Run the operator in place of all between the projections and the output projection: [B, N, H * E] each."""
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
         if rotary is not None:
-            query, key = (_rotated(tensor, *rotary) for tensor in (query, key))
-        return self._mix_tokens_first(attn, stream, query, key, value).flatten(2)
+            unrotated = (query, key)
+            query = _rotate(query, *rotary)
+            key = _rotate(key, *rotary)
+        return self._mix_tokens_first(attn, stream, unrotated, query, key, value).flatten(2)
 
     def __reduce__(self):
         return _make_processor, (self._original, vars(self).copy())
 
 
+def _with_more(
+    context: Context, operator: Operator, site: Site, stream: torch.Tensor, unrotated: Unrotated, tokens: int
+) -> Context:
+    """Add to a context what an operator declares that it needs besides queries, keys and values.
+
+    Raises `OperatorError` where this processor cannot give it.
+    """
+    if getattr(operator, "needs_hidden_states", False):
+        if stream.dim() != 3 or stream.shape[1] != tokens:
+            raise OperatorError(
+                f"{operator.name} needs the hidden states of all tokens it mixes, and {site.path} mixes {tokens} tokens, "
+                f"with hidden states of shape {tuple(stream.shape)} for them. Choose another mixer there."
+            )
+        context = replace(context, hidden_states=stream)
+    if getattr(operator, "before_rotary", False):
+        if unrotated is None:
+            raise OperatorError(
+                f"{operator.name} needs queries and keys before rotary embeddings, and those of {site.path} cannot be told "
+                "from its source. Choose another mixer there."
+            )
+        context = replace(context, unrotated=unrotated)
+    return context
+
+
 def _softmax_by(backend: AttentionBackendName | None) -> Callable[..., torch.Tensor] | None:
-    """Softmax attention on [B, H, N, E] by one of diffusers' backends; None where that is torch's own."""
+    """Return softmax attention on [B, H, N, E] by one of diffusers' backends; None where that is torch's own."""
     if backend is None:
         # Set for all models at once: by the environment, or by the context manager `attention_backend`.
         backend, _ = _AttentionBackendRegistry.get_active_backend()
@@ -198,8 +251,8 @@ def _dispatch_heads_first(backend, query, key, value, *, attn_mask, scale, is_ca
     return mixed.transpose(1, 2)
 
 
-def _rotated(tensor: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """[B, N, H, E], neighbouring features turned as pairs; cosines and sines [1, N, 1, E], each given twice."""
+def _rotate(tensor: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring features of [B, N, H, E] as pairs; cosines and sines [1, N, 1, E], each given twice."""
     first, second = tensor.unflatten(-1, (-1, 2)).unbind(-1)
     quarter_turn = torch.stack([-second, first], dim=-1).flatten(-2)
     return (tensor * cosines + quarter_turn * sines).to(tensor.dtype)
@@ -207,8 +260,13 @@ def _rotated(tensor: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -
 
 @functools.cache
 def grafted_class(original: type) -> type:
-    """The generated subclass of a processor class: one per class, so that compiled blocks share one graph."""
-    call, count = rewritten_call(original) or (_intercepted_call(original), 1)
+    """Generate the subclass of a processor class: one per class, so that compiled blocks share one graph."""
+    rewritten = rewrite_call(original)
+    if rewritten is None:
+        call = _intercept_call(original)
+        count = 1
+    else:
+        call, count = rewritten
     body = {
         "__call__": call,
         "_original": original,
@@ -216,19 +274,31 @@ def grafted_class(original: type) -> type:
         "_calls": count,
         "__module__": __name__,
     }
-    return type(f"Grafted{original.__name__}", (_Grafted, original), body)
+    cls = type(f"Grafted{original.__name__}", (_Grafted, original), body)
+    _register_as(cls, original)
+    return cls
 
 
-def _intercepted_call(original: type):
-    """Eager fallback where source is missing: the original call, its softmax caught on the way to torch."""
+def _register_as(cls: type, original: type) -> None:
+    """Let hooks of diffusers, which look processors up by their exact class, know ours as the original's."""
+    try:
+        metadata = AttentionProcessorRegistry.get(original)
+    except ValueError:
+        # diffusers does not know the original either.
+        return
+    AttentionProcessorRegistry.register(cls, metadata)
+
+
+def _intercept_call(original: type) -> Callable[..., Any]:
+    """Make an eager fallback where source is missing: the original call, its softmax caught on the way to torch."""
     signature = inspect.signature(original.__call__)
     stream = image_stream(list(signature.parameters))
 
     def call(self, attn, *args, **kwargs):
-        given = signature.bind(self, attn, *args, **kwargs).arguments
-        with _CatchSoftmax(self, attn, given[stream].shape[-2]) as softmax:
+        arguments = signature.bind(self, attn, *args, **kwargs).arguments
+        with _CatchSoftmax(self, attn, arguments[stream]) as softmax:
             output = original.__call__(self, attn, *args, **kwargs)
-        if not softmax.caught:
+        if not softmax.was_called:
             raise OperatorError(
                 f"{original.__name__} has no source to read, and never called scaled_dot_product_attention: "
                 f"{attn.graft_site.path} ran as without a graft. Set another processor, then graft."
@@ -240,15 +310,24 @@ def _intercepted_call(original: type):
 
 
 class _CatchSoftmax(TorchFunctionMode):
-    def __init__(self, processor: _Grafted, attn: nn.Module, stream: int):
+    """Hands calls of torch's softmax attention to the graft."""
+
+    def __init__(self, processor: _Grafted, attn: nn.Module, stream: torch.Tensor):
         super().__init__()
-        self.processor, self.attn, self.stream, self.inside, self.caught = processor, attn, stream, False, False
+        self.processor = processor
+        self.attn = attn
+        self.stream = stream
+        self.is_inside = False
+        self.was_called = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.scaled_dot_product_attention or self.inside:
-            return func(*args, **(kwargs or {}))
-        self.inside = self.caught = True  # the operator may itself be softmax attention
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or self.is_inside:
+            return func(*args, **kwargs)
+        # The operator may itself be softmax attention.
+        self.is_inside = True
+        self.was_called = True
         try:
-            return self.processor._mix(self.attn, self.stream, *args, **(kwargs or {}))
+            return self.processor._mix(self.attn, self.stream, None, *args, **kwargs)
         finally:
-            self.inside = False
+            self.is_inside = False

@@ -1,7 +1,8 @@
-"""Gradient checkpointing runs blocks again during the backward pass, when another forward may have been since.
+"""Gradient checkpointing: blocks that run again see the context of their own forward.
 
-What a part is told about its forward (`Context`) is no argument of a block, and so not kept with its inputs. Here it
-is: whatever function a model checkpoints its blocks with, the second run is told what the first was.
+Checkpointed blocks run again during the backward pass, when another forward may have been since. The `Context` of a
+forward is no argument of a block, so the checkpoint does not store it with the inputs. Here it does: whatever function
+a model checkpoints its blocks with, the second run sees the context of the first.
 """
 
 from __future__ import annotations
@@ -17,38 +18,41 @@ from ..core.context import ContextSlot
 _NAME = "_gradient_checkpointing_func"
 
 
-class _Remembering:
+class _WithContext:
     """A model's checkpointing function, called as `function(block, *arguments)`."""
 
     def __init__(self, function: Callable[..., Any], slot: ContextSlot):
-        self.function, self.slot = function, slot
+        self.function = function
+        self.slot = slot
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # compiled code holds its context already
+        if torch.compiler.is_compiling():
+            # Compiled code holds its context already.
             return self.function(block, *args, **kwargs)
-        then = self.slot.current
+        first = self.slot.current
 
-        def told(*args: Any, **kwargs: Any) -> Any:
-            now, self.slot.current = self.slot.current, then
+        def run(*args: Any, **kwargs: Any) -> Any:
+            present = self.slot.current
+            self.slot.current = first
             try:
                 return block(*args, **kwargs)
             finally:
-                self.slot.current = now
+                self.slot.current = present
 
-        return self.function(told, *args, **kwargs)
+        return self.function(run, *args, **kwargs)
 
 
 def remember_contexts(model: ModelMixin, slot: ContextSlot) -> None:
-    """See that blocks which run again are told what they were told first. Called before every forward with gradients."""
+    """Wrap the checkpointing functions of a model. Called before every forward with gradients."""
     for module in model.modules():
         function = vars(module).get(_NAME)
-        if function is not None and not isinstance(function, _Remembering):
-            setattr(module, _NAME, _Remembering(function, slot))
+        if function is not None and not isinstance(function, _WithContext):
+            setattr(module, _NAME, _WithContext(function, slot))
 
 
 def forget_contexts(model: ModelMixin) -> None:
-    """Give the model its own functions back."""
+    """Give the model its checkpointing functions back."""
     for module in model.modules():
         function = vars(module).get(_NAME)
-        if isinstance(function, _Remembering):
+        if isinstance(function, _WithContext):
             setattr(module, _NAME, function.function)

@@ -1,14 +1,13 @@
-"""A graft: a plan and its new parts, standing beside the model or installed in it.
+"""A graft: a plan and its new parts, beside the model or installed in it.
 
 Every new part is a *seat*: a module for one path of the model. At an attention it is a shallow copy of the original
 attention that shares every child it does not change, with the operator as its child `graft` and a generated processor;
-at a feed-forward it is a module with the original's call; blocks have a seat at each of their paths, the operator
-being the first one's. Weights are shared until something trains or loads them.
+at a feed-forward it is a module with the original's call; blocks have a seat at each of their paths, and the first one
+holds the operator. Weights are shared until something trains or loads them.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,35 +17,36 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ..core.context import ContextSlot
-from ..core.sites import BLOCK_KINDS, Site, Sites
+from ..core.sites import BLOCK_KINDS, Sites
 from ..errors import OperatorError, RuleError
 from ..inspection import find_sites, linear_pair, projections
 from ..inspection.source import is_causal
 from ..operators import AttentionOperator, Operator
 from ..planning.plan import Edit, GraftPlan, build_operator
 from .attention_processor import graft_processor
-from .block_modules import fill_block, is_hooked, own_copy, removed, shallow_copy, side_by_side, untie
+from .block_modules import build_parallel, build_removed
+from .hooks import load_from_disk, refuse_hooked
+from .module_copy import copy_restarted, copy_shallow, fill_block, untie
 from .modules import AttentionSeat, FeedForwardSeat
-
-# Quantised and fp8 weights are stored, not computed with; a new part takes the model's dtype there.
-COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from .waiting_parts import anchor_of
 
 
 @dataclass(eq=False)
 class Graft:
-    """Plan plus weights.
+    """A plan and its weights.
 
     Attributes:
         plan: the resolved edits.
         seats: new part of every edited path.
-        originals: the parts that the seats stand for.
-        slot: where the parts find the context of the running forward.
+        originals: the parts that the seats replace.
+        slot: holds the context of the running forward for the parts.
         sites: all sites of the model.
         body: tensors outside the seats that were trained with the graft; while it is installed, their untrained
             values.
-        adapters: LoRA layers outside the seats, by path, with `adapter_config` that made them.
+        adapters: LoRA layers outside the seats, by path.
+        adapter_config: the config that made them.
         history: what was done to the graft: JSON-able rows written by the verbs that train it.
-        is_standalone: the model was loaded whole, so there are no originals to go back to.
+        is_standalone: the model was loaded with its graft, so there are no originals to go back to.
     """
 
     plan: GraftPlan
@@ -61,16 +61,19 @@ class Graft:
     is_standalone: bool = False
 
     def operators(self) -> dict[str, Operator]:
-        """The new parts by the path they stand at, in forward order."""
+        """Return the new parts by the path of their site, in forward order."""
         return {edit.site.path: self.seats[edit.site.path].graft for edit in self.plan.edits}
 
     @property
     def is_trainable(self) -> bool:
-        """Whether any new part has weights: where blocks are removed alone, there is nothing to teach."""
-        return any(True for seat in self.seats.values() for _ in seat.parameters())
+        """Whether any new part has weights. Where blocks are only removed, none has."""
+        return any(next(seat.parameters(), None) is not None for seat in self.seats.values())
 
     def tensors(self, model: ModelMixin) -> dict[str, torch.Tensor]:
-        """Every tensor the graft adds or changes, by its name in the model: parameters and buffers, not copied."""
+        """Return every tensor that the graft adds or changes, by its name in the model: parameters and buffers, not
+        copied.
+        """
+        load_from_disk(model)
         trained = _tensors(model) if is_enabled(model) else self.body
         tensors = {name: trained[name] for name in self.body}
         for path in self.seats:
@@ -78,19 +81,22 @@ class Graft:
         return tensors
 
     def tensors_of(self, path: str) -> dict[str, torch.Tensor]:
-        """The tensors of one seat, by name inside it, that it does not share with the original."""
+        """Return the tensors of one seat, by name inside it, that it does not share with the original."""
         shared = {id(tensor) for tensor in _tensors(self.originals[path]).values()}
-        inner = tuple(f"{name}." for name in self._inside(path))
-        own = {name: tensor for name, tensor in _tensors(self.seats[path]).items() if id(tensor) not in shared}
-        return {name: tensor for name, tensor in own.items() if not name.startswith(inner)}
+        inner = tuple(f"{name}." for name in self._inner_paths(path))
+        tensors = {}
+        for name, tensor in _tensors(self.seats[path]).items():
+            if id(tensor) not in shared and not name.startswith(inner):
+                tensors[name] = tensor
+        return tensors
 
-    def _inside(self, path: str) -> list[str]:
-        """Seats inside a block's seat, by path in it."""
+    def _inner_paths(self, path: str) -> list[str]:
+        """Return the seats inside a block's seat, by path in it."""
         return [other.removeprefix(f"{path}.") for other in self.seats if other.startswith(f"{path}.")]
 
     def untie(self, path: str, children: set[str] | None = None) -> None:
-        """Give a seat its own copy of the children (all, unless named) it still shares with the original."""
-        untie(self.seats[path], self.originals[path], children, frozenset(self._inside(path)))
+        """Copy the children (all, unless named) that a seat shares with the original, so that they can be trained."""
+        untie(self.seats[path], self.originals[path], children, frozenset(self._inner_paths(path)))
 
     def __str__(self) -> str:
         return str(self.plan)
@@ -99,9 +105,21 @@ class Graft:
         return f"Graft({len(self.plan.edits)})\n{self}"
 
 
+def get_graft(model: ModelMixin) -> Graft | None:
+    """Return the graft installed in a model, enabled or not."""
+    return vars(model).get("_graft")
+
+
+def is_enabled(model: ModelMixin) -> bool:
+    """Whether a graft is installed and running."""
+    return bool(vars(model).get("_graft_enabled"))
+
+
 def base_tensors(model: ModelMixin) -> dict[str, torch.Tensor]:
-    """The tensors of the pretrained model, by name, whatever graft or LoRA sits in it now."""
-    tensors, graft = _tensors(model), get_graft(model)
+    """Return the tensors of the pretrained model, by name, whatever graft or LoRA is in it now."""
+    load_from_disk(model)
+    tensors = _tensors(model)
+    graft = get_graft(model)
     if graft is None or not is_enabled(model):
         return tensors
     seats = tuple(f"{path}." for path in graft.seats)
@@ -112,16 +130,21 @@ def base_tensors(model: ModelMixin) -> dict[str, torch.Tensor]:
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A module's tensors by the names they have without LoRA around them."""
-    named = module.state_dict(keep_vars=True).items()
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in named if ".lora_" not in name}
+    """Return a module's tensors by the names they have without LoRA around them."""
+    tensors = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if ".lora_" not in name:
+            tensors[name.replace(".base_layer.", ".")] = tensor
+    return tensors
 
 
 @torch.inference_mode(False)
 def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
-    """New parts beside the intact model, initialised from the parts they replace; the model is not touched.
+    """Build new parts beside the intact model, initialised from the parts they replace; the model is not touched.
 
     Args:
+        model: the pretrained model, with a graft or without.
+        plan: from `plan_graft`.
         seed: decides random starts; the part of site i draws from `seed + i`, and torch's own generators are left
             alone.
 
@@ -133,120 +156,110 @@ def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
     """
     if not isinstance(plan, GraftPlan):
         raise RuleError(f"A graft is built from a plan: dg.plan_graft(model, rules) makes one; got {plan!r}.")
-    sites, slot = find_sites(model, blocks=True), ContextSlot()
+    sites = find_sites(model, blocks=True)
     plan.check(model, sites)
+    load_from_disk(model)
+    slot = ContextSlot()
     originals = {path: _original(model, path) for edit in plan.edits for path in edit.site.paths}
     seats: dict[str, nn.Module] = {}
+    blocks: list[str] = []
     for number, edit in enumerate(plan.edits):
-        with torch.random.fork_rng(devices=[]), _device_of_starts(originals[edit.site.path]):
-            torch.default_generator.manual_seed(seed + number)  # alone: those of GPUs are not forked
+        parts = [originals[path] for path in edit.site.paths]
+        for part in parts:
+            refuse_hooked(part, edit.site)
+        with torch.random.fork_rng(devices=[]), _device_of_starts(parts[0]):
+            # torch.manual_seed would seed the generators of GPUs too, which are not forked.
+            torch.default_generator.manual_seed(seed + number)
+            operator = build_operator(edit.config, edit.site)
+            operator.bind_context(slot)
             if edit.site.kind in BLOCK_KINDS:
-                seats |= _block_seats(model, edit, originals, slot, sites)
+                built = _build_block_seats(model, edit, parts, sites, operator)
+                blocks.extend(edit.site.paths)
             else:
-                seats[edit.site.path] = _build_seat(model, edit, originals[edit.site.path], slot)
-    for edit in plan.edits:
-        for path in edit.site.paths if edit.site.kind in BLOCK_KINDS else ():
-            fill_block(seats, path)
+                built = [_build_seat(edit, parts[0], operator)]
+            _move_to(operator, model, parts[0])
+        for seat in built:
+            # Blocks side by side are copies that have modes of their own.
+            if edit.site.kind not in BLOCK_KINDS or not operator.runs_blocks:
+                seat.train(parts[0].training)
+        operator.train(parts[0].training)
+        seats.update(zip(edit.site.paths, built, strict=True))
+    for path in blocks:
+        fill_block(seats, path)
     return Graft(plan, seats, originals, slot, sites)
 
 
 def _device_of_starts(original: nn.Module) -> torch.device:
-    """The CPU, so that random starts are the same on every device; meta, which takes no memory, where the model is on
-    it.
-    """
-    return torch.device("meta" if any(parameter.is_meta for parameter in original.parameters()) else "cpu")
+    """Return the CPU, so that random starts are the same on every device, or meta where the model is on it."""
+    is_meta = any(parameter.is_meta for parameter in original.parameters())
+    return torch.device("meta" if is_meta else "cpu")
+
+
+def _move_to(operator: Operator, model: ModelMixin, original: nn.Module) -> None:
+    """Move an operator to the device of the part it replaces, in the dtype that this computes in."""
+    anchor = anchor_of(model, original)
+    if anchor is None:
+        operator.to(model.device, model.dtype)
+    else:
+        operator.to(anchor.device, anchor.dtype)
 
 
 def _original(model: ModelMixin, path: str) -> nn.Module:
-    """The pretrained part at a path, also while a graft sits there."""
-    present = get_graft(model)
+    """Return the pretrained part at a path, also while a graft is there."""
+    graft = get_graft(model)
+    if graft is None:
+        return model.get_submodule(path)
     names = path.split(".")
-    for end in range(1, len(names) + 1) if present else ():
-        if (outer := present.originals.get(".".join(names[:end]))) is not None:
+    for end in range(1, len(names) + 1):
+        outer = graft.originals.get(".".join(names[:end]))
+        if outer is not None:
             return outer.get_submodule(".".join(names[end:]))
     return model.get_submodule(path)
 
 
-def get_graft(model: ModelMixin) -> Graft | None:
-    """The graft installed in a model, enabled or not."""
-    return vars(model).get("_graft")
+def _build_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn.Module:
+    """Build the seat of an attention or a feed-forward."""
+    site = edit.site
+    is_warm = edit.config.init == "warm"
+    if site.kind == "feed_forward":
+        if is_warm:
+            operator.init_from(linear_pair(original, site.path))
+        return FeedForwardSeat(site, operator)
+    if not isinstance(operator, AttentionOperator):
+        return _build_mixer_seat(edit, original, operator)
+    _refuse_more_than_projections(original, edit)
+    _refuse_looking_ahead(original, edit, operator)
+    if is_warm:
+        operator.init_from(projections(original, site.path))
+    names = tuple(inspect.signature(original.forward).parameters)
+    return AttentionSeat(site, operator, names, original.processor)
 
 
-def is_enabled(model: ModelMixin) -> bool:
-    """Whether a graft is installed and running."""
-    return bool(vars(model).get("_graft_enabled"))
-
-
-def _build_seat(model: ModelMixin, edit: Edit, original: nn.Module, slot: ContextSlot) -> nn.Module:
-    _refuse_hooked(original, edit.site)
-    operator = build_operator(edit.config, edit.site)
-    operator.bind_context(slot)
-    if edit.site.kind == "feed_forward":
-        if edit.config.init == "warm":
-            operator.init_from(linear_pair(original, edit.site.path))
-        seat = FeedForwardSeat(edit.site, operator)
-    elif isinstance(operator, AttentionOperator):
-        _refuse_more_than_projections(original, edit)
-        _refuse_looking_ahead(original, edit, operator)
-        if edit.config.init == "warm":
-            operator.init_from(projections(original, edit.site.path))
-        seat = AttentionSeat(
-            edit.site, operator, tuple(inspect.signature(original.forward).parameters), original.processor
-        )
-    else:
-        seat = _attention_seat(edit, original, operator)
-    like = next((p for p in original.parameters() if p.dtype in COMPUTE_DTYPES), model)
-    operator.to(like.device, like.dtype)
-    return seat.train(original.training)
-
-
-def _block_seats(
-    model: ModelMixin, edit: Edit, originals: dict[str, nn.Module], slot: ContextSlot, sites: Sites
-) -> dict[str, nn.Module]:
-    """A seat for every block of a site, by path."""
-    blocks = [originals[path] for path in edit.site.paths]
-    for block in blocks:
-        _refuse_hooked(block, edit.site)
-    operator = build_operator(edit.config, edit.site)
-    operator.bind_context(slot)
-    like = next((p for p in blocks[0].parameters() if p.dtype in COMPUTE_DTYPES), model)
-    operator.to(like.device, like.dtype)
-    if operator.runs_blocks:
-        seats = side_by_side([shallow_copy(block) for block in blocks], operator)
-        operator.train(blocks[0].training)
-    else:
-        seats = [seat.train(blocks[0].training) for seat in removed(model, edit.site, blocks, sites, operator)]
-    return dict(zip(edit.site.paths, seats, strict=True))
-
-
-def _attention_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn.Module:
-    seat = shallow_copy(original)
+def _build_mixer_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn.Module:
+    """Build the seat of a mixer: the attention itself, with another processor."""
+    seat = copy_shallow(original)
     seat.processor = graft_processor(original.processor)
     seat.graft_site = edit.site
     if edit.config.init == "warm":
         operator.init_from(original)
     else:
         for name, child in original._modules.items():
-            seat._modules[name] = _restarted(child)
+            seat._modules[name] = None if child is None else copy_restarted(child)
     seat.graft = operator
     return seat
 
 
-def _restarted(child: nn.Module | None) -> nn.Module | None:
-    """A copy with fresh random weights, drawn in float32 where operators are made: the same on every device."""
-    if child is None:
-        return None
-    fresh = own_copy(child)
-    for module in fresh.modules():
-        if hasattr(module, "reset_parameters"):
-            drawn = copy.deepcopy(module).to(torch.get_default_device(), torch.float32)
-            drawn.reset_parameters()
-            module.load_state_dict(drawn.state_dict())
-    return fresh
+def _build_block_seats(
+    model: ModelMixin, edit: Edit, blocks: list[nn.Module], sites: Sites, operator: Operator
+) -> list[nn.Module]:
+    """Build a seat for every block of a site."""
+    if operator.runs_blocks:
+        return build_parallel([copy_shallow(block) for block in blocks], operator)
+    return build_removed(model, edit.site, blocks, sites, operator)
 
 
 def _refuse_more_than_projections(original: nn.Module, edit: Edit) -> None:
-    """Steps of the attention's own call, around its projections, would be lost with them."""
+    """Refuse attentions whose call does more around its projections, which would be lost with them."""
     norms = any(getattr(original, name, None) is not None for name in ("group_norm", "spatial_norm"))
     if norms or getattr(original, "residual_connection", False) or getattr(original, "rescale_output_factor", 1) != 1:
         raise OperatorError(
@@ -256,16 +269,9 @@ def _refuse_more_than_projections(original: nn.Module, edit: Edit) -> None:
 
 
 def _refuse_looking_ahead(original: nn.Module, edit: Edit, operator: Operator) -> None:
+    """Refuse an operator that lets tokens read later ones where the original does not."""
     if is_causal(type(original.processor)) and not operator.stays_causal:
         raise OperatorError(
             f"{edit.config} looks ahead, and {edit.site.path} is causal. Leave it as it is, or choose an operator that does "
             "not, such as gated_deltanet(bidirectional=False)."
-        )
-
-
-def _refuse_hooked(original: nn.Module, site: Site) -> None:
-    """Offloading and casting hooks replace a module's forward, and a copy of it would run the original's."""
-    if is_hooked(original) or any(hasattr(module, "_hf_hook") for module in original.modules()):
-        raise OperatorError(
-            f"{site.path} carries offloading or casting hooks. Graft first, then enable offloading or layerwise casting."
         )

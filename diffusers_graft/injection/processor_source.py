@@ -1,5 +1,4 @@
-"""The source of attention processors, rewritten so that their core calls the graft instead; everything else stays
-theirs.
+"""The source of attention processors, rewritten so that their core calls the graft; everything else stays theirs.
 
 The core is a call of softmax attention. Where there is none, as in the linear attention of Sana, it is what stands
 between the projections to queries, keys and values and the output projection.
@@ -16,8 +15,10 @@ from collections.abc import Callable, Iterator
 from ..errors import OperatorError
 from ..inspection.source import tree_of
 
-# local name of the length of the image's stream, read before a processor joins it with the prompt's
+# Local names: the image's hidden states, before a processor joins them with the prompt's, and queries with keys before
+# rotary embeddings.
 STREAM = "graft_stream"
+UNROTATED = "graft_unrotated"
 
 # Layouts of the softmax calls: heads before tokens [B, H, N, E], after [B, N, H, E], or folded into the batch.
 _SOFTMAX_CALLS = {
@@ -27,14 +28,18 @@ _SOFTMAX_CALLS = {
 }
 
 # Layers of an attention between its input and its core.
-_ENTERING = {"to_q", "to_k", "to_v", "norm_q", "norm_k"}
+_PROJECTIONS = ("to_q", "to_k", "to_v")
+_ENTERING = {*_PROJECTIONS, "norm_q", "norm_k"}
 
 
-def rewritten_call(original: type) -> tuple[types.FunctionType, int] | None:
-    """`original.__call__` with its core rewritten, and how many calls that has; None where there is no source to
-    rewrite.
+def rewrite_call(original: type) -> tuple[types.FunctionType, int] | None:
+    """Rewrite the core of `original.__call__`.
 
-    Raises `OperatorError` where no core is found.
+    Returns:
+        The function and how many cores it has, or None where there is no source to rewrite.
+
+    Raises:
+        OperatorError: no core is found.
     """
     function = inspect.unwrap(original.__call__)
     tree = copy.deepcopy(tree_of(function))
@@ -50,24 +55,25 @@ def rewritten_call(original: type) -> tuple[types.FunctionType, int] | None:
             "one place, so there is no core to replace. Operators that replace the whole attention, such as mamba2, may go "
             "there."
         )
+    if len(rewriter.inputs) == 1:
+        _remember_unrotated(tree, names, *rewriter.inputs)
     tree.decorator_list = []
-    tree.body.insert(0, ast.parse(f"{STREAM} = {image_stream(names)}.shape[-2]").body[0])
-    return _compiled(tree, function), cores
+    tree.body[:0] = ast.parse(f"{STREAM} = {image_stream(names)}\n{UNROTATED} = None").body
+    return _compile(tree, function), cores
 
 
 def image_stream(names: list[str]) -> str:
-    """The argument that holds the image's tokens, of a processor with these arguments."""
+    """Return the argument that holds the image's tokens, of a processor with these arguments."""
     return "gen_seq" if "gen_seq" in names else names[2]
 
 
-def _compiled(tree: ast.FunctionDef, function: Callable) -> types.FunctionType:
-    module = ast.Module(
-        [ast.increment_lineno(ast.fix_missing_locations(tree), function.__code__.co_firstlineno - 1)], []
-    )
-    module = compile(module, inspect.getsourcefile(function), "exec", dont_inherit=True)
-    code = next(
-        item for item in module.co_consts if isinstance(item, types.CodeType) and item.co_name == function.__name__
-    )
+def _compile(tree: ast.FunctionDef, function: Callable) -> types.FunctionType:
+    # Lines keep their numbers, so that tracebacks show the source of diffusers.
+    ast.fix_missing_locations(tree)
+    ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)
+    module = compile(ast.Module([tree], []), inspect.getsourcefile(function), "exec", dont_inherit=True)
+    codes = (constant for constant in module.co_consts if isinstance(constant, types.CodeType))
+    code = next(code for code in codes if code.co_name == function.__name__)
     call = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
     call.__kwdefaults__ = function.__kwdefaults__
     call.__signature__ = inspect.signature(function)  # diffusers drops arguments that the signature does not name
@@ -75,75 +81,121 @@ def _compiled(tree: ast.FunctionDef, function: Callable) -> types.FunctionType:
 
 
 class _SoftmaxCalls(ast.NodeTransformer):
-    """Turns `F.scaled_dot_product_attention(...)` into `self._mix(attn, graft_stream, ...)`."""
+    """Turns `F.scaled_dot_product_attention(...)` into `self._mix(attn, graft_stream, graft_unrotated, ...)`.
+
+    Attributes:
+        found: how many calls were turned.
+        inputs: names of queries and keys in them, where those are plain names.
+    """
 
     def __init__(self, processor: str, attention: str):
-        self.processor, self.attention, self.found, self.scores = processor, attention, 0, set()
+        self.processor = processor
+        self.attention = attention
+        self.found = 0
+        self.inputs: set[tuple[str, str]] = set()
+        # Variables that hold attention scores.
+        self.scores: set[str] = set()
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         if isinstance(node.value, ast.Call) and self._called(node.value) == "get_attention_scores":
-            self.scores |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            self.scores.update(target.id for target in node.targets if isinstance(target, ast.Name))
         return self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        called, first = self._called(node), node.args[0] if node.args else None
+        called = self._called(node)
+        first = node.args[0] if node.args else None
         if called == "get_attention_scores" and self.scores:
-            return self._ours("_scores", [], node)
+            return self._replace("_scores", [], node)
         if called == "bmm" and isinstance(first, ast.Name) and first.id in self.scores:
             called = "mix_scores"
         if called not in _SOFTMAX_CALLS:
             return node
         self.found += 1
-        return self._ours(_SOFTMAX_CALLS[called], [self.attention, STREAM], node)
+        given = {word.arg: word.value for word in node.keywords}
+        query, key = (node.args + [given.get("query"), given.get("key")])[:2]
+        if isinstance(query, ast.Name) and isinstance(key, ast.Name):
+            self.inputs.add((query.id, key.id))
+        return self._replace(_SOFTMAX_CALLS[called], [self.attention, STREAM, UNROTATED], node)
 
     @staticmethod
     def _called(node: ast.Call) -> str | None:
-        return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+        if isinstance(node.func, ast.Attribute):
+            return node.func.attr
+        return getattr(node.func, "id", None)
 
-    def _ours(self, method: str, names: list[str], node: ast.Call) -> ast.AST:
+    def _replace(self, method: str, names: list[str], node: ast.Call) -> ast.AST:
         function = ast.Attribute(ast.Name(self.processor, ast.Load()), method, ast.Load())
         arguments = [ast.Name(name, ast.Load()) for name in names]
         return ast.copy_location(ast.Call(function, [*arguments, *node.args], node.keywords), node)
 
 
+def _remember_unrotated(tree: ast.FunctionDef, names: list[str], inputs: tuple[str, str]) -> None:
+    """Store queries and keys before the first statement that turns them by rotary embeddings.
+
+    Only where queries and keys are already those of the softmax, on one level of the function and assigned before.
+    """
+    rotary = {name for name in names if "rotary" in name or name in ("freqs_cis", "rope")}
+    assigned: set[str] = set()
+    for number, statement in enumerate(tree.body):
+        read = _names(statement, ast.Load)
+        written = _names(statement, ast.Store)
+        if read & rotary and written.intersection(inputs):
+            if assigned.issuperset(inputs):
+                store = ast.parse(f"{UNROTATED} = ({', '.join(inputs)})").body[0]
+                tree.body.insert(number, ast.copy_location(store, statement))
+            return
+        assigned |= written
+
+
+def _names(statement: ast.AST, kind: type[ast.expr_context]) -> set[str]:
+    """Return the variables that a statement reads, or writes."""
+    nodes = (node for node in ast.walk(statement) if isinstance(node, ast.Name))
+    return {node.id for node in nodes if isinstance(node.ctx, kind)}
+
+
 def _cut_core(tree: ast.FunctionDef, names: list[str]) -> bool:
-    """Put `out = self._mix_projected(attn, graft_stream, query, key, value, rotary)` between projections and
-    `attn.to_out`.
+    """Replace what stands between the projections and `attn.to_out` by one call of `self._mix_projected`.
 
     Nothing is touched unless projections and norms, each called once, stand together, no other layer is called before
     `to_out`, and the core reads no argument, such as a mask, that ours would not be given.
     """
     processor, attention = names[:2]
-    called = [dict(_layers(statement, attention)) for statement in tree.body]
-    leaving = next((number for number, layers in enumerate(called) if "to_out" in layers), 0)
-    entering = [number for number, layers in enumerate(called[:leaving]) if layers]
-    together = bool(entering) and entering == list(range(entering[0], entering[-1] + 1))
-    parts = [_assigned(tree.body[:leaving], called, name) for name in ("to_q", "to_k", "to_v")]
-    rotary, strange = [name for name in names if "rotary" in name], set().union(*called[:leaving]) - _ENTERING
-    if not together or strange or None in parts or len(rotary) > 1:
+    layers = [dict(_layer_calls(statement, attention)) for statement in tree.body]
+    end = next((number for number, called in enumerate(layers) if "to_out" in called), 0)
+    entering = [number for number, called in enumerate(layers[:end]) if called]
+    if not entering or entering != list(range(entering[0], entering[-1] + 1)):
         return False
-    core = ast.Module(tree.body[entering[-1] + 1 : leaving], [])
-    read = {node.id for node in ast.walk(core) if isinstance(node, ast.Name)}
-    if read.intersection(names[3:]) - {*rotary}:
+    if set().union(*layers[:end]) - _ENTERING:
         return False
-    out = ast.unparse(called[leaving]["to_out"].args[0])
-    ours = ast.parse(f"{out} = {processor}._mix_projected({', '.join([attention, STREAM, *parts, *rotary])})").body
-    tree.body[entering[-1] + 1 : leaving] = [ast.copy_location(ours[0], tree.body[leaving])]
+    inputs = [_assigned_name(tree.body[:end], layers, name) for name in _PROJECTIONS]
+    rotary = [name for name in names if "rotary" in name]
+    if None in inputs or len(rotary) > 1:
+        return False
+    first = entering[-1] + 1
+    read = set().union(*(_names(statement, ast.Load) for statement in tree.body[first:end]))
+    if read.intersection(names[3:]).difference(rotary):
+        return False
+    output = ast.unparse(layers[end]["to_out"].args[0])
+    arguments = ", ".join([attention, STREAM, UNROTATED, *inputs, *rotary])
+    core = ast.parse(f"{output} = {processor}._mix_projected({arguments})").body[0]
+    tree.body[first:end] = [ast.copy_location(core, tree.body[end])]
     return True
 
 
-def _layers(statement: ast.stmt, attention: str) -> Iterator[tuple[str, ast.Call]]:
-    """Calls `attn.name(...)` and `attn.name[0](...)` inside a statement, by name."""
+def _layer_calls(statement: ast.stmt, attention: str) -> Iterator[tuple[str, ast.Call]]:
+    """Yield the calls `attn.name(...)` and `attn.name[0](...)` inside a statement, by name."""
     for node in ast.walk(statement):
-        if isinstance(node, ast.Call):
-            layer = node.func.value if isinstance(node.func, ast.Subscript) else node.func
-            if isinstance(layer, ast.Attribute) and ast.unparse(layer.value) == attention:
-                yield layer.attr, node
+        if not isinstance(node, ast.Call):
+            continue
+        layer = node.func.value if isinstance(node.func, ast.Subscript) else node.func
+        if isinstance(layer, ast.Attribute) and ast.unparse(layer.value) == attention:
+            yield layer.attr, node
 
 
-def _assigned(body: list[ast.stmt], called: list[dict[str, ast.Call]], name: str) -> str | None:
-    """The variable that one call of a projection is assigned to; None unless there is one such."""
-    found = [statement for statement, layers in zip(body, called, strict=False) if name in layers]
-    plain = len(found) == 1 and isinstance(found[0], ast.Assign) and isinstance(found[0].targets[0], ast.Name)
-    return found[0].targets[0].id if plain else None
+def _assigned_name(body: list[ast.stmt], layers: list[dict[str, ast.Call]], name: str) -> str | None:
+    """Return the variable that one call of a projection is assigned to; None unless there is one such."""
+    found = [statement for statement, called in zip(body, layers, strict=False) if name in called]
+    if len(found) != 1 or not isinstance(found[0], ast.Assign) or not isinstance(found[0].targets[0], ast.Name):
+        return None
+    return found[0].targets[0].id

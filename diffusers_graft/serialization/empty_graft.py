@@ -11,7 +11,8 @@ from diffusers import ModelMixin
 
 from ..core.sites import Site
 from ..errors import FileError, StateError
-from ..injection.graft import COMPUTE_DTYPES, Graft, build_graft
+from ..injection.graft import Graft, build_graft
+from ..injection.waiting_parts import COMPUTE_DTYPES
 from ..operators import Mixer, Operator, OperatorConfig
 from ..planning.plan import GraftPlan, build_operator
 from .limits import Budget, building_within, check_work

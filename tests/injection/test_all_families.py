@@ -8,7 +8,7 @@ import torch
 
 import diffusers_graft as dg
 from diffusers_graft.errors import GraftError, OperatorError
-from diffusers_graft.injection.attention_processor import _rotated
+from diffusers_graft.injection.attention_processor import _rotate
 from diffusers_graft.inspection import family_of
 
 from ..inspection.models import exported, first, inputs_of, predict, tiny
@@ -128,7 +128,7 @@ def test_rotary_embeddings_are_turned_as_the_linear_attention_turns_them():
     tokens = torch.randn(2, 7, 3, 8)
     cosines, sines = get_1d_rotary_pos_embed(8, 7, use_real=True, repeat_interleave_real=True)
     expected = apply_rotary_emb(tokens.transpose(1, 2), (cosines, sines)).transpose(1, 2)
-    torch.testing.assert_close(_rotated(tokens, cosines[None, :, None], sines[None, :, None]), expected)
+    torch.testing.assert_close(_rotate(tokens, cosines[None, :, None], sines[None, :, None]), expected)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -214,7 +214,7 @@ def test_whole_attentions_drop_no_bias_of_pairs():
         pytest.skip(f"this diffusers has no {name}")
     model = model_of(name)
     model.set_graft({"self_attention[0]": "mamba2"})
-    with pytest.raises(OperatorError, match="told of pairs of tokens .pairs., which mamba2 would not hear of"):
+    with pytest.raises(OperatorError, match="takes a bias of pairs of tokens .pairs., which mamba2 would drop"):
         predict(model, name)
 
 

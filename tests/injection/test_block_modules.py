@@ -80,7 +80,7 @@ def test_blocks_that_are_told_different_things_are_noticed_in_the_first_forward(
     one, other = model.transformer_blocks
     told = {"timestep": torch.tensor([3, 4]), "class_labels": torch.tensor([1, 2])}
     hidden = one(torch.randn(2, 16, 16), **told)
-    with pytest.raises(OperatorError, match="told its own timestep"):
+    with pytest.raises(OperatorError, match="takes its own timestep"):
         other(hidden, **{**told, "timestep": torch.tensor([3, 5])})
 
 

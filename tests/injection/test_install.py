@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor
 
 import diffusers_graft as dg
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError, StateError
-from diffusers_graft.injection.attention_processor import _intercepted_call, grafted_class, is_grafted
+from diffusers_graft.injection.attention_processor import _intercept_call, grafted_class, is_grafted
 from diffusers_graft.inspection import example_inputs
 from tests.tiny_models import inputs_of, tiny
 
@@ -230,7 +230,7 @@ def test_without_source_the_softmax_is_caught_on_its_way(monkeypatch):
     before = predict(model)
     original = type(model.transformer_blocks[0].attn1.processor)
     cls = grafted_class(original)
-    monkeypatch.setattr(cls, "__call__", _intercepted_call(original))
+    monkeypatch.setattr(cls, "__call__", _intercept_call(original))
     model.set_graft({"self_attention[:]": "self_attention", "cross_attention[:]": "self_attention"})
     assert torch.equal(predict(model), before)
     model.unset_graft()
@@ -241,7 +241,7 @@ def test_without_source_the_softmax_is_caught_on_its_way(monkeypatch):
 def test_without_source_a_softmax_that_is_not_caught_is_no_graft(monkeypatch):
     model = tiny_dit()
     model.transformer_blocks[0].attn1.set_processor(AttnProcessor())  # multiplies scores itself
-    monkeypatch.setattr(grafted_class(AttnProcessor), "__call__", _intercepted_call(AttnProcessor))
+    monkeypatch.setattr(grafted_class(AttnProcessor), "__call__", _intercept_call(AttnProcessor))
     model.set_graft({"self_attention[0]": "neighborhood"})
     with pytest.raises(OperatorError, match="never called scaled_dot_product_attention"):
         predict(model)

@@ -337,7 +337,7 @@ def test_keys_of_a_cache_are_refused():
     attention = model.blocks[0].attn1
     query, key = torch.randn(1, 4, 2, 12), torch.randn(1, 6, 2, 12)
     with pytest.raises(OperatorError, match="Run the model without its cache"):
-        attention.processor._mix_tokens_first(attention, 4, query, key, key)
+        attention.processor._mix_tokens_first(attention, torch.zeros(1, 4, 24), None, query, key, key)
 
 
 class Linear:

@@ -1,0 +1,156 @@
+"""LoRA verbs of diffusers, made to reach parts that wait off the module tree.
+
+Loading, weighting, disabling, fusing or unloading LoRA walks the modules of a model. A part that waits would miss it
+and come back with LoRA as it was before. So a verb runs twice on a grafted model: on its tree, and on a view that
+holds nothing but the parts that wait, at their own paths.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.peft import PeftAdapterMixin
+from torch import nn
+
+from .graft import get_graft, is_enabled
+from .hooks import lift_offloading, restore_offloading
+from .module_copy import copy_shallow
+from .waiting_parts import base_layer
+
+# Verbs that change the LoRA layers that are there.
+_CHANGING = (
+    "set_adapter",
+    "set_adapters",
+    "enable_adapters",
+    "disable_adapters",
+    "enable_lora",
+    "disable_lora",
+    "delete_adapters",
+    "fuse_lora",
+    "unfuse_lora",
+    "unload_lora",
+)
+# Verbs that add layers, which peft refuses, in these words, where it finds none to add to.
+_ADDING = ("load_lora_adapter", "add_adapter")
+_NO_TARGET = "arget modules"
+
+
+def attach_lora_verbs() -> None:
+    """Make the verbs reach parts that wait. Called once, by `import diffusers_graft`."""
+    for name in (*_CHANGING, *_ADDING):
+        setattr(PeftAdapterMixin, name, _reach_waiting(getattr(PeftAdapterMixin, name)))
+    LoraBaseMixin.unfuse_lora = _unfuse_waiting(LoraBaseMixin.unfuse_lora)
+
+
+def _reach_waiting(verb: Callable[..., Any]) -> Callable[..., Any]:
+    adds = verb.__name__ in _ADDING
+
+    @functools.wraps(verb)
+    def reach(self: ModelMixin, *args: Any, **kwargs: Any) -> Any:
+        waiting = _waiting_parts(self)
+        if not waiting:
+            return verb(self, *args, **kwargs)
+        view = _view_of(self, waiting)
+        result = None
+        missed = None
+        try:
+            result = verb(self, *args, **kwargs)
+        except ValueError as error:
+            if not adds or _NO_TARGET not in str(error):
+                raise
+            # Every layer that this LoRA is for may wait.
+            missed = error
+        reached = _reach_view(verb, self, view, tuple(f"{path}." for path in waiting), args, kwargs)
+        if missed is not None and not reached:
+            raise missed
+        return result
+
+    return reach
+
+
+def _reach_view(
+    verb: Callable[..., Any], model: ModelMixin, view: ModelMixin, paths: tuple[str, ...], args: tuple, kwargs: dict
+) -> bool:
+    """Run a verb on the parts that wait; returns whether it found anything there."""
+    if verb.__name__ not in _ADDING:
+        if not any(map(_is_adapted, view.modules())):
+            return False
+    elif args and isinstance(args[0], dict):
+        # A state dict names its layers; others would be reported as unexpected.
+        prefix = kwargs.get("prefix", "transformer")
+        tensors = {key: value for key, value in args[0].items() if key.removeprefix(f"{prefix}.").startswith(paths)}
+        if not tensors:
+            return False
+        args = (tensors, *args[1:])
+    # Hooks hold tensors of the tree, and verbs would register them anew for the view.
+    config = lift_offloading(model)
+    try:
+        # Without a trace in torch's generator: what the tree draws next must not depend on parts that wait.
+        with torch.random.fork_rng(devices=[]):
+            verb(view, *args, **{**kwargs, "_pipeline": None} if "_pipeline" in kwargs else kwargs)
+    except ValueError as error:
+        if _NO_TARGET not in str(error):
+            raise
+        return False
+    finally:
+        restore_offloading(model, config)
+    if verb.__name__ in _ADDING:
+        # Where the tree had no target, the model does not know of the adapter yet.
+        vars(model)["peft_config"] = {**vars(view)["peft_config"], **vars(model).get("peft_config", {})}
+        vars(model)["_hf_peft_config_loaded"] = True
+    return True
+
+
+def _unfuse_waiting(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the verb of pipelines that walks the modules of models itself."""
+
+    @functools.wraps(verb)
+    def unfuse_lora(self: LoraBaseMixin, components: Sequence[str] | None = None, **kwargs: Any) -> None:
+        verb(self, components, **kwargs)
+        for name in components or self._lora_loadable_modules:
+            model = getattr(self, name, None)
+            if isinstance(model, PeftAdapterMixin) and _waiting_parts(model):
+                model.unfuse_lora()
+
+    return unfuse_lora
+
+
+def _waiting_parts(model: ModelMixin) -> dict[str, nn.Module]:
+    """Return the parts of the installed graft, or of the original, that are not in the tree: the outermost, by path."""
+    graft = get_graft(model)
+    if graft is None or graft.is_standalone:
+        return {}
+    parts = graft.originals if is_enabled(model) else graft.seats
+    return {path: part for path, part in parts.items() if not any(path.startswith(f"{outer}.") for outer in parts)}
+
+
+def _view_of(model: ModelMixin, waiting: dict[str, nn.Module]) -> ModelMixin:
+    """Return a model of the same class that holds the waiting parts alone."""
+    in_tree = {id(base_layer(module)) for module in model.modules()}
+    view = copy_shallow(model)
+    view._modules = {}
+    for name in ("_graft", "_graft_enabled"):
+        vars(view).pop(name, None)
+    if "peft_config" in vars(model):
+        # A verb that adds an adapter to the model would put its name here too, and find it in use.
+        vars(view)["peft_config"] = dict(model.peft_config)
+    for path, part in waiting.items():
+        for name, layer in list(part.named_modules()):
+            # Layers that the tree has as well were reached there, and come back with LoRA as it is then.
+            if name and _is_adapted(layer) and id(base_layer(layer)) in in_tree:
+                part.set_submodule(name, base_layer(layer))
+        *between, last = path.split(".")
+        holder = view
+        for name in between:
+            holder = holder._modules.setdefault(name, nn.Module())
+        holder._modules[last] = part
+    return view
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return base_layer(module) is not module
