@@ -109,7 +109,7 @@ def test_a_plan_of_blocks_comes_back_from_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("rules", "error", "words"),
     [
-        ("block_pair[0]=parallel; block[1]=remove", RuleError, "Two edits take transformer_blocks.1"),
+        ("block_pair[0]=parallel; block[1]=remove", RuleError, "Two edits replace transformer_blocks.1"),
         ("self_attention[1]=hyena_x; block[1]=remove", RuleError, "lies inside"),
         ("block_run[0,2]=parallel", RuleError, "is no run"),
         ("block_run[0:3]=parallel(group=2)", RuleError, "do not divide"),
