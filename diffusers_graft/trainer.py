@@ -95,16 +95,17 @@ class GraftTrainer:
         self.graft: Graft = build_graft(model, self.plan, seed=args.seed)
         self.scores: dict[str, Scores] = {}
 
-    def train(self, resume_from_checkpoint: bool = False) -> None:
+    def train(self, resume_from_checkpoint: bool | str | Path = False) -> None:
         """Stage one, then stage two.
 
         Args:
-            resume_from_checkpoint: go on where an earlier call was stopped, whichever stage that was in.
+            resume_from_checkpoint: True goes on where an earlier call in this `output_dir` was stopped, whichever
+                stage that was in; a path goes on from that checkpoint, or from the newest of another `output_dir`.
         """
         self.distill(resume_from_checkpoint=resume_from_checkpoint)
         self.finetune(resume_from_checkpoint=resume_from_checkpoint)
 
-    def distill(self, resume_from_checkpoint: bool = False) -> dict[str, SiteReport]:
+    def distill(self, resume_from_checkpoint: bool | str | Path = False) -> dict[str, SiteReport]:
         """Stage one; leaves the graft installed and saved."""
         reports = {}
         if resume_from_checkpoint and is_enabled(self.model):
@@ -125,7 +126,7 @@ class GraftTrainer:
             self.save_model()
         return reports
 
-    def finetune(self, resume_from_checkpoint: bool = False) -> list[float]:
+    def finetune(self, resume_from_checkpoint: bool | str | Path = False) -> list[float]:
         """Stage two, on the model as stage one left it; saved again."""
         self._run_graft()
         losses = []
@@ -176,7 +177,7 @@ class GraftTrainer:
         else:
             install(self.model, self.graft)
 
-    def _resumable(self, resume: bool) -> dict[str, Any]:
+    def _resumable(self, resume: bool | str | Path) -> dict[str, Any]:
         return {"output_dir": self.args.output_dir, "resume": resume, "callbacks": self.callbacks}
 
     def _batches(self) -> Iterable[Batch]:

@@ -127,7 +127,7 @@ def find_checkpoints(resume: bool | str | Path, output_dir: str | Path | None, s
     path = Path(resume)
     match = _NAME.fullmatch(path.name)
     if match is not None and path.is_dir():
-        return [path] if match[1] == stage else _newest_first(path.parent, stage)
+        return [path] if match[1] == stage else _find_beside(path, stage)
     for folder in (path / CHECKPOINTS, path):
         if any(_list_checkpoints(folder, name) for name in ("one", "two")):
             return _newest_first(folder, stage)
@@ -135,6 +135,18 @@ def find_checkpoints(resume: bool | str | Path, output_dir: str | Path | None, s
         f"There is no checkpoint at {path}. Give the folder of one, such as {CHECKPOINTS}/stage-{stage}-00000500, the "
         "output_dir of the run, or True for the newest one of this output_dir."
     )
+
+
+def _find_beside(path: Path, stage: str) -> list[Path]:
+    """Return the checkpoints of a stage beside one of the other stage."""
+    found = _newest_first(path.parent, stage)
+    # Stage two goes on from what stage one made, and its checkpoint alone does not say what that was.
+    if stage == "one" and not found:
+        raise FileError(
+            f"{path} is a checkpoint of stage two, and none of stage one lies beside it. Give the trainer distill=None "
+            "and the graft that stage one made, or the path of a run with both."
+        )
+    return found
 
 
 def set_run_aside(output_dir: Path, stages: Iterable[str]) -> Path | None:

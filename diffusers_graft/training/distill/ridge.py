@@ -1,11 +1,10 @@
-"""A start without gradients: the output layer of every new part, solved by ridge regression on what the old part
-gives.
+"""Closed-form start: the output layer of every new part, solved by ridge regression on the original part's output.
 
-Hooks on the untouched model hand each new part the arguments the old one received, as in stage one. What enters its
-output layer (features X) and what its answer misses (R) go into the normal equations of min |X S - R|^2 + ridge |S|^2,
-whose solution S is added to the layer's weights: the solution stays near them where data says nothing. Only X^T X and
-X^T R are
-kept, in float64, so memory does not grow with samples: 8 (F + 1)^2 bytes a site for a layer of F inputs.
+Hooks on the original model give each new part the inputs that the old one received, as in stage one. The input of its
+output layer (features X) and the error of its output (residual R) go into the normal equations of
+min |X S - R|^2 + ridge |S|^2, whose solution S is added to the layer's weights: it stays near zero where the data
+determine nothing. Only X^T X and X^T R are stored, in float64, so memory does not grow with samples: 8 (F + 1)^2 bytes
+a site for a layer of F inputs.
 """
 
 from __future__ import annotations
@@ -29,14 +28,16 @@ from ...planning.plan import Edit
 from ..batches import Batch, BatchStream
 from ..config import config_or_default
 from ..noised_batch import Noising
+from ..random_state import seeded
 from .config import ClosedFormConfig
 
-Run = Callable[[str], None]
+# Runs the model on the next batches; the text names the progress bar.
+ModelRunner = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolvedSite:
-    """What the solution left of a site's error, on the very batches that were solved for.
+    """Error of a site before and after the solution, on the batches that were solved for.
 
     Attributes:
         tokens: rows of the regression.
@@ -52,99 +53,117 @@ class SolvedSite:
     relative_error: float
 
     def to_dict(self) -> dict[str, int | float | str]:
+        """Return the report, JSON-able."""
         return {**asdict(self), "site": self.site.address}
 
 
 class _Regression:
-    """The normal equations of one output layer."""
+    """Normal equations of one output layer, in float64.
+
+    Attributes:
+        gram, cross: X^T X [F, F] and X^T R [F, D], of features with a column of ones where the layer has a bias.
+        residual, target: sums of squares of the error and of the original's output.
+        tokens: rows of X.
+    """
 
     def __init__(self, site: Site, seat: nn.Module, layer: nn.Linear):
-        self.site, self.seat, self.layer, self.heard = site, seat, layer, None
+        self.site = site
+        self.seat = seat
+        self.layer = layer
         features = layer.in_features + (layer.bias is not None)
-        precise = {"dtype": torch.float64, "device": layer.weight.device}
-        self.gram, self.cross = (
-            torch.zeros(features, features, **precise),
-            torch.zeros(features, layer.out_features, **precise),
-        )
-        self.missed, self.wanted, self.tokens = torch.zeros((), **precise), torch.zeros((), **precise), 0
+        zeros = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
+        self.gram = zeros.repeat(features, features)
+        self.cross = zeros.repeat(features, layer.out_features)
+        self.residual = zeros.clone()
+        self.target = zeros.clone()
+        self.tokens = 0
+        self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def hear(self, layer: nn.Linear, args: tuple, output: torch.Tensor) -> None:
+    def capture_layer(self, layer: nn.Linear, args: tuple, output: torch.Tensor) -> None:
         """Forward hook of the output layer."""
-        self.heard = args[0], output
+        self._captured = (args[0], output)
 
-    def hook(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        """Forward hook of the old part. Returns None, so the model runs on untouched."""
-        answer = self.seat(*args, **kwargs)
-        (features, given), self.heard = self.heard, None
-        self._check(answer, output, features, given)
-        self._add(features, (output.double() - answer.double()).reshape(given.shape), output.double())
+    def capture_original(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        """Forward hook of the old part. Returns None, so the model runs on unchanged."""
+        student = self.seat(*args, **kwargs)
+        features, layer_output = self._captured
+        self._captured = None
+        self._check(student, output, features, layer_output)
+        residual = (output.double() - student.double()).reshape(layer_output.shape)
+        self._add(features, residual, output.double())
 
-    def _check(self, answer: torch.Tensor, output: torch.Tensor, features: torch.Tensor, given: torch.Tensor) -> None:
-        one = isinstance(answer, torch.Tensor) and answer.numel() == given.numel()
-        if one and not all(tensor.isfinite().all() for tensor in (features, given, output)):
+    def _check(
+        self, student: torch.Tensor, output: torch.Tensor, features: torch.Tensor, layer_output: torch.Tensor
+    ) -> None:
+        is_same_size = isinstance(student, torch.Tensor) and student.numel() == layer_output.numel()
+        if is_same_size and not all(tensor.isfinite().all() for tensor in (features, layer_output, output)):
             raise TrainingError(
                 f"Closed form: values at {self.site.address} are not finite. Look at the batches for them."
             )
-        if not one or not torch.equal(answer.flatten(), given.flatten()):
+        if not is_same_size or not torch.equal(student.flatten(), layer_output.flatten()):
             raise OperatorError(
-                f"{self.site.address} does more to the output of its last linear layer than pass it on, so that cannot be "
-                "solved for. Leave this site out of the plan, or teach it by distill."
+                f"{self.site.address} does more to the output of its last linear layer than pass it on, so that cannot "
+                "be solved for. Leave this site out of the plan, or train it by distill."
             )
 
     def _add(self, features: torch.Tensor, residual: torch.Tensor, target: torch.Tensor) -> None:
-        rows, residual = features.double().flatten(0, -2), residual.flatten(0, -2)
+        rows = features.double().flatten(0, -2)
+        residual = residual.flatten(0, -2)
         if self.layer.bias is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         self.gram.addmm_(rows.T, rows)
         self.cross.addmm_(rows.T, residual)
-        self.missed += residual.square().sum()
-        self.wanted += target.square().sum()
+        self.residual += residual.square().sum()
+        self.target += target.square().sum()
         self.tokens += len(rows)
 
     def solve(self, ridge: float) -> SolvedSite:
-        """Find what is to be added to the layer's weights."""
-        pulled = self.gram.clone()
-        pulled.diagonal().add_((ridge * self.gram.trace() / len(self.gram)).clamp(min=1e-30))
-        factor, failed = torch.linalg.cholesky_ex(pulled)
+        """Find what is to be added to the layer's weights. Raises `TrainingError` for features that depend on others."""
+        regularized = self.gram.clone()
+        regularized.diagonal().add_((ridge * self.gram.trace() / len(self.gram)).clamp(min=1e-30))
+        factor, failed = torch.linalg.cholesky_ex(regularized)
         if failed:
             raise TrainingError(
-                f"Closed form: at {self.site.address} the features of {self.tokens} tokens are too much alike for a ridge of "
-                f"{ridge:g}. Take more batches, or a larger ridge such as 1e-4."
+                f"Closed form: at {self.site.address} the features of {self.tokens} tokens are too much alike for a ridge "
+                f"of {ridge:g}. Take more batches, or a larger ridge such as 1e-4."
             )
-        self.solution = solution = torch.cholesky_solve(self.cross, factor)
-        left = self.missed + (solution * (self.gram @ solution - 2 * self.cross)).sum()
-        return self._report(left.clamp(min=0))
-
-    def take(self) -> None:
-        """Add it."""
-        self.layer.weight += self.solution[: self.layer.in_features].T.to(self.layer.weight.dtype)
-        if self.layer.bias is not None:
-            self.layer.bias += self.solution[-1].to(self.layer.bias.dtype)
-
-    def _report(self, left: torch.Tensor) -> SolvedSite:
-        count, wanted = self.tokens * self.layer.out_features, self.wanted.clamp(min=1e-24)
+        self.solution = torch.cholesky_solve(self.cross, factor)
+        change = (self.solution * (self.gram @ self.solution - 2 * self.cross)).sum()
+        remaining = (self.residual + change).clamp(min=0)
+        count = self.tokens * self.layer.out_features
+        target = self.target.clamp(min=1e-24)
         return SolvedSite(
             site=self.site,
             tokens=self.tokens,
-            first_loss=(self.missed / count).item(),
-            last_loss=(left / count).item(),
-            first_error=(self.missed / wanted).sqrt().item(),
-            relative_error=(left / wanted).sqrt().item(),
+            first_loss=(self.residual / count).item(),
+            last_loss=(remaining / count).item(),
+            first_error=(self.residual / target).sqrt().item(),
+            relative_error=(remaining / target).sqrt().item(),
         )
+
+    def apply(self) -> None:
+        """Add the solution to the layer's weights."""
+        self.layer.weight += self.solution[: self.layer.in_features].T.to(self.layer.weight.dtype)
+        if self.layer.bias is not None:
+            self.layer.bias += self.solution[-1].to(self.layer.bias.dtype)
 
 
 class _Energy:
     """Mean square of every hidden neuron of one original."""
 
     def __init__(self, site: Site):
-        self.site, self.squares, self.tokens = site, 0.0, 0
+        self.site = site
+        self.squares: torch.Tensor | float = 0.0
+        self.tokens = 0
 
-    def hook(self, layer: nn.Linear, args: tuple) -> None:
+    def capture_neurons(self, layer: nn.Linear, args: tuple) -> None:
         """Forward pre-hook of the original's output layer."""
         hidden = args[0].double().flatten(0, -2)
-        self.squares, self.tokens = self.squares + hidden.square().sum(0), self.tokens + len(hidden)
+        self.squares = self.squares + hidden.square().sum(0)
+        self.tokens += len(hidden)
 
     def mean(self) -> torch.Tensor:
+        """Return the mean square of each neuron. Raises `TrainingError` for values that are not finite."""
         if not torch.isfinite(self.squares).all():
             raise TrainingError(f"Closed form: neurons of {self.site.address} are not finite. Look at the batches.")
         return self.squares / self.tokens
@@ -188,29 +207,32 @@ def closed_form(
         )
     require_built_beside(model, graft)
     edits = [edit for edit in graft.plan.edits if paths is None or edit.site.path in paths]
-    if not (regressions := {edit.site.path: r for edit in edits if (r := _regression(graft, edit)) is not None}):
+    regressions = _make_regressions(graft, edits)
+    if not regressions:
         raise OperatorError(
             "No part of this graft ends in a linear layer, so there is nothing to solve for. Use dg.distill."
         )
-    run = _runner(model, batches, config, noise_scheduler)
-    with _untouched(model, graft, config.seed):
+    run = _make_runner(model, batches, config, noise_scheduler)
+    with _prepared(model, graft, config.seed):
         if config.energy and not any("stage" in row for row in graft.history):
             _start_from_energy(model, graft, edits, run)
         _collect(model, regressions, run)
-    reports = {r.site.address: r.solve(config.ridge) for r in regressions.values()}
-    for regression in regressions.values():  # only once all are solved
-        regression.take()
+    reports = {regression.site.address: regression.solve(config.ridge) for regression in regressions.values()}
+    # Only once all are solved, so that an error leaves every part as it was.
+    for regression in regressions.values():
+        regression.apply()
     graft.history.append(
         {"stage": "closed form", **asdict(config), "sites": [report.to_dict() for report in reports.values()]}
     )
     return reports
 
 
-def _runner(
+def _make_runner(
     model: ModelMixin, batches: Iterable[Batch], config: ClosedFormConfig, scheduler: SchedulerMixin | None
-) -> Run:
-    """A function that runs the model on the next batches, under a name for the bar."""
-    stream, generator = BatchStream(batches), torch.Generator().manual_seed(config.seed)
+) -> ModelRunner:
+    """Return a function that runs the model on the next batches."""
+    stream = BatchStream(batches)
+    generator = torch.Generator().manual_seed(config.seed)
     noising = Noising(scheduler=scheduler, timesteps=config.timesteps)
     noising.require_usable(model, stream.peek())
 
@@ -224,55 +246,65 @@ def _runner(
 
 
 def output_layer(seat: nn.Module) -> nn.Linear | None:
-    """The linear layer that a new part's output comes from, where it has one: a mixer's is the attention's."""
+    """Return the linear layer that a new part's output comes from, where it has one: a mixer's is the attention's."""
+    layer = None
     if isinstance(seat.graft, Mixer):
-        layer = (getattr(seat, "to_out", None) or [None])[0]
-    else:
-        layer = seat.graft.output_layer and seat.graft.get_submodule(seat.graft.output_layer)
+        if getattr(seat, "to_out", None):
+            layer = seat.to_out[0]
+    elif seat.graft.output_layer:
+        layer = seat.graft.get_submodule(seat.graft.output_layer)
     return layer if isinstance(layer, nn.Linear) else None
 
 
-def _regression(graft: Graft, edit: Edit) -> _Regression | None:
-    """Of a layer of its own: that of a mixer is shared with the original until now."""
-    seat = graft.seats[edit.site.path]
-    if isinstance(seat.graft, Mixer):
-        graft.untie(edit.site.path, {"to_out"})
-    layer = output_layer(seat)
-    return None if layer is None else _Regression(edit.site, seat, layer)
+def _make_regressions(graft: Graft, edits: list[Edit]) -> dict[str, _Regression]:
+    """Create the regression of every part with an output layer, by path."""
+    regressions = {}
+    for edit in edits:
+        seat = graft.seats[edit.site.path]
+        if isinstance(seat.graft, Mixer):
+            # The layer would change in the original too, which it is shared with.
+            graft.untie(edit.site.path, {"to_out"})
+        layer = output_layer(seat)
+        if layer is not None:
+            regressions[edit.site.path] = _Regression(edit.site, seat, layer)
+    return regressions
 
 
 @contextmanager
-def _untouched(model: ModelMixin, graft: Graft, seed: int) -> Iterator[None]:
-    """Everything in evaluation mode, the context of each forward read, and no trace of it afterwards."""
-    with ExitStack() as stack, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # alone: those of GPUs are not forked
+def _prepared(model: ModelMixin, graft: Graft, seed: int) -> Iterator[None]:
+    """Put everything in evaluation mode and read the context of each forward inside; undo it afterwards."""
+    with ExitStack() as stack:
+        stack.enter_context(seeded(seed, torch.device("cpu")))
         for module in (model, *graft.seats.values()):
             stack.enter_context(evaluating(module))
         stack.callback(model.register_forward_pre_hook(ContextReader(graft, model), with_kwargs=True).remove)
         yield
 
 
-def _collect(model: ModelMixin, regressions: dict[str, _Regression], run: Run) -> None:
+def _collect(model: ModelMixin, regressions: dict[str, _Regression], run: ModelRunner) -> None:
+    """Run the model, and add every call of a part to its regression."""
     with ExitStack() as hooks:
         for path, regression in regressions.items():
-            hooks.callback(regression.layer.register_forward_hook(regression.hear).remove)
+            hooks.callback(regression.layer.register_forward_hook(regression.capture_layer).remove)
             part = model.get_submodule(path)
-            hooks.callback(part.register_forward_hook(regression.hook, with_kwargs=True).remove)
+            hooks.callback(part.register_forward_hook(regression.capture_original, with_kwargs=True).remove)
         run("closed form")
 
 
-def _start_from_energy(model: ModelMixin, graft: Graft, edits: list[Edit], run: Run) -> None:
-    """Start anew, from the neurons that are active on data, the parts that ask for it."""
-    starting = [e for e in edits if graft.seats[e.site.path].graft.uses_energy and e.config.init == "warm"]
-    if not starting:
+def _start_from_energy(model: ModelMixin, graft: Graft, edits: list[Edit], run: ModelRunner) -> None:
+    """Start the parts that use energy anew, from the neurons that are active on data."""
+    meters = {}
+    for edit in edits:
+        if graft.seats[edit.site.path].graft.uses_energy and edit.config.init == "warm":
+            meters[edit.site.path] = _Energy(edit.site)
+    if not meters:
         return
-    meters = {edit.site.path: _Energy(edit.site) for edit in starting}
     with ExitStack() as hooks:
         for path, meter in meters.items():
             original = model.get_submodule(path)
             down = linear_pair(original).down
             last = next(layer for layer in original.modules() if getattr(layer, "weight", None) is down)
-            hooks.callback(last.register_forward_pre_hook(meter.hook).remove)
+            hooks.callback(last.register_forward_pre_hook(meter.capture_neurons).remove)
         run("energy of neurons")
     for path, meter in meters.items():
         pair = linear_pair(model.get_submodule(path))

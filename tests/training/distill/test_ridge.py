@@ -78,12 +78,12 @@ def test_the_solution_is_least_squares_on_all_rows(spec):
     operator = graft.seats[path].graft
     layer = operator.get_submodule(operator.output_layer)
     inputs, outputs = seen_by(model, path, batches())
-    heard = []
-    handle = layer.register_forward_hook(lambda module, args, output: heard.append(args[0]))
+    inputs_of_layer = []
+    handle = layer.register_forward_hook(lambda module, args, output: inputs_of_layer.append(args[0]))
     with torch.no_grad():
         answers = graft.seats[path](inputs.unflatten(0, (-1, 16))).flatten(0, 1)
     handle.remove()
-    rows = torch.cat([heard[0].flatten(0, 1), torch.ones(len(inputs), 1)], dim=1)
+    rows = torch.cat([inputs_of_layer[0].flatten(0, 1), torch.ones(len(inputs), 1)], dim=1)
     assert report.tokens == len(rows) == 4 * 8 * 16
     best = torch.linalg.lstsq(rows, outputs).solution
     torch.testing.assert_close(answers, rows @ best, rtol=1e-6, atol=1e-8)
@@ -107,7 +107,7 @@ def test_the_ridge_pulls_towards_the_present_weights(bias):
         missed = target - layer(rows)
         system._add(rows, missed, target)
         report = system.solve(ridge=0.1)
-        system.take()
+        system.apply()
         wide = torch.cat([rows, torch.ones(4, 1)], 1) if bias else rows
         pull = 0.1 * wide.square().sum() / wide.shape[1]
         stacked = torch.cat([wide, pull.sqrt() * torch.eye(wide.shape[1])])
@@ -130,7 +130,7 @@ def test_memory_does_not_grow_with_batches(monkeypatch):
 
     def measure(self, ridge):
         tensors = [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
-        kept.append((self.gram.shape, self.cross.shape, sum(t.numel() for t in tensors), self.heard))
+        kept.append((self.gram.shape, self.cross.shape, sum(t.numel() for t in tensors), self._captured))
         return solved(self, ridge)
 
     solved = _Regression.solve
