@@ -1,25 +1,34 @@
-"""The two stages strung together, with something on disk after each."""
+"""The two stages one after the other, in the shape of `transformers.Trainer`, with the graft on disk after each."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin, SchedulerMixin
+from torch.utils.data import default_collate
 
-from .errors import StateError, TrainingError
+from .data.encoding import is_picture
+from .errors import GraftError, StateError, TrainingError
 from .evaluation.evaluate import Scores, evaluate
 from .injection.graft import Graft, build_graft, get_graft, is_enabled
 from .injection.install import disable, enable, install
+from .inspection import example_inputs
+from .inspection.families import argument_names
 from .planning.plan import GraftPlan, plan_graft
 from .serialization.graft_folder import save_graft
 from .serialization.upload import push_graft
 from .training import distributed as processes
-from .training.batches import Batch, make_batches
-from .training.callbacks import RunState
+from .training.argument_names import require_known_settings
+from .training.batches import Batch, Collate, Sample, SequentialBatches, ShuffledBatches, is_map_style
+from .training.callbacks import CallbackArguments, Callbacks, RunState
+from .training.config import TrainingConfig
 from .training.distill.config import DistillConfig
 from .training.distill.distill import SiteReport, distill
 from .training.finetune.config import FinetuneConfig
@@ -28,47 +37,110 @@ from .training.fsdp import fsdp_plugin, shard
 from .training.metrics_log import copy_metrics
 from .training.session import has_checkpoint
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GraftTrainingArguments:
     """Settings of a `GraftTrainer`.
 
     Attributes:
-        output_dir: after each stage the graft is saved there, whole; what stood there before is replaced, never half.
-            Checkpoints, `training.jsonl` and the logs of trackers lie beside it.
+        output_dir: after each stage the graft is saved there, all files or none; checkpoints, `training.jsonl` and the
+            logs of trackers lie beside it.
         distill, finetune: settings of the stages; None leaves a stage out.
         per_device_train_batch_size: samples of a step on each process, where the dataset holds single samples.
+        per_device_eval_batch_size: the same of the evaluation; None is that of the training.
         eval_batches: batches of the evaluation.
         dataloader_num_workers: processes that read the dataset.
+        remove_unused_columns: drop columns that the model does not take, with a warning.
         seed: of random starts and of the order of the data.
+        save_steps, save_total_limit, logging_steps, eval_steps, gradient_accumulation_steps, report_to, disable_tqdm,
+            bf16, fp16: as in `transformers.TrainingArguments`, of both stages in place of their own; None leaves theirs.
+        push_to_hub, hub_model_id, hub_private_repo: push the graft after each stage, to this repository.
+
+    Raises `TrainingError` for counts below one, and for settings that belong elsewhere, with the place; and
+    `UnknownNameError` for others.
     """
 
     output_dir: str | Path
     distill: DistillConfig | None = field(default_factory=DistillConfig)
     finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
     per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int | None = None
     eval_batches: int = 16
     dataloader_num_workers: int = 0
+    remove_unused_columns: bool = True
     seed: int = 0
+    save_steps: int | None = None
+    save_total_limit: int | None = None
+    logging_steps: int | None = None
+    eval_steps: int | None = None
+    gradient_accumulation_steps: int | None = None
+    report_to: str | Iterable[str] | None = None
+    disable_tqdm: bool | None = None
+    bf16: bool | None = None
+    fp16: bool | None = None
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
+
+    def __new__(cls, *args: Any, **settings: Any):
+        require_known_settings(cls, settings)
+        return super().__new__(cls)
 
     def __post_init__(self):
-        if min(self.per_device_train_batch_size, self.eval_batches, self.dataloader_num_workers + 1) < 1:
+        sizes = [self.per_device_train_batch_size, self.eval_batches, self.dataloader_num_workers + 1]
+        if self.per_device_eval_batch_size is not None:
+            sizes.append(self.per_device_eval_batch_size)
+        if min(sizes) < 1:
             raise TrainingError(f"Batches have one sample or more, an evaluation one batch or more; got {self}.")
+        if self.push_to_hub and not self.hub_model_id:
+            raise TrainingError('push_to_hub=True needs a repository: give hub_model_id="user/name".')
+        overrides = self._stage_overrides()
+        for name in ("distill", "finetune"):
+            config = getattr(self, name)
+            if config is not None and overrides:
+                object.__setattr__(self, name, dataclasses.replace(config, **overrides))
+
+    def _stage_overrides(self) -> dict[str, Any]:
+        """Return settings of both stages, under the stages' names."""
+        overrides = {
+            "save_every": self.save_steps,
+            "keep": self.save_total_limit,
+            "log_every": self.logging_steps,
+            "evaluate_every": self.eval_steps,
+            "accumulate": self.gradient_accumulation_steps,
+        }
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        if self.bf16 and self.fp16:
+            raise TrainingError("Training is in bf16 or in fp16, not in both.")
+        if self.bf16 or self.fp16:
+            overrides["precision"] = "bf16" if self.bf16 else "fp16"
+        if self.disable_tqdm is not None:
+            overrides["progress"] = not self.disable_tqdm
+        if self.report_to is not None and self.report_to != "all":
+            names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+            overrides["trackers"] = tuple(name for name in names if name != "none")
+        return overrides
 
 
 class GraftTrainer:
-    """Graft a model and teach it, in the shape of `transformers.Trainer`.
+    """Trainer of a graft: both stages, evaluation, saving and sharing, in the shape of `transformers.Trainer`.
 
     Args:
-        model: a diffusers model, not grafted; moved to the device of its process, unless its weights are to be spread.
+        model: a diffusers model, not grafted; moved to the device of its process, unless its weights are to be
+            sharded.
         plan: a `GraftPlan`, or rules.
-        train_dataset, eval_dataset: map-style datasets of single samples (`{"sample": latents, **conditioning}`), or
-            lists and other iterables of batches of them. By the error on the evaluation data, stage one chooses
-            weights.
+        args: settings.
+        train_dataset, eval_dataset: single samples (`{"sample": latents, **conditioning}`) in a map-style dataset, a
+            list or any iterable, or batches of them in a list or any iterable. With evaluation data, the weights that
+            are best on them are the result of a stage.
         noise_scheduler: of the model's pipeline.
         null_prompt: conditioning of no prompt; prompts are dropped where it is given.
-        callbacks: objects with methods of `transformers.TrainerCallback`, see `diffusers_graft.training.session.Session`.
-        args: settings.
+        callbacks: of transformers, or objects with some of their methods; see
+            `diffusers_graft.training.callbacks.Callbacks`.
+        data_collator: makes a batch of a list of single samples; `dg.data.SampleEncoder(pipe)` encodes pictures and
+            captions.
     """
 
     def __init__(
@@ -82,83 +154,91 @@ class GraftTrainer:
         noise_scheduler: SchedulerMixin | None = None,
         null_prompt: Mapping[str, Any] | None = None,
         callbacks: Iterable[Any] = (),
+        data_collator: Collate | None = None,
     ):
-        self.model, self.args, self.callbacks = model, args, list(callbacks)
-        self.common = {"noise_scheduler": noise_scheduler, "null_prompt": null_prompt}
-        if isinstance(eval_dataset, Iterator):  # that is read once, and looked at in stage one and by `evaluate`
-            eval_dataset = list(itertools.islice(eval_dataset, args.eval_batches))
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        several = processes.process_state().num_processes > 1 or processes.process_state().device.type == "cuda"
-        if several and fsdp_plugin() is None:
-            model.to(processes.process_state().device)
+        self.model = model
+        self.args = args
+        self.callbacks = list(callbacks)
+        self.noise_scheduler = noise_scheduler
+        self.null_prompt = null_prompt
+        self.data_collator = data_collator
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.scores: dict[str, Scores] = {}
+        self._columns = ColumnFilter(model) if args.remove_unused_columns else None
+        if isinstance(eval_dataset, Iterator):
+            # It can be read once, and is needed in both stages and by `evaluate`.
+            self.eval_dataset = self._read_held_out()
+        state = processes.process_state()
+        if (state.num_processes > 1 or state.device.type == "cuda") and fsdp_plugin() is None:
+            model.to(state.device)
         self.plan = plan if isinstance(plan, GraftPlan) else plan_graft(model, plan)
         self.graft: Graft = build_graft(model, self.plan, seed=args.seed)
-        self.scores: dict[str, Scores] = {}
 
     def train(self, resume_from_checkpoint: bool | str | Path = False) -> None:
-        """Stage one, then stage two.
+        """Run stage one, then stage two.
 
         Args:
-            resume_from_checkpoint: True goes on where an earlier call in this `output_dir` was stopped, whichever
-                stage that was in; a path goes on from that checkpoint, or from the newest of another `output_dir`.
+            resume_from_checkpoint: True to go on where an earlier call was stopped, in whichever stage that was; or
+                the path of a checkpoint, or of the output folder of another run.
+
+        Raises `FileError` for a path where no checkpoint is, and `StateError` for a checkpoint of another run.
         """
         self.distill(resume_from_checkpoint=resume_from_checkpoint)
         self.finetune(resume_from_checkpoint=resume_from_checkpoint)
 
     def distill(self, resume_from_checkpoint: bool | str | Path = False) -> dict[str, SiteReport]:
-        """Stage one; leaves the graft installed and saved."""
+        """Run stage one; the graft is installed and saved afterwards. Returns the report of each site."""
         reports = {}
         if resume_from_checkpoint and is_enabled(self.model):
-            disable(self.model)  # a stage two that failed in this process
+            disable(self.model)  # after a stage two that failed in this process
         if self.args.distill is not None:
-            held_out = self._held_out() if self.eval_dataset is not None else None
             reports = distill(
                 self.model,
                 self.graft,
-                self._batches(),
+                self._make_batches(self.train_dataset, self.args.per_device_train_batch_size),
                 self.args.distill,
-                held_out=held_out,
-                **self._resumable(resume_from_checkpoint),
-                **self.common,
+                **self._common_arguments(resume_from_checkpoint),
             )
-        self._run_graft()
+        self._install_graft()
+        # The graft in the folder is that of stage two already, where stage two had begun.
         if not (resume_from_checkpoint and has_checkpoint(self.args.output_dir, "two")):
-            self.save_model()
+            self._save_and_push()
         return reports
 
     def finetune(self, resume_from_checkpoint: bool | str | Path = False) -> list[float]:
-        """Stage two, on the model as stage one left it; saved again."""
-        self._run_graft()
+        """Run stage two on the model as stage one left it, and save the graft. Returns the loss of each step."""
+        self._install_graft()
         losses = []
         if self.args.finetune is not None:
             losses = finetune(
                 self.model,
-                self._batches(),
+                self._make_batches(self.train_dataset, self.args.per_device_train_batch_size),
                 self.args.finetune,
-                held_out=self._held_out() if self.eval_dataset is not None else None,
-                **self._resumable(resume_from_checkpoint),
-                **self.common,
+                **self._common_arguments(resume_from_checkpoint),
             )
-        self.save_model()
+        self._save_and_push()
         return losses
 
     def evaluate(self, name: str = "grafted") -> Scores:
-        """Denoising loss on the evaluation data, kept under `name` for the card. Raises `StateError` without such
-        data.
+        """Measure the denoising loss on the evaluation data, stored under `name` for the card.
+
+        Raises `StateError` without such data.
         """
         if self.eval_dataset is None:
             raise StateError("There is nothing to evaluate on: give the trainer an eval_dataset.")
         with shard(self.model, self.graft.sites) as model:
-            self.scores[name] = evaluate(model, self._held_out(), noise_scheduler=self.common["noise_scheduler"])
-        state = RunState("evaluation", 0)
-        for callback in self.callbacks:
-            if (method := getattr(callback, "on_evaluate", None)) is not None:
-                method(self.args, state, state, metrics=dict(self.scores[name].values))
+            self.scores[name] = evaluate(model, self._read_held_out(), noise_scheduler=self.noise_scheduler)
+        config = self.args.finetune or self.args.distill or TrainingConfig()
+        arguments = CallbackArguments(config, str(self.args.output_dir), has_evaluation=True)
+        callbacks = Callbacks(self.callbacks, arguments, RunState("evaluation", config.steps), model=self.model)
+        callbacks.call("on_evaluate", metrics=dict(self.scores[name].values))
         return self.scores[name]
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Save the graft, by default to the `output_dir` of the arguments, else with the journal of the run; by one
-        process.
+        """Save the graft, by default to the `output_dir` of the arguments, else with a copy of `training.jsonl`.
+
+        One process writes. Raises `FileError` where that fails.
         """
         if processes.is_main_process():
             if output_dir is not None:
@@ -166,24 +246,162 @@ class GraftTrainer:
             save_graft(self.model, output_dir or self.args.output_dir, scores=self.scores)
         processes.wait_for_all()
 
-    def push_to_hub(self, repo_id: str, **hub_arguments: Any) -> str:
-        """Save, and push the graft with its card to the Hub; returns the address of the commit."""
+    def push_to_hub(self, repo_id: str | None = None, **hub_arguments: Any) -> str:
+        """Save the graft and push it with its card to the Hub; returns the address of the commit.
+
+        Args:
+            repo_id: `hub_model_id` of the arguments unless given.
+            hub_arguments: see `diffusers_graft.serialization.upload.push_graft`.
+        """
+        repo_id = repo_id or self.args.hub_model_id
+        if repo_id is None:
+            raise StateError('There is no repository to push to: give push_to_hub("user/name"), or hub_model_id.')
         self.save_model()
+        if self.args.hub_private_repo is not None:
+            hub_arguments.setdefault("private", self.args.hub_private_repo)
         return push_graft(self.args.output_dir, repo_id, **hub_arguments)
 
-    def _run_graft(self) -> None:
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, or an instance of a class of callbacks."""
+        self.callbacks.append(callback() if isinstance(callback, type) else callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback, or the first of a class, and return it; None where there is none."""
+        for one in self.callbacks:
+            if one is callback or (isinstance(callback, type) and isinstance(one, callback)):
+                self.callbacks.remove(one)
+                return one
+        return None
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback, or the first of a class, where there is one."""
+        self.pop_callback(callback)
+
+    def _install_graft(self) -> None:
         if get_graft(self.model) is self.graft:
             enable(self.model)
         else:
             install(self.model, self.graft)
 
-    def _resumable(self, resume: bool | str | Path) -> dict[str, Any]:
-        return {"output_dir": self.args.output_dir, "resume": resume, "callbacks": self.callbacks}
+    def _save_and_push(self) -> None:
+        self.save_model()
+        if self.args.push_to_hub and processes.is_main_process():
+            try:
+                self.push_to_hub()
+            except GraftError as error:
+                # Hours of training are not lost for a network that is down.
+                logger.warning("The graft is saved in %s and was not pushed: %s", self.args.output_dir, error)
 
-    def _batches(self) -> Iterable[Batch]:
-        size = self.args.per_device_train_batch_size * processes.process_state().num_processes
-        return make_batches(self.train_dataset, size, self.args.seed, workers=self.args.dataloader_num_workers)
+    def _common_arguments(self, resume: bool | str | Path) -> dict[str, Any]:
+        """Return the arguments that both stages take."""
+        return {
+            "held_out": None if self.eval_dataset is None else self._read_held_out(),
+            "noise_scheduler": self.noise_scheduler,
+            "null_prompt": self.null_prompt,
+            "output_dir": self.args.output_dir,
+            "resume": resume,
+            "callbacks": self.callbacks,
+        }
 
-    def _held_out(self) -> list[Batch]:
-        size = self.args.per_device_train_batch_size * processes.process_state().num_processes
-        return list(itertools.islice(make_batches(self.eval_dataset, size, self.args.seed), self.args.eval_batches))
+    def _read_held_out(self) -> list[Batch]:
+        size = self.args.per_device_eval_batch_size or self.args.per_device_train_batch_size
+        return list(itertools.islice(self._make_batches(self.eval_dataset, size), self.args.eval_batches))
+
+    def _make_batches(self, dataset: Iterable, batch_size: int) -> Iterable[Batch]:
+        """Return batches of a dataset of single samples or of batches."""
+        size = batch_size * processes.process_state().num_processes
+        workers = self.args.dataloader_num_workers
+        if is_map_style(dataset):
+            self._require_collatable(dataset[0] if len(dataset) else {})
+            return ShuffledBatches(dataset, size, self.args.seed, workers=workers, collate=self._collate)
+        first, dataset = _peek(dataset)
+        if first is None or not holds_single_sample(self.model, first):
+            return FilteredBatches(dataset, self._columns) if self._columns else dataset
+        self._require_collatable(first)
+        if isinstance(dataset, list | tuple):
+            return ShuffledBatches(dataset, size, self.args.seed, workers=workers, collate=self._collate)
+        return SequentialBatches(dataset, size, workers=workers, collate=self._collate)
+
+    def _collate(self, samples: list[Sample]) -> Batch:
+        batch = default_collate(self._filter(samples)) if self.data_collator is None else self.data_collator(samples)
+        return batch if self._columns is None else self._columns(batch)
+
+    def _filter(self, samples: list[Sample]) -> list[Sample]:
+        # Before they are joined: torch's collating refuses columns of texts of other kinds, such as None.
+        return samples if self._columns is None else [self._columns(sample) for sample in samples]
+
+    def _require_collatable(self, sample: Sample) -> None:
+        if self.data_collator is None and isinstance(sample, Mapping) and any(map(is_picture, sample.values())):
+            raise TrainingError(
+                "The dataset holds pictures, and a model takes latents: pass "
+                "data_collator=dg.data.SampleEncoder(pipe) to encode them as they are read, or encode them once with "
+                "dg.data.encode."
+            )
+
+
+class ColumnFilter:
+    """Filter of batches and samples: drops what a model does not take, with one warning."""
+
+    def __init__(self, model: ModelMixin):
+        names = argument_names(type(model))
+        self.takes_all = "kwargs" in names
+        self.names = {*names, "sample", "target"}
+        self.model_name = type(model).__name__
+        self._has_warned = False
+
+    def __call__(self, batch: Batch) -> Batch:
+        if self.takes_all or not isinstance(batch, Mapping):
+            return batch
+        unused = [name for name in batch if name not in self.names]
+        if unused and not self._has_warned:
+            self._has_warned = True
+            logger.warning("%s does not take %s: dropped from the data.", self.model_name, ", ".join(map(str, unused)))
+        return {name: value for name, value in batch.items() if name in self.names}
+
+
+class FilteredBatches:
+    """Batches of an iterable, each without what the model does not take."""
+
+    def __init__(self, batches: Iterable[Batch], columns: ColumnFilter):
+        self.batches = batches
+        self.columns = columns
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.columns, self.batches)
+
+
+def holds_single_sample(model: ModelMixin, item: Any) -> bool:
+    """Return whether an item of a dataset is one sample, and not a batch of them."""
+    if not isinstance(item, Mapping):
+        return False
+    noisy_name = argument_names(type(model))[0]
+    sample = item.get("sample", item.get(noisy_name))
+    if any(map(is_picture, item.values())):
+        return True
+    if not isinstance(sample, torch.Tensor):
+        return False
+    prompt = item.get("encoder_hidden_states")
+    if isinstance(prompt, torch.Tensor):
+        return prompt.ndim == 2  # [tokens, width] of one sample, whatever the family
+    axes = _count_axes(model, noisy_name)
+    if axes is not None:
+        return sample.ndim == axes - 1
+    return any(value.ndim == 0 for value in item.values() if isinstance(value, torch.Tensor))
+
+
+def _count_axes(model: ModelMixin, noisy_name: str) -> int | None:
+    """Return the number of axes of a batch of noised samples, None where it is not known."""
+    try:
+        noisy = example_inputs(model)[noisy_name]
+    except (GraftError, KeyError):
+        return None
+    return noisy.ndim if isinstance(noisy, torch.Tensor) else noisy[0].ndim + 1
+
+
+def _peek(dataset: Iterable) -> tuple[Any, Iterable]:
+    """Return the first item of an iterable, None where there is none, and the iterable from its beginning."""
+    items = iter(dataset)
+    first = next(items, None)
+    if items is not dataset:
+        return first, dataset
+    return first, items if first is None else itertools.chain([first], items)

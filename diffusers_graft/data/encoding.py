@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
+from torch.utils.data import default_collate
 
 from ..errors import TrainingError
-from .pipelines import TextEncoder
-from .recording import scale_latents
+from ..training.batches import Row
+from .pipelines import TextEncoder, match_latents, record_prompts
+from .recording import conditioning_of, scale_latents
 from .shards import Shards, write_shards
 
 
@@ -75,11 +78,101 @@ def encode(
     return write_shards(Path(folder), len(images), shard_size, made, make, progress=progress)
 
 
-def encode_pixels(vae: ModelMixin, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return the latents of images [B, 3, height, width] (videos [B, 3, frames, ...]), scaled as denoisers have them."""
+class SampleEncoder:
+    """Encoder of pictures and captions, or labels, as they are read: makes a batch of a list of samples.
+
+    A `data_collator` for `GraftTrainer`. Latents are the means of the autoencoder's distribution, so that a sample is
+    encoded to the same at every reading. Encoding once with `encode` is faster where a set is read often.
+
+    Args:
+        pipe: with an autoencoder, on the device to encode on.
+        size: height and width in pixels to which pictures are scaled and cropped.
+        image, caption, label: columns of the samples; found by their values unless given.
+        arguments: of the pipeline's call, where conditioning depends on them.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        *,
+        size: int | tuple[int, int],
+        image: str | None = None,
+        caption: str | None = None,
+        label: str | None = None,
+        **arguments: Any,
+    ):
+        self.pipe = pipe
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.image = image
+        self.caption = caption
+        self.label = label
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        sizes = {"height": self.size[0], "width": self.size[1], "use_resolution_binning": False}
+        self.arguments = {name: value for name, value in sizes.items() if name in parameters} | arguments
+
+    @torch.no_grad()
+    def __call__(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the batch of some samples. Raises `TrainingError` for samples that lack a picture or a caption."""
+        image = self._find_column(samples, self.image, "picture", is_picture)
+        pixels = torch.stack([to_pixels(sample[image], self.size) for sample in samples])
+        latents = encode_pixels(self.pipe.vae, pixels)
+        if not hasattr(self.pipe, "encode_prompt"):
+            label = self._find_column(samples, self.label, "class label", _is_label)
+            return {"sample": latents, "class_labels": torch.tensor([int(sample[label]) for sample in samples])}
+        caption = self._find_column(samples, self.caption, "caption", lambda value: isinstance(value, str))
+        recording = record_prompts(self.pipe, [sample[caption] for sample in samples], self.arguments)
+        who = type(self.pipe).__name__
+        conditioning = conditioning_of(recording, len(samples), who)
+        # As torch's collating would have made of single samples.
+        rows = {name: _join_rows(value) for name, value in conditioning.items()}
+        return {"sample": match_latents(pack_latents(self.pipe, latents), recording, who), **rows}
+
+    def _find_column(
+        self, samples: list[Mapping[str, Any]], name: str | None, what: str, is_one: Callable[[Any], bool]
+    ) -> str:
+        if name is None:
+            name = next((column for column, value in samples[0].items() if is_one(value)), None)
+        if name is None or not all(is_one(sample.get(name)) for sample in samples):
+            columns = ", ".join(f"{column} ({type(value).__name__})" for column, value in samples[0].items())
+            raise TrainingError(
+                f"A sample has no {what}{'' if name is None else f' in {name}'}; its columns are: {columns}. Name the "
+                "column in SampleEncoder, or leave such samples out."
+            )
+        return name
+
+
+def _is_label(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0 and not value.is_floating_point()
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _join_rows(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _join_rows(item) for name, item in value.items()}
+    if isinstance(value, list) and isinstance(value[0], Row):
+        return default_collate(value)
+    return value
+
+
+def pack_latents(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """Return latents as a sequence of tokens, where the pipeline packs them so (Flux, Qwen-Image)."""
+    pack = getattr(pipe, "_pack_latents", None)
+    if pack is None or len(inspect.signature(pack).parameters) != len(latents.shape) + 1:
+        return latents
+    return pack(latents, *latents.shape)
+
+
+def encode_pixels(vae: ModelMixin, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Return the latents of images [B, 3, height, width] (videos [B, 3, frames, ...]), scaled as denoisers have them.
+
+    Args:
+        generator: of samples of the autoencoder's distribution; without it, latents are its means.
+    """
     encoded = vae.encode(pixels.to(vae.device, vae.dtype))
     if "latent_dist" in encoded:
-        latents = encoded.latent_dist.sample(generator)
+        distribution = encoded.latent_dist
+        latents = distribution.mode() if generator is None else distribution.sample(generator)
     elif "latent" in encoded:  # deep compression autoencoders (DC)
         latents = encoded.latent
     else:  # AutoencoderTiny

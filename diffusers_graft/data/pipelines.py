@@ -134,9 +134,14 @@ def prompt_encoder(pipe: DiffusionPipeline, **arguments: Any) -> TextEncoder:
 
     @torch.no_grad()
     def encode_prompts(prompts: list[str]) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(0)
-        with record_call(pipe, stop=True) as recording:
-            pipe(prompt=prompts, output_type="latent", generator=generator, **{**usual, **arguments})
+        recording = record_prompts(pipe, prompts, {**usual, **arguments})
         return conditioning_of(recording, len(prompts), type(pipe).__name__)
 
     return encode_prompts
+
+
+def record_prompts(pipe: DiffusionPipeline, prompts: list[str], arguments: Mapping[str, Any]) -> Recording:
+    """Return what the denoiser of a pipeline is given for prompts; it does not run."""
+    with record_call(pipe, stop=True) as recording:
+        pipe(prompt=prompts, output_type="latent", generator=torch.Generator().manual_seed(0), **arguments)
+    return recording

@@ -13,25 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from .argument_names import SETTING_OF_ARGUMENT
 from .config import TrainingConfig
 from .distributed import is_main_process
-
-# Names of `transformers.TrainingArguments`, and the setting of a stage that says the same.
-SETTING_OF_ARGUMENT = {
-    "max_steps": "steps",
-    "learning_rate": "lr",
-    "warmup_steps": "warmup",
-    "lr_scheduler_type": "schedule",
-    "lr_scheduler_kwargs": "schedule_args",
-    "optim": "optimizer",
-    "optim_args": "optimizer_args",
-    "gradient_accumulation_steps": "accumulate",
-    "logging_steps": "log_every",
-    "eval_steps": "evaluate_every",
-    "save_steps": "save_every",
-    "save_total_limit": "keep",
-    "report_to": "trackers",
-}
 
 
 @dataclass
@@ -205,10 +189,3 @@ class Callbacks:
 def make_callback(callback: Any) -> Any:
     """Return a callback; where a class is given, an instance of it, as transformers does."""
     return callback() if isinstance(callback, type) else callback
-
-
-def explain_argument(name: str) -> str:
-    """Return where a setting of `transformers.TrainingArguments` is found here, in words."""
-    if name in SETTING_OF_ARGUMENT:
-        return f"{name} is called {SETTING_OF_ARGUMENT[name]} in the settings of a stage"
-    return f"{name} is no setting here"

@@ -14,6 +14,7 @@ import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 
 from ..errors import TrainingError, UnknownNameError
+from .argument_names import require_known_settings
 
 PRECISIONS = ("no", "bf16", "fp16")
 Settings = TypeVar("Settings")
@@ -70,6 +71,10 @@ class TrainingConfig:
     log_every: int = 10
     trackers: tuple[str, ...] | None = None
     progress: bool = True
+
+    def __new__(cls, *args: Any, **settings: Any):
+        require_known_settings(cls, settings)
+        return super().__new__(cls)
 
     def __post_init__(self):
         if self.precision is None:

@@ -1,0 +1,72 @@
+"""Names of `transformers.TrainingArguments`, and where the same is set here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from ..errors import TrainingError, UnknownNameError
+
+# The setting of a stage that says the same.
+SETTING_OF_ARGUMENT = {
+    "max_steps": "steps",
+    "learning_rate": "lr",
+    "warmup_steps": "warmup",
+    "lr_scheduler_type": "schedule",
+    "lr_scheduler_kwargs": "schedule_args",
+    "optim": "optimizer",
+    "optim_args": "optimizer_args",
+    "gradient_accumulation_steps": "accumulate",
+    "logging_steps": "log_every",
+    "eval_steps": "evaluate_every",
+    "save_steps": "save_every",
+    "save_total_limit": "keep",
+    "report_to": "trackers",
+}
+
+_BOTH_STAGES = "DistillConfig and FinetuneConfig"
+_ADVICE = {
+    **{name: f"set {setting} of {_BOTH_STAGES}, each for its stage" for name, setting in SETTING_OF_ARGUMENT.items()},
+    "weight_decay": f"set weight_decay of {_BOTH_STAGES}, each for its stage",
+    "max_grad_norm": f"set max_grad_norm of {_BOTH_STAGES}, each for its stage",
+    "adam_beta1": "set optimizer_args={'betas': (..., ...)} of a stage",
+    "adam_beta2": "set optimizer_args={'betas': (..., ...)} of a stage",
+    "adam_epsilon": "set optimizer_args={'eps': ...} of a stage",
+    "num_train_epochs": f"stages count steps: set steps of {_BOTH_STAGES}",
+    "gradient_checkpointing": "set gradient_checkpointing of FinetuneConfig; stage one holds one site at a time",
+    "torch_compile": "set compile of FinetuneConfig",
+    "torch_compile_backend": "set compile of FinetuneConfig",
+    "load_best_model_at_end": "the best weights are the result wherever there is an eval_dataset",
+    "metric_for_best_model": "weights are chosen by the evaluation loss",
+    "greater_is_better": "weights are chosen by the evaluation loss",
+    "eval_strategy": "give an eval_dataset, and eval_steps",
+    "save_strategy": "set save_steps",
+    "logging_strategy": "set logging_steps",
+    "logging_dir": "logs of trackers lie in output_dir/logs",
+    "overwrite_output_dir": "an earlier run is moved aside; resume with train(resume_from_checkpoint=True)",
+    "resume_from_checkpoint": "pass it to train()",
+    "data_seed": "seed also orders the data",
+    "fsdp": "launch with accelerate launch --use_fsdp --fsdp_version 2",
+    "fsdp_config": "launch with accelerate launch --use_fsdp --fsdp_version 2",
+    "deepspeed": "launch with accelerate launch --use_fsdp --fsdp_version 2, which does the same",
+    "use_cpu": "launch with accelerate launch --cpu",
+    "hub_token": "log in with huggingface-cli, or pass token to push_to_hub",
+}
+
+
+def require_known_settings(cls: type, names: Iterable[str]) -> None:
+    """Raise an error for names that are no settings of a dataclass, and say where the same is set.
+
+    Raises:
+        TrainingError: a name of `transformers.TrainingArguments`.
+        UnknownNameError: another one.
+    """
+    known = [one.name for one in dataclasses.fields(cls)]
+    for name in names:
+        if name in known:
+            continue
+        if SETTING_OF_ARGUMENT.get(name) in known:
+            raise TrainingError(f"{cls.__name__} has no {name}, which is called {SETTING_OF_ARGUMENT[name]} here.")
+        if name in _ADVICE:
+            raise TrainingError(f"{cls.__name__} has no {name}: {_ADVICE[name]}.")
+        raise UnknownNameError(f"setting of {cls.__name__}", name, known)
