@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
+from huggingface_hub import ModelCardData
 
 from diffusers_graft.cards.card import citation, render_card, template, template_folder
-from diffusers_graft.cards.edit_table import edit_rows, strip
-from diffusers_graft.cards.user_edits import front_matter
+from diffusers_graft.cards.edit_table import draw_layers, edit_rows
 from diffusers_graft.core.storage import read_json
 from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.injection.install import install
@@ -52,12 +52,12 @@ def _facts(name: str, row: dict[str, Any], told: dict[str, Any]) -> dict[str, An
     }
     return {
         "name": name,
-        "front_matter": front_matter(head),
+        "front_matter": ModelCardData(**head).to_yaml(),
         "edits": edits,
         "flops_at": where,
         "self_graft": row.get("self_graft"),
         "summary": summary if operators else f"{row['self_graft']} grafted onto themselves",
-        "strip": strip(graft),
+        "strip": draw_layers(graft),
         "columns": list(scores),
         "scores": [f"{value:g}" for value in scores.values()],
         "original": [f"{told['original'][told['columns'].index(column)]:g}" for column in scores],

@@ -1,4 +1,4 @@
-"""How a graft was taught, as its card tells it: from its history, and from the `training.jsonl` beside it."""
+"""The training of a graft as its card shows it: from its history, and from the `training.jsonl` beside it."""
 
 from __future__ import annotations
 
@@ -14,80 +14,102 @@ from ..training.metrics_log import read_metrics, stage_costs
 CURVES = "training.png"
 
 
-def training(
+def training_table(
     history: Sequence[dict[str, Any]], journal: Sequence[dict[str, Any]], hardware: str | None = None
 ) -> dict[str, Any]:
-    """What the card's section on training is filled with.
+    """Return the values of the card's section on training.
 
     Args:
         history: of the graft.
-        journal: rows of `training.jsonl`: they tell what history does not of the last run of a stage.
-        hardware: as a person calls it; what was measured unless given.
+        journal: rows of `training.jsonl`, which add to the history of the last run of each stage.
+        hardware: in a person's words; as it was recorded unless given.
     """
     stages = _stages(history)
-    for number in {row["stage"]: number for number, row in enumerate(stages)}.values():
-        stages[number] = stage_costs(journal, stages[number]["stage"]) | stages[number]
+    last_runs = {row["stage"]: number for number, row in enumerate(stages)}
+    for stage, number in last_runs.items():
+        stages[number] = stage_costs(journal, stage) | stages[number]
     rows = [_stage_row(row) for row in stages]
-    measured = dict.fromkeys(row["hardware"] for row in stages if row.get("hardware"))
-    sites = [_site_row(stage, row) for stage in stages for row in stage.get("sites", ())]
+    recorded = dict.fromkeys(row["hardware"] for row in stages if row.get("hardware"))
+    sites = []
+    for stage in stages:
+        sites += [_site_row(stage, row) for row in stage.get("sites", ())]
     return {
         "stages": rows,
         "held_out": any(row["held_out"] for row in rows),
         "sites": sites,
         "sites_held_out": any(row["held_out"] for row in sites),
-        "hardware": hardware or "; ".join(measured),
+        "hardware": hardware or "; ".join(recorded),
     }
 
 
-def draw_curves(stage: Path, folder: Path, history: Sequence[dict[str, Any]]) -> str | None:
-    """Draw the journal that lies in a folder into what will be put there; the name of the picture.
+def draw_curves(destination: Path, folder: Path, history: Sequence[dict[str, Any]]) -> str | None:
+    """Draw the `training.jsonl` of a folder, and return the name of the picture.
 
-    None where there is no such journal, of these stages, or no matplotlib.
+    Args:
+        destination: folder to draw into.
+        folder: with the `training.jsonl`.
+        history: of the graft, whose stages are drawn.
+
+    Returns None where there is no such file with these stages, or no matplotlib.
     """
-    taught = {row["stage"] for row in _stages(history)}
-    if not (rows := [row for row in read_metrics(folder) if row["stage"] in taught]):
+    stages = {row["stage"] for row in _stages(history)}
+    rows = [row for row in read_metrics(folder) if row["stage"] in stages]
+    if not rows:
         return None
     with contextlib.suppress(MissingDependencyError):
-        draw_training(stage / CURVES, rows)
+        draw_training(destination / CURVES, rows)
         return CURVES
     return None
 
 
 def _stages(history: Sequence[Any]) -> list[dict[str, Any]]:
-    """The stages that a history tells of; one that a person edited may hold anything."""
+    """Return the rows of a history that are stages; one that a person edited may hold anything."""
     return [dict(row) for row in history if isinstance(row, dict) and "stage" in row]
 
 
 def _stage_row(row: dict[str, Any]) -> dict[str, str]:
     sites = row.get("sites")
-    first, last, held_out = row.get("first_loss"), row.get("last_loss"), None
+    first_loss = row.get("first_loss")
+    last_loss = row.get("last_loss")
+    held_out = None
     if sites:
-        first, last, held_out = (_mean(sites, name) for name in ("first_loss", "last_loss", "held_out_loss"))
-    parts = "output layers, solved" if row["stage"] == "closed form" else "new parts"
-    lora = f" and LoRA of rank {row['lora']['r']}" if isinstance(row.get("lora"), dict) and "r" in row["lora"] else ""
-    lr = row.get("lr")
+        first_loss = _mean(sites, "first_loss")
+        last_loss = _mean(sites, "last_loss")
+        held_out = _mean(sites, "held_out_loss")
     return {
         "stage": row["stage"],
-        "steps": f"{row['steps']:,}" if "steps" in row else "",
-        "lr": f"{lr:g}" if isinstance(lr, int | float) else "none" if lr is None else str(lr),
-        "trained": parts if sites else f"{row.get('train', 'all')}{lora}",
-        "samples": f"{row['samples']:,}" if row.get("samples") else "",
-        "time": _time(row.get("seconds")),
-        "first": _short(first),
-        "last": _short(last),
-        "held_out": _short(held_out),
+        "steps": _count(row.get("steps")),
+        "lr": _learning_rate(row.get("lr")),
+        "trained": _trained(row),
+        "samples": _count(row.get("samples")),
+        "time": _duration(row.get("seconds")),
+        "first": _number(first_loss),
+        "last": _number(last_loss),
+        "held_out": _number(held_out),
     }
 
 
+def _trained(row: dict[str, Any]) -> str:
+    """Return in words which weights a stage trained."""
+    if row["stage"] == "closed form":
+        return "output layers, solved"
+    if row.get("sites"):
+        return "new parts"
+    trained = str(row.get("train", "all"))
+    lora = row.get("lora")
+    if isinstance(lora, dict) and "r" in lora:
+        trained += f" and LoRA of rank {lora['r']}"
+    return trained
+
+
 def _site_row(stage: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
-    held_out = row.get("held_out_error")
     return {
         "stage": stage["stage"],
         "site": row["site"],
-        "first": _short(row["first_loss"]),
-        "last": _short(row["last_loss"]),
-        "error": f"{row['relative_error']:.1%}",
-        "held_out": "" if held_out is None else f"{held_out:.1%}",
+        "first": _number(row["first_loss"]),
+        "last": _number(row["last_loss"]),
+        "error": _share(row["relative_error"]),
+        "held_out": _share(row.get("held_out_error")),
     }
 
 
@@ -96,11 +118,27 @@ def _mean(sites: Sequence[dict[str, Any]], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _short(value: float | None) -> str:
+def _count(value: int | None) -> str:
+    return f"{value:,}" if value else ""
+
+
+def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _time(seconds: float | None) -> str:
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _learning_rate(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _duration(seconds: float | None) -> str:
     if not seconds:
         return ""
-    return f"{seconds:.3g} s" if seconds < 600 else f"{seconds / 3600:.2f} h"
+    if seconds < 600:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 3600:.2f} h"

@@ -1,4 +1,7 @@
-"""Cards that people edit: what they wrote is kept, what they left as it was is brought up to date."""
+"""Cards that people edit: sections that they changed stay, sections that they left alone are brought up to date.
+
+A note at the end of a card holds a digest of every section as we wrote it, by which the two are told from each other.
+"""
 
 from __future__ import annotations
 
@@ -9,95 +12,112 @@ from typing import Any
 
 import yaml
 
-_HEAD = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
+_FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 OURS = "written by diffusers-graft"
 _NOTE = f"<!-- {OURS}: sections you edit are kept when it is saved again. State: {{state}} -->"
+_READ_NOTE = re.compile(rf"\n*<!-- {OURS}.*?State: (\{{.*?\}}) -->\s*$", re.DOTALL)
+
+Sections = dict[str, str]  # text of a section by its heading; entries of the front matter by `:key`
 
 
 def add_note(text: str) -> str:
-    """A freshly rendered card with the note of what we wrote, by which later edits are told apart."""
-    return _noted(text, {name: _digest(body) for name, body in _parts(text).items()})
+    """Return a freshly rendered card with the note that holds a digest of every section."""
+    digests = {name: _digest(section) for name, section in _split(text).items()}
+    return _with_note(text, digests)
 
 
-def _noted(text: str, state: dict[str, str]) -> str:
-    return text.rstrip() + "\n\n" + _NOTE.format(state=json.dumps(state, separators=(",", ":"))) + "\n"
+def merge_edits(fresh: str, present: str) -> str:
+    """Return a fresh card in which everything stays that a person added, changed or removed in the present one.
+
+    A card without our note is a person's, and is returned as it is.
+    """
+    fresh_text, fresh_digests = _read_note(fresh)
+    present_text, present_digests = _read_note(present)
+    if present_digests is None or fresh_digests is None:
+        return present
+    theirs = _split(present_text)
+    ours = _split(fresh_text)
+    sections: Sections = {}
+    for name in dict.fromkeys([*ours, *theirs]):
+        was_changed = name in theirs and present_digests.get(name) != _digest(theirs[name])
+        was_removed = name not in theirs and name in present_digests
+        if was_changed:
+            sections[name] = theirs[name]
+        elif name in ours and not was_removed:
+            sections[name] = ours[name]
+    digests = {name: digest for name, digest in fresh_digests.items() if _digest(sections.get(name, "")) == digest}
+    # a removed section is remembered, so that it does not come back
+    digests |= {name: digest for name, digest in present_digests.items() if name not in theirs}
+    return _with_note(_join(sections), digests)
 
 
-def _written(card: str) -> tuple[str, dict[str, str] | None]:
-    """A card without our note, and what that says we wrote; None without a note that can be read."""
-    note = re.search(rf"\n*<!-- {OURS}.*?State: (\{{.*?\}}) -->\s*$", card, re.DOTALL)
+def rename_source(card: str, source: str, repo_id: str) -> str:
+    """Return a card whose lines on loading name a repository in place of a folder; edited sections stay as they are."""
+    text, digests = _read_note(card)
+    if digests is None:
+        return card
+    sections = _split(text)
+    for name, section in sections.items():
+        if digests.get(name) == _digest(section):
+            section = section.replace(f'("{source}"', f'("{repo_id}"')
+            section = section.replace(f"- name: {source}\n", f"- name: {repo_id.rpartition('/')[2]}\n")
+            sections[name] = section
+            digests[name] = _digest(section)
+    return _with_note(_join(sections), digests)
+
+
+def read_front_matter(card: str) -> dict[str, Any]:
+    """Return the front matter of a card; empty where it has none, or none that can be read."""
+    match = _FRONT_MATTER.match(card)
+    if match is None:
+        return {}
     try:
-        return (card[: note.start()], json.loads(note[1])) if note else (card, None)
+        data = yaml.safe_load(match[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _with_note(text: str, digests: dict[str, str]) -> str:
+    note = _NOTE.format(state=json.dumps(digests, separators=(",", ":")))
+    return f"{text.rstrip()}\n\n{note}\n"
+
+
+def _read_note(card: str) -> tuple[str, dict[str, str] | None]:
+    """Return a card without its note, and the digests of the note; None without a note that can be read."""
+    note = _READ_NOTE.search(card)
+    if note is None:
+        return card, None
+    try:
+        return card[: note.start()], json.loads(note[1])
     except ValueError:
         return card, None
 
 
-def merge_edits(fresh: str, present: str) -> str:
-    """A fresh card in which everything stands that a person added to, changed in, or removed from the present one.
-
-    A card without our note is a person's own altogether.
-    """
-    (fresh, new), (body, written) = _written(fresh), _written(present)
-    if written is None or new is None:
-        return present
-    theirs, ours = _parts(body), _parts(fresh)
-    parts = {}
-    for name in dict.fromkeys([*ours, *theirs]):
-        if name in theirs and written.get(name) != _digest(theirs[name]):
-            parts[name] = theirs[name]  # changed, or added
-        elif name in ours and (name in theirs or name not in written):
-            parts[name] = ours[name]  # left alone, or new; what was removed stays so
-    state = {name: digest for name, digest in new.items() if _digest(parts.get(name, "")) == digest}
-    state |= {name: digest for name, digest in written.items() if name not in theirs}  # removed, and not to come back
-    return _noted(_joined(parts), state)
-
-
-def rename_source(card: str, source: str, repo_id: str) -> str:
-    """A card whose lines on loading name a repository in place of a folder; what a person wrote stays as it is."""
-    body, written = _written(card)
-    parts, ours = _parts(body), written or {}
-    for name in [name for name, text in parts.items() if ours.get(name) == _digest(text)]:
-        parts[name] = parts[name].replace(f'("{source}"', f'("{repo_id}"')
-        parts[name] = parts[name].replace(f"- name: {source}\n", f"- name: {repo_id.rpartition('/')[2]}\n")
-        ours[name] = _digest(parts[name])
-    return card if written is None else _noted(_joined(parts), ours)
-
-
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.strip().encode()).hexdigest()[:12]
+    return hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-def read_front_matter(card: str) -> dict[str, Any]:
-    """The front matter of a card; empty where it has none, or none that can be read."""
-    match = _HEAD.match(card)
-    try:
-        data = yaml.safe_load(match[1]) if match else {}
-    except yaml.YAMLError:
-        data = {}
-    return data if isinstance(data, dict) else {}
-
-
-def _parts(card: str) -> dict[str, str]:
-    """Keys of the front matter (as `:key`) and sections (by heading, the first as an empty name), in order."""
-    data, match = read_front_matter(card), _HEAD.match(card)
-    parts = {
-        f":{key}": yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True) for key, value in data.items()
-    }
-    body, name, fenced = card[match.end() if match else 0 :], "", False
+def _split(card: str) -> Sections:
+    """Return entries of the front matter and sections in order; the text before the first heading has no name."""
+    sections: Sections = {}
+    for key, value in read_front_matter(card).items():
+        sections[f":{key}"] = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True)
+    match = _FRONT_MATTER.match(card)
+    body = card if match is None else card[match.end() :]
+    name = ""
+    is_code = False
     for line in body.splitlines(keepends=True):
-        fenced ^= line.startswith("```")
-        if line.startswith("## ") and not fenced:
+        if line.startswith("```"):
+            is_code = not is_code
+        if line.startswith("## ") and not is_code:
             name = line[3:].strip()
-        parts[name] = parts.get(name, "") + line
-    return parts
+        sections[name] = sections.get(name, "") + line
+    return sections
 
 
-def _joined(parts: dict[str, str]) -> str:
-    head = "".join(text for name, text in parts.items() if name.startswith(":"))
-    sections = "\n\n".join(text.strip("\n") for name, text in parts.items() if not name.startswith(":"))
-    return (f"---\n{head}---\n" if head else "") + sections + "\n"
-
-
-def front_matter(data: dict[str, Any]) -> str:
-    """The data at the head of a card, which the Hub reads."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()
+def _join(sections: Sections) -> str:
+    entries = "".join(text for name, text in sections.items() if name.startswith(":"))
+    body = "\n\n".join(text.strip("\n") for name, text in sections.items() if not name.startswith(":"))
+    front_matter = f"---\n{entries}---\n" if entries else ""
+    return f"{front_matter}{body}\n"

@@ -16,7 +16,8 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.modeling_utils import ContextManagers, no_init_weights
 
-from ..cards.card import check_about, check_scores, write_card
+from ..cards.about import check_about, check_scores
+from ..cards.card import write_card
 from ..core.storage import replace_files, write_tensors, write_text
 from ..errors import FileError, MismatchError, StateError
 from ..injection.graft import Graft, base_tensors, is_enabled

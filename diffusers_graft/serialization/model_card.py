@@ -7,7 +7,8 @@ from typing import Any
 
 from diffusers import ModelMixin
 
-from ..cards.card import check_about, check_scores, render_card
+from ..cards.about import check_about, check_scores
+from ..cards.card import render_card
 from ..cards.user_edits import add_note
 from ..injection.install import require_graft
 from .describe import describe_graft, describe_model

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusers_graft as dg
-from diffusers_graft.cards.card import speed_table
 from diffusers_graft.cards.edit_table import _ranges, edit_rows
+from diffusers_graft.cards.measurements import speed_table
 from diffusers_graft.errors import FileError, GraftError, UnknownNameError
 from diffusers_graft.evaluation.cost import FLOP_FORMULAS
 from diffusers_graft.inspection import example_inputs
@@ -38,7 +38,7 @@ def sections(text):
 def test_only_what_was_done_and_measured(tmp_path):
     saved(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert sections(text) == ["Use", "Edits", "Citation"]
+    assert sections(text) == ["Use", "Edits", "Recipe", "Citation"]
     assert {"license", "datasets", "model-index", "base_model"}.isdisjoint(front(text))
 
 
@@ -63,7 +63,17 @@ def test_everything_that_is_known(tmp_path):
     (tmp_path / "samples.png").write_bytes(b"")
     model.save_graft(tmp_path, scores=scores, about=about)
     text = (tmp_path / "README.md").read_text()
-    assert sections(text) == ["Use", "Edits", "Training", "Evaluation", "Speed", "Samples", "Limits", "Citation"]
+    assert sections(text) == [
+        "Use",
+        "Edits",
+        "Training",
+        "Recipe",
+        "Evaluation",
+        "Speed",
+        "Samples",
+        "Limits",
+        "Citation",
+    ]
     head = front(text)
     assert (head["base_model"], head["base_model_relation"], head["license"]) == (
         "user/base",
@@ -200,7 +210,7 @@ def test_the_folder_one_is_in_has_a_name(tmp_path, monkeypatch):
 
 def test_a_card_that_cannot_be_read_is_left_alone(tmp_path):
     (tmp_path / "README.md").write_bytes(b"\xff\xfe")
-    with pytest.raises(FileError, match=r"README\.md is no UTF-8 text"):
+    with pytest.raises(FileError, match=r"README\.md is damaged: it is not text .* move it away"):
         saved(tmp_path)
     assert (tmp_path / "README.md").read_bytes() == b"\xff\xfe"
 

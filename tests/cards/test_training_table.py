@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import diffusers_graft as dg
-from diffusers_graft.cards.training_table import training
+from diffusers_graft.cards.training_table import training_table
 from diffusers_graft.serialization.model_card import card
 from diffusers_graft.training.metrics_log import COST_FIELDS, drop_rows_after, read_metrics, stage_costs
 
@@ -94,7 +94,9 @@ def test_a_damaged_journal_and_an_edited_history_are_told_as_far_as_they_can_be_
     assert read_metrics(tmp_path) == read_metrics(folder)
     one.model.save_graft(tmp_path)
     assert training_of(tmp_path) == training_of(folder)
-    assert training(["a", 1, *one.graft.history], read_metrics(tmp_path)) == training(one.graft.history, [])
+    assert training_table(["a", 1, *one.graft.history], read_metrics(tmp_path)) == training_table(
+        one.graft.history, []
+    )
     drop_rows_after(tmp_path, "one", 0)
     drop_rows_after(tmp_path, "two", 0)
     assert (tmp_path / "training.jsonl").read_bytes() == strange
