@@ -183,3 +183,13 @@ def test_the_score_refuses_what_it_cannot_measure():
         scenes.SceneScore(size=100)
     with pytest.raises(GraftError, match="one for each prompt"):
         scenes.SceneScore(count=1, size=64).of_pictures(torch.zeros(2, 3, 64, 64))
+
+
+def test_pictures_of_other_shapes_are_read_as_they_are(sampled):
+    chosen = sampled[:20]
+    square = scenes.draw_scenes(chosen, 64)
+    wide = torch.nn.functional.pad(square, (16, 16, 0, 0), mode="replicate")
+    plain = scenes.detect(square)
+    for before, after in zip(plain, scenes.detect(wide), strict=True):
+        assert sorted((one.kind, one.colour) for one in before) == sorted((one.kind, one.colour) for one in after)
+        assert sum(one.box[0] + 0.25 for one in before) == pytest.approx(sum(one.box[0] for one in after))

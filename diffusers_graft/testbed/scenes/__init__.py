@@ -8,7 +8,7 @@ from __future__ import annotations
 from .batches import encode_captions, null_prompt, scene_batches
 from .detect import Found, detect
 from .draw import draw_scenes
-from .grammar import HELD_OUT_COLOURS, HELD_OUT_COUNTS, Scene, sample_scene, vocabulary
+from .grammar import HELD_OUT_COLOURS, HELD_OUT_COUNTS, Group, Scene, compose, sample_scene, vocabulary
 from .grid import save_picture_grid
 from .pipeline import pipeline
 from .score import SceneScore, draw_prompts, load_prompts
@@ -17,8 +17,10 @@ __all__ = [
     "HELD_OUT_COLOURS",
     "HELD_OUT_COUNTS",
     "Found",
+    "Group",
     "Scene",
     "SceneScore",
+    "compose",
     "detect",
     "draw_prompts",
     "draw_scenes",

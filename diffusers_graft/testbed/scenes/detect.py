@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .draw import palette, shape_distances
 from .grammar import COLOURS, KINDS
 
-_SIZE = 64  # pixels at which pictures are read
+_SIZE = 64  # pixels of the shorter side at which pictures are read
 _SMALLEST = 24  # pixels of an object
 _TEMPLATE = 24  # pixels of a template
 _SPREADS = 2.1  # half width of a template, in root mean square distances from its centre
@@ -26,7 +26,10 @@ _TILTS = 7
 
 @dataclass(frozen=True)
 class Found:
-    """One object: kind, colour, bounding box (left, top, right, bottom; shares of the width), likeness to the kind's template."""
+    """One object: kind, colour, bounding box, and likeness to the kind's template.
+
+    The box is left, top, right and bottom, in shares of the picture's shorter side.
+    """
 
     kind: str
     colour: str
@@ -44,13 +47,15 @@ def detect(pictures: torch.Tensor, *, least_likeness: float = 0.6) -> list[list[
     """Read every picture.
 
     Args:
-        pictures: [B, 3, H, W] in [-1, 1], at least 64 pixels high and wide.
+        pictures: [B, 3, H, W] in [-1, 1].
         least_likeness: shapes that resemble no template so much are no objects; 1 is a perfect match.
 
     Returns:
         For each picture what was found in it.
     """
-    pictures = F.adaptive_avg_pool2d(pictures.float().cpu().clamp(-1, 1), _SIZE) / 2 + 0.5
+    scale = _SIZE / min(pictures.shape[2:])
+    read_size = [round(side * scale) for side in pictures.shape[2:]]
+    pictures = F.adaptive_avg_pool2d(pictures.float().cpu().clamp(-1, 1), read_size) / 2 + 0.5
     classes = _classify_pixels(pictures)
     labels = _label_components(classes)
     found: list[list[Found]] = [[] for _ in pictures]
@@ -100,17 +105,18 @@ def _recognise(masks: torch.Tensor, colours: Sequence[str], least_likeness: floa
 
 def _normalise(masks: torch.Tensor) -> torch.Tensor:
     """Masks [M, H, W] moved to their centre and scaled to a root mean square distance from it: [M, 24, 24]."""
-    size = masks.shape[-1]
-    line = (torch.arange(size) + 0.5) / size * 2 - 1
-    down, across = torch.meshgrid(line, line, indexing="ij")
+    height, width = masks.shape[1:]
+    down, across = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     weights = masks / masks.sum((1, 2), keepdim=True)
     x = (weights * across).sum((1, 2))
     y = (weights * down).sum((1, 2))
     squares = (across - x[:, None, None]).square() + (down - y[:, None, None]).square()
     reach = _SPREADS * (weights * squares).sum((1, 2)).sqrt()
     zero = torch.zeros_like(x)
-    rows = [torch.stack([reach, zero, x], 1), torch.stack([zero, reach, y], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1), [len(masks), 1, _TEMPLATE, _TEMPLATE], align_corners=False)
+    # From pixels to the [-1, 1] of both axes.
+    to_x = torch.stack([2 * reach / width, zero, 2 * x / width - 1], 1)
+    to_y = torch.stack([zero, 2 * reach / height, 2 * y / height - 1], 1)
+    grid = F.affine_grid(torch.stack([to_x, to_y], 1), [len(masks), 1, _TEMPLATE, _TEMPLATE], align_corners=False)
     return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
 
 

@@ -74,7 +74,7 @@ def draw_prompts(
     drawing: PixArtSigmaPipeline,
     prompts: Sequence[str],
     *,
-    size: int = 256,
+    size: int | tuple[int, int] = 256,
     steps: int = 16,
     guidance: float = 3.0,
     seed: int = 5,
@@ -83,12 +83,16 @@ def draw_prompts(
 ) -> torch.Tensor:
     """Draw one picture for each prompt; the noise of each depends on `seed` and its place alone.
 
+    Args:
+        size: pixels of a square, or height and width.
+
     Returns:
-        Pictures [B, 3, size, size] in [-1, 1].
+        Pictures [B, 3, H, W] in [-1, 1].
 
     Raises `GraftError` for a size that is no multiple of 8, no prompts, or a pipeline that cannot draw them.
     """
-    if size % 8 or size < 8:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height % 8 or width % 8 or min(height, width) < 8:
         raise GraftError(f"The sides of a picture are multiples of 8 pixels; got {size}.")
     if not prompts:
         raise GraftError("There are no prompts to draw.")
@@ -102,7 +106,7 @@ def draw_prompts(
             batch = list(prompts[start : start + batch_size])
             noise = [
                 torch.randn(
-                    channels, size // 8, size // 8, generator=torch.Generator().manual_seed(seed * 100_000 + index)
+                    channels, height // 8, width // 8, generator=torch.Generator().manual_seed(seed * 100_000 + index)
                 )
                 for index in range(start, start + len(batch))
             ]
@@ -110,8 +114,8 @@ def draw_prompts(
                 batch,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                height=size,
-                width=size,
+                height=height,
+                width=width,
                 latents=torch.stack(noise).to(drawing.device, drawing.transformer.dtype),
                 use_resolution_binning=False,
                 clean_caption=False,
