@@ -246,17 +246,23 @@ class GraftTrainer:
             save_graft(self.model, output_dir or self.args.output_dir, scores=self.scores)
         processes.wait_for_all()
 
-    def push_to_hub(self, repo_id: str | None = None, **hub_arguments: Any) -> str:
-        """Save the graft and push it with its card to the Hub; returns the address of the commit.
+    def push_to_hub(self, repo_id: str | None = None, **hub_arguments: Any) -> str | None:
+        """Save the graft and push it with its card to the Hub.
 
         Args:
             repo_id: `hub_model_id` of the arguments unless given.
             hub_arguments: see `diffusers_graft.serialization.upload.push_graft`.
+
+        Returns the address of the commit; None on all processes but the first. Raises `FileError` where the Hub
+        refuses, and `StateError` without a repository.
         """
         repo_id = repo_id or self.args.hub_model_id
         if repo_id is None:
             raise StateError('There is no repository to push to: give push_to_hub("user/name"), or hub_model_id.')
         self.save_model()
+        return self._push(repo_id, hub_arguments) if processes.is_main_process() else None
+
+    def _push(self, repo_id: str, hub_arguments: dict[str, Any]) -> str:
         if self.args.hub_private_repo is not None:
             hub_arguments.setdefault("private", self.args.hub_private_repo)
         return push_graft(self.args.output_dir, repo_id, **hub_arguments)
@@ -287,7 +293,7 @@ class GraftTrainer:
         self.save_model()
         if self.args.push_to_hub and processes.is_main_process():
             try:
-                self.push_to_hub()
+                self._push(self.args.hub_model_id, {})
             except GraftError as error:
                 # Hours of training are not lost for a network that is down.
                 logger.warning("The graft is saved in %s and was not pushed: %s", self.args.output_dir, error)

@@ -1,14 +1,19 @@
 """The trainer, in the shape of transformers' own."""
 
+import logging
+
 import pytest
 import torch
-from transformers import TrainerCallback
+from PIL import Image
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import DefaultFlowCallback
 
 import diffusers_graft as dg
 from diffusers_graft.evaluation.plots import draw_training
 from diffusers_graft.training.metrics_log import read_metrics
 
-from .models import SCHEDULER, batches, predict, tiny_dit
+from .data.pipelines import dit_pipeline, pixart_pipeline
+from .models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
 
 
 class Singles(torch.utils.data.Dataset):
@@ -176,3 +181,229 @@ def test_datasets_of_both_kinds_leave_randomness_alone(data, tmp_path):
     own.train()
     own.evaluate()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Asking(TrainerCallback):
+    """Asks for this and that after some steps, and notes what it is given."""
+
+    def __init__(self):
+        self.saved, self.logged, self.evaluated, self.epochs, self.models = [], [], [], [], []
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        self.models.append(model)
+        self.epochs.append(state.epoch)
+        control.should_log = state.global_step == 3
+        control.should_evaluate = state.global_step == 4
+        control.should_save = state.global_step == 5
+        control.should_training_stop = state.global_step == 7
+        return control
+
+    def on_log(self, args, state, control, logs, **_):
+        self.logged.append(state.global_step)
+
+    def on_save(self, args, state, control, **_):
+        self.saved.append(state.global_step)
+
+    def on_evaluate(self, args, state, control, metrics, **_):
+        self.evaluated.append(state.global_step)
+
+
+def second_stage(folder, *, callbacks=(), steps=9, train_dataset=None, **settings):
+    finetune = dg.FinetuneConfig(steps=steps, warmup=0, lr=1e-3, log_every=100, evaluate_every=100, progress=False)
+    arguments = {"distill": None, "finetune": finetune, "per_device_train_batch_size": 5, **settings}
+    return dg.GraftTrainer(
+        model=tiny_dit(),
+        plan={"self_attention[1]": "hyena_x"},
+        args=dg.GraftTrainingArguments(output_dir=folder, **arguments),
+        train_dataset=Singles() if train_dataset is None else train_dataset,
+        eval_dataset=Singles(),
+        noise_scheduler=SCHEDULER,
+        callbacks=callbacks,
+    )
+
+
+def test_what_a_callback_asks_of_control_is_done_and_it_is_given_the_model_and_the_epoch(tmp_path):
+    asking = Asking()
+    one = second_stage(tmp_path, callbacks=[asking])
+    one.train()
+    assert asking.saved == [5, 7]
+    assert asking.logged == [3]
+    assert asking.evaluated == [0, 4]
+    assert asking.epochs == [step / 4 for step in range(1, 8)]
+    assert asking.models == [one.model] * 7
+
+
+def test_callbacks_that_transformers_ships_run_unchanged(tmp_path, capsys):
+    # An improvement by less than the threshold is none, so two evaluations after the first one end the run.
+    early = EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=10.0)
+    callbacks = [early, PrinterCallback, ProgressCallback(), DefaultFlowCallback()]
+    one = second_stage(tmp_path, callbacks=callbacks, eval_steps=1, logging_steps=1)
+    one.train()
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert early.early_stopping_patience_counter == 2
+    assert "'step': 2" in capsys.readouterr().out
+
+
+def test_callbacks_are_added_and_removed_as_in_transformers(tmp_path):
+    one = second_stage(tmp_path)
+    one.add_callback(Asking)
+    one.add_callback(watcher := Watcher())
+    assert isinstance(one.pop_callback(Asking), Asking)
+    assert one.pop_callback(Asking) is None
+    one.remove_callback(watcher)
+    assert one.callbacks == []
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        singles = Singles()
+        return (singles[index] for index in range(len(singles)))
+
+
+def trained(folder, data, **settings):
+    one = second_stage(folder, steps=3, train_dataset=data, **settings)
+    one.train()
+    return tensors_of(one.model)
+
+
+def test_single_samples_of_an_iterable_are_batched_in_their_order(tmp_path):
+    singles = list(Streamed())
+    whole = [
+        {name: torch.stack([one[name] for one in singles[i : i + 5]]) for name in singles[0]} for i in range(0, 20, 5)
+    ]
+    expected = trained(tmp_path / "batches", whole)
+    for number, data in enumerate([Streamed(), iter(singles)]):
+        found = trained(tmp_path / str(number), data)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    shuffled = trained(tmp_path / "list", singles)
+    assert all(torch.equal(tensor, shuffled[name]) for name, tensor in trained(tmp_path / "map", Singles()).items())
+
+
+def test_columns_that_the_model_does_not_take_are_dropped_with_one_warning(tmp_path, caplog):
+    class Wide(Singles):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "url": None, "caption": "a", "size": (8, 8)}
+
+    class Batches(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([{**batch, "caption": ["a"] * len(batch["sample"])} for batch in batches()])
+
+    with caplog.at_level(logging.WARNING, "diffusers_graft"):
+        plain = trained(tmp_path / "plain", Singles())
+        assert not caplog.records
+        wide = trained(tmp_path / "wide", Wide())
+        assert [record.getMessage() for record in caplog.records] == [
+            "DiTTransformer2DModel does not take url, caption, size: dropped from the data."
+        ]
+        assert all(torch.equal(tensor, wide[name]) for name, tensor in plain.items())
+        trained(tmp_path / "batches", Batches())
+    with pytest.raises(dg.GraftError, match="does not take"):
+        trained(tmp_path / "kept", Batches(), remove_unused_columns=False)
+
+
+def pictures(**columns):
+    images = [Image.new("RGB", (10, 8), (25 * number, 0, 0)) for number in range(8)]
+    return [
+        {"image": image, **{name: values(number) for name, values in columns.items()}}
+        for number, image in enumerate(images)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["captions", "labels"])
+def test_pictures_with_captions_or_labels_are_encoded_as_they_are_read(kind, tmp_path):
+    pipe, columns = {
+        "captions": (pixart_pipeline(), {"text": lambda number: "a" * (number + 1)}),
+        "labels": (dit_pipeline(), {"label": lambda number: number}),
+    }[kind]
+    encoder = dg.data.SampleEncoder(pipe, size=8)
+    data = pictures(**columns)
+    batch = encoder(data[:2])
+    assert batch["sample"].shape == (2, 4, 8, 8)
+    if kind == "captions":
+        assert batch["encoder_hidden_states"].unique().tolist() == [1.0, 2.0]
+    else:
+        assert batch["class_labels"].tolist() == [0, 1]
+    finetune = dg.FinetuneConfig(steps=2, warmup=0, progress=False)
+    arguments = dg.GraftTrainingArguments(
+        output_dir=tmp_path, distill=None, finetune=finetune, per_device_train_batch_size=4
+    )
+    rest = {"train_dataset": data, "noise_scheduler": SCHEDULER}
+    plan = {"self_attention[0]": "hyena_x"}
+    with pytest.raises(dg.GraftError, match="SampleEncoder"):
+        dg.GraftTrainer(pipe.transformer, plan, arguments, **rest).train()
+    pipe.transformer.unset_graft()
+    dg.GraftTrainer(pipe.transformer, plan, arguments, **rest, data_collator=encoder).train()
+    with pytest.raises(dg.GraftError, match=r"has no (caption|class label); its columns are: image \(Image\)"):
+        encoder(pictures())
+
+
+def test_argument_names_of_transformers_are_settings_of_both_stages(tmp_path):
+    arguments = dg.GraftTrainingArguments(
+        output_dir=tmp_path,
+        distill=dg.DistillConfig(lr=3e-4),
+        save_steps=7,
+        save_total_limit=3,
+        logging_steps=2,
+        eval_steps=5,
+        gradient_accumulation_steps=2,
+        report_to="none",
+        disable_tqdm=True,
+        bf16=True,
+    )
+    for config in (arguments.distill, arguments.finetune):
+        assert (config.save_every, config.keep, config.log_every, config.evaluate_every) == (7, 3, 2, 5)
+        assert (config.accumulate, config.trackers, config.progress, config.precision) == (2, (), False, "bf16")
+    assert arguments.distill.lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "words"),
+    [
+        (dg.GraftTrainingArguments, {"learning_rate": 1e-4}, "set lr of DistillConfig and FinetuneConfig"),
+        (dg.GraftTrainingArguments, {"num_train_epochs": 3}, "stages count steps"),
+        (dg.GraftTrainingArguments, {"fsdp": "full_shard"}, "accelerate launch --use_fsdp"),
+        (dg.GraftTrainingArguments, {"eval_batch": 3}, "Did you mean 'eval_batches'"),
+        (dg.GraftTrainingArguments, {"bf16": True, "fp16": True}, "not in both"),
+        (dg.GraftTrainingArguments, {"push_to_hub": True}, "hub_model_id"),
+        (dg.FinetuneConfig, {"save_total_limit": 3}, "has no save_total_limit, which is called keep here"),
+        (dg.DistillConfig, {"max_steps": 3}, "has no max_steps, which is called steps here"),
+        (dg.DistillConfig, {"step": 3}, "Did you mean 'steps'"),
+    ],
+)
+def test_settings_that_belong_elsewhere_are_named(make, settings, words, tmp_path):
+    place = {"output_dir": tmp_path} if make is dg.GraftTrainingArguments else {}
+    with pytest.raises(dg.GraftError, match=words):
+        make(**place, **settings)
+
+
+def test_a_graft_is_pushed_after_each_stage_and_a_hub_that_is_down_stops_nothing(tmp_path, monkeypatch, caplog):
+    pushed = []
+
+    def push(folder, repo_id, **hub_arguments):
+        pushed.append((repo_id, hub_arguments))
+        if len(pushed) == 2:
+            raise dg.GraftError("the Hub is down")
+
+    monkeypatch.setattr("diffusers_graft.trainer.push_graft", push)
+    settings = {"push_to_hub": True, "hub_model_id": "user/name", "hub_private_repo": True}
+    second_stage(tmp_path, steps=1, **settings).train()
+    assert pushed == [("user/name", {"private": True})] * 2
+    assert "was not pushed: the Hub is down" in caplog.text
+    with pytest.raises(dg.GraftError, match="no repository to push to"):
+        second_stage(tmp_path / "other", steps=1).push_to_hub()
+
+
+def test_a_run_goes_on_from_the_path_of_a_checkpoint(tmp_path):
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    with pytest.raises(StopError):
+        trainer(tmp_path / "cut", callbacks=[Watcher(("two", 3))]).train()
+    (checkpoint,) = sorted((tmp_path / "cut" / ".checkpoints").glob("stage-two-*"))[-1:]
+    watcher = Watcher()
+    again = trainer(tmp_path / "again", callbacks=[watcher])
+    again.train(resume_from_checkpoint=checkpoint)
+    assert next(event for event in watcher.events if isinstance(event, tuple)) == ("two", 3)
+    assert same_tensors(again.model, tensors_of(whole.model))
+    with pytest.raises(dg.GraftError, match="no checkpoint at .*nowhere"):
+        trainer(tmp_path / "other").train(resume_from_checkpoint=tmp_path / "nowhere")
