@@ -137,7 +137,8 @@ class LinearAttention(WithBackends, Mixer):
         """[B, H, N, E] -> [B * frames, height, width, D], hidden tokens as zeros."""
         grid = context.require_grid(self.name, value.shape[2])
         if visible is not None:
-            value = value * visible.to(value.dtype)
+            # A bias weighs keys in their sum alone; what it hides is gone.
+            value = value * (visible > 0)
         return tokens_last(value, grid.height, grid.width)
 
     def _features(self, tensor: torch.Tensor, which: int) -> torch.Tensor:

@@ -136,13 +136,14 @@ class Mamba2(WithBackends, AttentionOperator):
     def run(self, hidden_states: torch.Tensor, context: Context, scan: Scan) -> torch.Tensor:
         """Compute the block, [B, N, D] in and out, with `scan` for its recurrence."""
         if not self.needs_grid:
-            return self._run_block(hidden_states, scan)
+            return self.out_proj(self._run_block(hidden_states, scan))
         grid = context.require_grid(self.name, hidden_states.shape[1])
         order = visits(grid, self.config.scan, hidden_states.device)
-        return self._run_block(hidden_states[:, order], scan)[:, order.argsort()]
+        mixed = self._run_block(hidden_states[:, order], scan)
+        return self.out_proj(mixed[:, order.argsort()])
 
     def _run_block(self, hidden_states: torch.Tensor, scan: Scan) -> torch.Tensor:
-        """The Mamba-2 block on tokens in the order of the scan."""
+        """The Mamba-2 block up to its output projection, on tokens in the order of the scan."""
         precise = torch.promote_types(hidden_states.dtype, torch.float32)
         state = self.config.state
         gate, mixed, step = self.in_proj(hidden_states).split(
@@ -154,7 +155,7 @@ class Mamba2(WithBackends, AttentionOperator):
         step = F.softplus(step.to(precise) + self.dt_bias)
         mixed = scan(value, key, query, step) + value * self.D[:, None]
         mixed = mixed.flatten(2) * F.silu(gate.to(precise))
-        return self.out_proj(self.norm(mixed.to(hidden_states.dtype)))
+        return self.norm(mixed.to(hidden_states.dtype))
 
     def _convolve(self, tokens: torch.Tensor) -> torch.Tensor:
         """Convolve [B, N, channels] depthwise, as an image one token wide whose channels stay last: fast on CPUs."""

@@ -8,15 +8,24 @@ import json
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...core.context import Context, Grid
-from ...errors import GeometryError
+from ...errors import GeometryError, GraftError
 from .. import available, configure
+from ..base import Operator
 from ..registry import configure_class
 from .case import Subject, fail, gradients, run
-from .visibility_checks import check_honours_mask, check_honours_others, check_receptive_field, check_sees_ahead  # noqa: F401, in CHECKS
+from .visibility_checks import (
+    check_honours_mask,
+    check_honours_others,
+    check_mask_bias,
+    check_receptive_field,
+    check_scale,
+    check_sees_ahead,
+)
 
 
 def check_config_round_trip(subject: Subject) -> None:
@@ -43,7 +52,8 @@ def check_shape_and_dtype(subject: Subject) -> None:
 
 def check_bfloat16_close(subject: Subject) -> None:
     """In bfloat16 the outputs are those of float64 on the same numbers to within 5 %."""
-    operator, inputs = subject.build().bfloat16(), subject.inputs(dtype=torch.bfloat16)
+    operator = subject.build().bfloat16()
+    inputs = subject.inputs(dtype=torch.bfloat16)
     rough = run(operator, inputs, subject.context).double()
     # Of the rounded weights and inputs: rounding a router's scores may send a token elsewhere, which is no error of
     # arithmetic.
@@ -67,6 +77,86 @@ def check_every_grid(subject: Subject) -> None:
             fail("every_grid", f"values that are not finite on the grid {there.grid}")
 
 
+def check_site_shapes(subject: Subject) -> None:
+    """On sites of other widths and heads it gives outputs of their shapes, or is refused with words."""
+    for there in subject.on_other_sites():
+        inputs = there.inputs()
+        output = run(there.build(), inputs, there.context)
+        if output.shape != inputs[0].shape or not output.isfinite().all():
+            fail(
+                "site_shapes",
+                f"{tuple(inputs[0].shape)} became {tuple(output.shape)}, or is not finite, at {there.site}",
+            )
+
+
+def check_one_instance_on_grids(subject: Subject) -> None:
+    """One operator gives on one grid after another what a fresh one gives, also where the number of tokens is the same."""
+    operator = subject.build()
+    for there in subject.accepted():
+        grid = there.grid
+        for turned in (grid, dataclasses.replace(grid, height=grid.width, width=grid.height), _halved(grid)):
+            subject_there = there.on(turned)
+            try:
+                expected = run(subject_there.build(), subject_there.inputs(), subject_there.context)
+            except GraftError:
+                continue  # the shape is refused with words
+            output = run(operator, subject_there.inputs(), subject_there.context)
+            if not torch.allclose(output, expected, rtol=1e-9, atol=1e-9):
+                fail("one_instance_on_grids", f"after other grids its outputs differ on the grid {turned}")
+
+
+def _halved(grid: Grid) -> Grid:
+    """As many tokens on half the rows, where that is possible."""
+    if grid.height % 2:
+        return grid
+    return dataclasses.replace(grid, height=grid.height // 2, width=2 * grid.width)
+
+
+def check_training_mode(subject: Subject) -> None:
+    """In training mode it gives the same outputs, so that a run can be resumed bit for bit."""
+    operator = subject.build()
+    inputs = subject.inputs()
+    expected = run(operator, inputs, subject.context)
+    if not torch.equal(run(operator.train(), inputs, subject.context), expected):
+        fail("training_mode", "outputs in training mode are others than in evaluation mode")
+
+
+def check_warm_start(subject: Subject) -> None:
+    """A start from the replaced part is finite, and the seed alone decides it."""
+    one = subject.start(seed=4)
+    other = subject.start(seed=4)
+    odd = [name for name, tensor in one.state_dict().items() if not tensor.isfinite().all()]
+    if odd:
+        fail("warm_start", f"after init_from values are not finite: {', '.join(odd)}")
+    if not _have_same_state(one, other):
+        fail("warm_start", "two starts under one seed differ")
+    inputs = [tensor.float() for tensor in subject.inputs()]
+    if not run(one, inputs, subject.context).isfinite().all():
+        fail("warm_start", "after init_from its outputs are not finite")
+
+
+def _have_same_state(one: Operator, other: Operator) -> bool:
+    first = one.state_dict()
+    second = other.state_dict()
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def check_output_layer(subject: Subject) -> bool | None:
+    """The layer that `output_layer` names is a linear one, and what it gives is the output."""
+    operator = subject.build()
+    if operator.output_layer is None:
+        return False
+    layer = dict(operator.named_modules()).get(operator.output_layer)
+    if not isinstance(layer, nn.Linear):
+        fail("output_layer", f"output_layer is {operator.output_layer!r}, which is no linear layer of the operator")
+    results = []
+    with layer.register_forward_hook(lambda _, inputs, output: results.append(output)):
+        output = run(operator, subject.inputs(), subject.context)
+    if len(results) != 1 or not torch.equal(results[0], output):
+        fail("output_layer", f"the output is not what the layer {operator.output_layer!r} gives")
+    return None
+
+
 def check_needs_grid(subject: Subject) -> None:
     """A grid is asked for exactly where that is declared."""
     operator = subject.build()
@@ -83,27 +173,34 @@ def check_needs_grid(subject: Subject) -> None:
 def check_gradients_reach_everything(subject: Subject) -> None:
     """Every input and parameter gets a gradient, unless `unused_inputs` names it."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        operator, inputs = subject.build().to(dtype), subject.inputs(dtype=dtype)
+        operator = subject.build().to(dtype)
+        inputs = subject.inputs(dtype=dtype)
         _, found = gradients(operator, operator, inputs, subject.context)
         names = [f"input {n}" for n in range(len(inputs))] + [name for name, _ in operator.named_parameters()]
-        useful = [g is not None and bool(g.isfinite().all() and g.any()) for g in found]
-        dead = {name for name, reached in zip(names, useful, strict=True) if not reached}
-        if dead := sorted(dead - set(operator.unused_inputs)):
+        dead = {name for name, gradient in zip(names, found, strict=True) if not _is_useful(gradient)}
+        dead = sorted(dead - set(operator.unused_inputs))
+        if dead:
             fail("gradients_reach_everything", f"no useful gradient for {', '.join(dead)} in {dtype}")
+
+
+def _is_useful(gradient: torch.Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.isfinite().all() and gradient.any())
 
 
 def check_batch_rows_independent(subject: Subject) -> None:
     """A row gives the same alone as in a batch."""
-    operator, inputs = subject.build(), subject.inputs(batch=3)
-    whole = run(operator, inputs, subject.context)
-    alone = run(operator, [tensor[1:2] for tensor in inputs], subject.context)
-    if not torch.allclose(whole[1:2], alone, rtol=1e-9, atol=1e-9):
-        fail("batch_rows_independent", f"a row alone differs by {(whole[1:2] - alone).abs().max():.3g}")
+    operator = subject.build()
+    inputs = subject.inputs(batch=3)
+    batch = run(operator, inputs, subject.context)
+    row = run(operator, [tensor[1:2] for tensor in inputs], subject.context)
+    if not torch.allclose(batch[1:2], row, rtol=1e-9, atol=1e-9):
+        fail("batch_rows_independent", f"a row alone differs by {(batch[1:2] - row).abs().max():.3g}")
 
 
 def check_deterministic(subject: Subject) -> None:
     """The same inputs give the same outputs."""
-    operator, inputs = subject.build(), subject.inputs()
+    operator = subject.build()
+    inputs = subject.inputs()
     if not torch.equal(run(operator, inputs, subject.context), run(operator, inputs, subject.context)):
         fail("deterministic", "two runs in evaluation mode differ")
 
@@ -111,7 +208,8 @@ def check_deterministic(subject: Subject) -> None:
 def check_same_without_gradients(subject: Subject) -> None:
     """Under `no_grad`, where an operator may take a faster way, it gives the same outputs."""
     for there in subject.accepted():
-        operator, inputs = there.build(), there.inputs()
+        operator = there.build()
+        inputs = there.inputs()
         expected = run(operator, inputs, there.context)
         with torch.no_grad():
             given = run(operator, inputs, there.context)
@@ -121,7 +219,8 @@ def check_same_without_gradients(subject: Subject) -> None:
 
 def check_leaves_inputs_alone(subject: Subject) -> None:
     """Inputs are not changed in place."""
-    operator, inputs = subject.build(), subject.inputs()
+    operator = subject.build()
+    inputs = subject.inputs()
     before = [tensor.clone() for tensor in inputs]
     run(operator, inputs, subject.context)
     with torch.no_grad():
@@ -141,14 +240,14 @@ def check_leaves_generators_alone(subject: Subject) -> None:
 
 def check_same_seed_same_start(subject: Subject) -> None:
     """The seed alone decides the start."""
-    one, other = (subject.build(seed=4).state_dict() for _ in range(2))
-    if list(one) != list(other) or not all(torch.equal(one[name], other[name]) for name in one):
+    if not _have_same_state(subject.build(seed=4), subject.build(seed=4)):
         fail("same_seed_same_start", "two builds under one seed differ")
 
 
 def check_state_dict_round_trip(subject: Subject) -> None:
     """Loaded weights and deep copies give the same outputs."""
-    source, target = subject.build(seed=0), subject.build(seed=5)
+    source = subject.build(seed=0)
+    target = subject.build(seed=5)
     target.load_state_dict(source.state_dict())
     expected = run(source, subject.inputs(), subject.context)
     if not torch.equal(run(target, subject.inputs(), subject.context), expected):
@@ -167,7 +266,8 @@ def check_builds_on_meta(subject: Subject) -> None:
 
 def check_compiles(subject: Subject) -> None:
     """`torch.compile(fullgraph=True)` gives the same outputs, with gradients and without."""
-    operator, inputs = subject.build(), subject.inputs()
+    operator = subject.build()
+    inputs = subject.inputs()
     expected = run(operator, inputs, subject.context)
     torch._dynamo.reset()
     compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
@@ -176,18 +276,19 @@ def check_compiles(subject: Subject) -> None:
             with torch.set_grad_enabled(grad):
                 output = compiled(*inputs, subject.context)
         except torch._dynamo.exc.TorchDynamoException as error:
-            fail(
-                "compiles", f"torch.compile(fullgraph=True) gave {type(error).__name__}: {str(error).splitlines()[0]}"
-            )
+            first_line = str(error).splitlines()[0]
+            fail("compiles", f"torch.compile(fullgraph=True) gave {type(error).__name__}: {first_line}")
         if not torch.allclose(output, expected, rtol=1e-9, atol=1e-9):
-            fail("compiles", "compiled outputs differ" + ("" if grad else " under no_grad"))
+            fail("compiles", f"compiled outputs differ, gradients being {'on' if grad else 'off'}")
 
 
 def check_trains_after_inference(subject: Subject) -> None:
     """Nothing that a run in inference mode leaves behind stands in the way of training."""
-    # A grid that no other check runs on, so that what is kept from grid to grid is made here.
-    there = subject.on(Grid(height=subject.grid.height + 3, width=subject.grid.width + 10))
-    operator, inputs = there.build(), there.inputs()
+    # A grid that no other check runs on, so that what is cached from grid to grid is made here.
+    grid = subject.grid
+    there = subject.on(dataclasses.replace(grid, height=grid.height + 3, width=grid.width + 10))
+    operator = there.build()
+    inputs = there.inputs()
     with torch.inference_mode():
         run(operator, there.inputs(), there.context)
     try:
@@ -220,27 +321,64 @@ def check_agrees_with_reference(subject: Subject) -> bool | None:
         plain = gradients(operator.reference, operator, there.inputs(), there.context)
         for number, (a, b) in enumerate(zip((fast[0], *fast[1]), (plain[0], *plain[1]), strict=True)):
             if (a is None) != (b is None) or (a is not None and not torch.allclose(a, b, rtol=1e-7, atol=1e-7)):
-                what = f"gradient {number}" if number else "output"
-                fail("agrees_with_reference", f"{what} differs from the reference on the grid {there.grid}")
+                result = f"gradient {number}" if number else "output"
+                fail("agrees_with_reference", f"{result} differs from the reference on the grid {there.grid}")
     return None
 
 
 def check_flops(subject: Subject) -> None:
-    """Within 1 % of what torch's counter sees, plus `uncounted_flops(tokens)` to which it is blind."""
-    operator, tokens = subject.build(), subject.grid.tokens
-    declared = operator.flops(tokens)
-    if type(declared) is not int or declared < 0:
-        fail("flops", f"flops(tokens) is a whole number; got {declared!r}")
-    counter = FlopCounterMode(display=False)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
-        getattr(operator, "countable", operator)(*subject.inputs(batch=1), subject.context)
-    expected = counter.get_total_flops() + operator.uncounted_flops(tokens)
-    if abs(declared - expected) > 0.01 * max(expected, 1):
-        fail("flops", f"flops({tokens}) is {declared:,}; torch's counter and what it is blind to make {expected:,}")
+    """Within 1 % of what torch's counter sees, plus `uncounted_flops(tokens)` to which it is blind, at every size."""
+    for there in (*subject.accepted(), *subject.on_other_sites()):
+        operator = there.build()
+        tokens = there.grid.tokens
+        operator.slot.current = there.context
+        operator.listen(operator.slot)
+        declared = operator.flops(tokens)
+        if type(declared) is not int or declared < 0:
+            fail("flops", f"flops(tokens) is a whole number; got {declared!r}")
+        counter = FlopCounterMode(display=False)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
+            getattr(operator, "countable", operator)(*there.inputs(batch=1), there.context)
+        expected = counter.get_total_flops() + operator.uncounted_flops(tokens)
+        if abs(declared - expected) > 0.01 * max(expected, 1):
+            fail(
+                "flops",
+                f"flops({tokens}) is {declared:,} on the grid {there.grid}; torch's counter and what it is blind to "
+                f"make {expected:,}",
+            )
 
 
-_found = [item for name, item in globals().items() if name.startswith("check_") and callable(item)]
-# Those of this module first: what a token may see is asked of operators that run at all.
-CHECKS: tuple[Callable[[Subject], bool | None], ...] = tuple(
-    sorted(_found, key=lambda check: check.__module__ != __name__)
+# Cheap ones first; what a token may see is asked of operators that run at all.
+CHECKS: tuple[Callable[[Subject], bool | None], ...] = (
+    check_config_round_trip,
+    check_shape_and_dtype,
+    check_bfloat16_close,
+    check_finite_on_large_inputs,
+    check_every_grid,
+    check_site_shapes,
+    check_needs_grid,
+    check_gradients_reach_everything,
+    check_batch_rows_independent,
+    check_deterministic,
+    check_training_mode,
+    check_one_instance_on_grids,
+    check_same_without_gradients,
+    check_leaves_inputs_alone,
+    check_leaves_generators_alone,
+    check_same_seed_same_start,
+    check_warm_start,
+    check_output_layer,
+    check_state_dict_round_trip,
+    check_builds_on_meta,
+    check_compiles,
+    check_trains_after_inference,
+    check_checkpointing,
+    check_agrees_with_reference,
+    check_flops,
+    check_honours_mask,
+    check_mask_bias,
+    check_honours_others,
+    check_scale,
+    check_sees_ahead,
+    check_receptive_field,
 )

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ...core.sites import AttentionSite, BlockSite, FeedForwardSite, Site
 from ...errors import GraftError, OperatorError
 from .. import configure
 from ..base import OperatorConfig
-from .case import ConformanceError, Subject
+from .case import ConformanceError, Subject, example_site
 from .checks import CHECKS
 
 __all__ = ["ConformanceError", "Report", "check_operator", "example_site"]
@@ -33,17 +32,6 @@ class Report:
         return "\n".join([f"{self.config} passed {len(self.passed)} checks:", *rows])
 
 
-def example_site(kind: str) -> Site:
-    """A small site of a kind, to build an operator on."""
-    if kind == "feed_forward":
-        return FeedForwardSite(
-            kind=kind, index=0, path="blocks.0.ff", width=12, hidden=48, activation="gelu-approximate"
-        )
-    if kind.startswith("block"):
-        return BlockSite(kind=kind, index=0, path="blocks.0", width=12, blocks=1 if kind == "block" else 2, streams=1)
-    return AttentionSite(kind=kind, index=0, path="blocks.0.attn", width=12, heads=3, head_width=4)
-
-
 def check_operator(config: OperatorConfig | str | dict, *, kind: str | None = None) -> Report:
     """Run every check that applies to an operator.
 
@@ -57,7 +45,8 @@ def check_operator(config: OperatorConfig | str | dict, *, kind: str | None = No
         GraftError: where the operator cannot be built on a site of that kind.
     """
     config = configure(config)
-    name, kinds = config.owner.name, config.owner.kinds
+    name = config.owner.name
+    kinds = config.owner.kinds
     if not kinds:
         raise OperatorError(
             f'{name} declares no kinds of site. Set kinds, such as ("self_attention",), or derive from Mixer.'
@@ -79,7 +68,7 @@ def check_operator(config: OperatorConfig | str | dict, *, kind: str | None = No
 
 @contextmanager
 def _named(check: str, *, letting: type[GraftError] = ConformanceError) -> Iterator[None]:
-    """Whatever goes wrong within is the failure of this check, but for what is said in words already."""
+    """Report an error within as the failure of this check, but for what is said in words already."""
     try:
         yield
     except letting:

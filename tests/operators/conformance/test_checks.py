@@ -26,7 +26,7 @@ class Good(Mixer):
         self.gate = nn.Parameter(torch.ones(site.head_width))
 
     def forward(self, query, key, value, context):
-        return F.scaled_dot_product_attention(query, key, value) * self.gate
+        return F.scaled_dot_product_attention(query, key, value, scale=context.scale) * self.gate
 
     def flops(self, tokens):
         return 4 * tokens**2 * self.site.inner_width
@@ -42,6 +42,7 @@ class ForgetsSetting(Good):
 
 
 class WritesAnotherName(Good):
+    @dataclass(frozen=True, kw_only=True)
     class Config(Good.Config):
         def to_dict(self):
             return {**super().to_dict(), "operator": "self_attention"}
@@ -298,7 +299,165 @@ class NeedsHeadsFirst(Good):
         return F.scaled_dot_product_attention(*heads).view(query.shape) * self.gate
 
 
+class WarmStartOfNan(Good):
+    @torch.no_grad()
+    def init_from(self, original):
+        self.gate.fill_(float("nan"))
+
+
+class UnseededWarmStart(Good):
+    @torch.no_grad()
+    def init_from(self, original):
+        self.gate.copy_(torch.randn(self.gate.shape, generator=torch.Generator().manual_seed(torch.seed() % 2**31)))
+
+
+class CrashesAsItStarts(Good):
+    def init_from(self, original):
+        self.gate.data = original.no_such_layer.weight
+
+
+class ThreeHeads(Good):
+    def forward(self, query, key, value, context):
+        mixed = super().forward(query, key, value, context)
+        return mixed.view(query.shape[0], 3, query.shape[2], query.shape[3])
+
+
+class WidthOfTheExample(FeedForwardOperator):
+    def __init__(self, config, site):
+        super().__init__(config, site)
+        self.line = nn.Linear(site.width, 12)
+
+    def forward(self, hidden_states, context):
+        return self.line(hidden_states)
+
+    def flops(self, tokens):
+        return 2 * tokens * self.site.width * 12
+
+
+class CachesByTokens(Mixer):
+    needs_grid = True
+    unused_inputs = ("input 0", "input 1")
+
+    def __init__(self, config, site):
+        super().__init__(config, site)
+        self.gate = nn.Parameter(torch.ones(site.head_width))
+        self.sides = {}
+
+    def forward(self, query, key, value, context):
+        grid = context.require_grid(self.name, value.shape[2])
+        sides = self.sides.setdefault(value.shape[2], (grid.frames * grid.height, grid.width))
+        columns = value.unflatten(2, sides)
+        return (0 * columns + columns.mean(2, keepdim=True)).flatten(2, 3) * self.gate
+
+
+class CrashesOnVideos(Good):
+    needs_grid = True
+
+    def forward(self, query, key, value, context):
+        grid = context.require_grid(self.name, value.shape[2])
+        value = value.unflatten(2, (grid.height, grid.width)).flatten(2, 3)
+        return super().forward(query, key, value, context)
+
+
+class FlopsOfOneSize(Good):
+    def flops(self, tokens):
+        return 256 * tokens * self.site.inner_width
+
+
+class FlopsOfOneWidth(Good):
+    def flops(self, tokens):
+        return 4 * tokens**2 * 12
+
+
+class DropsInTraining(Good):
+    def forward(self, query, key, value, context):
+        return F.dropout(super().forward(query, key, value, context), 0.1, self.training)
+
+
+class Masked(Good):
+    honours_mask = True
+
+    def mask_of(self, context):
+        return context.mask
+
+    def forward(self, query, key, value, context):
+        mask = None if context.mask is None else self.mask_of(context)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=context.scale) * self.gate
+
+
+class ZerosUnderMask(Masked):
+    def forward(self, query, key, value, context):
+        return torch.zeros_like(query) if context.mask is not None else super().forward(query, key, value, context)
+
+
+class HidesNegativeBiases(Masked):
+    def mask_of(self, context):
+        return context.mask if context.mask.dtype == torch.bool else context.mask >= 0
+
+
+class ForgetsBias(Masked):
+    def mask_of(self, context):
+        return context.mask if context.mask.dtype == torch.bool else context.mask > -1000
+
+
+class IgnoresScale(Good):
+    def forward(self, query, key, value, context):
+        return F.scaled_dot_product_attention(query, key, value) * self.gate
+
+
+class SquaresScale(Good):
+    def forward(self, query, key, value, context):
+        scale = query.shape[-1] ** -0.5 if context.scale is None else context.scale**2
+        return F.scaled_dot_product_attention(query, key, value, scale=scale) * self.gate
+
+
+class OneTokenSeesMore(FeedForwardOperator):
+    def __init__(self, config, site):
+        super().__init__(config, site)
+        self.line = nn.Linear(site.width, site.width)
+
+    def forward(self, hidden_states, context):
+        eleventh = torch.arange(hidden_states.shape[1])[:, None] == 11
+        return self.line(hidden_states + eleventh * hidden_states[:, :1])
+
+    def flops(self, tokens):
+        return 2 * tokens * self.site.width**2
+
+
+class TwoLayers(FeedForwardOperator):
+    output_layer = "first"
+
+    def __init__(self, config, site):
+        super().__init__(config, site)
+        self.first = nn.Linear(site.width, site.width)
+        self.second = nn.Linear(site.width, site.width)
+
+    def forward(self, hidden_states, context):
+        return self.second(self.first(hidden_states))
+
+    def flops(self, tokens):
+        return 4 * tokens * self.site.width**2
+
+
+class NoSuchLayer(TwoLayers):
+    output_layer = "third"
+
+
+class AddsToItsOutputLayer(TwoLayers):
+    output_layer = "second"
+
+    def forward(self, hidden_states, context):
+        return super().forward(hidden_states, context) + hidden_states
+
+
 BAD = {
+    "warm_start": [WarmStartOfNan, UnseededWarmStart],
+    "site_shapes": [ThreeHeads, WidthOfTheExample],
+    "one_instance_on_grids": [CachesByTokens],
+    "training_mode": [DropsInTraining],
+    "mask_bias": [ZerosUnderMask, HidesNegativeBiases, ForgetsBias],
+    "scale": [IgnoresScale, SquaresScale],
+    "output_layer": [TwoLayers, NoSuchLayer, AddsToItsOutputLayer],
     "config_round_trip": [ForgetsSetting, WritesAnotherName],
     "shape_and_dtype": [WrongShape, WrongDtype],
     "bfloat16_close": [Imprecise],
@@ -321,8 +480,8 @@ BAD = {
     "honours_mask": [IgnoresMask, MasksByTheFirstQuery],
     "honours_others": [LeavesOthersOut, AddsOthersUp],
     "sees_ahead": [SaysCausal, RowMeanSaysCausal, SaysNothingOfCausal, LooksAheadAnyway],
-    "receptive_field": [MixingFeedForward, ClaimsTooMuch],
-    "flops": [Understates, FractionalFlops],
+    "receptive_field": [MixingFeedForward, ClaimsTooMuch, OneTokenSeesMore],
+    "flops": [Understates, FractionalFlops, FlopsOfOneSize, FlopsOfOneWidth],
 }
 
 
@@ -336,8 +495,21 @@ PAIRS = [(check, operator) for check, bad in BAD.items() for operator in bad]
 
 @pytest.mark.parametrize(("check", "operator"), PAIRS, ids=lambda item: getattr(item, "__name__", item))
 def test_check_catches(check, operator):
-    with pytest.raises(conformance.ConformanceError, match=f"^{check}: "):
+    with pytest.raises(conformance.ConformanceError, match=f"^{check}: "), conformance._named(check):
         getattr(_checks, f"check_{check}")(subject_of(operator))
+
+
+NEW = ["warm_start", "site_shapes", "one_instance_on_grids", "training_mode", "mask_bias", "scale", "output_layer"]
+
+
+@pytest.mark.parametrize("check", NEW)
+def test_the_suite_reports_a_failing_check_under_its_name(check):
+    with pytest.raises(conformance.ConformanceError, match=f"^{check}: "):
+        check_operator(BAD[check][0].Config())
+
+
+def test_an_operator_whose_mask_is_a_bias_passes():
+    assert "mask_bias" in check_operator(Masked.Config()).passed
 
 
 def test_every_check_is_tested():
@@ -352,8 +524,10 @@ def test_a_good_operator_passes_the_same_checks_before_it_is_registered():
 @pytest.mark.parametrize(
     ("operator", "message"),
     [
-        (RefusesEveryGrid, "^every_grid: it refuses 8 x 8, 9 x 13, 25 x 23; the last of them so: never"),
+        (RefusesEveryGrid, "^every_grid: it refuses 8 x 8, 9 x 13, 25 x 23, 3 x 5 x 7; the last of them so: never"),
         (CrashesOnOddGrids, "^every_grid: RuntimeError: "),
+        (CrashesOnVideos, "^every_grid: RuntimeError: "),
+        (CrashesAsItStarts, "^warm_start: AttributeError: "),
         (RefusesItsMask, "^honours_mask: OperatorError: no masks here"),
         (WrongShape, "^shape_and_dtype: "),
         (NeedsHeadsFirst, "^shape_and_dtype: RuntimeError: view size is not compatible"),

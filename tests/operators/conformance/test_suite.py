@@ -24,6 +24,8 @@ CASES = [
     {"operator": "neighborhood", "kernel": 3, "dilation": 2},
     {"operator": "neighborhood", "kernel": 7, "dilation": 3},
     {"operator": "neighborhood", "kernel": 15},
+    {"operator": "neighborhood", "kernel": (1, 3, 3)},
+    {"operator": "neighborhood", "kernel": (3, 5, 3)},
     "hyena_x",
     {"operator": "hyena_x", "layout": "centered_1d"},
     {"operator": "hyena_x", "layout": "centered_1d", "kernel_size": 2},
