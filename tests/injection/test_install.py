@@ -9,12 +9,13 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 
 import diffusers_graft as dg
-from diffusers_graft.errors import GeometryError, GraftError, OperatorError, StateError
-from diffusers_graft.injection.attention_processor import _intercept_call, grafted_class, is_grafted
+from diffusers_graft.errors import GeometryError, GraftError, ModelError, StateError
 from diffusers_graft.inspection import example_inputs
-from tests.tiny_models import inputs_of, tiny
 
+from ..inspection.models import exported, first, inputs_of, tiny
+from ..inspection.models import predict as predict_in_zoo
 from ..models import FAMILIES, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
+from .flux import FLUX, RULES, expected, grafted
 
 EDITS = [
     ("self_attention", "self_attention"),
@@ -28,7 +29,11 @@ EDITS = [
     ("self_attention", {"operator": "hyena_x", "init": "random"}),
     ("feed_forward", {"operator": "mlp", "expansion": 3}),
 ]
+
+
 SAME_FUNCTION = ("self_attention", "mlp")
+
+
 CASES = [
     (family, kind, spec)
     for family in FAMILIES
@@ -62,42 +67,6 @@ def test_every_operator_goes_in_and_out_without_a_trace(family, kind, spec):
     assert not model._forward_pre_hooks
     model.set_graft(graft)
     assert torch.equal(predict(model), grafted)
-
-
-def test_a_shared_self_graft_shares_and_adds_nothing():
-    model = tiny_dit()
-    names = list(model.state_dict())
-    model.set_graft({"self_attention[:]": "self_attention"})
-    assert list(model.state_dict()) == names
-    assert model.graft.tensors(model) == {}
-
-
-def test_other_attention_is_untouched_by_masks():
-    """PixArt pads its prompts: the mask reaches a cross-attention graft."""
-    from diffusers_graft.inspection import example_inputs
-
-    model = tiny_pixart()
-    inputs = example_inputs(model, batch_size=2)
-    inputs["encoder_attention_mask"][:, 5:] = 0
-    before = model(**inputs).sample
-    model.set_graft({"cross_attention[:]": "self_attention"})
-    assert torch.equal(model(**inputs).sample, before)
-    model.unset_graft()
-    model.set_graft({"cross_attention[:]": "linear_attention"})
-    masked = model(**inputs).sample
-    inputs["encoder_hidden_states"][:, 5:] += 7
-    assert torch.equal(model(**inputs).sample, masked)
-
-
-def test_a_mask_that_hides_is_refused_by_operators_that_cannot_honour_it():
-    from diffusers_graft.inspection import example_inputs
-
-    model = tiny_pixart()
-    model.set_graft({"self_attention[:]": "hyena_x"})
-    mask = torch.ones(1, 16)
-    model(**example_inputs(model), attention_mask=mask)
-    with pytest.raises(GeometryError, match="cannot honour an attention mask"):
-        model(**example_inputs(model), attention_mask=mask.tril(12))
 
 
 @pytest.mark.parametrize(
@@ -170,98 +139,6 @@ def test_a_graft_that_cannot_go_in_again_leaves_the_model_without_one():
     model.set_graft(graft)
 
 
-def test_building_leaves_torchs_generator_alone_and_follows_its_seed():
-    model = tiny_dit()
-    plan = dg.plan_graft(model, {"self_attention[:]": {"operator": "hyena_x", "init": "random"}})
-    state = torch.get_rng_state()
-    grafts = [dg.build_graft(model, plan, seed=seed) for seed in (1, 1, 2)]
-    assert torch.equal(torch.get_rng_state(), state)
-    one, same, other = (graft.tensors(model) for graft in grafts)
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_projections_that_start_at_random_are_drawn_alike_in_every_precision():
-    rules = {"self_attention[0]": {"operator": "hyena_x", "init": "random"}}
-    one, half = tiny_dit(), tiny_dit().to(torch.bfloat16)
-    one.set_graft(rules)
-    half.set_graft(rules)
-    drawn, rounded = (model.graft.tensors(model) for model in (one, half))
-    assert all(torch.equal(tensor.bfloat16(), rounded[name]) for name, tensor in drawn.items())
-
-
-def test_lost_processors_are_noticed_at_the_next_forward_and_save(tmp_path):
-    model = tiny_pixart()
-    model.set_graft({"self_attention[1]": "hyena_x"})
-    model.fuse_qkv_projections()
-    with pytest.raises(StateError, match="was lost: its processor is now FusedAttnProcessor2_0"):
-        predict(model)
-    with pytest.raises(StateError, match="was lost"):
-        model.save_graft(tmp_path)
-
-
-class WithoutACore:
-    """What it makes of its input is no mixing of queries, keys and values."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        return attn.to_out[0](attn.to_v(hidden_states).cumsum(1))
-
-
-def test_processors_without_a_core_are_refused():
-    model = tiny_dit()
-    model.transformer_blocks[0].attn1.set_processor(WithoutACore())
-    with pytest.raises(OperatorError, match="never calls scaled_dot_product_attention"):
-        model.set_graft({"self_attention[0]": "hyena_x"})
-
-
-def test_processors_that_multiply_scores_themselves_are_rewritten_too():
-    model = tiny_dit()
-    model.transformer_blocks[0].attn1.set_processor(AttnProcessor())
-    before = predict(model)
-    model.set_graft({"self_attention[0]": "self_attention"})
-    torch.testing.assert_close(predict(model), before)
-    model.unset_graft()
-    model.set_graft({"self_attention[0]": "neighborhood"})
-    assert not torch.allclose(predict(model), before)
-
-
-def test_without_source_the_softmax_is_caught_on_its_way(monkeypatch):
-    model = tiny_pixart()
-    before = predict(model)
-    original = type(model.transformer_blocks[0].attn1.processor)
-    cls = grafted_class(original)
-    monkeypatch.setattr(cls, "__call__", _intercept_call(original))
-    model.set_graft({"self_attention[:]": "self_attention", "cross_attention[:]": "self_attention"})
-    assert torch.equal(predict(model), before)
-    model.unset_graft()
-    model.set_graft({"self_attention[:]": "neighborhood"})
-    assert not torch.equal(predict(model), before)
-
-
-def test_without_source_a_softmax_that_is_not_caught_is_no_graft(monkeypatch):
-    model = tiny_dit()
-    model.transformer_blocks[0].attn1.set_processor(AttnProcessor())  # multiplies scores itself
-    monkeypatch.setattr(grafted_class(AttnProcessor), "__call__", _intercept_call(AttnProcessor))
-    model.set_graft({"self_attention[0]": "neighborhood"})
-    with pytest.raises(OperatorError, match="never called scaled_dot_product_attention"):
-        predict(model)
-
-
-def test_what_a_processor_was_told_stays():
-    model = tiny_dit()
-    model.transformer_blocks[0].attn1.processor.told = 7
-    model.set_graft({"self_attention[0]": "hyena_x"})
-    assert model.transformer_blocks[0].attn1.processor.told == 7
-
-
-def test_one_generated_class_for_each_processor_class():
-    model = tiny_dit()
-    model.set_graft({"self_attention[:]": "hyena_x"})
-    processors = [block.attn1.processor for block in model.transformer_blocks]
-    assert len({type(processor) for processor in processors}) == 1
-    assert all(map(is_grafted, processors))
-
-
 def test_deepcopy_and_pickle():
     model = tiny_dit()
     before = predict(model)
@@ -298,80 +175,6 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(output, expected)
 
 
-def test_parts_that_wait_follow_the_model():
-    model = tiny_dit()
-    plain = copy.deepcopy(model).to(torch.bfloat16)
-    model.set_graft({"self_attention[:]": {"operator": "hyena_x", "init": "random"}, "feed_forward[0]": "mlp"})
-    model.to(torch.bfloat16)
-    model.unset_graft()
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert torch.equal(predict(model), predict(plain))
-
-
-def test_a_removed_block_follows_the_model():
-    model = tiny_dit()
-    plain = copy.deepcopy(model).to(torch.bfloat16)
-    model.set_graft("block[1:]=remove")
-    model.to(torch.bfloat16)
-    model.unset_graft()
-    assert torch.equal(predict(model), predict(plain))
-
-
-@pytest.mark.parametrize(
-    "rules", ["block[0]=linear_block", "block[:]=remove", "self_attention[0]=mamba2", "feed_forward[0]=mlp"]
-)
-def test_parameters_of_several_dtypes_keep_theirs(rules):
-    model = tiny_dit().to(torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("to_k.weight", "net.2.bias", "norm1.linear.bias")):
-            parameter.data = parameter.data.float() + 1e-5
-    before = tensors_of(model)
-    model.set_graft(rules)
-    model.unset_graft()
-    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {
-        name: t.dtype for name, t in before.items()
-    }
-    assert same_tensors(model, before)
-
-
-def test_gradient_checkpointing():
-    from diffusers_graft.inspection import example_inputs
-
-    gradients = []
-    for checkpointing in (False, True):
-        model = tiny_dit()
-        model.set_graft({"self_attention[:]": "neighborhood"})
-        if checkpointing:
-            model.enable_gradient_checkpointing()
-        model.train()
-        inputs = example_inputs(model, batch_size=2)
-        torch.manual_seed(0)
-        model(**inputs).sample.square().mean().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
-
-
-@pytest.mark.parametrize("spec", ["neighborhood", {"operator": "hyena_x", "layout": "2d"}], ids=str)
-def test_gradient_checkpointing_of_two_forwards_at_once(spec):
-    """Blocks that run again are told what they were told the first time, not what the last forward was."""
-    gradients = []
-    for checkpointing in (False, True):
-        model, inputs = tiny("SanaTransformer2DModel").train(), inputs_of("SanaTransformer2DModel")
-        model.set_graft({"self_attention[:]": {"operator": spec} if isinstance(spec, str) else spec})
-        if checkpointing:
-            model.enable_gradient_checkpointing()
-        torch.manual_seed(2)
-        images = torch.randn(2, 4, 4, 12), torch.randn(2, 4, 8, 6)
-        sum(model(**{**inputs, "hidden_states": image}).sample.square().sum() for image in images).backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(*gradients)
-    model.unset_graft()
-    functions = [vars(module).get("_gradient_checkpointing_func") for module in model.modules()]
-    assert {function.__module__ for function in functions if function} == {"diffusers.models.modeling_utils"}
-
-
 def test_threads_with_images_of_other_shapes_do_not_mix_them_up():
     model, seen = tiny_pixart(), []
     model.set_graft({"self_attention[:]": "neighborhood"})
@@ -403,3 +206,83 @@ def test_other_resolutions_and_shapes():
         assert predict(model, size=size).isfinite().all()
     with pytest.raises(GeometryError, match="the grid is 2 x 2"):
         predict(model, size=4)
+
+
+def test_copies_and_pickles():
+    model = grafted()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(predict_in_zoo(twin, FLUX), expected())
+
+
+COMPILED = {
+    FLUX: RULES,
+    "SD3Transformer2DModel": {"joint_attention[:]": "neighborhood"},
+    "WanTransformer3DModel": {"self_attention[:]": "neighborhood"},
+    "QwenImageTransformer2DModel": {"joint_attention[:]": "linear_attention"},
+    "LTXVideoTransformer3DModel": {"self_attention[:]": "hyena_x"},
+    "HunyuanVideoTransformer3DModel": {"joint_attention[:]": "neighborhood"},
+    "ZImageTransformer2DModel": {"self_attention[2:]": "neighborhood"},
+    "SanaTransformer2DModel": {"self_attention[:]": "neighborhood"},
+    "SanaVideoTransformer3DModel": {"self_attention[:]": "linear_attention"},
+    "AllegroTransformer3DModel": {"self_attention[:]": "sliding_window"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(COMPILED) & set(exported())))
+def test_families_compile_as_one_graph(name):
+    model = tiny(name)
+    model.set_graft(COMPILED[name])
+    eager = predict_in_zoo(model, name)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(first(compiled(**inputs_of(name))), eager)
+
+
+def test_ten_blocks_compile_as_one():
+    from torch._dynamo.testing import CompileCounter
+
+    model = grafted({"joint_attention[:]": "neighborhood"}, num_layers=10, num_single_layers=0)
+    eager = predict_in_zoo(model, FLUX)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for block in model.transformer_blocks:
+        block.compile(backend=counter, fullgraph=True)
+    torch.testing.assert_close(predict_in_zoo(model, FLUX), eager)
+    assert counter.frame_count == 1
+
+
+def test_a_model_compiled_in_place_takes_a_graft():
+    model = tiny(FLUX)
+    model.compile(backend="eager")
+    predict_in_zoo(model, FLUX)
+    model.set_graft(RULES)
+    torch.testing.assert_close(predict_in_zoo(model, FLUX), expected())
+
+
+def test_a_compiled_wrapper_is_told_apart():
+    with pytest.raises(ModelError, match="graft the model itself"):
+        dg.find_sites(torch.compile(tiny(FLUX), backend="eager"))
+
+
+SWAPS = {
+    "another class": lambda model: model.transformer_blocks[1].attn1.set_processor(AttnProcessor()),
+    "defaults": lambda model: model.set_default_attn_processor(),
+    "fused": lambda model: model.fuse_qkv_projections(),
+}
+
+
+@pytest.mark.parametrize("swap", SWAPS.values(), ids=SWAPS)
+def test_processors_that_another_verb_replaced_are_put_back(swap, tmp_path):
+    model = tiny_pixart()
+    model.set_graft({"self_attention[:]": "linear_attention"})
+    grafted = predict(model)
+    swap(model)
+    with pytest.raises(StateError, match=r"Call model.enable_graft\(\) to put the graft's back"):
+        predict(model)
+    model.enable_graft()
+    assert torch.equal(predict(model), grafted)
+    model.save_graft(tmp_path)
+    swap(model)
+    model.set_graft(model.unset_graft())
+    assert torch.equal(predict(model), grafted)

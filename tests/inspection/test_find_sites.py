@@ -8,7 +8,7 @@ from diffusers import ModelMixin
 
 import diffusers_graft as dg
 
-from ..injection.test_all_families import NAMES, NO_SOFTMAX
+from ..injection.families import NAMES, NO_SOFTMAX
 from .models import exported, first, predict, tiny
 
 # The order of a few parts depends on the arguments of a forward, not on the source alone.

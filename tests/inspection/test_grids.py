@@ -16,7 +16,7 @@ from diffusers_graft.injection.attention_processor import grafted_class
 from diffusers_graft.inspection import families, read_context
 from diffusers_graft.inspection import grids as geometry
 
-from ..injection.test_all_families import MIXERS, NAMES, NO_MAIN_SITE, NO_SOFTMAX, main_sites
+from ..injection.families import MIXERS, NAMES, NO_MAIN_SITE, NO_SOFTMAX, main_sites
 from .models import ROWS, Draw, exported, inputs_of, predict, tiny
 
 NO_GRID = {

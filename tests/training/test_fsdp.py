@@ -11,7 +11,7 @@ from diffusers_graft.training import distributed as processes
 from diffusers_graft.training import fsdp as sharding
 from diffusers_graft.training.fsdp import shard
 
-from ..injection.test_all_families import NAMES
+from ..injection.families import NAMES
 from ..inspection.models import first, inputs_of, tiny
 from ..models import SCHEDULER, batches, tensors_of, tiny_dit
 

@@ -10,7 +10,7 @@ import diffusers_graft as dg
 
 from ..inspection.models import first
 from ..inspection.test_grids import changed, near
-from .test_all_families import FEED_FORWARD, one_step, same_after_a_round
+from .families import FEED_FORWARD, one_step, same_after_a_round
 
 CROSS = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
