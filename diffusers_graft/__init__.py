@@ -13,7 +13,7 @@ from .evaluation.benchmark import benchmark
 from .evaluation.evaluate import Scores, evaluate
 from .injection.graft import Graft, build_graft
 from .inspection import find_sites
-from .model_mixin import attach_verbs, set_graft
+from .model_mixin import GraftableModel, attach_verbs, set_graft
 from .operators.conformance.suite import check_operator
 from .planning.plan import GraftPlan, plan_graft
 from .planning.rules import interleaved
@@ -39,6 +39,7 @@ __all__ = [
     "GraftPlan",
     "GraftTrainer",
     "GraftTrainingArguments",
+    "GraftableModel",
     "Grid",
     "Scores",
     "Site",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from diffusers import ModelMixin
@@ -97,6 +99,21 @@ def restore_offloading(model: ModelMixin, config: group_offloading.GroupOffloadi
             folder = folder.parent
         config.offload_to_disk_path = tempfile.mkdtemp(prefix=_FRESH, dir=folder)
     group_offloading._apply_group_offloading(model, config)
+
+
+@contextlib.contextmanager
+def in_memory(model: ModelMixin) -> Iterator[None]:
+    """Lift group offloading to disk meanwhile, since forwards empty the tensors that they have used."""
+    find = getattr(group_offloading, "_get_top_level_group_offload_hook", None)
+    hook = None if find is None else find(model)
+    if hook is None or not getattr(hook.config, "offload_to_disk_path", None):
+        yield
+        return
+    config = lift_offloading(model)
+    try:
+        yield
+    finally:
+        restore_offloading(model, config)
 
 
 def skip_layerwise_casting(model: ModelMixin, *, of_grafts: bool) -> None:

@@ -1,4 +1,4 @@
-"""Several grafts on one model, by name, on disjoint sites: those that are active run as one graft made of their parts."""
+"""Several grafts on one model, by name, on disjoint sites: those that are active run as one graft of all their parts."""
 
 from __future__ import annotations
 
@@ -21,38 +21,47 @@ _STATE = "_named_grafts"
 
 @dataclass(frozen=True)
 class _State:
-    """The grafts of a model by name, the names of those that run, and the graft that this has installed."""
+    """The grafts of a model.
 
-    held: dict[str, Graft]
+    Attributes:
+        grafts: all of them, by name.
+        active: names of those that run, in the order in which they were activated.
+        installed: the graft that runs: the active one, or one made of their parts.
+    """
+
+    grafts: dict[str, Graft]
     active: tuple[str, ...] = ()
-    running: Graft | None = None
+    installed: Graft | None = None
 
 
 def _state(model: ModelMixin) -> _State:
-    """As it is now, whoever installed or removed a graft meanwhile."""
-    state, present = vars(model).get(_STATE, _State({})), get_graft(model)
-    if present is state.running:
+    """Return the present state, whoever installed or removed a graft meanwhile."""
+    state = vars(model).get(_STATE, _State({}))
+    present = get_graft(model)
+    if present is state.installed:
         return state
-    return _State({}) if present is None else _State({DEFAULT: present}, (DEFAULT,), present)
+    if present is None:
+        return _State({})
+    return _State({DEFAULT: present}, (DEFAULT,), present)
 
 
-def held(model: ModelMixin) -> dict[str, Graft]:
-    """The grafts of a model by name, active or not."""
-    return _state(model).held
+def get_grafts(model: ModelMixin) -> dict[str, Graft]:
+    """Return the grafts of a model by name, active or not."""
+    return _state(model).grafts
 
 
-def active(model: ModelMixin) -> tuple[str, ...]:
-    """Names of the grafts that run, in the order in which they were activated."""
+def get_active(model: ModelMixin) -> tuple[str, ...]:
+    """Return the names of the grafts that run, in the order in which they were activated."""
     return _state(model).active
 
 
-def remember(model: ModelMixin, known: dict[str, Graft], names: Sequence[str]) -> None:
-    """Note the grafts of a model by name, and which of them are installed now."""
-    vars(model)[_STATE] = _State(dict(known), tuple(names), get_graft(model))
+def record_grafts(model: ModelMixin, grafts: dict[str, Graft], active: Sequence[str]) -> None:
+    """Store the grafts of a model by name, and which of them are installed now."""
+    vars(model)[_STATE] = _State(dict(grafts), tuple(active), get_graft(model))
 
 
-def bind(graft: Graft) -> None:
-    """Have the parts of a graft read the context where that graft leaves it, after they ran in another's company."""
+def bind_contexts(graft: Graft) -> None:
+    """Make the parts of a graft read its context again, after they ran as parts of another."""
     for operator in graft.operators().values():
         operator.bind_context(graft.slot)
 
@@ -61,65 +70,82 @@ def activate(model: ModelMixin, names: str | Sequence[str], *, enabled: bool = T
     """Run these grafts and no others; without any the model is the original, and the grafts wait.
 
     Args:
+        model: that has the grafts.
+        names: of the grafts.
         enabled: False leaves them disabled, as those before them were.
 
     Raises:
         UnknownNameError: a name that no graft of the model has.
         StateError: two of them claim one site, or train the same weights; the model is then as it was.
     """
-    names, known = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names)), held(model)
+    names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    grafts = get_grafts(model)
     for name in names:
-        if name not in known:
-            raise UnknownNameError("graft of this model", name, known)
-    _require_disjoint({name: known[name] for name in names})
+        _require_name(name, grafts)
+    chosen = {name: grafts[name] for name in names}
+    _require_disjoint(chosen)
     put_away(model)
-    if names:
-        one = known[names[0]] if len(names) == 1 else _union([known[name] for name in names])
-        bind(one)
-        install(model, one)
+    if chosen:
+        graft = next(iter(chosen.values())) if len(chosen) == 1 else _join(list(chosen.values()))
+        bind_contexts(graft)
+        install(model, graft)
         if not enabled:
             disable(model)
-    remember(model, known, names)
+    record_grafts(model, grafts, names)
 
 
 def put_away(model: ModelMixin) -> None:
-    """The original model; whatever ran goes back, with what training gave it, to the grafts it is made of."""
-    graft, names, known = get_graft(model), active(model), held(model)
+    """Make the model the original; each graft gets back its parts, with what training gave them."""
+    graft = get_graft(model)
     if graft is None:
         return
+    grafts = get_grafts(model)
+    members = [grafts[name] for name in get_active(model)]
     uninstall(model)
-    members = [known[name] for name in names]
     if graft not in members:
-        _share_out(graft, members)
-    remember(model, known, ())
+        _split(graft, members)
+    record_grafts(model, grafts, ())
 
 
-def forget(model: ModelMixin, name: str | None = None) -> Graft:
-    """Take one graft out for good, or all of them; returns it, or what ran.
+def remove(model: ModelMixin, name: str | None = None) -> Graft:
+    """Take one graft out for good, or all of them.
 
-    Raises `StateError` where there is none, `UnknownNameError` for a name that none has.
+    Returns:
+        The graft of that name, or the one that ran.
+
+    Raises:
+        StateError: the model has no graft.
+        UnknownNameError: a name that none has.
     """
-    known, running, enabled = held(model), active(model), is_enabled(model)
-    if name is None or set(known) == {name}:
-        graft = uninstall(model) if get_graft(model) is not None or not known else next(iter(known.values()))
-        if graft not in known.values():
-            _share_out(graft, [known[each] for each in running])
-            bind(graft)
-        vars(model).pop(_STATE, None)
-        return graft
-    if name not in known:
-        raise UnknownNameError("graft of this model", name, known)
+    grafts = get_grafts(model)
+    active = get_active(model)
+    if name is None or set(grafts) == {name}:
+        return _remove_all(model, grafts, active)
+    _require_name(name, grafts)
+    enabled = is_enabled(model)
     put_away(model)
-    rest = {other: graft for other, graft in known.items() if other != name}
-    remember(model, rest, ())
-    activate(model, [other for other in running if other != name], enabled=enabled)
-    return known[name]
+    rest = {other: graft for other, graft in grafts.items() if other != name}
+    record_grafts(model, rest, ())
+    activate(model, [other for other in active if other != name], enabled=enabled)
+    return grafts[name]
+
+
+def _remove_all(model: ModelMixin, grafts: dict[str, Graft], active: Sequence[str]) -> Graft:
+    all_wait = get_graft(model) is None and bool(grafts)
+    graft = next(iter(grafts.values())) if all_wait else uninstall(model)
+    if graft not in grafts.values():
+        _split(graft, [grafts[name] for name in active])
+        bind_contexts(graft)
+    vars(model).pop(_STATE, None)
+    return graft
 
 
 @contextlib.contextmanager
 def without_grafts(model: ModelMixin) -> Iterator[None]:
-    """The original model inside, for another graft to be built or loaded on; what ran before runs again afterwards."""
-    known, names, enabled = held(model), active(model), is_enabled(model)
+    """Make the model the original inside, for another graft to be built or loaded on; afterwards its grafts run again."""
+    grafts = get_grafts(model)
+    active = get_active(model)
+    enabled = is_enabled(model)
     put_away(model)
     vars(model).pop(_STATE, None)
     try:
@@ -127,98 +153,112 @@ def without_grafts(model: ModelMixin) -> Iterator[None]:
     finally:
         if get_graft(model) is not None:
             uninstall(model)
-        remember(model, known, ())
-        activate(model, names, enabled=enabled)
+        record_grafts(model, grafts, ())
+        activate(model, active, enabled=enabled)
 
 
 @contextlib.contextmanager
-def alone(model: ModelMixin, name: str) -> Iterator[None]:
-    """One graft active by itself inside, the others again afterwards."""
-    names, enabled = active(model), is_enabled(model)
+def with_only(model: ModelMixin, name: str) -> Iterator[None]:
+    """Run one graft by itself inside, the others again afterwards."""
+    active = get_active(model)
+    enabled = is_enabled(model)
     activate(model, name)
     try:
         yield
     finally:
-        activate(model, names, enabled=enabled)
+        activate(model, active, enabled=enabled)
 
 
 def add(model: ModelMixin, name: str, graft: Graft) -> None:
-    """Hold a graft that stands beside the model, and run it with those that run; disabled ones stay so, as adapters
-    do.
-    """
-    known, names, enabled = held(model), active(model), is_enabled(model)
-    _require_disjoint({**{other: known[other] for other in names}, name: graft})
+    """Run a graft that was built beside the model with those that run; where they are disabled, it is too."""
+    grafts = get_grafts(model)
+    active = get_active(model)
+    enabled = is_enabled(model) or not active
+    _require_disjoint({**{other: grafts[other] for other in active}, name: graft})
     put_away(model)
-    remember(model, {**known, name: graft}, ())
-    activate(model, [*names, name], enabled=enabled or not names)
+    record_grafts(model, {**grafts, name: graft}, ())
+    activate(model, [*active, name], enabled=enabled)
+
+
+def _require_name(name: str, grafts: dict[str, Graft]) -> None:
+    if name not in grafts:
+        raise UnknownNameError("graft of this model", name, grafts)
 
 
 def _require_disjoint(grafts: dict[str, Graft]) -> None:
-    claims: dict[str, str] = {}
+    """Raise `StateError` for grafts that cannot run together."""
+    owners: dict[str, str] = {}
     for name, graft in grafts.items():
         for path in graft.seats:
-            if path in claims:
+            if path in owners:
                 raise StateError(
-                    f"The grafts {claims[path]!r} and {name!r} both replace {path}. Activate one of them, or put all rules "
+                    f"The grafts {owners[path]!r} and {name!r} both replace {path}. Activate one of them, or put all rules "
                     "into one plan."
                 )
-            claims[path] = name
-    for path, name in claims.items():
-        inside = next((other for other in claims if other.startswith(f"{path}.") and claims[other] != name), None)
+            owners[path] = name
+    for path, name in owners.items():
+        inside = _first_of_another(owners, name, lambda other, path=path: other.startswith(f"{path}."))
         if inside is not None:
             raise StateError(
-                f"The graft {name!r} takes {path}, and {claims[inside]!r} replaces {inside} in it. Put all rules into one "
+                f"The graft {name!r} replaces {path}, and {owners[inside]!r} replaces {inside} in it. Put all rules into one "
                 "plan, or activate one of them."
             )
     for name, graft in grafts.items():
         for trained in (*graft.body, *graft.adapters):
-            path = next(
-                (path for path in claims if f"{trained}.".startswith(f"{path}.") and claims[path] != name), None
-            )
+            path = _first_of_another(owners, name, lambda path, trained=trained: f"{trained}.".startswith(f"{path}."))
             if path is not None:
                 raise StateError(
-                    f"The graft {name!r} trained {trained}, which {claims[path]!r} replaces. Activate one."
+                    f"The graft {name!r} trained {trained}, which {owners[path]!r} replaces. Activate one."
                 )
-    for what, having in (
-        ("trained weights of the rest of the model", [name for name, graft in grafts.items() if graft.body]),
-        ("LoRA layers", [name for name, graft in grafts.items() if graft.adapter_config is not None]),
-    ):
-        if len(having) > 1:
-            raise StateError(
-                f"The grafts {' and '.join(map(repr, having))} carry {what} each. Activate one of them at a time."
-            )
+    _require_one("trained weights of the rest of the model", [name for name, graft in grafts.items() if graft.body])
+    _require_one("LoRA layers", [name for name, graft in grafts.items() if graft.adapter_config is not None])
 
 
-def _union(grafts: list[Graft]) -> Graft:
-    """One graft of all their parts, in forward order."""
+def _first_of_another(owners: dict[str, str], name: str, matches) -> str | None:
+    """Return the first path that matches and belongs to another graft."""
+    return next((path for path, owner in owners.items() if owner != name and matches(path)), None)
+
+
+def _require_one(what: str, names: list[str]) -> None:
+    if len(names) > 1:
+        raise StateError(
+            f"The grafts {' and '.join(map(repr, names))} carry {what} each. Activate one of them at a time."
+        )
+
+
+def _join(grafts: list[Graft]) -> Graft:
+    """Make one graft of all their parts, in forward order."""
     order = {site.path: place for place, site in enumerate(grafts[0].sites)}
-    edits = sorted((edit for graft in grafts for edit in graft.plan.edits), key=lambda edit: order[edit.site.path])
-    merged = {}
+    edits = [edit for graft in grafts for edit in graft.plan.edits]
+    edits.sort(key=lambda edit: order[edit.site.path])
+    joined = {}
     for entry in dataclasses.fields(Graft):
         values = [getattr(graft, entry.name) for graft in grafts]
         if isinstance(values[0], dict):
-            merged[entry.name] = {key: value for each in values for key, value in each.items()}
+            joined[entry.name] = {key: value for each in values for key, value in each.items()}
         elif isinstance(values[0], list):
-            merged[entry.name] = [row for each in values for row in each]
+            joined[entry.name] = [row for each in values for row in each]
+    configs = [graft.adapter_config for graft in grafts if graft.adapter_config is not None]
     return dataclasses.replace(
         grafts[0],
-        **merged,
+        **joined,
         plan=GraftPlan(grafts[0].plan.model_class, tuple(edits)),
         slot=ContextSlot(),
-        adapter_config=next((graft.adapter_config for graft in grafts if graft.adapter_config is not None), None),
+        adapter_config=next(iter(configs), None),
     )
 
 
-def _share_out(union: Graft, members: list[Graft]) -> None:
-    """Give back what the union held while it ran; what training added to it goes to the first."""
-    told = sum(len(graft.history) for graft in members)
+def _split(joined: Graft, members: list[Graft]) -> None:
+    """Give each member back what the joined graft held; what training added to it goes to the first."""
+    first = members[0]
     for kind in ("body", "adapters"):
-        values = getattr(union, kind)
         owners = {name: graft for graft in members for name in getattr(graft, kind)}
-        for name, value in values.items():
-            getattr(owners.get(name, members[0]), kind)[name] = value
-    if union.adapter_config is not None and all(graft.adapter_config is None for graft in members):
-        members[0].adapter_config = union.adapter_config
-    members[0].history.extend(union.history[told:])
+        for name, value in getattr(joined, kind).items():
+            owner = owners.get(name, first)
+            getattr(owner, kind)[name] = value
+    if joined.adapter_config is not None and all(graft.adapter_config is None for graft in members):
+        first.adapter_config = joined.adapter_config
+    known = sum(len(graft.history) for graft in members)
+    first.history.extend(joined.history[known:])
     for graft in members:
-        bind(graft)
+        bind_contexts(graft)

@@ -16,6 +16,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from ..core.storage import require_regular
 from ..errors import StateError, UnknownNameError
 from ..injection.graft import get_graft, is_enabled
+from ..injection.hooks import in_memory
 from .config_file import descriptions_in
 from .describe import LOADED_FROM
 from .load_model import load_pretrained
@@ -59,7 +60,8 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
         pushing = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
         repo_id = kwargs.pop("repo_id", folder.name)
         push_to_hub = kwargs.pop("push_to_hub", False)
-        save_grafted(original, self, graft, folder, **kwargs)
+        with in_memory(self):
+            save_grafted(original, self, graft, folder, **kwargs)
         return push_model(folder, repo_id, variant=kwargs.get("variant"), **pushing) if push_to_hub else None
 
     return save_pretrained

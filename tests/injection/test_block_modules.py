@@ -402,7 +402,7 @@ def test_by_name_inside_a_block_of_another_is_refused(order):
     ]
     model.set_graft(one, graft_name=first)
     output = predict(model)
-    with pytest.raises(StateError, match="'outer' takes transformer_blocks.1.*Put all rules into one plan"):
+    with pytest.raises(StateError, match="'outer' replaces transformer_blocks.1.*Put all rules into one plan"):
         model.set_graft(other, graft_name=second)
     assert model.active_grafts() == [first]
     assert torch.equal(predict(model), output)

@@ -281,8 +281,8 @@ def test_processors_that_another_verb_replaced_are_put_back(swap, tmp_path):
     with pytest.raises(StateError, match=r"Call model.enable_graft\(\) to put the graft's back"):
         predict(model)
     model.enable_graft()
-    assert torch.equal(predict(model), grafted)
+    torch.testing.assert_close(predict(model), grafted)  # the attention that is not grafted was changed, too
     model.save_graft(tmp_path)
     swap(model)
     model.set_graft(model.unset_graft())
-    assert torch.equal(predict(model), grafted)
+    torch.testing.assert_close(predict(model), grafted)
