@@ -14,6 +14,7 @@ RULES = {
     "self_attention[1::2]": {"operator": "hyena_x", "init": "random"},
     "feed_forward[0]": {"operator": "mlp", "expansion": 6},
 }
+OTHER = {"self_attention[0]": "neighborhood"}
 CONFIG, WEIGHTS, PROOF = "graft_config.json", "graft_model.safetensors", "graft_proof.safetensors"
 
 
@@ -22,6 +23,18 @@ def saved(folder, model=None, rules=RULES, **settings):
     model = model or tiny_dit()
     model.set_graft(rules)
     model.save_graft(folder, **settings)
+    return predict(model)
+
+
+def grafted(rules):
+    model = tiny_dit()
+    model.set_graft(rules)
+    return model
+
+
+def loaded(folder):
+    model = tiny_dit()
+    model.load_graft(folder)
     return predict(model)
 
 

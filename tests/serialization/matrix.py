@@ -1,4 +1,4 @@
-"""Every operator on every kind of site it serves, in small models: what `test_numbers` saves, and a new process loads.
+"""Every operator on every kind of site it serves, in small models: what `test_bit_equal_reload` saves, and a new process loads.
 
 All operators of a kind sit in one model, each at a site of its own, so that few files say it of all of them.
 """

@@ -107,3 +107,11 @@ def test_damaged_updates_are_refused(change, tmp_path):
     with pytest.raises(FileError, match="does not fit|is damaged"):
         model.load_graft(tmp_path)
     assert model.graft is None
+
+
+@pytest.mark.parametrize("form", ["int8", "svd"])
+def test_an_update_that_is_not_finite_once_unpacked_is_refused(form, tmp_path):
+    huge = {"int8": {"w.steps": torch.full((4, 4), 100, dtype=torch.int8), "w.scale": torch.full((4, 1), 3e37)}}
+    huge["svd"] = {"w.left": torch.full((4, 1), 1e30), "w.right": torch.full((1, 4), 1e30)}
+    with pytest.raises(FileError, match="w in .* not finite"):
+        restore(huge[form], {"w": {"method": form}}, {"w": torch.zeros(4, 4)}, tmp_path)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, StateError
+from diffusers_graft.serialization import lora as lora_module
 
 from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
 from .forging import read_mark, write_mark
@@ -140,3 +142,86 @@ def test_a_damaged_description_of_lora_is_refused(whole, tmp_path):
         write_mark(tmp_path, {**description, "lora": lora})
         with pytest.raises(FileError, match="LoRA"):
             dg.load_pretrained(tmp_path)
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def fuse(model):
+    for layer in lora_layers(model):
+        layer.merge()
+
+
+def disable(model):
+    for layer in lora_layers(model):
+        layer.enable_adapters(enabled=False)
+
+
+def second_adapter(model):
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), model, adapter_name="style")
+
+
+STATES = {
+    "fused": (fuse, "fused into the weights"),
+    "disabled": (disable, "is disabled"),
+    "one of two": (second_adapter, "style"),
+}
+
+
+@pytest.mark.parametrize("verb", ["save_graft", "save_pretrained"])
+@pytest.mark.parametrize("name", STATES)
+def test_a_lora_whose_state_is_not_its_tensors_is_not_saved(name, verb, tmp_path):
+    change, words = STATES[name]
+    model = trained(tiny_dit())
+    change(model)
+    with pytest.raises(StateError, match=words):
+        getattr(model, verb)(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}], ids=["plain", "rslora"])
+def test_a_rescaled_lora_comes_back_as_it_computes(settings, tmp_path):
+    model = trained(tiny_dit(), **settings)
+    for number, layer in enumerate(lora_layers(model)):
+        layer.set_scale("default", 0.3 + 0.1 * number)
+    expected = predict(model)
+    model.save_graft(tmp_path / "graft")
+    model.save_pretrained(tmp_path / "whole")
+    again = tiny_dit()
+    again.load_graft(tmp_path / "graft")
+    assert torch.equal(predict(again), expected)
+    assert torch.equal(predict(dg.load_pretrained(tmp_path / "whole")), expected)
+
+
+def test_a_lora_that_was_fused_and_unloaded_is_saved_once_with_the_weights(tmp_path):
+    model = trained(tiny_dit())
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            model.set_submodule(path, layer.get_base_layer())
+    with pytest.raises(StateError, match="Save the model with save_pretrained"):
+        model.save_graft(tmp_path / "graft")
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(predict(dg.load_pretrained(tmp_path / "whole")), predict(model))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"r": 60_000, "alpha": 1},
+        {"r": 2, "alpha": 1e300},
+        {"r": 2, "alpha": 1, "scaling": -1e9},
+        {"r": 2, "alpha": True},
+    ],
+    ids=["rank without tensors", "alpha", "scaling", "kind"],
+)
+def test_numbers_of_a_lora_are_bounded_before_it_is_built(row, whole, tmp_path, monkeypatch):
+    model, _ = whole
+    model.save_pretrained(tmp_path)
+    description = read_mark(tmp_path)
+    layers = {**description["lora"]["layers"], "transformer_blocks.0.attn1.to_q": row}
+    write_mark(tmp_path, {**description, "lora": {**description["lora"], "layers": layers}})
+    monkeypatch.setattr(lora_module, "add_lora", lambda *arguments: pytest.fail("it was built"))
+    with pytest.raises(FileError, match="LoRA is damaged"):
+        dg.load_pretrained(tmp_path)

@@ -335,7 +335,7 @@ def test_plain_models_go_as_ever(hub, tmp_path):
     assert torch.equal(
         predict(DiTTransformer2DModel.from_pretrained("owner/plain", **cached(tmp_path))), predict(model)
     )
-    with pytest.raises(FileError, match="no graft_config"):
+    with pytest.raises(FileError, match="describes no graft"):
         dg.load_pretrained("owner/plain", **cached(tmp_path))
 
 

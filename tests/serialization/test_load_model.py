@@ -1,15 +1,19 @@
 """The arguments of loading are the same for `set_graft`, `load_graft` and `load_pretrained`, and none is passed over."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from huggingface_hub import HfApi
 
 import diffusers_graft as dg
-from diffusers_graft.errors import FileError, StateError, UnknownNameError
+from diffusers_graft.errors import FileError, GraftError, StateError, UnknownNameError
+from diffusers_graft.serialization import load_model
+from diffusers_graft.serialization.load_model import config_digest
 
 from ..models import predict, tiny_dit
-from .forging import RULES
+from .forging import RULES, saved
 from .test_upload import TOKEN, hub  # noqa: F401
 
 
@@ -26,6 +30,7 @@ def by_load_graft(source, **arguments):
 
 
 VERBS = {"set_graft": by_set_graft, "load_graft": by_load_graft, "load_pretrained": dg.load_pretrained}
+
 verbs = pytest.mark.parametrize("verb", VERBS)
 
 
@@ -117,27 +122,6 @@ def test_an_argument_that_nothing_takes(verb, saves):
         VERBS[verb](saves[0] / verb, subfolder="deep", local_file_only=True)
 
 
-@pytest.fixture
-def whole(saves):
-    return saves[0] / "load_pretrained" / "deep"
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [{"device_map": "auto"}, {"device_map": {"": 0}}, {"torch_dtype": "auto"}, {"quantization_config": 4}],
-    ids=str,
-)
-def test_what_from_pretrained_cannot_do_for_a_grafted_model(arguments, whole):
-    with pytest.raises(StateError, match="A grafted model is loaded"):
-        DiTTransformer2DModel.from_pretrained(whole, **arguments)
-
-
-def test_from_pretrained_tells_how_it_went(whole):
-    model, told = DiTTransformer2DModel.from_pretrained(whole, output_loading_info=True)
-    assert model.graft is not None
-    assert not any(told.values())
-
-
 @pytest.mark.parametrize(
     "arguments",
     [{"low_cpu_mem_usage": True}, {"dtype": torch.bfloat16}, {"revision": "main"}, {"local_file_only": True}],
@@ -150,3 +134,105 @@ def test_what_is_built_here_is_not_loaded(arguments):
         with pytest.raises(StateError, match=f"{next(iter(arguments))}.*this graft is built here"):
             model.set_graft(graft, **arguments)
         assert model.graft is None
+
+
+def test_damaged_whole_models_are_refused(tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(GraftError, match="damaged"):
+        dg.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["cast", "loaded"])
+def test_a_whole_model_in_half_precision_is_the_same_however_it_came_to_it(how, tmp_path):
+    """diffusers leaves tables of positions in float32 where it loads in bfloat16; casting rounds them."""
+    tiny_dit().save_pretrained(tmp_path / "base")
+    model = (
+        tiny_dit().to(torch.bfloat16)
+        if how == "cast"
+        else DiTTransformer2DModel.from_pretrained(tmp_path / "base", torch_dtype=torch.bfloat16)
+    )
+    model.set_graft(RULES)
+    model.save_pretrained(tmp_path / "whole")
+    loaded = dg.load_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    assert torch.equal(predict(loaded), predict(model))
+    assert dg.load_pretrained(tmp_path / "whole").pos_embed.pos_embed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_dtype_and_device(low, tmp_path):
+    expected = saved(tmp_path / "graft")
+    model = tiny_dit()
+    model.load_graft(tmp_path / "graft", dtype=torch.float64, device="cpu")
+    assert predict(model).dtype == torch.float64
+    assert (predict(model) - expected).abs().max() < 1e-4
+    model = tiny_dit()
+    model.set_graft(RULES)
+    model.save_pretrained(tmp_path / "whole")
+    loaded = dg.load_pretrained(tmp_path / "whole", torch_dtype=torch.bfloat16, device="cpu", low_cpu_mem_usage=low)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert torch.equal(predict(dg.load_pretrained(tmp_path / "whole", low_cpu_mem_usage=low)), predict(model))
+
+
+def with_config(folder, **settings):
+    """Have `config.json` ask for another model, honestly."""
+    config = json.loads((folder / "config.json").read_text()) | settings
+    config["_graft"][""]["model"] = config_digest(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+LARGE = {
+    "wide": {"attention_head_dim": 10**7},
+    "many heads": {"num_attention_heads": 10**8},
+    "deep": {"num_layers": 10**9},
+    "a table of positions": {"sample_size": 10**6},
+    "many classes": {"num_embeds_ada_norm": 10**12},
+    "no heads": {"num_attention_heads": 0},
+    "no patch": {"patch_size": 0},
+    "a word": {"attention_head_dim": "wide"},
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_configuration_out_of_proportion_is_refused_before_it_is_built(name, tmp_path, monkeypatch):
+    model = tiny_dit()
+    model.set_graft({"self_attention[0]": "neighborhood"})
+    model.save_pretrained(tmp_path)
+    with_config(tmp_path, **LARGE[name])
+    monkeypatch.setattr(load_model, "build_empty_graft", lambda *arguments: pytest.fail("it was built"))
+    with pytest.raises(FileError):
+        dg.load_pretrained(tmp_path)
+
+
+def test_an_index_that_the_description_does_not_list_is_stale(tmp_path):
+    model = tiny_dit()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    model.set_graft(RULES)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors.index.json").exists()
+    assert torch.equal(predict(dg.load_pretrained(tmp_path)), predict(model))
+
+
+def test_a_name_in_an_index_that_no_disk_holds_is_refused(tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    path = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for name in ("\ud800", "x" * 300, "a\0b"):
+        path.write_text(json.dumps({**index, "weight_map": dict.fromkeys(index["weight_map"], name)}))
+        with pytest.raises(FileError):
+            dg.load_pretrained(tmp_path)
+
+
+def test_values_that_the_dtype_asked_for_makes_infinite_are_refused(tmp_path):
+    model = tiny_dit()
+    model.set_graft(RULES)
+    with torch.no_grad():
+        model.proj_out_1.bias[0] = 1e6
+    model.save_pretrained(tmp_path)
+    with pytest.raises(FileError, match="proj_out_1.bias in .* not finite"):
+        dg.load_pretrained(tmp_path, dtype=torch.float16)
