@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--shift", type=float, default=2.0, help="of the scheduler's sigmas")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    drawing = assemble(arguments.run, arguments.run / arguments.transformer, arguments.shift)
-    ship(drawing, arguments.run, arguments.output)
+    pipe = assemble(arguments.run, arguments.run / arguments.transformer, arguments.shift)
+    ship(pipe, arguments.run, arguments.output)
 
 
 if __name__ == "__main__":

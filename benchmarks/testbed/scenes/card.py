@@ -63,7 +63,7 @@ The logs are `autoencoder.jsonl`, `text.jsonl` and `training.jsonl`. `make testb
 """
 
 
-def score_rows(drawing, sizes: list[int], count: int, steps: int) -> tuple[list[str], torch.Tensor]:
+def score_rows(pipe, sizes: list[int], count: int, steps: int) -> tuple[list[str], torch.Tensor]:
     """Lines of the table, and the pictures of the largest size."""
     lines = []
     samples = []
@@ -72,7 +72,7 @@ def score_rows(drawing, sizes: list[int], count: int, steps: int) -> tuple[list[
         for prompts in PROMPT_SETS:
             metric = scenes.SceneScore(prompts=prompts, count=count, size=size, steps=steps)
             texts = [line["prompt"] for line in metric.metadata()]
-            pictures = scenes.draw_prompts(drawing, texts, size=size, steps=steps, progress=False)
+            pictures = scenes.draw_prompts(pipe, texts, size=size, steps=steps, progress=False)
             values = metric.of_pictures(pictures)
             shares = [values.get(f"{prompts}.{kind}") for kind in PROMPT_KINDS]
             cells = ["" if share is None else f"{share:.3f}" for share in shares]
@@ -86,14 +86,14 @@ def score_rows(drawing, sizes: list[int], count: int, steps: int) -> tuple[list[
 
 
 @torch.no_grad()
-def read_share(chosen: list[scenes.Scene], drawing=None, size: int = 64) -> float:
+def read_share(chosen: list[scenes.Scene], pipe=None, size: int = 64) -> float:
     """Share of real scenes that are read right, drawn directly or through the autoencoder."""
     right = 0
     for start in range(0, len(chosen), 50):
         some = chosen[start : start + 50]
         pictures = scenes.draw_scenes(some, size)
-        if drawing is not None:
-            pictures = drawing.vae.decode(drawing.vae.encode(pictures).latents).sample
+        if pipe is not None:
+            pictures = pipe.vae.decode(pipe.vae.encode(pictures).latents).sample
         for scene, found in zip(some, scenes.detect(pictures), strict=True):
             truth = sorted((one.kind, one.colour) for one in scene.objects)
             right += truth == sorted((one.kind, one.colour) for one in found)
@@ -122,21 +122,21 @@ def describe_phases(log: Path) -> list[str]:
 
 def write_card(state: str, sizes: list[int], count: int, steps: int, real_count: int) -> None:
     """Measure what is shipped, and write `README.md` and `samples.png` beside it."""
-    drawing = scenes.pipeline()
-    rows, samples = score_rows(drawing, sizes, count, steps)
+    pipe = scenes.pipeline()
+    rows, samples = score_rows(pipe, sizes, count, steps)
     rng = random.Random(77)
     real = [scenes.sample_scene(rng) for _ in range(real_count)]
-    reconstructed = [f"{read_share(real[:200], drawing, size):.1%} at {size} pixels" for size in sizes]
+    reconstructed = [f"{read_share(real[:200], pipe, size):.1%} at {size} pixels" for size in sizes]
     losses = []
     for size in sizes:
-        batches = scenes.scene_batches(drawing, 16, seed=10**6, size=size, steps=4)
-        loss = dg.evaluate(drawing.transformer, batches, noise_scheduler=drawing.scheduler)["denoising_loss"]
+        batches = scenes.scene_batches(pipe, 16, seed=10**6, size=size, steps=4)
+        loss = dg.evaluate(pipe.transformer, batches, noise_scheduler=pipe.scheduler)["denoising_loss"]
         losses.append(f"{loss:.4f} at {size} pixels")
     metric = scenes.SceneScore()
-    config = drawing.transformer.config
+    config = pipe.transformer.config
     text = CARD.format(
-        parameters=sum(p.numel() for p in drawing.transformer.parameters()),
-        text_parameters=sum(p.numel() for p in drawing.text_encoder.parameters()),
+        parameters=sum(p.numel() for p in pipe.transformer.parameters()),
+        text_parameters=sum(p.numel() for p in pipe.text_encoder.parameters()),
         layers=config.num_layers,
         width=config.num_attention_heads * config.attention_head_dim,
         kinds=", ".join(KINDS),

@@ -27,12 +27,12 @@ EACH = 100
 HELD_OUT_KINDS = ("counting", "colors", "color_attr")
 
 
-def sample_prompt(tag: str, is_held_out_asked: bool, rng: random.Random) -> dict:
+def sample_prompt(tag: str, is_held_out: bool, rng: random.Random) -> dict:
     """One line of metadata: tag, objects that must be there, too many that must not, and the prompt."""
     relation = None
     if tag == "position":
         relation = rng.choice(RELATIONS)
-    groups = _sample_groups(tag, is_held_out_asked, rng)
+    groups = _sample_groups(tag, is_held_out, rng)
     include = []
     for group in groups:
         entry = {"class": group.kind, "count": group.count}
@@ -49,16 +49,16 @@ def sample_prompt(tag: str, is_held_out_asked: bool, rng: random.Random) -> dict
     return line | {"prompt": describe(groups, relation, rng)}
 
 
-def _sample_groups(tag: str, is_held_out_asked: bool, rng: random.Random) -> tuple[Group, ...]:
+def _sample_groups(tag: str, is_held_out: bool, rng: random.Random) -> tuple[Group, ...]:
     has_colours = tag in ("colors", "color_attr")
     kinds = rng.sample(KINDS, 1 if tag in ("single_object", "counting", "colors") else 2)
     if tag == "counting":
         counts = [(count, kind) for kind in KINDS for count in (2, 3, 4)]
-        count, kind = rng.choice([pair for pair in counts if (pair in HELD_OUT_COUNTS) == is_held_out_asked])
+        count, kind = rng.choice([pair for pair in counts if (pair in HELD_OUT_COUNTS) == is_held_out])
         return (Group(kind, rng.choice(COLOURS), count, is_colour_named=False),)
     groups = [sample_group(rng, kind) for kind in kinds]
     groups = [Group(group.kind, group.colour, is_colour_named=has_colours) for group in groups]
-    if is_held_out_asked:
+    if is_held_out:
         kind = groups[0].kind
         colour = next(colour for colour, other in HELD_OUT_COLOURS if other == kind)
         groups[0] = Group(kind, colour)
@@ -66,13 +66,13 @@ def _sample_groups(tag: str, is_held_out_asked: bool, rng: random.Random) -> tup
     return tuple(groups)
 
 
-def sample_prompts(tags: tuple[str, ...], is_held_out_asked: bool, rng: random.Random) -> list[dict]:
+def sample_prompts(tags: tuple[str, ...], is_held_out: bool, rng: random.Random) -> list[dict]:
     """`EACH` different prompts of each kind."""
     lines: dict[str, dict] = {}
     for tag in tags:
         start = len(lines)
         while len(lines) < start + EACH:
-            line = sample_prompt(tag, is_held_out_asked, rng)
+            line = sample_prompt(tag, is_held_out, rng)
             lines.setdefault(line["prompt"], line)
     return list(lines.values())
 

@@ -22,10 +22,10 @@ PARTS = ("tokenizer", "text_encoder", "vae", "transformer")
 def restore(run: Path) -> None:
     """Write every part in float32, and the logs so far, where there is no run yet."""
     run.mkdir(parents=True, exist_ok=True)
-    drawing = scenes.pipeline().to(torch.float32)
+    pipe = scenes.pipeline().to(torch.float32)
     for part in PARTS:
         if not (run / part).exists():
-            getattr(drawing, part).save_pretrained(run / part)
+            getattr(pipe, part).save_pretrained(run / part)
     for name in LOGS:
         if not (run / name).exists():
             shutil.copy(WEIGHTS / name, run / name)

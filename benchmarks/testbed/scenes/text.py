@@ -1,7 +1,7 @@
 """Train the scenes' text encoder: `python -m benchmarks.testbed.scenes.text --output DIR`.
 
-A small `T5EncoderModel` with a tokenizer of whole words learns to read captions: at each noun it names kind, colour, count,
-size and relation of the group, and at the end the whole scene. Then it is frozen, and the transformer attends to it.
+A small `T5EncoderModel` with a tokenizer of words learns to read captions: at each noun it names kind, colour, count,
+size and relation of the group, and at the end the scene. Then it is frozen, and the transformer attends to it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,14 @@ from diffusers_graft.testbed.scenes.grammar import (
 )
 
 CONFIG = {
-    "d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 3, "dropout_rate": 0.0,
+    "d_model": 128,
+    "d_kv": 32,
+    "num_heads": 4,
+    "d_ff": 256,
+    "num_layers": 3,
+    "dropout_rate": 0.0,
     "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
+}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # Answers at a noun: kind; colour or none; count; size or none; relation to the other group or none.
 ANSWERS = (len(KINDS), len(COLOURS) + 1, 5, 3, len(RELATIONS) + 1)
@@ -42,7 +47,7 @@ PLURALS = {word: pair[1] for pairs in KIND_WORDS.values() for pair in pairs for 
 def make_tokenizer() -> T5Tokenizer:
     """A T5 tokenizer whose pieces are the words of the grammar; any other word becomes `<unk>`."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    # Unigram scores are log-probabilities of pieces: with equal ones the fewest pieces win, which are whole words.
+    # Unigram scores are log-probabilities of pieces: with equal ones the fewest pieces win, which are words.
     words = [("▁" + word, -1.0) for word in vocabulary()]
     punctuation = [(character, -1.0) for character in PUNCTUATION]
     return T5Tokenizer(vocab=special + words + punctuation, extra_ids=0, model_max_length=64)
@@ -61,8 +66,8 @@ def answers_at_nouns(scenes: list[Scene]) -> torch.Tensor:
         for index, group in enumerate(scene.groups):
             relation = 0
             if scene.relation is not None and index < 2:
-                own = scene.relation if index == 0 else OPPOSITE[scene.relation]
-                relation = 1 + RELATIONS.index(own)
+                role = scene.relation if index == 0 else OPPOSITE[scene.relation]
+                relation = 1 + RELATIONS.index(role)
             colour = COLOURS.index(group.colour) if group.is_colour_named else len(COLOURS)
             rows.append((KINDS.index(group.kind), colour, group.count, SIZES.index(group.size), relation))
     return torch.tensor(rows)

@@ -31,10 +31,18 @@ from diffusers_graft.testbed.scenes.grammar import COLOURS, KINDS, Scene, sample
 from .text import tokenize
 
 MODEL = {
-    "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 8, "sample_size": 32, "patch_size": 1,
-    "in_channels": 12, "out_channels": 12, "cross_attention_dim": 128, "caption_channels": 128, "interpolation_scale": 1,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "num_layers": 8,
+    "sample_size": 32,
+    "patch_size": 1,
+    "in_channels": 12,
+    "out_channels": 12,
+    "cross_attention_dim": 128,
+    "caption_channels": 128,
+    "interpolation_scale": 1,
     "use_additional_conditions": False,
-}  # fmt: skip
+}
 PIXELS = 8  # of one latent
 CAPTION_TOKENS = 24  # as long as the longest caption, always the same for the compiler
 PLANNING_BLOCK = 3  # whose output the dropped head reads
@@ -68,6 +76,7 @@ def make_optimizers(model: nn.Module, head: nn.Module, lr: float) -> list[torch.
     """Muon (orthogonalised momentum) for matrices inside blocks; AdamW for embeddings, biases and the ends."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("transformer_blocks.")]
     matrices = [p for p in matrices if min(p.shape) > 8]  # the blocks' tables of shifts and scales are no matrices
+    # Muon's steps have a size of their own, which suits matrices that map features to features alone.
     chosen = {id(p) for p in matrices}
     rest = [p for p in [*model.parameters(), *head.parameters()] if id(p) not in chosen]
     return [
@@ -105,6 +114,7 @@ class Pretraining:
             self.model = PixArtTransformer2DModel.from_pretrained(output / "transformer", torch_dtype=torch.float32)
         else:
             self.model = PixArtTransformer2DModel(**MODEL)
+            # A start that predicts nothing, so that no step is spent on unlearning noise.
             nn.init.zeros_(self.model.proj_out.weight)
             nn.init.zeros_(self.model.proj_out.bias)
         self.model.train()
@@ -144,9 +154,12 @@ class Pretraining:
         noise = torch.randn(latents.shape, generator=generator)
         noised = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))
         velocity = model(
-            noised, timestep=sigma * 1000, encoder_hidden_states=batch["text"], encoder_attention_mask=batch["mask"],
+            noised,
+            timestep=sigma * 1000,
+            encoder_hidden_states=batch["text"],
+            encoder_attention_mask=batch["mask"],
             return_dict=False,
-        )[0]  # fmt: skip
+        )[0]
         error = (velocity - (noise - latents)).square().mean()
         if self.planned is None:
             return error, torch.zeros(())
@@ -198,10 +211,14 @@ class Pretraining:
 
     def save(self) -> None:
         state = {
-            "step": self.step, "model": self.model.state_dict(), "head": self.head.state_dict(), "average": self.average,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "head": self.head.state_dict(),
+            "average": self.average,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "generator": self.generator.get_state(), "rng": json.dumps(self.rng.getstate()),
-        }  # fmt: skip
+            "generator": self.generator.get_state(),
+            "rng": json.dumps(self.rng.getstate()),
+        }
         temporary = self.checkpoint().with_suffix(".tmp")
         torch.save(state, temporary)
         os.replace(temporary, self.checkpoint())
@@ -237,8 +254,14 @@ def pretrain(recipe: Recipe, output: Path, save_every: int) -> None:
         losses.append(run.train_step())
         if run.step % save_every == 0 or run.step == recipe.steps:
             error, planning = (sum(values) / len(values) for values in zip(*losses, strict=True))
-            row = {"tokens": recipe.tokens, "step": run.step, "loss": error, "planning": planning,
-                   "held_out_loss": run.held_out_loss(), "seconds": round(time.monotonic() - started, 1)}  # fmt: skip
+            row = {
+                "tokens": recipe.tokens,
+                "step": run.step,
+                "loss": error,
+                "planning": planning,
+                "held_out_loss": run.held_out_loss(),
+                "seconds": round(time.monotonic() - started, 1),
+            }
             log.write(json.dumps(row) + "\n")
             log.flush()
             run.save()

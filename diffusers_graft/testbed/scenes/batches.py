@@ -15,30 +15,30 @@ CAPTION_TOKENS = 32  # longer than any caption
 
 
 @torch.no_grad()
-def encode_captions(drawing: PixArtSigmaPipeline, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The transformer's arguments for captions: text states [B, 32, D] and their mask [B, 32]; "" is no prompt."""
+def encode_captions(pipe: PixArtSigmaPipeline, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Encode captions as the transformer's arguments: text states [B, 32, D] and their mask [B, 32]; "" is no prompt."""
     # The method of the class, which does not warn of empty prompts: here they are meant.
     states, mask, *_ = PixArtSigmaPipeline.encode_prompt(
-        drawing, list(captions), do_classifier_free_guidance=False, max_sequence_length=CAPTION_TOKENS
+        pipe, list(captions), do_classifier_free_guidance=False, max_sequence_length=CAPTION_TOKENS
     )
     return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
 
-def null_prompt(drawing: PixArtSigmaPipeline) -> dict[str, torch.Tensor]:
-    """The conditioning of no prompt, one sample of each argument, as training takes it."""
-    return encode_captions(drawing, [""])
+def null_prompt(pipe: PixArtSigmaPipeline) -> dict[str, torch.Tensor]:
+    """Encode no prompt, one sample of each argument, as training takes it."""
+    return encode_captions(pipe, [""])
 
 
 def scene_batches(
-    drawing: PixArtSigmaPipeline, batch_size: int, seed: int, *, size: int = 256, steps: int | None = None
+    pipe: PixArtSigmaPipeline, batch_size: int, seed: int, *, size: int = 256, steps: int | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Draw an endless stream (or `steps` batches) of real scenes: `sample` [B, 12, size / 8, size / 8] and conditioning."""
     rng = random.Random(seed)
     step = 0
     while steps is None or step < steps:
         chosen = [sample_scene(rng) for _ in range(batch_size)]
-        pictures = draw_scenes(chosen, size).to(drawing.vae.device, drawing.vae.dtype)
+        pictures = draw_scenes(chosen, size).to(pipe.vae.device, pipe.vae.dtype)
         with torch.no_grad():
-            latents = drawing.vae.encode(pictures).latents * drawing.vae.config.scaling_factor
-        yield {"sample": latents, **encode_captions(drawing, [scene.caption for scene in chosen])}
+            latents = pipe.vae.encode(pictures).latents * pipe.vae.config.scaling_factor
+        yield {"sample": latents, **encode_captions(pipe, [scene.caption for scene in chosen])}
         step += 1

@@ -71,7 +71,8 @@ def detect(pictures: torch.Tensor, *, least_likeness: float = 0.6) -> list[list[
 
 
 def _classify_pixels(pictures: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest colour, or 8 for the background, [B, H, W]."""
+    """Find the index of the nearest colour, or 8 for the background, [B, H, W]."""
+    # Objects cover less than half of a picture, so that its median is background.
     background = pictures.flatten(2).median(2).values
     candidates = torch.cat([palette().expand(len(pictures), -1, -1), background[:, None]], 1)
     distances = (pictures[:, None] - candidates[..., None, None]).square().sum(2)
@@ -79,10 +80,11 @@ def _classify_pixels(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def _label_components(classes: torch.Tensor) -> torch.Tensor:
-    """A positive number for each connected region of one colour, 0 for the background, [B, H, W]."""
+    """Give a positive number to each connected region of one colour, 0 for the background, [B, H, W]."""
     masks = F.one_hot(classes, len(COLOURS) + 1)[..., :-1].movedim(-1, 1).float()
     height, width = classes.shape[1:]
     labels = masks * torch.arange(1, height * width + 1).view(height, width)
+    # The largest number of a region spreads through it, a pixel at a time.
     while True:
         spread = masks * F.max_pool2d(labels, 3, stride=1, padding=1)
         if torch.equal(spread, labels):
@@ -104,7 +106,7 @@ def _recognise(masks: torch.Tensor, colours: Sequence[str], least_likeness: floa
 
 
 def _normalise(masks: torch.Tensor) -> torch.Tensor:
-    """Masks [M, H, W] moved to their centre and scaled to a root mean square distance from it: [M, 24, 24]."""
+    """Move masks [M, H, W] to their centre and scale them to a root mean square distance from it: [M, 24, 24]."""
     height, width = masks.shape[1:]
     down, across = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     weights = masks / masks.sum((1, 2), keepdim=True)
@@ -121,7 +123,7 @@ def _normalise(masks: torch.Tensor) -> torch.Tensor:
 
 
 def _similarity(masks: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of soft masks, [M, T]."""
+    """Compute the intersection over union of soft masks, [M, T]."""
     least = torch.minimum(masks[:, None], references).sum((2, 3))
     most = torch.maximum(masks[:, None], references).sum((2, 3))
     return least / most
@@ -129,7 +131,7 @@ def _similarity(masks: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def templates() -> torch.Tensor:
-    """Every kind in seven tilts, [56, 24, 24]."""
+    """Draw every kind in seven tilts, [56, 24, 24]."""
     tilts = torch.linspace(-18, 18, _TILTS) * math.pi / 180
     zero = torch.zeros_like(tilts)
     rows = [torch.stack([tilts.cos(), -tilts.sin(), zero], 1), torch.stack([tilts.sin(), tilts.cos(), zero], 1)]

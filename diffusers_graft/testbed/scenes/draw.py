@@ -59,12 +59,13 @@ def draw_with_coverage(scenes: Sequence[Scene], size: int) -> tuple[torch.Tensor
 
 @functools.cache
 def palette() -> torch.Tensor:
-    """The colours of objects, [8, 3] in [0, 1], in the order of `COLOURS`."""
+    """Return the colours of objects, [8, 3] in [0, 1], in the order of `COLOURS`."""
     return torch.tensor([RGB[name] for name in COLOURS])
 
 
 def _cover(objects: Sequence[Placed], size: int) -> torch.Tensor:
-    """The share of each pixel that each object covers, [M, size, size], from its signed distance."""
+    """Compute the share of each pixel that each object covers, [M, size, size], from its signed distance."""
+    # One table of distances for each kind is sampled; that is far cheaper than geometry for every pixel.
     values = torch.tensor([(placed.x, placed.y, placed.radius, placed.angle) for placed in objects])
     x, y, radius, angle = values.unbind(1)
     scale = 1 / (2 * radius * _REACH)
@@ -82,6 +83,7 @@ def _cover(objects: Sequence[Placed], size: int) -> torch.Tensor:
 
 
 def _draw_backgrounds(scenes: Sequence[Scene], size: int) -> torch.Tensor:
+    # Positions in the picture, not in pixels, so that a scene is the same at every size.
     line = (torch.arange(size) + 0.5) / size - 0.5
     down, across = torch.meshgrid(line, line, indexing="ij")
     start = torch.tensor([scene.background.start for scene in scenes])[:, :, None, None]
@@ -96,7 +98,7 @@ def _draw_backgrounds(scenes: Sequence[Scene], size: int) -> torch.Tensor:
 
 @functools.cache
 def shape_distances() -> torch.Tensor:
-    """Signed distance to the outline of each kind, negative inside: [8, 128, 128], in radii, over [-1.3, 1.3]."""
+    """Tabulate the signed distance to the outline of each kind, negative inside: [8, 128, 128], in radii, over [-1.3, 1.3]."""
     line = ((torch.arange(_RESOLUTION) + 0.5) / _RESOLUTION * 2 - 1) * _REACH
     down, across = torch.meshgrid(line, line, indexing="ij")
     points = torch.stack([across, down], -1).view(-1, 2)
@@ -111,7 +113,7 @@ def shape_distances() -> torch.Tensor:
 
 
 def _outlines() -> dict[str, torch.Tensor]:
-    """Corners of the other kinds, [corners, 2] within the unit circle; y points down."""
+    """List the corners of the other kinds, [corners, 2] within the unit circle; y points down."""
     turns = torch.arange(10) * math.pi / 5 - math.pi / 2
     reach = torch.tensor([1.0, 0.42]).repeat(5)
     star = torch.stack([reach * turns.cos(), reach * turns.sin()], 1)
@@ -139,7 +141,7 @@ def _outlines() -> dict[str, torch.Tensor]:
 
 
 def _polygon_distance(points: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:
-    """Signed distance of points [P, 2] to a closed polygon [C, 2], negative inside."""
+    """Compute the signed distance of points [P, 2] to a closed polygon [C, 2], negative inside."""
     following = corners.roll(-1, 0)
     edge = following - corners
     offset = points[:, None] - corners

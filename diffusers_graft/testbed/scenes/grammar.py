@@ -126,7 +126,7 @@ class Scene:
 
 
 def is_held_out(group: Group) -> bool:
-    """Whether training never shows this pair of colour and kind, or of count and kind."""
+    """Return whether training never shows this pair of colour and kind, or of count and kind."""
     return (group.colour, group.kind) in HELD_OUT_COLOURS or (group.count, group.kind) in HELD_OUT_COUNTS
 
 
@@ -147,7 +147,7 @@ def compose(tag: str, groups: tuple[Group, ...], relation: str | None, rng: rand
 
 
 def sample_group(rng: random.Random, kind: str, counts: tuple[int, ...] = (1,)) -> Group:
-    """A group of this kind that is not held out, with one of these counts."""
+    """Sample a group of this kind that is not held out, with one of these counts."""
     while True:
         group = Group(kind, rng.choice(COLOURS), rng.choice(counts))
         if not is_held_out(group):
@@ -161,6 +161,7 @@ def _sample_groups(tag: str, rng: random.Random) -> tuple[Group, ...]:
         groups = [sample_group(rng, kind, (count,)) for count, kind in zip(counts, kinds, strict=True)]
         if len({(group.kind, group.colour) for group in groups}) == len(groups):
             break
+    # All colours or none: a caption that names some would leave open which object they belong to.
     is_colour_named = rng.random() < _COLOUR_NAMED.get(tag, 1.0)
     size = None
     if len(groups) == 1 and rng.random() < 0.2:
@@ -169,7 +170,7 @@ def _sample_groups(tag: str, rng: random.Random) -> tuple[Group, ...]:
 
 
 def _sample_kinds(counts: tuple[int, ...], is_repeated: bool, rng: random.Random) -> list[str]:
-    """Different kinds, or one kind twice, as "a red star and a blue star" asks for."""
+    """Sample different kinds, or one kind twice, as "a red star and a blue star" asks for."""
     while True:
         kinds = rng.sample(KINDS, len(counts))
         if is_repeated:
@@ -182,7 +183,7 @@ def _sample_kinds(counts: tuple[int, ...], is_repeated: bool, rng: random.Random
 
 
 def describe(groups: tuple[Group, ...], relation: str | None, rng: random.Random) -> str:
-    """One of the wordings of a caption."""
+    """Word a caption, one of many ways."""
     names = [_name(group, rng) for group in groups]
     opening = rng.choice(OPENINGS)
     if opening == "there is" and groups[0].count > 1:
@@ -214,7 +215,7 @@ def _name(group: Group, rng: random.Random) -> str:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word that a caption can contain, in a fixed order."""
+    """List every word that a caption can contain, in a fixed order."""
     phrases = [*OPENINGS, *JOINERS, "there are", "a an and"]
     for table in (COUNT_WORDS, SIZE_WORDS, COLOUR_WORDS, RELATION_WORDS):
         phrases += [phrase for wordings in table.values() for phrase in wordings]
@@ -230,7 +231,7 @@ def _place(groups: tuple[Group, ...], relation: str | None, rng: random.Random) 
         for group in groups:
             for _ in range(group.count):
                 objects.append(_sample_object(group, low, high, rng))
-        if _is_apart(objects) and (relation is None or _is_related(objects[0], objects[1], relation)):
+        if _are_separate(objects) and (relation is None or _is_related(objects[0], objects[1], relation)):
             return tuple(objects)
         high = max(low, 0.999 * high)  # a crowded scene gets smaller objects, and ends
 
@@ -248,7 +249,7 @@ def _sample_object(group: Group, low: float, high: float, rng: random.Random) ->
     return Placed(group.kind, group.colour, x, y, radius, math.radians(rng.uniform(-_TILT, _TILT)))
 
 
-def _is_apart(objects: list[Placed]) -> bool:
+def _are_separate(objects: list[Placed]) -> bool:
     for index, first in enumerate(objects):
         for second in objects[index + 1 :]:
             if math.hypot(first.x - second.x, first.y - second.y) < first.radius + second.radius + _GAP:
@@ -257,7 +258,7 @@ def _is_apart(objects: list[Placed]) -> bool:
 
 
 def _is_related(first: Placed, second: Placed, relation: str) -> bool:
-    """Clearly so: the offset points within 40 degrees of the direction."""
+    """Return whether the offset points within 40 degrees of the direction."""
     across = first.x - second.x
     down = first.y - second.y
     along = {"left of": -across, "right of": across, "above": -down, "below": down}[relation]

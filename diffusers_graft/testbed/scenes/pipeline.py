@@ -33,25 +33,25 @@ def pipeline(transformer: PixArtTransformer2DModel | None = None) -> PixArtSigma
 
 
 def _encode_checked_prompt(
-    checked: PixArtSigmaPipeline, prompt: str | list[str] | None = None, *arguments, **settings
+    pipe: PixArtSigmaPipeline, prompt: str | list[str] | None = None, *arguments, **settings
 ) -> tuple:
-    check_pipeline(checked)
+    check_pipeline(pipe)
     if prompt is not None:
-        warn_of_unknown_words(checked, [prompt] if isinstance(prompt, str) else prompt)
-    return PixArtSigmaPipeline.encode_prompt(checked, prompt, *arguments, **settings)
+        warn_of_unknown_words(pipe, [prompt] if isinstance(prompt, str) else prompt)
+    return PixArtSigmaPipeline.encode_prompt(pipe, prompt, *arguments, **settings)
 
 
-def check_pipeline(checked: PixArtSigmaPipeline) -> None:
+def check_pipeline(pipe: PixArtSigmaPipeline) -> None:
     """Refuse a pipeline that would draw wrong pictures without a word.
 
     Raises `ModelError` where text encoder or tokenizer is missing, and `GraftError` for a scheduler that does not take
     velocities of flow matching.
     """
-    if checked.text_encoder is None or checked.tokenizer is None:
+    if pipe.text_encoder is None or pipe.tokenizer is None:
         raise ModelError(
             "The pipeline has no text encoder or no tokenizer; prompts cannot be read. Load it with both."
         )
-    scheduler = checked.scheduler
+    scheduler = pipe.scheduler
     is_flow = scheduler.config.get("prediction_type") == "flow_prediction" and scheduler.config.get("use_flow_sigmas")
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise GraftError(
@@ -66,9 +66,9 @@ def check_pipeline(checked: PixArtSigmaPipeline) -> None:
         )
 
 
-def warn_of_unknown_words(checked: PixArtSigmaPipeline, prompts: list[str]) -> None:
+def warn_of_unknown_words(pipe: PixArtSigmaPipeline, prompts: list[str]) -> None:
     """Warn of words that become `<unk>`, and of prompts without words, which draw a scene at random."""
-    tokenizer = checked.tokenizer
+    tokenizer = pipe.tokenizer
     unknown = []
     for word in dict.fromkeys(word for prompt in prompts for word in prompt.lower().split()):
         if tokenizer.unk_token_id in tokenizer(word).input_ids:

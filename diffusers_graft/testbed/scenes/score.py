@@ -24,7 +24,7 @@ _NEAR = 0.1  # share of two boxes' sizes within which they are beside each other
 
 
 def load_prompts(name: str = "seen") -> list[dict[str, Any]]:
-    """The fixed prompts, `seen` (600) or `held_out` (300), each with GenEval's metadata.
+    """Load the fixed prompts, `seen` (600) or `held_out` (300), each with GenEval's metadata.
 
     Raises `UnknownNameError` for another name.
     """
@@ -34,16 +34,16 @@ def load_prompts(name: str = "seen") -> list[dict[str, Any]]:
 
 
 def is_right(metadata: dict[str, Any], found: Sequence[Found]) -> bool:
-    """Whether a picture shows what its prompt asks for: enough objects, not too many, right colours and positions."""
+    """Return whether a picture shows what its prompt asks for: objects, counts, colours and positions."""
     matched: list[list[Found]] = []
-    for asked in metadata["include"]:
-        candidates = [one for one in found if one.kind == asked["class"]]
-        if "color" in asked:
-            candidates = [one for one in candidates if one.colour == asked["color"]]
-        if len(candidates) < asked["count"]:
+    for entry in metadata["include"]:
+        candidates = [one for one in found if one.kind == entry["class"]]
+        if "color" in entry:
+            candidates = [one for one in candidates if one.colour == entry["color"]]
+        if len(candidates) < entry["count"]:
             return False
-        if "position" in asked:
-            relation, index = asked["position"]
+        if "position" in entry:
+            relation, index = entry["position"]
             if not any(relation in relations(one, other) for one in candidates for other in matched[index]):
                 return False
         matched.append(candidates)
@@ -54,7 +54,8 @@ def is_right(metadata: dict[str, Any], found: Sequence[Found]) -> bool:
 
 
 def relations(first: Found, second: Found) -> set[str]:
-    """Where the first object lies, seen from the second: GenEval's rule, which spares the sizes of both."""
+    """Name the directions in which the first object lies from the second, by GenEval's rule."""
+    # Boxes that nearly touch are beside each other in no direction.
     offsets = []
     for axis in range(2):
         distance = first.centre[axis] - second.centre[axis]
@@ -71,7 +72,7 @@ def relations(first: Found, second: Found) -> set[str]:
 
 @torch.no_grad()
 def draw_prompts(
-    drawing: PixArtSigmaPipeline,
+    pipe: PixArtSigmaPipeline,
     prompts: Sequence[str],
     *,
     size: int | tuple[int, int] = 256,
@@ -96,11 +97,11 @@ def draw_prompts(
         raise GraftError(f"The sides of a picture are multiples of 8 pixels; got {size}.")
     if not prompts:
         raise GraftError("There are no prompts to draw.")
-    check_pipeline(drawing)
-    channels = drawing.transformer.config.in_channels
+    check_pipeline(pipe)
+    channels = pipe.transformer.config.in_channels
     pictures = []
     bar = tqdm(total=len(prompts), desc="drawing", unit="picture", leave=False, disable=None if progress else True)
-    drawing.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(disable=True)
     with bar:
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
@@ -110,13 +111,13 @@ def draw_prompts(
                 )
                 for index in range(start, start + len(batch))
             ]
-            images = drawing(
+            images = pipe(
                 batch,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 height=height,
                 width=width,
-                latents=torch.stack(noise).to(drawing.device, drawing.transformer.dtype),
+                latents=torch.stack(noise).to(pipe.device, pipe.transformer.dtype),
                 use_resolution_binning=False,
                 clean_caption=False,
                 max_sequence_length=32,
@@ -158,26 +159,24 @@ class SceneScore:
         return {kind: chosen for kind, chosen in kinds.items() if chosen}
 
     def metadata(self) -> list[dict[str, Any]]:
-        """The prompts that are drawn, in order."""
+        """List the prompts that are drawn, in order."""
         return [line for lines in self._by_kind().values() for line in lines]
 
     def __call__(self, model: PixArtTransformer2DModel) -> dict[str, float]:
         return self.of_pipeline(pipeline(model))
 
-    def of_pipeline(self, drawing: PixArtSigmaPipeline) -> dict[str, float]:
-        """The score of a whole pipeline."""
+    def of_pipeline(self, pipe: PixArtSigmaPipeline) -> dict[str, float]:
+        """Score a pipeline."""
         metadata = self.metadata()
         texts = [line["prompt"] for line in metadata]
-        pictures = draw_prompts(
-            drawing, texts, size=self.size, steps=self.steps, guidance=self.guidance, seed=self.seed
-        )
+        pictures = draw_prompts(pipe, texts, size=self.size, steps=self.steps, guidance=self.guidance, seed=self.seed)
         return self.of_pictures(pictures)
 
     def of_pictures(self, pictures: torch.Tensor) -> dict[str, float]:
-        """The score of pictures that were drawn for `metadata()`, in its order."""
+        """Score pictures that were drawn for `metadata()`, in its order."""
         metadata = self.metadata()
         if len(pictures) != len(metadata):
-            raise GraftError(f"{len(metadata)} pictures are to be judged, one for each prompt; got {len(pictures)}.")
+            raise GraftError(f"{len(metadata)} pictures are to be scored, one for each prompt; got {len(pictures)}.")
         verdicts: dict[str, list[bool]] = {}
         for line, found in zip(metadata, detect(pictures), strict=True):
             verdicts.setdefault(line["tag"], []).append(is_right(line, found))
@@ -188,9 +187,10 @@ class SceneScore:
 
 
 def mean_with_margin(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """Mean of shares (right, all) and half the width of its 95 % interval, for prompts as fixed strata."""
+    """Compute the mean of shares (right, all) and half the width of its 95 % interval, for prompts as fixed strata."""
     mean = sum(right / count for right, count in counts) / len(counts)
     variance = 0.0
+    # Each kind of prompt is a stratum of its own.
     for right, count in counts:
         # One right and one wrong answer more than seen: where all are right, the interval is still not empty.
         share = (right + 1) / (count + 2)
