@@ -9,11 +9,13 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer_callback import DefaultFlowCallback
 
 import diffusers_graft as dg
+from diffusers_graft.errors import StateError
 from diffusers_graft.evaluation.plots import draw_training
 from diffusers_graft.training.metrics_log import read_metrics
 
 from .data.pipelines import dit_pipeline, pixart_pipeline
 from .models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
+from .training.runs import StopError, distill_config, finetune_config, interrupted
 
 
 class Singles(torch.utils.data.Dataset):
@@ -24,10 +26,6 @@ class Singles(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return {name: value[0] for name, value in self.items[index].items()}
-
-
-class StopError(Exception):
-    pass
 
 
 class Watcher(TrainerCallback):
@@ -407,3 +405,48 @@ def test_a_run_goes_on_from_the_path_of_a_checkpoint(tmp_path):
     assert same_tensors(again.model, tensors_of(whole.model))
     with pytest.raises(dg.GraftError, match="no checkpoint at .*nowhere"):
         trainer(tmp_path / "other").train(resume_from_checkpoint=tmp_path / "nowhere")
+
+
+def test_the_trainer_saves_after_each_stage_and_survives_ctrl_c(tmp_path):
+    data = Singles()
+    arguments = dg.GraftTrainingArguments(
+        output_dir=tmp_path / "out",
+        distill=distill_config(),
+        finetune=finetune_config(train="operators"),
+        per_device_train_batch_size=4,
+    )
+    trainer = dg.GraftTrainer(
+        tiny_dit(),
+        {"self_attention[1::2]": "neighborhood"},
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        noise_scheduler=SCHEDULER,
+    )
+    trainer.distill()
+    after_one = predict(trainer.model)
+    trainer.train_dataset = interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.finetune()
+    fresh = tiny_dit()
+    fresh.load_graft(tmp_path / "out")
+    assert torch.equal(predict(fresh), after_one)
+    trainer.train_dataset = data
+    trainer.finetune()
+    assert trainer.evaluate()["denoising_loss"] > 0
+    trainer.save_model()
+    assert "denoising loss" in (tmp_path / "out" / "README.md").read_text()
+    fresh = tiny_dit()
+    fresh.set_graft(str(tmp_path / "out"))
+    assert torch.equal(predict(fresh), predict(trainer.model))
+
+
+def test_the_trainer_trains(tmp_path):
+    arguments = dg.GraftTrainingArguments(output_dir=tmp_path, distill=distill_config(2), finetune=finetune_config(2))
+    trainer = dg.GraftTrainer(
+        tiny_dit(), "self_attention[50%]=hyena_x", args=arguments, train_dataset=batches(), noise_scheduler=SCHEDULER
+    )
+    trainer.train()
+    assert [row["stage"] for row in trainer.graft.history] == ["one", "two"]
+    with pytest.raises(StateError, match="eval_dataset"):
+        trainer.evaluate()

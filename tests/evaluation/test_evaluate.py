@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import diffusers_graft as dg
+from diffusers_graft.errors import TrainingError
 from diffusers_graft.evaluation.locality import locality
 
 from ..models import SCHEDULER, batches, tiny_dit
@@ -46,3 +47,12 @@ def test_what_is_measured_is_told_every_label(measure):
     model.register_forward_pre_hook(lambda model, args, kwargs: seen.update(kwargs), with_kwargs=True)
     measure(model, [batch], noise_scheduler=SCHEDULER)
     assert torch.equal(seen["class_labels"], batch["class_labels"])
+
+
+def test_evaluation_is_a_fixed_draw():
+    model = tiny_dit()
+    first, second = (dg.evaluate(model, batches(), noise_scheduler=SCHEDULER) for _ in range(2))
+    assert first == second
+    assert first.protocol["samples"] == 32
+    with pytest.raises(TrainingError, match="no batches"):
+        dg.evaluate(model, [], noise_scheduler=SCHEDULER)

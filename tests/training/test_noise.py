@@ -204,3 +204,50 @@ def test_models_without_a_timestep_are_refused_in_words():
     model = tiny("T5FilmDecoder")
     with pytest.raises(TrainingError, match="T5FilmDecoder takes no timestep"):
         Noising(scheduler=DDPMScheduler())(model, {"sample": torch.zeros(1, 2, 2)}, torch.Generator())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_noise_and_targets_of_ddpm(kind):
+    scheduler = DDPMScheduler(prediction_type=kind)
+    sample = torch.randn(6, 1, 8, 8)
+    noised = Noising(scheduler=scheduler)(tiny_dit(), {"sample": sample}, torch.Generator().manual_seed(0))
+    t, x = noised.timestep, noised.inputs["hidden_states"]
+    a = scheduler.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+    s = (1 - scheduler.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+    noise = (x - a * sample) / s
+    expected = {"epsilon": noise, "sample": sample, "v_prediction": a * noise - s * sample}[kind]
+    torch.testing.assert_close(noised.target, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_noise_and_targets_of_flow_matching(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    sample = torch.randn(512, 1, 2, 2)
+    noised = Noising(scheduler=scheduler, timesteps="uniform")(
+        tiny_dit(), {"sample": sample}, torch.Generator().manual_seed(0)
+    )
+    sigma = noised.inputs["timestep"].view(-1, 1, 1, 1) / 1000
+    torch.testing.assert_close(noised.inputs["hidden_states"], sample + sigma * noised.target, rtol=1e-4, atol=1e-4)
+    median = shift * 0.5 / (1 + (shift - 1) * 0.5)
+    assert sigma.median().item() == pytest.approx(median, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "timesteps", "uniform"),
+    [
+        (DDPMScheduler(), "auto", True),
+        (DDPMScheduler(), "logit_normal", False),
+        (FlowMatchEulerDiscreteScheduler(), "auto", False),
+        (FlowMatchEulerDiscreteScheduler(), "uniform", True),
+    ],
+    ids=["ddpm", "ddpm logit-normal", "flow", "flow uniform"],
+)
+def test_timesteps_are_distributed_as_for_the_scheduler(scheduler, timesteps, uniform):
+    """How many lie in the middle half: 0.5 of a uniform draw, P(|z| < ln 3) = 0.73 of a logit-normal one."""
+    sample = torch.zeros(4000, 1, 1, 1)
+    noised = Noising(scheduler=scheduler, timesteps=timesteps)(
+        tiny_dit(), {"sample": sample}, torch.Generator().manual_seed(0)
+    )
+    share = noised.inputs["timestep"].double() / 1000
+    expected = 0.5 if uniform else torch.special.erf(torch.tensor(3.0).log() / 2**0.5).item()
+    assert ((share > 0.25) & (share < 0.75)).double().mean().item() == pytest.approx(expected, abs=0.03)

@@ -6,9 +6,13 @@ from diffusers import UNet2DConditionModel
 
 import diffusers_graft as dg
 from diffusers_graft.errors import TrainingError
-from diffusers_graft.training.noised_batch import Noising
+from diffusers_graft.training.noised_batch import Noising, drop_class_labels
 
-from ..models import SCHEDULER, batches, same_tensors, tensors_of, tiny_dit
+from ..models import SCHEDULER, batches, same_tensors, tensors_of, tiny_dit, tiny_pixart
+from .runs import (
+    HYENA,
+    run_distill,
+)
 
 SAMPLE, LABELS = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
 
@@ -95,3 +99,47 @@ def test_both_stages_of_a_unet_which_calls_its_noised_input_sample():
     noising = Noising(scheduler=SCHEDULER)
     assert torch.equal(noising(model, complete, generator).noisy, sample)
     assert not torch.equal(noising(model, clean, generator).noisy, sample)
+
+
+def test_labels_are_dropped_for_a_sample_in_all_blocks_at_the_models_rate():
+    labels = drop_class_labels(tiny_dit(), torch.zeros(4000, dtype=torch.long), torch.Generator().manual_seed(0))
+    assert set(labels.tolist()) == {0, 5}
+    assert (labels == 5).float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_prompts_are_dropped_where_there_is_a_null_prompt():
+    from diffusers_graft.inspection import example_inputs
+    from diffusers_graft.training.noised_batch import Noising
+
+    model = tiny_pixart()
+    conditions = example_inputs(model, batch_size=400)
+    batch = {
+        "sample": conditions["hidden_states"],
+        "encoder_hidden_states": conditions["encoder_hidden_states"],
+        "encoder_attention_mask": conditions["encoder_attention_mask"],
+    }
+    null = {"encoder_hidden_states": torch.full((1, 12, 10), 7.0), "encoder_attention_mask": torch.zeros(1, 12)}
+    noising = Noising(scheduler=SCHEDULER, null_prompt=null, prompt_dropout=0.25)
+    inputs = noising(model, batch, torch.Generator().manual_seed(0)).inputs
+    dropped = (inputs["encoder_hidden_states"] == 7).flatten(1).all(1)
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.07)
+    assert torch.equal(inputs["encoder_attention_mask"].any(1), ~dropped)
+    with pytest.raises(TrainingError, match="same length"):
+        Noising(scheduler=SCHEDULER, null_prompt={"encoder_hidden_states": torch.zeros(1, 3, 10)})(
+            model, batch, torch.Generator()
+        )
+    wrong = {"sample": batch["sample"][:4]} | {k: v[:4] for k, v in batch.items() if k != "sample"}
+    wrong["added_cond_kwargs"] = conditions["added_cond_kwargs"]
+    run_distill({"self_attention[1]": HYENA}, model, [wrong], null_prompt=null)
+
+
+def test_noise_is_drawn_anew_at_every_step():
+    model, seen = tiny_dit(), []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    data = [{"sample": torch.zeros(8, 1, 8, 8), "class_labels": torch.zeros(8, dtype=torch.long)}]
+    run_distill({"self_attention[0]": HYENA}, model, data, steps=12)
+    for name in ("hidden_states", "timestep"):
+        rows = torch.stack([inputs[name].flatten() for inputs in seen]).double()
+        assert len(rows.unique(dim=0)) == 12
+    labels = torch.cat([inputs["class_labels"] for inputs in seen])
+    assert set(labels.tolist()) == {0, 5}  # 5 is no label

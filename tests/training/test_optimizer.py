@@ -1,0 +1,124 @@
+"""The optimizer of a stage."""
+
+import pytest
+import torch
+
+import diffusers_graft as dg
+from diffusers_graft.errors import TrainingError
+from diffusers_graft.training.config import TrainingConfig, list_optimizers
+from diffusers_graft.training.optimizer import StageOptimizer
+
+from ..models import SCHEDULER, batches, predict, tiny_dit
+from .runs import RANDOM, build, distill_config, finetune_config, grafted_model, run_finetune, weights_of
+
+
+@pytest.mark.parametrize("precision", ["fp16", "no"])
+def test_weights_in_float16_are_not_trained(precision):
+    model = tiny_dit().half()
+    graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[1]": RANDOM}))
+    with pytest.raises(TrainingError, match="first, with precision"):
+        dg.distill(model, graft, batches(1), distill_config(1, precision=precision), noise_scheduler=SCHEDULER)
+    model.set_graft(graft)
+    with pytest.raises(TrainingError, match="first, with precision"):
+        dg.finetune(model, batches(1), finetune_config(1, precision=precision), noise_scheduler=SCHEDULER)
+
+
+class StopsAtTheEnd:
+    def on_train_end(self, args, state, control, **_):
+        raise KeyboardInterrupt
+
+
+def test_the_average_is_in_place_before_a_callback_can_fail():
+    outputs = []
+    for callbacks in ([], [StopsAtTheEnd()]):
+        model, graft = build({"self_attention[1]": RANDOM})
+        model.set_graft(graft)
+        try:
+            dg.finetune(
+                model,
+                batches(1),
+                finetune_config(2, lr=1e-2, ema_decay=0.9),
+                noise_scheduler=SCHEDULER,
+                callbacks=callbacks,
+            )
+        except KeyboardInterrupt:
+            pass
+        outputs.append(predict(model))
+    assert torch.equal(*outputs)
+
+
+STEPS, WARMUP = 20, 5
+MATRICES_ALONE, WITHOUT_DECAY = {"Muon"}, {"Rprop"}  # what torch says of them
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_every_optimizer_of_torch_trains(name):
+    weight = torch.nn.Parameter(torch.full((4, 4), 2.0))
+    optimizer = StageOptimizer(
+        [weight], TrainingConfig(optimizer=name, lr=1e-2, schedule="constant", max_grad_norm=1e9)
+    )
+    for _ in range(5):
+        optimizer.backward(weight.square().sum())
+        optimizer.clip_gradients()
+        optimizer.step()
+    assert weight.square().sum() < 4 * 4 * 2.0**2
+    if name in MATRICES_ALONE:
+        with pytest.raises(TrainingError, match="does not take these settings"):
+            StageOptimizer([torch.nn.Parameter(torch.ones(4))], TrainingConfig(optimizer=name))
+    if name in WITHOUT_DECAY:
+        with pytest.raises(TrainingError, match="weight_decay"):
+            StageOptimizer([weight], TrainingConfig(optimizer=name, weight_decay=0.1))
+
+
+def test_weight_decay_reaches_the_optimizer():
+    sizes = [
+        weights_of(model).norm() for decay in (0.0, 10.0) if run_finetune(model := grafted_model(), weight_decay=decay)
+    ]
+    assert sizes[1] < sizes[0]
+
+
+def test_every_step_has_the_learning_rate_of_the_schedule():
+    weight, lengths = torch.nn.Parameter(torch.zeros(1)), []
+    config = TrainingConfig(steps=STEPS, optimizer="SGD", lr=0.1, schedule="linear", warmup=WARMUP)
+    optimizer = StageOptimizer([weight], config)
+    for _ in range(STEPS):
+        before, weight.grad = weight.item(), torch.ones(1)
+        optimizer.step()
+        lengths.append(before - weight.item())
+    assert lengths == pytest.approx([0.1 * config.lr_factors()(step) for step in range(STEPS)], rel=1e-3)
+
+
+def test_gradients_are_clipped_to_their_norm():
+    """A step of plain descent is as long as the clipped gradient."""
+    model = grafted_model()
+    before = weights_of(model)
+    run_finetune(model, steps=1, optimizer="SGD", lr=1.0, schedule="constant", max_grad_norm=1e-2)
+    assert (weights_of(model) - before).norm().item() == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_the_average_is_the_one_of_every_steps_weights():
+    class Watcher:
+        seen = []
+
+        def on_step_end(self, args, state, control, **_):
+            self.seen.append(weights_of(model))
+
+    model, decay = grafted_model(), 0.3
+    expected = weights_of(model)
+    run_finetune(model, steps=6, ema_decay=decay, callbacks=[watcher := Watcher()])
+    for done, weights in enumerate(watcher.seen, 1):
+        # diffusers' EMAModel: the first step is copied, then shares grow while there is little to average.
+        now = min(decay, done / (done + 9)) if done > 1 else 0.0
+        expected = now * expected + (1 - now) * weights
+    torch.testing.assert_close(weights_of(model), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(weights_of(model), watcher.seen[-1])
+
+
+def test_the_average_of_bfloat16_weights_is_in_float32():
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = StageOptimizer([weight], TrainingConfig(), ema_decay=0.999)
+    optimizer.average.optimization_step = 10**6
+    optimizer.set_weights([torch.full_like(weight, 1.25)])
+    for _ in range(100):
+        optimizer.step()
+    assert optimizer.average.shadow_params[0].mean().item() == pytest.approx(1.25 - 0.25 * 0.999**100, rel=1e-4)
