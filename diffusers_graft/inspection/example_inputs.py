@@ -13,7 +13,7 @@ from .grids import Inputs
 
 
 def example_inputs(model: ModelMixin, *, batch_size: int = 1, size: int | None = None, seed: int = 0) -> Inputs:
-    """Random but reproducible arguments for `model(**inputs)`, on the model's device and in its dtype.
+    """Make random but reproducible arguments for `model(**inputs)`, on the model's device and in its dtype.
 
     Args:
         size: height and width of the latents; the size the model was made for unless given.
@@ -29,22 +29,26 @@ def example_inputs(model: ModelMixin, *, batch_size: int = 1, size: int | None =
             f"No example inputs are known for {type(model).__name__}, only for {known}. Give inputs of your own, "
             "or add a row to diffusers_graft/inspection/example_inputs.py."
         )
-    size, patch = model.config.sample_size if size is None else size, model.config.patch_size
+    if size is None:
+        size = int(model.config.sample_size)
+    patch = model.config.patch_size
     if size < patch:
         raise GeometryError(
             f"Latents of {size} x {size} hold no patch of {patch} x {patch}. Ask for a size from {patch}."
         )
-    generator = torch.Generator().manual_seed(seed)
-    inputs = make(model, batch_size, size, generator)
-    return {name: _onto(value, model) for name, value in inputs.items()}
+    inputs = make(model, batch_size, size, torch.Generator().manual_seed(seed))
+    return {name: _move(value, model) for name, value in inputs.items()}
 
 
-def _onto(value: Any, model: ModelMixin) -> Any:
+def _move(value: Any, model: ModelMixin) -> Any:
+    """Return a value on the model's device, tensors of floating point in its dtype."""
     if isinstance(value, dict):
-        return {name: _onto(item, model) for name, item in value.items()}
+        return {name: _move(item, model) for name, item in value.items()}
     if not isinstance(value, torch.Tensor):
         return value
-    return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+    if value.is_floating_point():
+        return value.to(model.device, model.dtype)
+    return value.to(model.device)
 
 
 def _latents(model: ModelMixin, batch_size: int, size: int, generator: torch.Generator) -> Inputs:
@@ -55,13 +59,14 @@ def _latents(model: ModelMixin, batch_size: int, size: int, generator: torch.Gen
 
 
 def _dit_inputs(model: ModelMixin, batch_size: int, size: int, generator: torch.Generator) -> Inputs:
+    # Drawn before the latents: saved proofs hold outputs for this order of draws.
     labels = torch.randint(model.config.num_embeds_ada_norm, (batch_size,), generator=generator)
     return {**_latents(model, batch_size, size, generator), "class_labels": labels}
 
 
 def _pixart_inputs(model: ModelMixin, batch_size: int, size: int, generator: torch.Generator) -> Inputs:
     width = model.config.caption_channels or model.config.cross_attention_dim
-    conditions = dict.fromkeys(("resolution", "aspect_ratio"))
+    conditions: Inputs = {"resolution": None, "aspect_ratio": None}
     if model.use_additional_conditions:
         conditions = {"resolution": torch.full((batch_size, 2), 8.0 * size), "aspect_ratio": torch.ones(batch_size, 1)}
     return {

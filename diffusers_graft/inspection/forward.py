@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace on it."""
+"""Forwards of a model that leave no trace on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import ModelError
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode afterwards."""
+    """Put a model into evaluation mode inside the block, and every module back into its mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -28,18 +28,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def predict(model: ModelMixin, inputs: dict[str, Any], call: Callable[..., Any] | None = None) -> torch.Tensor:
-    """The model's prediction for one set of arguments; samples that come in a list are one batch, where they are of
-    one size.
+    """Return the model's prediction for one set of arguments; a list of samples of one size becomes one batch.
 
     Args:
+        inputs: arguments by name.
         call: what runs the model, where something is wrapped around it.
     """
-    takes = inspect.signature(type(model).forward).parameters
-    output = (model if call is None else call)(**inputs, **({"return_dict": False} if "return_dict" in takes else {}))
+    run = model if call is None else call
+    arguments = dict(inputs)
+    if "return_dict" in inspect.signature(type(model).forward).parameters:
+        # A pipeline may have passed one already.
+        arguments["return_dict"] = False
+    output = run(**arguments)
     while not isinstance(output, torch.Tensor):
-        alike = isinstance(output, list) and len({getattr(sample, "shape", None) for sample in output} - {None}) == 1
-        output = torch.stack(output) if alike else output[0]
+        output = torch.stack(output) if _is_batch(output) else output[0]
     return output
+
+
+def _is_batch(output: Any) -> bool:
+    """Return whether an output is a list of tensors of one shape."""
+    if not isinstance(output, list) or not all(isinstance(sample, torch.Tensor) for sample in output):
+        return False
+    return len({sample.shape for sample in output}) == 1
 
 
 def pack_inputs(inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:

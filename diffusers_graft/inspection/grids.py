@@ -28,13 +28,11 @@ def read_grid(model: ModelMixin, inputs: Inputs) -> Grid | None:
     ids = inputs.get("img_ids")
     if isinstance(ids, torch.Tensor):
         return _from_image_ids(_first_sample(ids))
-    sides = [inputs.get(name) for name in ("num_frames", "height", "width")]
-    if all(type(side) is int for side in sides):
+    sides = [side for side in map(inputs.get, ("num_frames", "height", "width")) if type(side) is int]
+    if len(sides) == 3:
         return _from_shape(sides)
     latents = latents_of(inputs)
-    if latents is None:
-        return None
-    return _from_latent_sides(model, latents.shape[2:])
+    return None if latents is None else _from_latent_sides(model, latents.shape[2:])
 
 
 def count_references(inputs: Inputs, grid: Grid | None) -> int:
@@ -133,10 +131,10 @@ def latents_of(inputs: Inputs) -> torch.Tensor | None:
     """Return the latents of an image or a video, batch first; the first of a list stands for all."""
     latents = next((inputs[name] for name in ("hidden_states", "x", "sample") if name in inputs), None)
     if isinstance(latents, list | tuple) and latents and isinstance(latents[0], torch.Tensor):
-        shape = latents[0].shape
-        if not all(isinstance(item, torch.Tensor) and item.shape == shape for item in latents):
+        samples = [sample for sample in latents if isinstance(sample, torch.Tensor)]
+        if len(samples) < len(latents) or len({sample.shape for sample in samples}) > 1:
             return None
-        latents = latents[0][None]
+        latents = samples[0][None]
     if isinstance(latents, torch.Tensor) and latents.dim() in (4, 5):
         return latents
     return None

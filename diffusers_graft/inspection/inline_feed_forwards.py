@@ -1,16 +1,17 @@
 """Feed-forwards that are no module: their block, or its attention, calls the linear layers itself.
 
-Nothing can take their place at a path, so they are no site; the report of sites names them.
+Nothing can replace them at a path, so they are no site; the report of sites names them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from diffusers import ModelMixin
 from torch import nn
 
-from ..core.sites import Site, Sites
+from ..core.sites import AttentionSite, Site
 from .source import calls_of
 
 
@@ -29,40 +30,65 @@ class Inline:
     paths: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.owner} x {len(self.paths)}: its feed-forward is inline ({', '.join(self.layers)}), which is no site"
+        layers = ", ".join(self.layers)
+        return f"{self.owner} x {len(self.paths)}: its feed-forward is inline ({layers}), which is no site"
 
 
-def inline_feed_forwards(model: ModelMixin, sites: Sites) -> tuple[Inline, ...]:
-    """The inline feed-forwards of a model, one entry a class, in forward order."""
-    found: dict[tuple[str, tuple[str, ...]], dict[str, None]] = {}
-    fed = {_holder(site) for site in sites if site.kind == "feed_forward"}
-    there = {path for path, _ in model.named_modules()}
+def inline_feed_forwards(model: ModelMixin, sites: Iterable[Site]) -> tuple[Inline, ...]:
+    """Return the inline feed-forwards of a model, one entry a class, in forward order."""
+    sites = list(sites)
+    have_feed_forward = {_holder(site) for site in sites if site.kind == "feed_forward"}
+    modules = dict(model.named_modules())
+    paths: dict[tuple[str, tuple[str, ...]], dict[str, None]] = {}
     for site in sites:
-        if site.kind.endswith("attention") and site.path in there:  # not inside a removed block
-            inside = [(site.path, 3 * site.inner_width, site.inner_width)]
-            beside = [] if _holder(site) in fed else [(_holder(site), 0, 0)]
-            for path, made, read in inside + beside:
-                owner = model.get_submodule(path)
-                if layers := _there_and_back(owner, site, made=made, read=read, called=path != site.path):
-                    found.setdefault((type(owner).__name__, layers), {})[path] = None
-    return tuple(Inline(owner, layers, tuple(paths)) for (owner, layers), paths in found.items())
+        # Attentions inside a removed block are sites without a module.
+        if not isinstance(site, AttentionSite) or site.path not in modules:
+            continue
+        holders = {site.path: _layers_inside(modules[site.path], site)}
+        if _holder(site) not in have_feed_forward:
+            holders[_holder(site)] = _layers_beside(modules[_holder(site)], site)
+        for path, layers in holders.items():
+            if layers:
+                owner = type(modules[path]).__name__
+                paths.setdefault((owner, layers), {})[path] = None
+    return tuple(Inline(owner, layers, tuple(found)) for (owner, layers), found in paths.items())
 
 
 def _holder(site: Site) -> str:
     return site.path.rpartition(".")[0]
 
 
-def _there_and_back(owner: nn.Module, site: Site, *, made: int, read: int, called: bool) -> tuple[str, ...]:
-    """Linear layers that widen tokens beyond `made` features, and that narrow more than `read` of them again.
+def _layers_inside(attention: nn.Module, site: AttentionSite) -> tuple[str, ...]:
+    """Return the layers of an attention that are a feed-forward's.
 
     An attention makes queries, keys and values, three times what its output reads; the rest is a feed-forward's.
     """
-    sizes = {
-        name: (getattr(child, "in_features", None), getattr(child, "out_features", None))
-        for name, child in owner.named_children()
-        if not called or calls_of(type(owner), name)
-    }
-    sizes = {name: size for name, size in sizes.items() if None not in size}
-    there = {name for name, (features, wider) in sizes.items() if features == site.width and wider > made}
-    back = {name for name, (features, narrower) in sizes.items() if narrower == site.width and features > read} - there
-    return tuple(name for name in sizes if name in there | back) if there and back else ()
+    return _widening_and_back(_sizes(attention), site, made=3 * site.inner_width, read=site.inner_width)
+
+
+def _layers_beside(block: nn.Module, site: AttentionSite) -> tuple[str, ...]:
+    """Return the layers that a block calls itself and that are a feed-forward's."""
+    called = {name: size for name, size in _sizes(block).items() if calls_of(type(block), name)}
+    return _widening_and_back(called, site, made=0, read=0)
+
+
+def _sizes(owner: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return features in and out of the linear layers right inside a module, by name."""
+    sizes = {}
+    for name, child in owner.named_children():
+        features = getattr(child, "in_features", None)
+        wider = getattr(child, "out_features", None)
+        if isinstance(features, int) and isinstance(wider, int):
+            sizes[name] = (features, wider)
+    return sizes
+
+
+def _widening_and_back(
+    sizes: dict[str, tuple[int, int]], site: AttentionSite, *, made: int, read: int
+) -> tuple[str, ...]:
+    """Return layers that widen tokens beyond `made` features, and those that narrow more than `read` of them again."""
+    widening = {name for name, (before, after) in sizes.items() if before == site.width and after > made}
+    back = {name for name, (before, after) in sizes.items() if after == site.width and before > read} - widening
+    if not widening or not back:
+        return ()
+    return tuple(name for name in sizes if name in widening | back)

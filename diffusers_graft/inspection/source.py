@@ -1,8 +1,7 @@
-"""What classes say in their source, read without running them: which children a forward calls, in which order, with
-what.
+"""Classes read from their source, without running them: which children a forward calls, in which order, with what.
 
 A model on the meta device, or one of 57 blocks, is read as fast as a tiny one: every answer belongs to a class, and is
-kept.
+cached.
 """
 
 from __future__ import annotations
@@ -11,83 +10,139 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-# Words that mark the prompt's half where a processor joins two streams: [encoder_query, query], [img_key, txt_key],
-# [k_i, k_t].
+# Words in the names of the prompt's half where a processor joins two streams: [encoder_query, query],
+# [img_key, txt_key], [k_i, k_t].
 _TEXT_WORDS = ("encoder", "txt", "text", "und", "t")
+
+Place = tuple[int, int]
 
 
 @functools.cache
 def tree_of(function: Callable) -> ast.FunctionDef | None:
-    """The definition of a function or method, or None where its source is missing."""
+    """Return the definition of a function or method, None where its source is missing."""
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     except (OSError, TypeError, SyntaxError):
         return None
+    definition = tree.body[0]
+    return definition if isinstance(definition, ast.FunctionDef) else None
 
 
-def _forward(cls: type) -> ast.AST:
-    tree = tree_of(cls.forward) if hasattr(cls, "forward") else None
-    return ast.Module([], []) if tree is None else tree
+def forward_tree(cls: type) -> ast.FunctionDef | None:
+    """Return the definition of the forward of a class, None where there is none or its source is missing."""
+    forward = getattr(cls, "forward", None)
+    return None if forward is None else tree_of(forward)
+
+
+def walk_tree(tree: ast.AST | None) -> Iterator[ast.AST]:
+    """Go through all nodes of a tree, of which there are none where the source is missing."""
+    if tree is not None:
+        yield from ast.walk(tree)
+
+
+def calls_in(tree: ast.AST | None) -> list[ast.Call]:
+    """Return all calls in a tree."""
+    return [node for node in walk_tree(tree) if isinstance(node, ast.Call)]
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Return all variables that an expression or statement names."""
+    return {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
 
 
 def _child(node: ast.AST) -> str | None:
-    """`name` of `self.name` or `self.name[...]`."""
-    node = node.value if isinstance(node, ast.Subscript) else node
-    own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-    return node.attr if own else None
+    """Return `name` for `self.name` and `self.name[...]`."""
+    if isinstance(node, ast.Subscript):
+        node = node.value
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        return node.attr
+    return None
 
 
 @functools.cache
 def order_of_use(cls: type) -> dict[str, int]:
-    """Children by rank of their first use in the forward of a class; those that one `zip` walks together share a rank."""
-    places: dict[str, tuple[int, int]] = {}
-    for node in ast.walk(_forward(cls)):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "zip":
-            for name in filter(None, map(_child, node.args)):
-                places[name] = min(places.get(name, (node.lineno, node.col_offset)), (node.lineno, node.col_offset))
+    """Return the children of a class by rank of their first use in its forward.
+
+    Those that one `zip` walks together share a rank.
+    """
+    places: dict[str, Place] = {}
+    for call in calls_in(forward_tree(cls)):
+        if getattr(call.func, "id", None) == "zip":
+            for name in filter(None, map(_child, call.args)):
+                _note_first(places, name, call)
     together = set(places)
-    for node in ast.walk(_forward(cls)):
-        name = _child(node) if isinstance(node, ast.Attribute) else None
-        if name is not None and name not in together:
-            places[name] = min(places.get(name, (node.lineno, node.col_offset)), (node.lineno, node.col_offset))
+    for node in walk_tree(forward_tree(cls)):
+        if isinstance(node, ast.Attribute):
+            name = _child(node)
+            if name is not None and name not in together:
+                _note_first(places, name, node)
     ranks = {place: rank for rank, place in enumerate(sorted(set(places.values())))}
     return {name: ranks[place] for name, place in places.items()}
 
 
+def _note_first(places: dict[str, Place], name: str, node: ast.expr) -> None:
+    place = (node.lineno, node.col_offset)
+    places[name] = min(places.get(name, place), place)
+
+
 @functools.cache
 def calls_of(cls: type, child: str) -> tuple[ast.Call, ...]:
-    """The calls `self.child(...)` in the forward of a class."""
-    calls = (node for node in ast.walk(_forward(cls)) if isinstance(node, ast.Call))
-    return tuple(call for call in calls if _child(call.func) == child)
+    """Return the calls `self.child(...)` in the forward of a class."""
+    return tuple(call for call in calls_in(forward_tree(cls)) if _child(call.func) == child)
+
+
+@functools.cache
+def names_used(cls: type) -> frozenset[str] | None:
+    """Return all attributes and texts that the methods of a class name; None where the source of one is missing.
+
+    A child that is not among them is made and never called. `__init__`, which makes it, is left out.
+    """
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] == "torch":
+            continue
+        for method in filter(inspect.isfunction, vars(base).values()):
+            if method.__name__ == "__init__":
+                continue
+            tree = tree_of(method)
+            if tree is None:
+                return None
+            names.update(node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+            # As in getattr(self, "attn2").
+            names.update(str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return frozenset(names)
 
 
 def takes_one_tensor(call: ast.Call) -> bool:
-    """Whether a call gives a single argument (gated convolutions are told the sides, `HW`, too)."""
-    single = len(call.args) == 1 and not isinstance(call.args[0], ast.Starred)
-    return single and {word.arg for word in call.keywords} <= {"HW"}
+    """Return whether a call gives a single argument, besides the sides `HW` that gated convolutions get."""
+    is_single = len(call.args) == 1 and not isinstance(call.args[0], ast.Starred)
+    return is_single and {word.arg for word in call.keywords} <= {"HW"}
 
 
 def passes_another_sequence(cls: type, child: str, forward: Callable) -> bool | None:
-    """Whether a block gives its attention a second sequence; None where that depends, or where no call is found."""
-    answers = {_second_argument(call, forward) for call in calls_of(cls, child)}
+    """Return whether a block gives its attention a second sequence; None where that depends, or no call is found."""
+    answers = {_has_second_sequence(call, forward) for call in calls_of(cls, child)}
     if True in answers:
         return True
     return False if answers == {False} else None
 
 
-def _second_argument(call: ast.Call, forward: Callable) -> bool | None:
+def _has_second_sequence(call: ast.Call, forward: Callable) -> bool | None:
     names = list(inspect.signature(forward).parameters)
-    given = dict(zip(names, call.args, strict=False)) | {word.arg: word.value for word in call.keywords if word.arg}
+    given = dict(zip(names, call.args, strict=False))
+    given |= {word.arg: word.value for word in call.keywords if word.arg}
     second = next(filter(_is_second_sequence, names[1:]), None)
     if second is None:
         return None
-    if second not in given or (isinstance(given[second], ast.Constant) and given[second].value is None):
+    value = given.get(second)
+    if value is None or (isinstance(value, ast.Constant) and value.value is None):
         return False
-    if isinstance(given[second], ast.IfExp):
+    if isinstance(value, ast.IfExp):
         return None
-    return ast.dump(given[second]) != ast.dump(given.get(names[0], given[second]))
+    # Some blocks pass the same tensor twice.
+    return ast.dump(value) != ast.dump(given.get(names[0], value))
 
 
 def _is_second_sequence(name: str) -> bool:
@@ -96,58 +151,58 @@ def _is_second_sequence(name: str) -> bool:
 
 @functools.cache
 def text_comes_first(processor: type) -> bool | None:
-    """Where the prompt stands in the sequence a processor joins from two streams; None for one that joins none."""
-    tree = tree_of(processor.__call__)
-    for node in ast.walk(tree) if tree is not None else ():
-        joins = isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.cat"
-        if joins and isinstance(node.args[0], ast.List | ast.Tuple):
-            halves = [_speaks_of_text(part) for part in node.args[0].elts]
-            if sorted(halves) == [False, True]:
-                return halves[0]
+    """Return whether the prompt comes first where a processor joins two streams; None for one that joins none."""
+    for call in calls_in(tree_of(processor.__call__)):
+        if ast.unparse(call.func) != "torch.cat" or not isinstance(call.args[0], ast.List | ast.Tuple):
+            continue
+        halves = [_names_text(part) for part in call.args[0].elts]
+        if sorted(halves) == [False, True]:
+            return halves[0]
     return None
 
 
 @functools.cache
 def is_causal(processor: type) -> bool:
-    """Whether a processor asks for causal attention, whatever it is given."""
-    tree = tree_of(processor.__call__)
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree is not None else []
-    return any(ast.unparse(word) == "is_causal=True" for call in calls for word in call.keywords)
+    """Return whether a processor asks for causal attention, whatever it is given."""
+    keywords = [word for call in calls_in(tree_of(processor.__call__)) for word in call.keywords]
+    return any(ast.unparse(word) == "is_causal=True" for word in keywords)
 
 
-def _speaks_of_text(node: ast.AST) -> bool:
-    names = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
-    return any(word in _TEXT_WORDS for name in names for word in name.lower().split("_"))
+def _names_text(node: ast.AST) -> bool:
+    words = [word for name in names_in(node) for word in name.lower().split("_")]
+    return any(word in _TEXT_WORDS for word in words)
 
 
 @functools.cache
 def parameters_of(cls: type) -> tuple[str, ...]:
-    """Names of what the forward of a class takes, as its source has them."""
-    tree = tree_of(cls.forward) if hasattr(cls, "forward") else None
-    return () if tree is None else tuple(word.arg for word in [*tree.args.args[1:], *tree.args.kwonlyargs])
+    """Return the names of what the forward of a class takes, as its source has them."""
+    tree = forward_tree(cls)
+    if tree is None:
+        return ()
+    return tuple(word.arg for word in [*tree.args.args[1:], *tree.args.kwonlyargs])
 
 
 @functools.cache
 def returned_names(cls: type) -> frozenset[str | tuple[str, ...]]:
-    """What the forward of a class returns: a text for one value, a tuple of names for several, each as its source has
-    it.
-    """
-    tree = tree_of(cls.forward) if hasattr(cls, "forward") else None
-    return (
-        frozenset(_names(node.value) for node in _own_returns(tree) if node.value is not None) if tree else frozenset()
-    )
+    """Return what the forward of a class returns, as its source has it: a text, or a tuple of texts for several."""
+    tree = forward_tree(cls)
+    if tree is None:
+        return frozenset()
+    return frozenset(_unparse(node.value) for node in _returns_in(tree) if node.value is not None)
 
 
-def _names(value: ast.AST) -> str | tuple[str, ...]:
-    return tuple(map(ast.unparse, value.elts)) if isinstance(value, ast.Tuple) else ast.unparse(value)
+def _unparse(value: ast.expr) -> str | tuple[str, ...]:
+    if isinstance(value, ast.Tuple):
+        return tuple(map(ast.unparse, value.elts))
+    return ast.unparse(value)
 
 
-def _own_returns(tree: ast.AST) -> list[ast.Return]:
-    """The return statements of a function, without those of functions inside it."""
+def _returns_in(tree: ast.AST) -> list[ast.Return]:
+    """Return the return statements of a function, without those of functions inside it."""
     found = []
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Return):
             found.append(node)
         elif not isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
-            found += _own_returns(node)
+            found += _returns_in(node)
     return found

@@ -20,7 +20,7 @@ from ..core.tables import Table, Tabular
 from ..errors import FileError, MismatchError, OperatorError, RuleError
 from ..inspection import find_sites
 from ..inspection.blocks import join_blocks, refusals, require_alike, require_one_width
-from ..operators import Mixer, Operator, OperatorConfig, configure
+from ..operators import BlockOperator, Mixer, Operator, OperatorConfig, configure
 from ..operators.registry import names_in, package_of, require_available
 from .rules import Rules, parse_rules, select
 
@@ -217,7 +217,7 @@ def _group_blocks(model: ModelMixin, blocks: Sites, key: str, config: OperatorCo
     if len(blocks) % size:
         raise RuleError(f"{key!r} names {len(blocks)} blocks, which do not divide into groups of {size}.")
     runs = Sites(join_blocks(blocks[start : start + size]) for start in range(0, len(blocks), size))
-    if getattr(config.owner, "runs_blocks", False):
+    if issubclass(config.owner, BlockOperator) and config.owner.runs_blocks:
         for run in runs:
             require_alike(model, run)
     return runs
@@ -249,7 +249,8 @@ def _require_disjoint(edits: tuple[Edit, ...]) -> None:
 
 
 def _removes_blocks(edit: Edit) -> bool:
-    return edit.site.kind in BLOCK_KINDS and not edit.config.owner.runs_blocks
+    owner = edit.config.owner
+    return issubclass(owner, BlockOperator) and not owner.runs_blocks
 
 
 def _resolve(model: ModelMixin, config: OperatorConfig, site: Site, sites: Sites) -> OperatorConfig:
@@ -263,8 +264,7 @@ def _resolve(model: ModelMixin, config: OperatorConfig, site: Site, sites: Sites
     # Building on the meta device proves that it fits, and allocates nothing.
     with torch.device("meta"):
         operator = build_operator(config, site)
-    has_weights = any(True for _ in operator.parameters())
-    if site.kind in BLOCK_KINDS and has_weights:
+    if isinstance(site, BlockSite) and any(True for _ in operator.parameters()):
         require_one_width(model, site, sites)
     return config
 

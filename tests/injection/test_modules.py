@@ -5,6 +5,7 @@ import torch
 
 import diffusers_graft as dg
 from diffusers_graft.errors import GraftError, OperatorError
+from diffusers_graft.inspection import projections
 
 from ..inspection.models import predict
 from .families import FEED_FORWARD, NAMES, NO_SOFTMAX, learn_and_share, model_of, run_grafted, same
@@ -126,11 +127,11 @@ def test_whole_attentions_mix_one_sequence():
     name = "SanaWMLTX2RefinerTransformer3DModel"
     if name not in NAMES:
         pytest.skip(f"this diffusers has no {name}")
-    site = next(site for site in dg.find_sites(model_of(name)) if site.path.endswith("audio_to_video_attn"))
+    path = "transformer_blocks.0.audio_to_video_attn"
     with pytest.raises(
         OperatorError, match=r"tokens of several widths .query 16, key 8, value 8.: it mixes two sequences"
     ):
-        model_of(name).set_graft({site.address: "gated_deltanet"})
+        projections(model_of(name).get_submodule(path), path)
 
 
 def test_an_output_projection_need_not_stand_in_a_list():

@@ -167,6 +167,15 @@ class Stranger(ModelMixin):
         return (states,)
 
 
+def test_parts_that_nothing_calls_are_no_sites():
+    name = "SanaWMLTX2RefinerTransformer3DModel"
+    if name not in exported():
+        pytest.skip(f"this diffusers has no {name}")
+    model = tiny(name)
+    assert hasattr(model.transformer_blocks[0], "audio_attn1")
+    assert {site.path.rpartition(".")[2] for site in dg.find_sites(model)} == {"attn1", "attn2", "ff"}
+
+
 class StrangeProcessor:
     def __call__(self, attn, states):
         query, key, value = (layer(states).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (attn.a, attn.b, attn.c))
@@ -200,9 +209,11 @@ def test_a_model_of_a_stranger_takes_grafts_too():
     torch.manual_seed(0)
     model, states = Stranger().eval(), torch.randn(2, 9, 8)
     sites = dg.find_sites(model)
-    assert [(site.kind, site.path, site.width, site.heads, site.head_width, site.hidden) for site in sites[:2]] == [
-        ("self_attention", "blocks.0.mixes", 8, 2, 4, None),
-        ("feed_forward", "blocks.0.thinks", 8, None, None, 12),
+    attention = {"kind": "self_attention", "path": "blocks.0.mixes", "width": 8, "heads": 2, "head_width": 4}
+    feed_forward = {"kind": "feed_forward", "path": "blocks.0.thinks", "width": 8, "hidden": 12}
+    assert list(sites[:2]) == [
+        dg.Site(index=0, **attention),
+        dg.Site(index=0, **feed_forward, activation="Sequential"),
     ]
     before = first(model(states))
     model.set_graft({"self_attention[:]": "self_attention"})
