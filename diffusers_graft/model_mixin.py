@@ -142,7 +142,7 @@ def _set_alone(model: ModelMixin, graft: Any, revision: str | None, seed: int, l
 
 
 def _is_rules(text: str | Path) -> bool:
-    """Whether a text is rules in their text form. A folder is none, whatever its name."""
+    """Return whether a text is rules in their text form. A folder is none, whatever its name."""
     return isinstance(text, str) and "[" in text and not os.path.isdir(text)  # noqa: PTH112 - a text may be too long for a path
 
 

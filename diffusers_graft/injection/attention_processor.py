@@ -54,7 +54,7 @@ def graft_processor(processor: Any) -> Any:
 
 
 def is_grafted(processor: Any) -> bool:
-    """Whether a processor is one of ours."""
+    """Return whether a processor is one of ours."""
     return isinstance(processor, _Grafted)
 
 

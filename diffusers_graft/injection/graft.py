@@ -66,7 +66,7 @@ class Graft:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether any new part has weights. Where blocks are only removed, none has."""
+        """Tells whether any new part has weights. Where blocks are only removed, none has."""
         return any(next(seat.parameters(), None) is not None for seat in self.seats.values())
 
     def tensors(self, model: ModelMixin) -> dict[str, torch.Tensor]:
@@ -111,7 +111,7 @@ def get_graft(model: ModelMixin) -> Graft | None:
 
 
 def is_enabled(model: ModelMixin) -> bool:
-    """Whether a graft is installed and running."""
+    """Return whether a graft is installed and running."""
     return bool(vars(model).get("_graft_enabled"))
 
 

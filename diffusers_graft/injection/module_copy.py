@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-from ..errors import StateError
+from ..errors import OperatorError, StateError
 
 # Attributes of `module.compile()` and of hooks: they are bound to the module that is copied.
 _BOUND = ("_compiled_call_impl", "forward", "_diffusers_hook")
@@ -28,9 +28,11 @@ def copy_shallow(module: nn.Module) -> nn.Module:
 
 
 def copy_deep(module: nn.Module) -> nn.Module:
-    """Copy a module so that nothing is shared.
+    """Copy a module so that nothing is shared, to be trained: quantised weights come in full precision.
 
-    Raises `StateError` where the copy would run the original: hooks stand in place of a forward.
+    Raises:
+        StateError: the copy would run the original, since hooks replaced a forward.
+        OperatorError: its weights are quantised in a form that cannot be undone.
     """
     for part in module.modules():
         if is_hooked(part):
@@ -38,7 +40,21 @@ def copy_deep(module: nn.Module) -> nn.Module:
                 f"A copy of this {type(part).__name__} would run the original, since hooks replaced its forward. Train "
                 "first, and start parts at random, before you enable layerwise casting or offloading."
             )
-    return copy.deepcopy(module)
+    twin = copy.deepcopy(module)
+    for layer in twin.modules():
+        for name, weight in list(layer._parameters.items()):
+            if weight is not None and is_quantised(weight):
+                layer._parameters[name] = nn.Parameter(_dequantise(layer, weight))
+    return twin
+
+
+def _dequantise(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    if not weight.is_floating_point():
+        raise OperatorError(
+            f"The weights of a {type(layer).__name__} are quantised, and only that layer can read them: it can be neither "
+            "trained nor started at random. Graft and train the model in full precision, and load_graft over this one."
+        )
+    return weight.detach().dequantize().to(weight.dtype)
 
 
 def copy_restarted(module: nn.Module) -> nn.Module:
@@ -53,8 +69,13 @@ def copy_restarted(module: nn.Module) -> nn.Module:
     return fresh
 
 
+def is_quantised(weight: torch.Tensor) -> bool:
+    """Return whether a weight is stored as whole numbers, or in a class that torch does not have itself."""
+    return not weight.is_floating_point() or type(weight.data).__module__.partition(".")[0] != "torch"
+
+
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something runs in place of a module's forward: hooks of diffusers or accelerate, or another function."""
+    """Return whether something runs in place of a module's forward: hooks of diffusers or accelerate, or another function."""
     forward = vars(module).get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 

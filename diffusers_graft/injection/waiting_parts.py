@@ -15,6 +15,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ..errors import StateError
+from .module_copy import is_quantised
 
 # Quantised and fp8 weights are stored, not computed with; a new part takes the model's dtype there.
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -70,11 +71,6 @@ def anchor_of(model: ModelMixin, part: nn.Module) -> nn.Parameter | None:
         return None
     dtype = sizes.most_common(1)[0][0]
     return next(parameter for parameter in parameters if parameter.dtype == dtype)
-
-
-def is_quantised(weight: torch.Tensor) -> bool:
-    """Whether a weight is stored as whole numbers, or as a tensor of a class that torch does not have itself."""
-    return not weight.is_floating_point() or type(weight.data).__module__.partition(".")[0] != "torch"
 
 
 def refuse_newly_quantised(model: ModelMixin, tree: TreeState, parts: Iterable[nn.Module]) -> None:

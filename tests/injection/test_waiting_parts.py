@@ -125,3 +125,18 @@ def test_new_parts_compute_in_the_dtype_of_most_weights():
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if ".graft." not in name}
     model.unset_graft()
     assert dtypes.items() <= {name: parameter.dtype for name, parameter in model.named_parameters()}.items()
+
+
+def test_parts_of_a_quantised_base_start_and_train_in_full_precision():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = tiny_dit()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    plain = predict(model)
+    for init in ("warm", "random"):
+        model.set_graft({"self_attention[0]": {"operator": "hyena_x", "init": init}, "feed_forward[1]": "mlp"})
+        model.graft.untie("transformer_blocks.0.attn1")
+        weight = model.transformer_blocks[0].attn1.to_q.weight
+        assert type(weight.data) is torch.Tensor
+        assert predict(model).isfinite().all()
+        model.unset_graft()
+        assert torch.equal(predict(model), plain)
