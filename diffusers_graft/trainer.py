@@ -10,24 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import ModelMixin, SchedulerMixin
-from torch.utils.data import default_collate
 
-from .data.encoding import is_picture
+from .data.collation import BatchMaker
 from .errors import GraftError, StateError, TrainingError
 from .evaluation.evaluate import Scores, evaluate
 from .injection.graft import Graft, build_graft, get_graft, is_enabled
 from .injection.install import disable, enable, install
-from .inspection import example_inputs
-from .inspection.families import argument_names
 from .planning.plan import GraftPlan, plan_graft
 from .serialization.graft_folder import save_graft
 from .serialization.upload import push_graft
 from .training import distributed as processes
 from .training.argument_names import require_known_settings
-from .training.batches import Batch, Collate, Sample, SequentialBatches, ShuffledBatches, is_map_style
-from .training.callbacks import CallbackArguments, Callbacks, RunState
+from .training.batches import Batch, Collate
+from .training.callbacks import CallbackArguments, Callbacks, RunState, make_callback
 from .training.config import TrainingConfig
 from .training.distill.config import DistillConfig
 from .training.distill.distill import SiteReport, distill
@@ -55,7 +51,7 @@ class GraftTrainingArguments:
         remove_unused_columns: drop columns that the model does not take, with a warning.
         seed: of random starts and of the order of the data.
         save_steps, save_total_limit, logging_steps, eval_steps, gradient_accumulation_steps, report_to, disable_tqdm,
-            bf16, fp16: as in `transformers.TrainingArguments`, of both stages in place of their own; None leaves theirs.
+            bf16, fp16: as in `transformers.TrainingArguments`, for both stages; None leaves what each stage says.
         push_to_hub, hub_model_id, hub_private_repo: push the graft after each stage, to this repository.
 
     Raises `TrainingError` for counts below one, and for settings that belong elsewhere, with the place; and
@@ -97,6 +93,7 @@ class GraftTrainingArguments:
         if self.push_to_hub and not self.hub_model_id:
             raise TrainingError('push_to_hub=True needs a repository: give hub_model_id="user/name".')
         overrides = self._stage_overrides()
+        # The arguments are frozen, as all settings are; this is still their making.
         for name in ("distill", "finetune"):
             config = getattr(self, name)
             if config is not None and overrides:
@@ -114,13 +111,15 @@ class GraftTrainingArguments:
         overrides = {name: value for name, value in overrides.items() if value is not None}
         if self.bf16 and self.fp16:
             raise TrainingError("Training is in bf16 or in fp16, not in both.")
-        if self.bf16 or self.fp16:
-            overrides["precision"] = "bf16" if self.bf16 else "fp16"
+        if self.bf16:
+            overrides["precision"] = "bf16"
+        if self.fp16:
+            overrides["precision"] = "fp16"
         if self.disable_tqdm is not None:
             overrides["progress"] = not self.disable_tqdm
         if self.report_to is not None and self.report_to != "all":
-            names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
-            overrides["trackers"] = tuple(name for name in names if name != "none")
+            names = {self.report_to} if isinstance(self.report_to, str) else set(self.report_to)
+            overrides["trackers"] = tuple(sorted(names - {"none"}))
         return overrides
 
 
@@ -158,21 +157,29 @@ class GraftTrainer:
     ):
         self.model = model
         self.args = args
-        self.callbacks = list(callbacks)
+        self.callbacks = [make_callback(callback) for callback in callbacks]
         self.noise_scheduler = noise_scheduler
         self.null_prompt = null_prompt
-        self.data_collator = data_collator
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.scores: dict[str, Scores] = {}
-        self._columns = ColumnFilter(model) if args.remove_unused_columns else None
+        self._batch_maker = BatchMaker(
+            model,
+            seed=args.seed,
+            workers=args.dataloader_num_workers,
+            collate=data_collator,
+            drop_columns=args.remove_unused_columns,
+        )
         if isinstance(eval_dataset, Iterator):
             # It can be read once, and is needed in both stages and by `evaluate`.
             self.eval_dataset = self._read_held_out()
         state = processes.process_state()
+        # Sharded weights are moved shard by shard, by the stage that trains them.
         if (state.num_processes > 1 or state.device.type == "cuda") and fsdp_plugin() is None:
             model.to(state.device)
-        self.plan = plan if isinstance(plan, GraftPlan) else plan_graft(model, plan)
+        if not isinstance(plan, GraftPlan):
+            plan = plan_graft(model, plan)
+        self.plan = plan
         self.graft: Graft = build_graft(model, self.plan, seed=args.seed)
 
     def train(self, resume_from_checkpoint: bool | str | Path = False) -> None:
@@ -190,8 +197,9 @@ class GraftTrainer:
     def distill(self, resume_from_checkpoint: bool | str | Path = False) -> dict[str, SiteReport]:
         """Run stage one; the graft is installed and saved afterwards. Returns the report of each site."""
         reports = {}
+        # After a stage two that failed in this process, the graft is still in the model that stage one watches.
         if resume_from_checkpoint and is_enabled(self.model):
-            disable(self.model)  # after a stage two that failed in this process
+            disable(self.model)
         if self.args.distill is not None:
             reports = distill(
                 self.model,
@@ -201,7 +209,7 @@ class GraftTrainer:
                 **self._common_arguments(resume_from_checkpoint),
             )
         self._install_graft()
-        # The graft in the folder is that of stage two already, where stage two had begun.
+        # Where stage two had begun, its graft is in the folder, which is worth more than that of stage one.
         if not (resume_from_checkpoint and has_checkpoint(self.args.output_dir, "two")):
             self._save_and_push()
         return reports
@@ -229,6 +237,7 @@ class GraftTrainer:
             raise StateError("There is nothing to evaluate on: give the trainer an eval_dataset.")
         with shard(self.model, self.graft.sites) as model:
             self.scores[name] = evaluate(model, self._read_held_out(), noise_scheduler=self.noise_scheduler)
+        # Callbacks read settings of a stage, and this evaluation belongs to none.
         config = self.args.finetune or self.args.distill or TrainingConfig()
         arguments = CallbackArguments(config, str(self.args.output_dir), has_evaluation=True)
         callbacks = Callbacks(self.callbacks, arguments, RunState("evaluation", config.steps), model=self.model)
@@ -260,7 +269,9 @@ class GraftTrainer:
         if repo_id is None:
             raise StateError('There is no repository to push to: give push_to_hub("user/name"), or hub_model_id.')
         self.save_model()
-        return self._push(repo_id, hub_arguments) if processes.is_main_process() else None
+        if not processes.is_main_process():
+            return None
+        return self._push(repo_id, hub_arguments)
 
     def _push(self, repo_id: str, hub_arguments: dict[str, Any]) -> str:
         if self.args.hub_private_repo is not None:
@@ -269,7 +280,7 @@ class GraftTrainer:
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback, or an instance of a class of callbacks."""
-        self.callbacks.append(callback() if isinstance(callback, type) else callback)
+        self.callbacks.append(make_callback(callback))
 
     def pop_callback(self, callback: Any) -> Any:
         """Remove a callback, or the first of a class, and return it; None where there is none."""
@@ -300,8 +311,11 @@ class GraftTrainer:
 
     def _common_arguments(self, resume: bool | str | Path) -> dict[str, Any]:
         """Return the arguments that both stages take."""
+        held_out = None
+        if self.eval_dataset is not None:
+            held_out = self._read_held_out()
         return {
-            "held_out": None if self.eval_dataset is None else self._read_held_out(),
+            "held_out": held_out,
             "noise_scheduler": self.noise_scheduler,
             "null_prompt": self.null_prompt,
             "output_dir": self.args.output_dir,
@@ -314,100 +328,5 @@ class GraftTrainer:
         return list(itertools.islice(self._make_batches(self.eval_dataset, size), self.args.eval_batches))
 
     def _make_batches(self, dataset: Iterable, batch_size: int) -> Iterable[Batch]:
-        """Return batches of a dataset of single samples or of batches."""
-        size = batch_size * processes.process_state().num_processes
-        workers = self.args.dataloader_num_workers
-        if is_map_style(dataset):
-            self._require_collatable(dataset[0] if len(dataset) else {})
-            return ShuffledBatches(dataset, size, self.args.seed, workers=workers, collate=self._collate)
-        first, dataset = _peek(dataset)
-        if first is None or not holds_single_sample(self.model, first):
-            return FilteredBatches(dataset, self._columns) if self._columns else dataset
-        self._require_collatable(first)
-        if isinstance(dataset, list | tuple):
-            return ShuffledBatches(dataset, size, self.args.seed, workers=workers, collate=self._collate)
-        return SequentialBatches(dataset, size, workers=workers, collate=self._collate)
-
-    def _collate(self, samples: list[Sample]) -> Batch:
-        batch = default_collate(self._filter(samples)) if self.data_collator is None else self.data_collator(samples)
-        return batch if self._columns is None else self._columns(batch)
-
-    def _filter(self, samples: list[Sample]) -> list[Sample]:
-        # Before they are joined: torch's collating refuses columns of texts of other kinds, such as None.
-        return samples if self._columns is None else [self._columns(sample) for sample in samples]
-
-    def _require_collatable(self, sample: Sample) -> None:
-        if self.data_collator is None and isinstance(sample, Mapping) and any(map(is_picture, sample.values())):
-            raise TrainingError(
-                "The dataset holds pictures, and a model takes latents: pass "
-                "data_collator=dg.data.SampleEncoder(pipe) to encode them as they are read, or encode them once with "
-                "dg.data.encode."
-            )
-
-
-class ColumnFilter:
-    """Filter of batches and samples: drops what a model does not take, with one warning."""
-
-    def __init__(self, model: ModelMixin):
-        names = argument_names(type(model))
-        self.takes_all = "kwargs" in names
-        self.names = {*names, "sample", "target"}
-        self.model_name = type(model).__name__
-        self._has_warned = False
-
-    def __call__(self, batch: Batch) -> Batch:
-        if self.takes_all or not isinstance(batch, Mapping):
-            return batch
-        unused = [name for name in batch if name not in self.names]
-        if unused and not self._has_warned:
-            self._has_warned = True
-            logger.warning("%s does not take %s: dropped from the data.", self.model_name, ", ".join(map(str, unused)))
-        return {name: value for name, value in batch.items() if name in self.names}
-
-
-class FilteredBatches:
-    """Batches of an iterable, each without what the model does not take."""
-
-    def __init__(self, batches: Iterable[Batch], columns: ColumnFilter):
-        self.batches = batches
-        self.columns = columns
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(self.columns, self.batches)
-
-
-def holds_single_sample(model: ModelMixin, item: Any) -> bool:
-    """Return whether an item of a dataset is one sample, and not a batch of them."""
-    if not isinstance(item, Mapping):
-        return False
-    noisy_name = argument_names(type(model))[0]
-    sample = item.get("sample", item.get(noisy_name))
-    if any(map(is_picture, item.values())):
-        return True
-    if not isinstance(sample, torch.Tensor):
-        return False
-    prompt = item.get("encoder_hidden_states")
-    if isinstance(prompt, torch.Tensor):
-        return prompt.ndim == 2  # [tokens, width] of one sample, whatever the family
-    axes = _count_axes(model, noisy_name)
-    if axes is not None:
-        return sample.ndim == axes - 1
-    return any(value.ndim == 0 for value in item.values() if isinstance(value, torch.Tensor))
-
-
-def _count_axes(model: ModelMixin, noisy_name: str) -> int | None:
-    """Return the number of axes of a batch of noised samples, None where it is not known."""
-    try:
-        noisy = example_inputs(model)[noisy_name]
-    except (GraftError, KeyError):
-        return None
-    return noisy.ndim if isinstance(noisy, torch.Tensor) else noisy[0].ndim + 1
-
-
-def _peek(dataset: Iterable) -> tuple[Any, Iterable]:
-    """Return the first item of an iterable, None where there is none, and the iterable from its beginning."""
-    items = iter(dataset)
-    first = next(items, None)
-    if items is not dataset:
-        return first, dataset
-    return first, items if first is None else itertools.chain([first], items)
+        # Every process reads the same batches and takes its part of each.
+        return self._batch_maker.make_batches(dataset, batch_size * processes.process_state().num_processes)

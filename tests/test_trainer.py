@@ -1,10 +1,7 @@
 """The trainer, in the shape of transformers' own."""
 
-import logging
-
 import pytest
 import torch
-from PIL import Image
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
@@ -13,7 +10,6 @@ from diffusers_graft.errors import StateError
 from diffusers_graft.evaluation.plots import draw_training
 from diffusers_graft.training.metrics_log import read_metrics
 
-from .data.pipelines import dit_pipeline, pixart_pipeline
 from .models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
 from .training.runs import StopError, distill_config, finetune_config, interrupted
 
@@ -253,89 +249,6 @@ def test_callbacks_are_added_and_removed_as_in_transformers(tmp_path):
     assert one.callbacks == []
 
 
-class Streamed(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        singles = Singles()
-        return (singles[index] for index in range(len(singles)))
-
-
-def trained(folder, data, **settings):
-    one = second_stage(folder, steps=3, train_dataset=data, **settings)
-    one.train()
-    return tensors_of(one.model)
-
-
-def test_single_samples_of_an_iterable_are_batched_in_their_order(tmp_path):
-    singles = list(Streamed())
-    whole = [
-        {name: torch.stack([one[name] for one in singles[i : i + 5]]) for name in singles[0]} for i in range(0, 20, 5)
-    ]
-    expected = trained(tmp_path / "batches", whole)
-    for number, data in enumerate([Streamed(), iter(singles)]):
-        found = trained(tmp_path / str(number), data)
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    shuffled = trained(tmp_path / "list", singles)
-    assert all(torch.equal(tensor, shuffled[name]) for name, tensor in trained(tmp_path / "map", Singles()).items())
-
-
-def test_columns_that_the_model_does_not_take_are_dropped_with_one_warning(tmp_path, caplog):
-    class Wide(Singles):
-        def __getitem__(self, index):
-            return {**super().__getitem__(index), "url": None, "caption": "a", "size": (8, 8)}
-
-    class Batches(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter([{**batch, "caption": ["a"] * len(batch["sample"])} for batch in batches()])
-
-    with caplog.at_level(logging.WARNING, "diffusers_graft"):
-        plain = trained(tmp_path / "plain", Singles())
-        assert not caplog.records
-        wide = trained(tmp_path / "wide", Wide())
-        assert [record.getMessage() for record in caplog.records] == [
-            "DiTTransformer2DModel does not take url, caption, size: dropped from the data."
-        ]
-        assert all(torch.equal(tensor, wide[name]) for name, tensor in plain.items())
-        trained(tmp_path / "batches", Batches())
-    with pytest.raises(dg.GraftError, match="does not take"):
-        trained(tmp_path / "kept", Batches(), remove_unused_columns=False)
-
-
-def pictures(**columns):
-    images = [Image.new("RGB", (10, 8), (25 * number, 0, 0)) for number in range(8)]
-    return [
-        {"image": image, **{name: values(number) for name, values in columns.items()}}
-        for number, image in enumerate(images)
-    ]
-
-
-@pytest.mark.parametrize("kind", ["captions", "labels"])
-def test_pictures_with_captions_or_labels_are_encoded_as_they_are_read(kind, tmp_path):
-    pipe, columns = {
-        "captions": (pixart_pipeline(), {"text": lambda number: "a" * (number + 1)}),
-        "labels": (dit_pipeline(), {"label": lambda number: number}),
-    }[kind]
-    encoder = dg.data.SampleEncoder(pipe, size=8)
-    data = pictures(**columns)
-    batch = encoder(data[:2])
-    assert batch["sample"].shape == (2, 4, 8, 8)
-    if kind == "captions":
-        assert batch["encoder_hidden_states"].unique().tolist() == [1.0, 2.0]
-    else:
-        assert batch["class_labels"].tolist() == [0, 1]
-    finetune = dg.FinetuneConfig(steps=2, warmup=0, progress=False)
-    arguments = dg.GraftTrainingArguments(
-        output_dir=tmp_path, distill=None, finetune=finetune, per_device_train_batch_size=4
-    )
-    rest = {"train_dataset": data, "noise_scheduler": SCHEDULER}
-    plan = {"self_attention[0]": "hyena_x"}
-    with pytest.raises(dg.GraftError, match="SampleEncoder"):
-        dg.GraftTrainer(pipe.transformer, plan, arguments, **rest).train()
-    pipe.transformer.unset_graft()
-    dg.GraftTrainer(pipe.transformer, plan, arguments, **rest, data_collator=encoder).train()
-    with pytest.raises(dg.GraftError, match=r"has no (caption|class label); its columns are: image \(Image\)"):
-        encoder(pictures())
-
-
 def test_argument_names_of_transformers_are_settings_of_both_stages(tmp_path):
     arguments = dg.GraftTrainingArguments(
         output_dir=tmp_path,
@@ -353,26 +266,6 @@ def test_argument_names_of_transformers_are_settings_of_both_stages(tmp_path):
         assert (config.save_every, config.keep, config.log_every, config.evaluate_every) == (7, 3, 2, 5)
         assert (config.accumulate, config.trackers, config.progress, config.precision) == (2, (), False, "bf16")
     assert arguments.distill.lr == 3e-4
-
-
-@pytest.mark.parametrize(
-    ("make", "settings", "words"),
-    [
-        (dg.GraftTrainingArguments, {"learning_rate": 1e-4}, "set lr of DistillConfig and FinetuneConfig"),
-        (dg.GraftTrainingArguments, {"num_train_epochs": 3}, "stages count steps"),
-        (dg.GraftTrainingArguments, {"fsdp": "full_shard"}, "accelerate launch --use_fsdp"),
-        (dg.GraftTrainingArguments, {"eval_batch": 3}, "Did you mean 'eval_batches'"),
-        (dg.GraftTrainingArguments, {"bf16": True, "fp16": True}, "not in both"),
-        (dg.GraftTrainingArguments, {"push_to_hub": True}, "hub_model_id"),
-        (dg.FinetuneConfig, {"save_total_limit": 3}, "has no save_total_limit, which is called keep here"),
-        (dg.DistillConfig, {"max_steps": 3}, "has no max_steps, which is called steps here"),
-        (dg.DistillConfig, {"step": 3}, "Did you mean 'steps'"),
-    ],
-)
-def test_settings_that_belong_elsewhere_are_named(make, settings, words, tmp_path):
-    place = {"output_dir": tmp_path} if make is dg.GraftTrainingArguments else {}
-    with pytest.raises(dg.GraftError, match=words):
-        make(**place, **settings)
 
 
 def test_a_graft_is_pushed_after_each_stage_and_a_hub_that_is_down_stops_nothing(tmp_path, monkeypatch, caplog):

@@ -53,17 +53,15 @@ def encode(
             raise TrainingError(f"There are {len(images)} images and {len(values)} {name}.")
     if prompts is not None and text_encoder is None:
         raise TrainingError("Prompts need a text_encoder, such as dg.data.prompt_encoder(pipe).")
-    conditions = prompts or class_labels
-    made = {
-        "vae": type(vae).__name__,
-        "seed": seed,
-        "batch_size": batch_size,
-        "conditions": None if conditions is None else list(conditions),
-    }
+    made = {"vae": type(vae).__name__, "seed": seed, "batch_size": batch_size, "conditions": None}
+    if prompts is not None or class_labels is not None:
+        made["conditions"] = list(prompts or class_labels)
+    # Sets made without a size have no such entry, and are still finished by the call that began them.
     if size is not None:
         made["size"] = size
 
     def make(span: range) -> Iterator[dict[str, Any]]:
+        # Seeded by the shard, so that a set is the same whether or not its making was interrupted.
         generator = torch.Generator().manual_seed(seed + span.start)
         for first in range(span.start, span.stop, batch_size):
             numbers = range(first, min(first + batch_size, span.stop))
@@ -102,7 +100,7 @@ class SampleEncoder:
         **arguments: Any,
     ):
         self.pipe = pipe
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.size = _to_height_and_width(size)
         self.image = image
         self.caption = caption
         self.label = label
@@ -116,6 +114,7 @@ class SampleEncoder:
         image = self._find_column(samples, self.image, "picture", is_picture)
         pixels = torch.stack([to_pixels(sample[image], self.size) for sample in samples])
         latents = encode_pixels(self.pipe.vae, pixels)
+        # DiT's pipeline is conditioned on class labels, all others on prompts.
         if not hasattr(self.pipe, "encode_prompt"):
             label = self._find_column(samples, self.label, "class label", _is_label)
             return {"sample": latents, "class_labels": torch.tensor([int(sample[label]) for sample in samples])}
@@ -135,8 +134,8 @@ class SampleEncoder:
         if name is None or not all(is_one(sample.get(name)) for sample in samples):
             columns = ", ".join(f"{column} ({type(value).__name__})" for column, value in samples[0].items())
             raise TrainingError(
-                f"A sample has no {what}{'' if name is None else f' in {name}'}; its columns are: {columns}. Name the "
-                "column in SampleEncoder, or leave such samples out."
+                f"A sample has no {what}; its columns are: {columns}. Name the column in SampleEncoder, or leave such "
+                "samples out."
             )
         return name
 
@@ -158,6 +157,7 @@ def _join_rows(value: Any) -> Any:
 def pack_latents(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
     """Return latents as a sequence of tokens, where the pipeline packs them so (Flux, Qwen-Image)."""
     pack = getattr(pipe, "_pack_latents", None)
+    # Those of videos take other arguments, and are left to `match_latents` to refuse.
     if pack is None or len(inspect.signature(pack).parameters) != len(latents.shape) + 1:
         return latents
     return pack(latents, *latents.shape)
@@ -202,11 +202,15 @@ def to_pixels(image: Any, size: int | tuple[int, int] | None = None) -> torch.Te
         )
     picture = _flatten_onto_white(image)
     if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        picture = _cover(picture, height, width)
+        picture = _cover(picture, *_to_height_and_width(size))
+    # Without numpy, and copied, since the bytes of a picture cannot be written to.
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     pixels = pixels.view(picture.height, picture.width, 3).permute(2, 0, 1)
     return pixels.float() / 127.5 - 1
+
+
+def _to_height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _flatten_onto_white(picture: Any) -> Any:
@@ -222,6 +226,7 @@ def _flatten_onto_white(picture: Any) -> Any:
 
 def _cover(picture: Any, height: int, width: int) -> Any:
     """Return a picture scaled to cover a size, and cropped about its middle."""
+    # The larger factor covers both sides; rounding must not leave a side one pixel short.
     scale = max(height / picture.height, width / picture.width)
     scaled_width = max(width, round(picture.width * scale))
     scaled_height = max(height, round(picture.height * scale))

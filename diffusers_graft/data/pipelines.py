@@ -32,7 +32,7 @@ def from_pipeline(
     progress: bool = True,
     **arguments: Any,
 ) -> Shards:
-    """Let a pipeline sample its own training set: clean latents with the conditioning that its denoiser received.
+    """Let a pipeline sample a training set: clean latents with the conditioning that its denoiser received.
 
     Args:
         pipe: with a `transformer` or a `unet`, ungrafted, and any sampler.
@@ -49,16 +49,20 @@ def from_pipeline(
     """
     if isinstance(conditions, str) or not len(conditions):
         raise TrainingError(f"Conditions are a list of prompts or of class labels; got {conditions!r}.")
-    names = list(conditions) if isinstance(conditions[0], str) else [int(label) for label in conditions]
+    names: list[Any] = list(conditions)
+    if not isinstance(names[0], str):
+        names = [int(label) for label in conditions]  # numbers, not tensors, for the file
     made = {
         "pipeline": type(pipe).__name__,
         "seed": seed,
         "batch_size": batch_size,
         "conditions": names,
+        # Tensors and functions among them are compared by their texts.
         "arguments": json.loads(json.dumps(arguments, default=str)),
     }
 
     def make(span: range) -> Iterator[dict[str, Any]]:
+        # Seeded by the shard, so that a set is the same whether or not its making was interrupted.
         generator = torch.Generator().manual_seed(seed + span.start)
         for first in range(span.start, span.stop, batch_size):
             numbers = range(first, min(first + batch_size, span.stop))
@@ -76,6 +80,7 @@ def sample_pipeline(
     hold.
     """
     if not isinstance(conditions[0], str):
+        # Pipelines of class labels return images alone; the latents are those that reach the decoder.
         with record_call(pipe) as recording:
             pipe(class_labels=conditions, output_type="np", generator=generator, **arguments)
         return {"sample": recording.latents, "class_labels": torch.tensor(conditions)}
@@ -125,16 +130,17 @@ def prompt_encoder(pipe: DiffusionPipeline, **arguments: Any) -> TextEncoder:
     parameters = inspect.signature(type(pipe).__call__).parameters
     if "prompt" not in parameters:
         raise TrainingError(
-            f"{type(pipe).__name__} takes no prompt: pass text_encoder=, a function from prompts to the arguments of the "
-            "model."
+            f"{type(pipe).__name__} takes no prompt: pass text_encoder=, a function from prompts to the arguments of "
+            "the model."
         )
 
     # Bins of resolutions fit published models only, and matter to pixels alone.
-    usual = {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
+    if "use_resolution_binning" in parameters:
+        arguments.setdefault("use_resolution_binning", False)
 
     @torch.no_grad()
     def encode_prompts(prompts: list[str]) -> dict[str, Any]:
-        recording = record_prompts(pipe, prompts, {**usual, **arguments})
+        recording = record_prompts(pipe, prompts, arguments)
         return conditioning_of(recording, len(prompts), type(pipe).__name__)
 
     return encode_prompts

@@ -64,8 +64,9 @@ class Recording:
             self.timestep = timestep
             self.conditioning = conditioning
             return
+        # Guidance in two calls asks for the prompt first and for no prompt then, at the same timestep.
         if _is_same(timestep, self.timestep):
-            return  # guidance in two calls asks for no prompt beside the prompt
+            return
         names = self.conditioning if self.changing is None else self.changing
         self.changing = {name for name in names if not _is_same(conditioning.get(name), self.conditioning.get(name))}
 
@@ -95,6 +96,7 @@ def record_call(pipe: DiffusionPipeline, *, stop: bool = False) -> Iterator[Reco
 
     def record_arguments(model: ModelMixin, args: tuple, kwargs: dict) -> None:
         given = bind_arguments(names, args, kwargs)
+        # The noised latents come first in the forward of every denoiser of diffusers.
         noisy = given.pop(names[0])
         timestep = given.pop(time_name, None)
         given.pop("return_dict", None)
@@ -109,7 +111,7 @@ def record_call(pipe: DiffusionPipeline, *, stop: bool = False) -> Iterator[Reco
     def record_embeddings(args: tuple, embeddings: Any) -> None:
         if recording.encoded is None:
             tensors = [leaf for leaf in tree_leaves(embeddings) if isinstance(leaf, torch.Tensor)]
-            recording.encoded = tensors[0] if tensors else None
+            recording.encoded = next(iter(tensors), None)
 
     handle = denoiser.register_forward_pre_hook(record_arguments, with_kwargs=True)
     try:
@@ -120,7 +122,7 @@ def record_call(pipe: DiffusionPipeline, *, stop: bool = False) -> Iterator[Reco
         ):
             yield recording
     except _DenoiserReachedError:
-        pass
+        pass  # asked for by `stop`, and everything is recorded
     finally:
         handle.remove()
 
@@ -144,13 +146,15 @@ def conditioning_of(recording: Recording, count: int, who: str) -> dict[str, Any
         for value in tree_leaves(recording.conditioning)
         if isinstance(value, torch.Tensor) and value.ndim
     )
-    chosen = slice(0, count) if leading else slice(rows - count, rows)
+    chosen = slice(rows - count, rows)
+    if leading:
+        chosen = slice(0, count)
     values: dict[str, Any] = {}
     for name, value in recording.conditioning.items():
         if recording.changing and name in recording.changing:
             raise TrainingError(
-                f"{who} gives its denoiser another {name} in every step, so it is no conditioning of a sample. You can "
-                f"{BY_HAND}"
+                f"{who} gives its denoiser another {name} in every step, so it is no conditioning of a sample. "
+                f"You can {BY_HAND}"
             )
         values[name] = _split_rows(value, rows, chosen, name, who)
     return values
@@ -162,6 +166,7 @@ def _split_rows(value: Any, rows: int, chosen: slice, name: str, who: str) -> An
         return {key: _split_rows(item, rows, chosen, str(key), who) for key, item in value.items()}
     if isinstance(value, torch.Tensor):
         return _split_tensor(value, rows, chosen, name, who)
+    # Objects such as caches hold state of this call, and nothing that a file could bring back.
     odd = [leaf for leaf in tree_leaves(value) if not isinstance(leaf, torch.Tensor | bool | int | float | str | None)]
     if odd:
         raise TrainingError(
@@ -186,10 +191,10 @@ def _split_tensor(value: torch.Tensor, rows: int, chosen: slice, name: str, who:
         return Shared(value)
     if value.ndim < 2 or len(value) % rows:
         raise TrainingError(
-            f"{who} gives its denoiser {name} of {tuple(value.shape)} for {rows} samples, which cannot be divided among "
-            f"them. You can {BY_HAND}"
+            f"{who} gives its denoiser {name} of {tuple(value.shape)} for {rows} samples, which cannot be divided "
+            f"among them. You can {BY_HAND}"
         )
-    # AnimateDiff repeats the prompt for every frame.
+    # AnimateDiff repeats the prompt for every frame of a sample.
     return [Row(one, 0) for one in value.split(len(value) // rows)[chosen]]
 
 
@@ -199,6 +204,7 @@ def _has_rows(value: Any, rows: int) -> bool:
 
 def _is_left_out(value: Any, default: Any) -> bool:
     """Return whether the denoiser does the same without an argument."""
+    # Pipelines pass empty dicts of attention arguments, which say nothing.
     if value is None or (isinstance(value, Mapping) and not value):
         return True
     return not isinstance(value, torch.Tensor | Mapping | list | tuple) and value == default
@@ -238,6 +244,7 @@ def _observe(owner: Any, name: str, record: Callable[[tuple, Any], None]) -> Ite
         record(args, result)
         return result
 
+    # On the instance, so that other pipelines of the process are not observed.
     setattr(owner, name, observed)
     try:
         yield

@@ -34,6 +34,7 @@ from ..training.batches import Row, Shared
 
 FACTS = "dataset.json"
 SHARED = "shared.safetensors"
+# Between name and number of a tensor that is one row: rows of different sizes cannot be one tensor.
 _ROW = "#"
 
 
@@ -54,7 +55,7 @@ class Shards(Dataset):
             raise FileError(
                 f"There is no training set in {folder}: from_pipeline and encode of dg.data make one."
             ) from error
-        self._ends = [span.stop for span in spans]
+        self._starts = [span.start for span in spans]
         self._paths = [_path_of(self.folder, span) for span in spans]
         missing = [path.name for path in self._paths if not path.exists()]
         if missing:
@@ -68,15 +69,15 @@ class Shards(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        shard = bisect.bisect_right(self._ends, index)
-        start = self._ends[shard - 1] if shard else 0
-        row = index - start
+        shard = bisect.bisect_right(self._starts, index) - 1
+        row = index - self._starts[shard]
         try:
+            # Opened anew for every sample: open files cannot be handed to the workers of a DataLoader.
             with open_tensors(self._paths[shard]) as file:
                 values = {}
                 for name in file.keys():  # noqa: SIM118
-                    column, mark, number = name.partition(_ROW)
-                    if not mark:
+                    column, is_row, number = name.partition(_ROW)
+                    if not is_row:
                         values[column] = file.get_slice(name)[row]
                     elif int(number) == row:
                         values[column] = file.get_tensor(name)
@@ -139,6 +140,7 @@ class _Common:
                 if all(isinstance(row.value, torch.Tensor) for row in value):
                     columns[name] = [row.value.cpu() for row in value]
                 else:
+                    # Sizes of images and the like, which a set of one size has once.
                     for row in value:
                         self._remember(self.constants, name, row.value)
             else:
@@ -161,8 +163,8 @@ class _Common:
             values[name] = value
         elif not _is_same(values[name], value):
             raise TrainingError(
-                f"The conditioning {name} is of no sample alone and differs from one call of the pipeline to the next. "
-                "Make sets of one size, or make the batches yourself, as dicts of a sample and conditioning."
+                f"The conditioning {name} is of no sample alone and differs from one call of the pipeline to the "
+                "next. Make sets of one size, or make the batches yourself, as dicts of a sample and conditioning."
             )
 
 
@@ -193,8 +195,13 @@ def write_shards(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"{folder} cannot be written ({error}). Give a folder.") from error
+    # As it comes back from the file, so that it can be compared with it.
     facts = {"samples": samples, "shard_size": shard_size, **json.loads(json.dumps(made))}
-    _require_same_settings(folder, facts)
+    if any(folder.glob("samples-*.safetensors")):
+        _require_same_settings(folder, facts)
+    else:
+        # A call that wrote no shard leaves nothing to differ from, whatever its settings were.
+        (folder / SHARED).unlink(missing_ok=True)
     write_json(folder / FACTS, facts)
     common = _Common(folder)
     with tqdm(total=samples, desc="training set", unit="sample", disable=None if progress else True) as bar:
@@ -214,9 +221,7 @@ def write_shards(
 
 
 def _require_same_settings(folder: Path, facts: Mapping[str, Any]) -> None:
-    # Without a shard, the call that began the set wrote nothing that settings could differ from.
-    if not (folder / FACTS).exists() or not any(folder.glob("samples-*.safetensors")):
-        return
+    """Raise `StateError` where the folder holds a set made with other settings; its number of samples may differ."""
     there = read_json(folder / FACTS)
     differing = [name for name in facts if name != "samples" and there.get(name) != facts[name]]
     if differing:

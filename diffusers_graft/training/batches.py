@@ -1,7 +1,7 @@
-"""Batches of training data: shuffled, counted and read over and over, in an order that a resumed run can take up again.
+"""Batches of training data: shuffled, counted, read over and over, in an order that a resumed run takes up again.
 
-A batch is a dict. With a `sample` (latents [B, C, ...]) the rest are conditioning arguments under the model's own
-names, and a noise scheduler noises the sample afresh each time. Without, or with a `timestep`, it is a set of model
+A batch is a dict. With a `sample` (latents [B, C, ...]) the rest are conditioning arguments under the names of the
+model, and a noise scheduler noises the sample afresh each time. Without, or with a `timestep`, it is a set of model
 arguments used as it is, with the `target` of stage two among them.
 """
 
@@ -49,10 +49,13 @@ def _collate_shared(values: Sequence[Shared], *, collate_fn_map: Any = None) -> 
 
 def _collate_rows(values: Sequence[Row], *, collate_fn_map: Any = None) -> Any:
     items = [one.value for one in values]
-    return items if values[0].axis is None else torch.cat(items, dim=values[0].axis)
+    axis = values[0].axis
+    if axis is None:
+        return items
+    return torch.cat(items, dim=axis)
 
 
-# torch's own way to extend its collating, so that any DataLoader makes the batches that models take.
+# The way that torch documents to extend its collating, so that any DataLoader makes the batches that models take.
 default_collate_fn_map[Shared] = _collate_shared
 default_collate_fn_map[Row] = _collate_rows
 
@@ -64,7 +67,7 @@ class ShuffledBatches:
 
     Args:
         workers: processes that read the dataset.
-        collate: makes a batch of a list of samples; torch's own unless given.
+        collate: makes a batch of a list of samples; `default_collate` unless given.
 
     Raises `TrainingError` for an empty dataset, or batches of no sample.
     """
@@ -102,6 +105,7 @@ class ShuffledBatches:
         )
 
     def _indices(self, start: int) -> Iterator[list[int]]:
+        # From the number of a batch alone, so that seeking reads nothing.
         epoch, skipped = divmod(start, len(self))
         while True:
             generator = torch.Generator().manual_seed(self.seed + epoch)
@@ -113,11 +117,11 @@ class ShuffledBatches:
 
 
 class SequentialBatches:
-    """Batches of an iterable of single samples, in its own order; what is left over at its end is dropped.
+    """Batches of an iterable of single samples, in the order it gives; what is left over at its end is dropped.
 
     Args:
         workers: processes that read a torch `IterableDataset`, which has to divide its samples among them itself.
-        collate: makes a batch of a list of samples; torch's own unless given.
+        collate: makes a batch of a list of samples; `default_collate` unless given.
     """
 
     def __init__(
@@ -131,6 +135,7 @@ class SequentialBatches:
         self.collate = collate or default_collate
 
     def __iter__(self) -> Iterator[Batch]:
+        # A DataLoader would give a seed to a dataset without workers, too, from torch's global generator.
         if isinstance(self.samples, IterableDataset) and self.workers:
             yield from DataLoader(
                 self.samples,
@@ -144,6 +149,7 @@ class SequentialBatches:
         samples = iter(self.samples)
         while True:
             chunk = list(itertools.islice(samples, self.batch_size))
+            # A smaller batch could not be shared evenly by several processes.
             if len(chunk) < self.batch_size:
                 return
             yield self.collate(chunk)
@@ -167,6 +173,7 @@ def make_batches(
 
 def is_map_style(dataset: Any) -> bool:
     """Return whether a dataset is read by index, sample by sample."""
+    # Lists hold batches here, by a convention that is older than the trainer.
     if isinstance(dataset, list | tuple | Mapping | IterableDataset):
         return False
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
@@ -199,6 +206,7 @@ class BatchStream:
 
     def peek(self) -> Batch:
         """Return the next batch without counting it as read."""
+        # Put back, since an iterator gives it once.
         batch = next(self._next)
         self._next = itertools.chain([batch], self._next)
         return batch
@@ -228,8 +236,9 @@ def repeat_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
             is_empty = False
             yield batch
+        # An iterator gives itself when asked for one, and is used up.
         if is_empty or iter(batches) is batches:
             raise TrainingError(
-                "The batches ran out before the last step. Pass a dataset or list, which can be read again, an endless "
-                "iterator, or ask for fewer steps."
+                "The batches ran out before the last step. Pass a dataset or list, which can be read again, an "
+                "endless iterator, or ask for fewer steps."
             )

@@ -123,8 +123,11 @@ class CallbackArguments:
 
     def to_sanitized_dict(self) -> dict[str, Any]:
         """Return the settings of the stage as numbers and text, for trackers."""
-        plain = (bool, int, float, str)
-        return {name: value if isinstance(value, plain) else str(value) for name, value in self.to_dict().items()}
+        settings = self.to_dict()
+        for name, value in settings.items():
+            if not isinstance(value, bool | int | float | str):
+                settings[name] = str(value)
+        return settings
 
     def to_json_string(self) -> str:
         """Return the settings of the stage as JSON text."""
@@ -156,6 +159,7 @@ class Callbacks:
         self.state = state
         self.control = RunControl()
         self.given = {"model": model, **given}
+        # DefaultFlowCallback reads these of the state, not of the arguments.
         state.logging_steps = args.logging_steps
         state.save_steps = args.save_steps
         state.eval_steps = getattr(args, "eval_steps", args.logging_steps)
@@ -178,7 +182,8 @@ class Callbacks:
 
         The order is that of transformers, whose early stopping compares a loss with the best of those before it.
         """
-        named = {name if name.startswith("eval_") else f"eval_{name}": value for name, value in metrics.items()}
+        # transformers gives every metric this prefix, and early stopping asks for it.
+        named = {f"eval_{name.removeprefix('eval_')}": value for name, value in metrics.items()}
         self.call("on_evaluate", metrics=named)
         loss = named.get("eval_loss")
         if loss is not None and (self.state.best_metric is None or loss < self.state.best_metric):

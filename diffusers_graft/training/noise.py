@@ -1,11 +1,11 @@
 """Noise as models were trained under it, read from their schedulers and from the training scripts of diffusers.
 
-Schedulers that sample in few steps noise along the steps of their last call, each in its own scale. Training is
+Schedulers that sample in few steps noise along the steps of their last call, each in another scale. Training is
 simpler: a variance-preserving chain (`alphas_cumprod`, DDPM), or a straight line from the sample to noise (flow
 matching), on which `sigma` is the share of noise.
 
 DDPM models draw uniform timesteps. Flow models draw a share u in (0, 1) by the density below; then
-sigma = s u / (1 + (s - 1) u) with the shift s of the scheduler, as `FlowMatchEulerDiscreteScheduler` computes its own
+sigma = s u / (1 + (s - 1) u) with the shift s of the scheduler, as `FlowMatchEulerDiscreteScheduler` computes its
 sigmas: `shift`, or `flow_shift` of solvers, or 1 under `use_dynamic_shifting`, which shifts in sampling alone.
 
 ====================================================  ========================  ======================================
@@ -66,6 +66,7 @@ class Convention:
     takes_list: bool = False
 
 
+# Classes that are not in the table are given the timestep as it is, and predict noise - sample.
 _DEFAULT = Convention()
 _UNIT_TIME = Convention(unit_time=True)
 _UNIFORM_UNIT_TIME = Convention(unit_time=True, density="uniform")
@@ -116,6 +117,7 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     """Return whether a scheduler belongs to flow matching."""
     if scheduler.config.get("prediction_type") == "flow_prediction":
         return True
+    # Solvers serve both kinds, and have the chain of DDPM in either case.
     return not hasattr(scheduler, "alphas_cumprod") and "shift" in scheduler.config
 
 
@@ -124,6 +126,7 @@ def require_known_scheduler(scheduler: SchedulerMixin) -> None:
     if not isinstance(scheduler, SchedulerMixin):
         raise TrainingError(f"A noise_scheduler is a scheduler of diffusers, as pipe.scheduler is; got {scheduler!r}.")
     config = scheduler.config
+    # Without a number of steps there is no timestep to draw; EDM counts in logarithms of sigma.
     is_counted = "num_train_timesteps" in config and config.get("timestep_type") != "continuous"
     has_schedule = is_flow(scheduler) or hasattr(scheduler, "alphas_cumprod")
     if not is_counted or not has_schedule:
@@ -144,11 +147,12 @@ def draw_shares(
         density: one of `DENSITIES`; `"auto"` is uniform for DDPM, and else what the model was trained with.
     """
     convention = find_convention(model)
-    if density == "auto":
-        density = convention.density if is_flow(scheduler) else "uniform"
-    else:
-        convention = _DEFAULT
-    if density == "uniform":
+    if density != "auto":
+        # Asked for by name: the plain density of that name, not the one of the model.
+        convention = Convention(density=density)
+    elif not is_flow(scheduler):
+        convention = Convention(density="uniform")
+    if convention.density == "uniform":
         return torch.rand(count, generator=generator)
     return (convention.logit_std * torch.randn(count, generator=generator)).sigmoid()
 
@@ -177,7 +181,9 @@ def add_noise(
     steps = scheduler.config.num_train_timesteps
     if is_flow(scheduler):
         sigma = (shift * share / (1 + (shift - 1) * share)).to(sample.device)
+        # `lerp` gives the sample itself at 0 and the noise itself at 1.
         return torch.lerp(sample, noise, _expand(sigma, sample)), sigma * steps, noise - sample
+    # DDPM counts its steps from 0, and a share of 1 would be one step too many.
     timestep = (share * steps).long().clamp(max=steps - 1).to(sample.device)
     signal_variance = scheduler.alphas_cumprod.to(sample.device)[timestep]
     signal = _expand(signal_variance.sqrt(), sample)
@@ -196,6 +202,7 @@ def convert_for_model(
     convention = find_convention(model)
     if is_flow(scheduler):
         steps = scheduler.config.num_train_timesteps
+        # Inverted sigmas (Mochi's scheduler, for one) count from noise to sample.
         is_inverted = scheduler.config.get("invert_sigmas", False)
         if is_inverted or convention.predicts_sample:
             target = -target

@@ -34,8 +34,8 @@ class NoisedBatch:
         inputs: arguments of the model, the noised sample first.
         target: what it should predict; None where that is unknown.
         sample: the clean sample; None where the batch held model arguments.
-        timestep: as the scheduler counts, which may differ from the model's own; None where the batch held model
-            arguments.
+        timestep: as the scheduler counts, which may differ from what the model is given; None where the batch held
+            model arguments.
     """
 
     inputs: dict[str, Any]
@@ -62,9 +62,9 @@ class Noising:
         scheduler: diffusers' noise scheduler of the model; None where batches are complete model arguments.
         timesteps: `"auto"` (as the model was trained, see `diffusers_graft.training.noise`), `"uniform"` or
             `"logit_normal"`.
-        drop_labels: drop class labels at the model's own rate, for classifier-free guidance.
+        drop_labels: drop class labels at the rate of the model, for classifier-free guidance.
         null_prompt, prompt_dropout: conditioning of no prompt (one sample of each argument), and the rate at which it
-            takes the place of a sample's own.
+            takes the place of the prompt of a sample.
 
     Raises:
         TrainingError: a scheduler under which it is not known how models are trained, or a null prompt that is none.
@@ -82,8 +82,10 @@ class Noising:
             require_known_scheduler(self.scheduler)
         if self.timesteps not in DENSITIES:
             raise UnknownNameError("way to draw timesteps", self.timesteps, DENSITIES)
-        nulls = {} if self.null_prompt is None else self.null_prompt
-        if not isinstance(nulls, Mapping) or not all(isinstance(null, torch.Tensor) for null in nulls.values()):
+        if self.null_prompt is None:
+            return
+        is_dict = isinstance(self.null_prompt, Mapping)
+        if not is_dict or not all(isinstance(null, torch.Tensor) for null in self.null_prompt.values()):
             raise TrainingError(f"A null prompt is a dict of tensors, one sample of each; got {self.null_prompt!r}.")
 
     @classmethod
@@ -113,7 +115,8 @@ class Noising:
             target = inputs.pop("target", None)
             return NoisedBatch({noisy_name: inputs.pop(noisy_name), **inputs}, target)
         sample = inputs.pop("sample")
-        # The order of these draws is part of what a seed means: a run that is resumed repeats it.
+        # The order of these draws is part of what a seed means: a run that is resumed repeats it. They are on the CPU,
+        # whose numbers are the same on every machine.
         epsilon = torch.randn(sample.shape, generator=generator).to(sample)
         share = draw_shares(model, self.scheduler, len(sample), generator, self.timesteps)
         if self.drop_labels and "class_labels" in inputs:
@@ -125,6 +128,7 @@ class Noising:
         shift = find_shift(model, self.scheduler)
         noised, timestep, target = add_noise(self.scheduler, sample, epsilon, share, shift=shift)
         model_time, model_target = convert_for_model(model, self.scheduler, noised, timestep, target)
+        # Z-Image and its like take samples of different sizes, so a list even of equal ones.
         if find_convention(model).takes_list:
             noised = list(noised)
         arguments = {noisy_name: noised, find_timestep_name(model): model_time, **inputs}
@@ -134,6 +138,7 @@ class Noising:
         """Raise `TrainingError` for batches that the model could not be called with, once they are noised."""
         for batch in batches:
             self._require_fit(model, batch)
+        # DiT's labels are optional in its signature alone: without them its forward ends in an error of torch.
         if _find_label_embedding(model) is not None and not all("class_labels" in batch for batch in batches):
             raise TrainingError(f"The batch does not fit {type(model).__name__}: it needs class_labels, a tensor.")
 
@@ -144,10 +149,12 @@ class Noising:
             )
         _require_names(model, batch, has_scheduler=self.scheduler is not None)
         if _is_clean(model, batch):
-            noised_name, kinds = "sample", torch.Tensor
+            noised_name = "sample"
+            kinds: Any = torch.Tensor
             tensors = ["sample", *(self.null_prompt or ())]
         else:
-            noised_name, kinds = argument_names(type(model))[0], torch.Tensor | list
+            noised_name = argument_names(type(model))[0]
+            kinds = torch.Tensor | list  # some models take a list of samples
             tensors = [noised_name]
         for name in tensors:
             if not isinstance(batch.get(name), kinds):
@@ -165,11 +172,12 @@ def find_timestep_name(model: ModelMixin) -> str:
 
 
 def drop_class_labels(model: ModelMixin, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return labels of which some are replaced by the null label, at the model's own rate.
+    """Return labels of which some are replaced by the null label, at the rate of the model.
 
     diffusers' DiT would draw anew in every block in training mode, which trains no unconditional model.
     """
     embedding = _find_label_embedding(model)
+    # Without dropout in training there is no null label in the table.
     if embedding is None or not embedding.dropout_prob:
         return labels
     dropped = torch.rand(len(labels), generator=generator) < embedding.dropout_prob
@@ -187,8 +195,8 @@ def _require_names(model: ModelMixin, batch: Batch, *, has_scheduler: bool) -> N
     if _is_clean(model, batch):
         if not has_scheduler:
             raise TrainingError(
-                'Batches hold clean samples (the key "sample"), which need noise: pass noise_scheduler=, the scheduler '
-                "of the model's pipeline."
+                'Batches hold clean samples (the key "sample"), which need noise: pass noise_scheduler=, the '
+                "scheduler of the model's pipeline."
             )
         if find_timestep_name(model) not in argument_names(type(model)):
             raise TrainingError(
@@ -212,6 +220,7 @@ def _compare_names(model: ModelMixin, given: set[str]) -> tuple[set[str], set[st
     """Return arguments that a forward needs and that are not given, and given ones that it does not take."""
     _, *parameters = inspect.signature(type(model).forward).parameters.values()
     required = {one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD}
+    # A forward with **kwargs takes whatever it is given.
     if any(one.kind is one.VAR_KEYWORD for one in parameters):
         return required - given, set()
     return required - given, given - {one.name for one in parameters}
@@ -233,6 +242,7 @@ def _require_labels(model: ModelMixin, labels: Any, count: int) -> None:
     if embedding is None:
         return
     classes = embedding.embedding_table.num_embeddings
+    # Checked here, since an index out of range ends a process on CUDA.
     is_sound = (
         isinstance(labels, torch.Tensor)
         and labels.dtype in (torch.int32, torch.int64)
@@ -262,6 +272,7 @@ def _move(value: Any, model: ModelMixin) -> Any:
         return tuple(_move(item, model) for item in value)
     if not isinstance(value, torch.Tensor):
         return value
+    # Masks, labels and positions stay whole numbers.
     if value.is_floating_point():
         return value.to(model.device, model.dtype)
     return value.to(model.device)

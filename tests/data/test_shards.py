@@ -6,7 +6,8 @@ import torch
 import diffusers_graft as dg
 from diffusers_graft.core.storage import write_tensors
 from diffusers_graft.data import shards
-from diffusers_graft.errors import FileError, StateError
+from diffusers_graft.errors import FileError, StateError, TrainingError
+from diffusers_graft.training.batches import Shared
 
 from .pipelines import SETTINGS, dit_pipeline, tiny_vae
 
@@ -55,3 +56,31 @@ def test_an_interrupted_set_is_finished_by_the_same_call(tmp_path, monkeypatch):
     path.write_bytes(b"half")
     with pytest.raises(FileError, match="damaged"):
         _ = again[0]
+
+
+def test_what_samples_share_is_that_of_the_call_that_wrote_the_first_shard(tmp_path):
+    """A call that was killed between writing it and the first shard leaves nothing that binds the next."""
+    made = {"seed": 0}
+
+    def make(span, size):
+        yield {"sample": torch.zeros(len(span), 2), "size": Shared(size)}
+
+    shards.write_shards(tmp_path, 2, 2, made, lambda span: make(span, 3), progress=False)
+    next(tmp_path.glob("samples-*")).unlink()
+    found = shards.write_shards(tmp_path, 2, 2, made, lambda span: make(span, 4), progress=False)
+    assert found[1]["size"] == Shared(4)
+    with pytest.raises(TrainingError, match="differs from one call"):
+        shards.write_shards(tmp_path, 4, 2, made, lambda span: make(span, 5), progress=False)
+
+
+def test_damaged_sets_are_refused_in_words(tmp_path):
+    def make(span):
+        yield {"sample": torch.zeros(len(span), 2), "size": Shared((3, torch.ones(2)))}
+
+    shards.write_shards(tmp_path, 2, 2, {}, make, progress=False)
+    (tmp_path / "shared.safetensors").write_bytes(b"half")
+    with pytest.raises(FileError, match="shared.safetensors is damaged"):
+        dg.data.Shards(tmp_path)
+    (tmp_path / "dataset.json").write_text('{"samples": "many"}')
+    with pytest.raises(FileError, match="no training set"):
+        dg.data.Shards(tmp_path)

@@ -42,7 +42,7 @@ def add_lora(model: ModelMixin, graft: Graft, config: LoraConfig, *, resume: boo
     all linear layers get them.
 
     Args:
-        resume: keep layers that the graft has already, if the same settings made them.
+        resume: leave layers in place that the graft has already, if the same settings made them.
         seed: of the initial weights; torch's global generator is left as it is.
 
     Raises:
@@ -96,7 +96,11 @@ def lora_settings(config: LoraConfig) -> dict[str, Any]:
     """Return the settings that differ from peft's defaults, JSON-able."""
     defaults = LoraConfig().to_dict()
     chosen = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in chosen.items()}
+    for name, value in chosen.items():
+        # Sets have no order, which JSON and comparisons need.
+        if isinstance(value, set):
+            chosen[name] = sorted(value)
+    return chosen
 
 
 def _require_saveable(config: LoraConfig) -> None:
