@@ -20,7 +20,7 @@ from .sites import Site
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """How tokens lie: frames x height x width, raster order, last axis fastest.
+    """Layout of tokens: frames x height x width, raster order, last axis fastest.
 
     Raises `GeometryError` for a side that holds no token.
     """
@@ -41,25 +41,30 @@ class Grid:
         return self.frames * self.height * self.width
 
     def place_of(self, token: int) -> tuple[int, ...]:
-        """Row and column of a token, behind its frame where there are several."""
+        """Return row and column of a token, behind its frame where there are several."""
         frame, rest = divmod(token, self.height * self.width)
         place = divmod(rest, self.width)
-        return (frame, *place) if self.frames > 1 else place
+        if self.frames == 1:
+            return place
+        return (frame, *place)
 
     def __str__(self) -> str:
-        return f"{self.frames} x {self.height} x {self.width}" if self.frames > 1 else f"{self.height} x {self.width}"
+        sides = [self.height, self.width]
+        if self.frames > 1:
+            sides.insert(0, self.frames)
+        return " x ".join(map(str, sides))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a part is told about the forward pass it runs in.
+    """Knowledge of a part about the forward that it runs in.
 
     Attributes:
         grid: layout of the image or video tokens, or None where it is unknown.
         text_tokens: tokens of the prompt.
         references: tokens of reference images behind the image, in one sequence with it, as Flux Kontext has them.
-        text_first: in sequences that hold more than the image (prompt, registers, earlier frames), whether the others
-            stand before it; None where that is unknown.
+        text_first: whether the prompt, registers or earlier frames come before the image in a sequence that holds
+            both; None where that is unknown.
         aside: paths of parts that run on other sequences alone, such as a prompt's refiner.
         pyramid: whether parts also run on halved grids, as in a UNet.
         timestep: the model's own timestep argument.
@@ -101,21 +106,27 @@ class Context:
         return call(query, key, value, attn_mask=mask, scale=scale, is_causal=causal)
 
     def at(self, site: Site, tokens: int) -> Context:
-        """This context for one part and the tokens it is given: a frame of a video, a level of a pyramid, or no grid."""
+        """Return this context for a part that gets `tokens` tokens.
+
+        These may be a frame of a video or a level of a pyramid, with a grid of that, or another sequence without one.
+        """
         grid = self.grid
         if grid is None or grid.tokens == tokens:
             return self
         if self.aside and site.path.startswith(self.aside):
-            return replace(self, grid=None, text_first=None)
+            return replace(self, grid=None, text_first=None, references=0)
         if not self.pyramid and grid.frames == 1:
             return self
-        height, width = grid.height, grid.width
-        while self.pyramid and height * width > tokens:
-            height, width = (height + 1) // 2, (width + 1) // 2
-        return replace(self, grid=Grid(height=height, width=width)) if height * width == tokens else self
+        level = Grid(height=grid.height, width=grid.width)
+        while self.pyramid and level.tokens > tokens:
+            # Convolutions of stride 2 round up.
+            level = Grid(height=(level.height + 1) // 2, width=(level.width + 1) // 2)
+        if level.tokens != tokens:
+            return self
+        return replace(self, grid=level)
 
     def require_grid(self, who: str, tokens: int) -> Grid:
-        """The grid of a forward.
+        """Return the grid of a forward.
 
         Args:
             who: the operator that asks, to be named in errors.
@@ -126,29 +137,30 @@ class Context:
         if self.grid is None:
             raise GeometryError(
                 f"{who} needs to know how tokens lie on the image, and this forward gave no grid. "
-                "Call the model as a whole (not one of its blocks), or choose a sequence operator such as sliding_window. "
-                "For a family that is not read yet, add a row to diffusers_graft/inspection/families.py that says how its "
-                "tokens lie."
+                "Call the model itself (not one of its blocks), or choose a sequence operator such as "
+                "sliding_window. For a family that is not read yet, add a row to "
+                "diffusers_graft/inspection/families.py that says how its tokens lie."
             )
         if self.grid.tokens != tokens:
             raise GeometryError(
                 f"{who} was given {tokens} tokens, but the grid is {self.grid} = {self.grid.tokens}. "
-                "Call the model as a whole, so that the grid of this very forward is read; parts that run on other tokens "
-                "(a prompt's refiner, the frames of one place) take sequence operators, such as sliding_window."
+                "Call the model itself, so that the grid of this very forward is read; parts that run on other "
+                "tokens (a prompt's refiner, the frames of one place) take sequence operators, such as "
+                "sliding_window."
             )
         return self.grid
 
 
 @dataclass
 class ContextSlot:
-    """Where the root's pre-hook leaves the context of the running forward for the parts of one graft.
+    """Holder of the context of the running forward, which a hook on the model fills for the parts of one graft.
 
     It is not cleared afterwards: parts may run again during the backward pass (see `checkpointing`). Threads that run
-    one model at once have a context each; compiled code, and threads that ran no forward, are given the last of all.
+    one model at once have a context each; compiled code, and threads that ran no forward, read the last of all.
 
     Attributes:
-        arguments: of the last forward of the grafted model, by name; what a saved graft proves itself by where a
-            family has no example inputs.
+        arguments: of the last forward of the grafted model, by name. A saved graft is proved by them where a family has
+            no example inputs.
     """
 
     arguments: dict[str, Any] | None = None
@@ -157,14 +169,17 @@ class ContextSlot:
 
     @property
     def current(self) -> Context:
-        """Of the forward that runs in this thread, or that ran last."""
-        return self._last if torch.compiler.is_compiling() else self._by_thread.get(threading.get_ident(), self._last)
+        """Context of the forward that runs in this thread, or that ran last."""
+        if torch.compiler.is_compiling():
+            return self._last
+        return self._by_thread.get(threading.get_ident(), self._last)
 
     @current.setter
     def current(self, context: Context) -> None:
         self._last = context
         if torch.compiler.is_compiling():
-            self._by_thread = {}  # it does not know its thread, which would otherwise keep an older one
+            # Compiled code does not know its thread, whose older context must not come back later.
+            self._by_thread = {}
         else:
             self._by_thread[threading.get_ident()] = context
 
@@ -176,5 +191,5 @@ class ContextSlot:
         causal: bool,
         softmax: Callable[..., torch.Tensor] | None = None,
     ) -> Context:
-        """The current context, with what the attention that runs was given."""
+        """Return the current context with the arguments of the attention that runs."""
         return replace(self.current, mask=mask, scale=scale, causal=causal, softmax=softmax)

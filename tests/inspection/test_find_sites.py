@@ -1,14 +1,17 @@
 """What find_sites reads without running a model is what a forward shows."""
 
 import inspect
+from dataclasses import dataclass
 
 import pytest
 import torch
-from diffusers import ModelMixin
+from diffusers import FluxTransformer2DModel, ModelMixin
 
 import diffusers_graft as dg
+from diffusers_graft.errors import ModelError
 
 from ..injection.families import NAMES, NO_SOFTMAX
+from ..models import tiny_dit, tiny_pixart
 from .models import exported, first, predict, tiny
 
 # The order of a few parts depends on the arguments of a forward, not on the source alone.
@@ -228,3 +231,45 @@ def test_a_model_of_a_stranger_takes_grafts_too():
     assert not torch.equal(first(model(states)), before)
     model.unset_graft()
     assert torch.equal(first(model(states)), before)
+
+
+def test_sites_of_a_dit():
+    sites = dg.find_sites(tiny_dit())
+    assert [site.address for site in sites[:3]] == ["self_attention[0]", "feed_forward[0]", "self_attention[1]"]
+    first = sites.where(kind="self_attention")[0]
+    assert (first.path, first.width, first.heads, first.head_width) == ("transformer_blocks.0.attn1", 16, 2, 8)
+    assert sites.where(kind="feed_forward")[3].hidden == 64
+    assert len(sites.where(kind="self_attention")[1::2]) == 2
+    assert "transformer_blocks.3.ff" in str(sites)
+
+
+def test_sites_of_a_pixart_include_cross_attention():
+    kinds = [site.kind for site in dg.find_sites(tiny_pixart(num_layers=1))]
+    assert kinds == ["self_attention", "cross_attention", "feed_forward"]
+
+
+def test_sites_are_the_same_before_and_after_grafting():
+    model = tiny_dit()
+    before = dg.find_sites(model)
+    model.set_graft({"self_attention[0]": "hyena_x", "feed_forward[0]": "mlp"})
+    assert dg.find_sites(model) == before
+
+
+def test_models_that_cannot_be_read():
+    with pytest.raises(ModelError, match="got Linear"):
+        dg.find_sites(torch.nn.Linear(2, 2))
+
+    @dataclass
+    class Pipeline:
+        components = {"transformer": tiny_dit()}  # noqa: RUF012
+
+    with pytest.raises(ModelError, match="pass its transformer"):
+        dg.find_sites(Pipeline())
+    with torch.device("meta"):
+        flux = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2)
+    assert [site.kind for site in dg.find_sites(flux)] == [
+        "joint_attention",
+        "feed_forward",
+        "feed_forward",
+        "self_attention",
+    ]

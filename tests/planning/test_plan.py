@@ -1,127 +1,24 @@
-"""Rules, selectors and plans."""
+"""Plans: resolved from rules, saved, read back, checked against a model."""
 
 import json
-from dataclasses import dataclass
-from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import diffusers_graft as dg
-from diffusers_graft.core.sites import Site, Sites
 from diffusers_graft.errors import (
     FileError,
     GraftError,
     MismatchError,
-    ModelError,
     OperatorError,
     RuleError,
     UnknownNameError,
 )
-from diffusers_graft.planning.rules import parse_rules, select
 
 from ..models import tiny_dit, tiny_pixart
 
 MODEL = tiny_dit()
-
-
-def attentions(count):
-    return Sites(
-        Site(kind="self_attention", index=i, path=f"b.{i}", width=8, heads=2, head_width=4) for i in range(count)
-    )
-
-
-def test_sites_of_a_dit():
-    sites = dg.find_sites(MODEL)
-    assert [site.address for site in sites[:3]] == ["self_attention[0]", "feed_forward[0]", "self_attention[1]"]
-    first = sites.where(kind="self_attention")[0]
-    assert (first.path, first.width, first.heads, first.head_width) == ("transformer_blocks.0.attn1", 16, 2, 8)
-    assert sites.where(kind="feed_forward")[3].hidden == 64
-    assert len(sites.where(kind="self_attention")[1::2]) == 2
-    assert "transformer_blocks.3.ff" in str(sites)
-
-
-def test_sites_of_a_pixart_tell_cross_attention_apart():
-    kinds = [site.kind for site in dg.find_sites(tiny_pixart(num_layers=1))]
-    assert kinds == ["self_attention", "cross_attention", "feed_forward"]
-
-
-def test_sites_are_the_same_before_and_after_grafting():
-    model = tiny_dit()
-    before = dg.find_sites(model)
-    model.set_graft({"self_attention[0]": "hyena_x", "feed_forward[0]": "mlp"})
-    assert dg.find_sites(model) == before
-
-
-@pytest.mark.parametrize(
-    ("key", "expected"),
-    [
-        ("self_attention[1::2]", [1, 3, 5, 7]),
-        ("self_attention[-1]", [7]),
-        ("self_attention[0,3,5:7]", [0, 3, 5, 6]),
-        ("self_attention[75%]", [1, 2, 3, 5, 6, 7]),
-        ("self_attention[50%]", [1, 3, 5, 7]),
-        ("self_attention[100%]", list(range(8))),
-        (" self_attention [ : ] ", list(range(8))),
-        ("self_attention[::-3]", [1, 4, 7]),
-    ],
-)
-def test_selectors(key, expected):
-    assert [site.index for site in select(attentions(8), key)] == expected
-
-
-def test_interleaving_is_the_papers():
-    """75 % of 28 layers keeps 0, 4, 8, ..., 24; 50 % replaces 1, 3, ..., 27."""
-    three_quarters = {site.index for site in select(attentions(28), dg.interleaved("self_attention", 0.75))}
-    assert set(range(28)) - three_quarters == set(range(0, 28, 4))
-    assert [site.index for site in select(attentions(28), dg.interleaved("self_attention", 0.5))] == list(
-        range(1, 28, 2)
-    )
-
-
-@pytest.mark.parametrize(
-    ("count", "ratio", "chosen"),
-    [(3, 1 / 3, [2]), (12, 1 / 3, [2, 5, 8, 11]), (6, Fraction(2, 3), [1, 2, 4, 5]), (28, 1 / 28, [27])],
-)
-def test_thirds_are_thirds(count, ratio, chosen):
-    assert [site.index for site in select(attentions(count), dg.interleaved("self_attention", ratio))] == chosen
-
-
-@given(
-    count=st.integers(1, 40),
-    start=st.none() | st.integers(-45, 45),
-    stop=st.none() | st.integers(-45, 45),
-    step=st.none() | st.integers(-5, 5),
-)
-def test_any_slice_means_what_it_means_in_python(count, start, stop, step):
-    text = ":".join("" if part is None else str(part) for part in (start, stop, step))
-    if step == 0:
-        with pytest.raises(RuleError, match="not a slice"):
-            select(attentions(count), f"self_attention[{text}]")
-        return
-    expected = sorted(range(count)[slice(start, stop, step)])
-    if not expected:
-        with pytest.raises(RuleError, match="matches nothing"):
-            select(attentions(count), f"self_attention[{text}]")
-    else:
-        assert [site.index for site in select(attentions(count), f"self_attention[{text}]")] == expected
-
-
-@given(st.text(max_size=30))
-def test_any_text_as_a_key_is_a_selection_or_a_refusal(key):
-    try:
-        assert len(select(attentions(4), key)) > 0
-    except GraftError:
-        pass
-
-
-@given(st.text(max_size=30))
-def test_any_text_as_rules_is_read_or_refused(text):
-    try:
-        parse_rules(text)
-    except GraftError:
-        pass
 
 
 @given(kernel=st.integers(0, 30).map(lambda n: 2 * n + 1), dilation=st.integers(1, 9), expansion=st.floats(0.1, 16))
@@ -225,35 +122,6 @@ def test_a_plan_that_edits_a_site_twice_is_refused():
         dg.GraftPlan(plan.model_class, plan.edits * 2).check(MODEL)
 
 
-@pytest.mark.parametrize("ratio", [0, -0.5, 1.5, "0.5", None])
-def test_ratios_lie_between_none_and_all(ratio):
-    with pytest.raises(RuleError):
-        dg.interleaved("self_attention", ratio)
-
-
-def test_models_that_cannot_be_read():
-    import torch
-    from diffusers import FluxTransformer2DModel
-
-    with pytest.raises(ModelError, match="got Linear"):
-        dg.find_sites(torch.nn.Linear(2, 2))
-
-    @dataclass
-    class Pipeline:
-        components = {"transformer": MODEL}  # noqa: RUF012
-
-    with pytest.raises(ModelError, match="pass its transformer"):
-        dg.find_sites(Pipeline())
-    with torch.device("meta"):
-        flux = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2)
-    assert [site.kind for site in dg.find_sites(flux)] == [
-        "joint_attention",
-        "feed_forward",
-        "feed_forward",
-        "self_attention",
-    ]
-
-
 @pytest.mark.parametrize(
     "data",
     [
@@ -325,3 +193,22 @@ def test_a_plan_for_another_model_is_refused(other):
 def test_a_graft_is_built_from_a_plan():
     with pytest.raises(RuleError, match="dg.plan_graft"):
         dg.build_graft(MODEL, {"self_attention[:]": "hyena_x"})
+
+
+def test_a_plan_of_more_edits_than_any_model_has_sites_is_refused_before_one_is_read():
+    edits = [{"site": {"path": f"b.{number}", "kind": "no kind"}, "operator": 3} for number in range(10_001)]
+    with pytest.raises(FileError, match="it has 10,001 edits, and no model has so many sites"):
+        dg.GraftPlan.from_dict({"format": 1, "model_class": "x", "edits": edits})
+
+
+def test_a_plan_file_that_edits_a_site_twice_is_refused():
+    data = dg.plan_graft(MODEL, {"self_attention[0]": "hyena_x"}).to_dict()
+    with pytest.raises(FileError, match="it edits one site twice"):
+        dg.GraftPlan.from_dict({**data, "edits": data["edits"] * 2})
+
+
+@pytest.mark.parametrize("name", [3, None, ["DiT"]])
+def test_a_plan_file_names_its_class_of_models_by_text(name):
+    data = dg.plan_graft(MODEL, {"self_attention[0]": "hyena_x"}).to_dict()
+    with pytest.raises(FileError, match="the name of its model's class is no text"):
+        dg.GraftPlan.from_dict({**data, "model_class": name})
