@@ -200,7 +200,7 @@ def _scans(target: float, grid: Grid, heads: int, rounds: int, *, backward: bool
         inputs.append(F.softplus(step + operator.dt_bias.detach()))  # as they are at the start
         runs = {
             "softmax": run_of(F.scaled_dot_product_attention, list(softmax), backward),
-            "scan": run_of(operator.scanned, inputs, backward),
+            "scan": run_of(operator.scan_chunks, inputs, backward),
         }
         timing = compare(runs, rounds=rounds)[1]
         met = f"{target:g} {'met' if timing.ratio <= target else 'missed'}"

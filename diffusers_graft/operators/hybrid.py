@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..core.context import Context, Grid
+from ..core.shapes import HeadTensor, KeyTensor
 from ..core.sites import AttentionSite, Site
 from ..errors import OperatorError
 from . import configure
@@ -97,14 +98,14 @@ class Hybrid(Mixer):
         for part in self.parts:
             part.init_from(original)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         return self._join(lambda part: part, query, key, value, context)
 
-    def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    def reference(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         """Each mixer by its definition."""
         return self._join(lambda part: getattr(part, "reference", part), query, key, value, context)
 
-    def countable(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    def countable(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         """Each mixer as torch's counter sees it best."""
         return self._join(lambda part: getattr(part, "countable", part), query, key, value, context)
 

@@ -127,11 +127,11 @@ class Mamba2(WithBackends, AttentionOperator):
         self.causal_operator = not (config.bidirectional or self.needs_grid)
 
     def in_torch(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
-        return self.run(hidden_states, context, self._scan_chunks)
+        return self.run(hidden_states, context, self.scan_chunks)
 
     def reference(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
         """The definition: token by token."""
-        return self.run(hidden_states, context, self._scan_tokens)
+        return self.run(hidden_states, context, self.scan_tokens)
 
     def run(self, hidden_states: torch.Tensor, context: Context, scan: Scan) -> torch.Tensor:
         """Compute the block, [B, N, D] in and out, with `scan` for its recurrence."""
@@ -169,17 +169,17 @@ class Mamba2(WithBackends, AttentionOperator):
         """Log of the decay of each step, [B, N, heads]."""
         return -self.A_log.to(step.dtype).exp() * step
 
-    def _scan_chunks(
+    def scan_chunks(
         self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor
     ) -> torch.Tensor:
-        """The recurrence chunk by chunk."""
+        """Run the recurrence chunk by chunk."""
         settings = {"chunk": self.config.chunk, "bidirectional": self.config.bidirectional}
         return state_space(value * step[..., None], key, query, self._log_decay(step), **settings)
 
-    def _scan_tokens(
+    def scan_tokens(
         self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor
     ) -> torch.Tensor:
-        """The recurrence h_i = decay_i h_(i-1) + k_i step_i v_i, y_i = q_i h_i, each way; a token counts itself once."""
+        """Run the recurrence h_i = decay_i h_(i-1) + k_i step_i v_i, y_i = q_i h_i, each way; a token counts itself once."""
         decay = self._log_decay(step).exp()
         steps = list(zip(*(part.unbind(1) for part in (value * step[..., None], key, query, decay)), strict=True))
 

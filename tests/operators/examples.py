@@ -1,5 +1,6 @@
 """Inputs, operators and definitions that tests of several operators share."""
 
+import itertools
 import math
 
 import torch
@@ -41,3 +42,11 @@ def with_gradients(call, inputs):
     output = call(*inputs)
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
     return [output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)]
+
+
+def as_dense(rule, axes):
+    tokens = list(itertools.product(*(range(axis[0]) for axis in axes)))
+    rows = [rule(*axis) for axis in axes]
+    return torch.tensor(
+        [[all(k in row[q] for row, q, k in zip(rows, a, b, strict=True)) for b in tokens] for a in tokens]
+    )

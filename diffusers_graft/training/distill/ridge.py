@@ -302,8 +302,7 @@ def _start_from_energy(model: ModelMixin, graft: Graft, edits: list[Edit], run: 
     with ExitStack() as hooks:
         for path, meter in meters.items():
             original = model.get_submodule(path)
-            down = linear_pair(original).down
-            last = next(layer for layer in original.modules() if getattr(layer, "weight", None) is down)
+            last = [layer for layer in original.modules() if isinstance(layer, nn.Linear)][-1]
             hooks.callback(last.register_forward_pre_hook(meter.capture_neurons).remove)
         run("energy of neurons")
     for path, meter in meters.items():

@@ -11,8 +11,6 @@ import types
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,9 +23,9 @@ from diffusers_graft.operators.conformance.suite import example_site
 from diffusers_graft.operators.ops import backends as _backends
 from diffusers_graft.operators.ops import gated_convolution as _hyena
 from diffusers_graft.operators.ops.backends import Backend, WithBackends
-from diffusers_graft.operators.ops.flex import mask_of
 
 from ...models import predict, tiny_dit
+from ..examples import as_dense
 
 SITE = example_site("self_attention")
 
@@ -35,50 +33,6 @@ SITE = example_site("self_attention")
 def qkv(tokens, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(2, 3, tokens, 4, generator=generator, **options) for _ in range(3)]
-
-
-def as_dense(rule, axes):
-    tokens = list(itertools.product(*(range(axis[0]) for axis in axes)))
-    rows = [rule(*axis) for axis in axes]
-    return torch.tensor(
-        [[all(k in row[q] for row, q, k in zip(rows, a, b, strict=True)) for b in tokens] for a in tokens]
-    )
-
-
-def as_mask(sees, axes):
-    places = torch.arange(torch.tensor([axis[0] for axis in axes]).prod().item())
-    return mask_of(sees, axes)(None, None, places[:, None], places[None])
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 30), st.integers(0, 9), st.integers(0, 9))
-def test_the_mask_function_of_a_band(length, before, after):
-    axes = ((length, before, after),)
-    assert torch.equal(as_mask(sliding_window._sees, axes), as_dense(sliding_window.band, axes))
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.integers(6, 9), min_size=2, max_size=2), st.sampled_from([(1, 1), (3, 1), (3, 2), (1, 3), (5, 1)]))
-def test_the_mask_function_of_a_neighbourhood(lengths, window):
-    axes = tuple((length, *window) for length in lengths)
-    assert torch.equal(as_mask(neighborhood._sees, axes), as_dense(neighborhood.around, axes))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "settings_",
-    [{"operator": "sliding_window", "window": (7, 40)}, {"operator": "neighborhood", "kernel": 5, "dilation": 2}],
-    ids=str,
-)
-def test_flex_attention_agrees(settings_):
-    grid = Grid(height=16, width=20)
-    inputs = [part.repeat(1, 1, 1, 4) for part in qkv(grid.tokens)]
-    with torch.no_grad():
-        expected, mixed = (
-            dg.operators.configure({**settings_, "backend": backend}).build(SITE)(*inputs, Context(grid=grid))
-            for backend in ("torch", "flex")
-        )
-    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
 
 
 def band_softmax(query, key, value, scale, window):
@@ -355,3 +309,59 @@ def test_auto_is_plain_torch_on_a_cpu():
     torch._dynamo.reset()
     compiled = torch.compile(automatic, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs, Context()), expected)
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def recording(dtypes):
+    """An operator with one backend that takes half precision alone, and the dtypes it is given."""
+    given_ = []
+
+    def run(operator, query, key, value, context):
+        given_.extend(part.dtype for part in (query, key, value))
+        return query * key + value
+
+    class Recording(WithBackends, Mixer):
+        backends = (Backend("half", run, "math", dtypes=dtypes, runs_on=("cpu",), trains_on=("cpu",)),)
+
+        def in_torch(self, query, key, value, context):
+            return query * key + value
+
+    return Recording.Config(backend="half").build(SITE), given_
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_under_autocast_a_kernel_is_given_what_torch_computes_in(grad):
+    operator, given_ = recording(HALVES)
+    inputs = [part.requires_grad_(grad) for part in qkv(9)]
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+        output = operator(*inputs, Context())
+    assert given_ == [torch.bfloat16] * 3
+    assert output.dtype == torch.bfloat16
+    if grad:
+        output.sum().backward()
+        assert all(part.grad.dtype == torch.float32 for part in inputs)
+
+
+def test_without_autocast_a_kernel_of_half_precision_refuses_float32():
+    operator, _ = recording(HALVES)
+    with pytest.raises(OperatorError, match="the tensors are torch.float32"):
+        operator(*qkv(9), Context())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(OperatorError, match="the tensors are torch.float64"):
+        operator(*qkv(9, dtype=torch.float64), Context())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_of_mamba_computes_in_the_precision_of_its_block(monkeypatch, dtype):
+    given_ = []
+
+    def mamba_chunk_scan_combined(x, dt, rate, key, query, chunk_size):
+        given_.extend([x.dtype, key.dtype, query.dtype])
+        return x
+
+    stand_in(monkeypatch, "mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=mamba_chunk_scan_combined)
+    operator = dg.operators.get("mamba2").Config().build(SITE)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        mamba2._mamba_ssm(operator, tokens_in(), Context())
+    assert set(given_) == {dtype}
