@@ -93,7 +93,8 @@ def _update(hasher: Any, value: Any) -> None:
             chosen = flat[:: max(1, len(flat) // _MOST_VALUES)].contiguous().cpu()
             hasher.update(chosen.view(torch.uint8).numpy().tobytes())
     elif isinstance(value, Mapping):
-        for name, item in value.items():
+        # A grafted model lists the same tensors in another order.
+        for name, item in sorted(value.items(), key=lambda pair: str(pair[0])):
             hasher.update(f"{name}:".encode())
             _update(hasher, item)
     elif isinstance(value, list | tuple):

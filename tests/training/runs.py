@@ -60,11 +60,11 @@ def grafted_model(make=tiny_dit, rules=None):
 ARGUMENTS = ("held_out", "output_dir", "resume", "callbacks", "null_prompt")
 
 
-def run_distill(rules, model=None, data=None, *, seed=0, scheduler=SCHEDULER, **settings):
+def run_distill(rules, model=None, data=None, *, scheduler=SCHEDULER, **settings):
     """Model, graft and reports after stage one."""
     arguments = {name: settings.pop(name) for name in ARGUMENTS if name in settings}
     model = model or tiny_dit()
-    graft = dg.build_graft(model, dg.plan_graft(model, rules), seed=seed)
+    graft = dg.build_graft(model, dg.plan_graft(model, rules))
     config = distill_config(**{"steps": 3, **settings})
     return model, graft, dg.distill(model, graft, data or batches(), config, noise_scheduler=scheduler, **arguments)
 

@@ -8,7 +8,7 @@ import torch
 
 from diffusers_graft.core import storage
 from diffusers_graft.errors import FileError
-from diffusers_graft.training.checkpoint import Checkpoints
+from diffusers_graft.training.checkpoint import Checkpoints, find_checkpoints
 
 
 def test_a_checkpoint_cut_while_it_is_written_leaves_the_one_before(tmp_path, monkeypatch):
@@ -99,3 +99,25 @@ def test_two_runs_in_one_folder_are_named_as_the_cause(tmp_path, monkeypatch):
     )  # the other run's doing
     with pytest.raises(FileError, match="give each run its own folder"):
         saved.save(1, {})
+
+
+def test_stage_one_is_found_beside_a_checkpoint_of_stage_two(tmp_path):
+    for stage, step in (("one", 3), ("one", 12), ("two", 5)):
+        Checkpoints(tmp_path / ".checkpoints", stage, keep=9).save(step, {"step": step})
+    two = tmp_path / ".checkpoints" / "stage-two-00000005"
+    assert find_checkpoints(two, None, "two") == [two]
+    assert [path.name for path in find_checkpoints(two, None, "one")] == ["stage-one-00000012", "stage-one-00000003"]
+    assert find_checkpoints(tmp_path / ".checkpoints" / "stage-one-00000003", None, "two") == [two]
+    for path in tmp_path.glob(".checkpoints/stage-one-*"):
+        shutil.rmtree(path)
+    with pytest.raises(FileError, match="none of stage one lies beside it"):
+        find_checkpoints(two, None, "one")
+
+
+def test_a_damaged_checkpoint_is_written_anew(tmp_path):
+    saved = Checkpoints(tmp_path, "one", keep=2)
+    saved.save(4, {"weights": torch.zeros(2)})
+    (saved.path(4) / "state.safetensors").write_bytes(b"")
+    saved.save(4, {"weights": torch.ones(2)})
+    assert torch.equal(saved.load(4)["weights"], torch.ones(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["stage-one-00000004"]

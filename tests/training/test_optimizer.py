@@ -9,7 +9,20 @@ from diffusers_graft.training.config import TrainingConfig, list_optimizers
 from diffusers_graft.training.optimizer import StageOptimizer
 
 from ..models import SCHEDULER, batches, predict, tiny_dit
-from .runs import RANDOM, build, distill_config, finetune_config, grafted_model, run_finetune, weights_of
+from .runs import (
+    HYENA,
+    RANDOM,
+    StopAt,
+    StopError,
+    build,
+    distill_config,
+    finetune_config,
+    grafted_model,
+    run_distill,
+    run_finetune,
+    same,
+    weights_of,
+)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "no"])
@@ -122,3 +135,73 @@ def test_the_average_of_bfloat16_weights_is_in_float32():
     for _ in range(100):
         optimizer.step()
     assert optimizer.average.shadow_params[0].mean().item() == pytest.approx(1.25 - 0.25 * 0.999**100, rel=1e-4)
+
+
+def bfloat16_model():
+    model = tiny_dit().to(torch.bfloat16)
+    model.set_graft({"feed_forward[1]": {"operator": "mlp", "expansion": 2, "init": "random"}})
+    return model
+
+
+def test_weights_in_bfloat16_are_trained_as_far_as_those_in_float32():
+    """Thirty steps of a learning rate whose steps are below a digit of bfloat16."""
+    settings = {"steps": 30, "lr": 1e-4, "warmup": 0, "schedule": "constant"}
+    data, fallen, moved = batches(2, size=16), {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = bfloat16_model().to(dtype)
+        before = weights_of(model)
+        losses = run_finetune(model, data, **settings)
+        fallen[dtype] = sum(losses[:6]) - sum(losses[-6:])
+        moved[dtype] = (weights_of(model) != before).float().mean().item()
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert fallen[torch.bfloat16] == pytest.approx(fallen[torch.float32], rel=0.15)
+    assert moved[torch.bfloat16] > 0.8
+
+
+def test_steps_that_bfloat16_rounds_away_add_up():
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    config = TrainingConfig(optimizer="SGD", lr=1e-4, schedule="constant", steps=200)
+    optimizer = StageOptimizer([weight], config)
+    for _ in range(200):
+        optimizer.backward(weight.sum() / 4)
+        optimizer.clip_gradients()
+        optimizer.step()
+    assert weight.grad is None
+    assert optimizer.masters[0].mean().item() == pytest.approx(1 - 200 * 1e-4 / 4, rel=1e-5)
+    assert torch.equal(weight, optimizer.masters[0].to(torch.bfloat16))
+
+
+def test_small_gradients_accumulate_beside_large_ones_in_bfloat16():
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = StageOptimizer([weight], TrainingConfig(accumulate=3))
+    for factor in (3.0, 0.003, 0.003):
+        optimizer.backward(factor * weight.sum())
+    assert optimizer.masters[0].grad.item() == pytest.approx(1.002, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_weights_in_bfloat16_resume_bit_equal(stage, tmp_path):
+    def run(folder, **arguments):
+        model = tiny_dit().to(torch.bfloat16)
+        settings = {"steps": 5, "save_every": 2, "output_dir": folder, "warmup": 0, **arguments}
+        if stage == "one":
+            model, graft, _ = run_distill({"self_attention[1]": HYENA}, model, **settings)
+            return graft.tensors(model)
+        model.set_graft({"self_attention[1]": HYENA})
+        run_finetune(model, ema_decay=0.5, **settings)
+        return model.state_dict()
+
+    expected = {name: tensor.clone() for name, tensor in run(tmp_path / "through").items()}
+    with pytest.raises(StopError):
+        run(tmp_path / "cut", callbacks=[StopAt(3)])
+    assert same(run(tmp_path / "cut", resume=True), expected)
+
+
+def test_weight_decay_spares_biases_and_norms():
+    matrix, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = StageOptimizer([bias, matrix], TrainingConfig(weight_decay=0.5, lr=0.1, schedule="constant"))
+    optimizer.backward(0.0 * (matrix.sum() + bias.sum()))
+    optimizer.clip_gradients()
+    optimizer.step()
+    assert torch.equal(bias, torch.ones(2))
+    torch.testing.assert_close(matrix.detach(), torch.full((2, 2), 1 - 0.1 * 0.5))

@@ -1,8 +1,12 @@
 """Logs, trackers, callbacks and checkpoints of a run."""
 
 import io
+import logging
+import re
+import shutil
 
 import pytest
+from diffusers import DDPMScheduler
 
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, StateError, UnknownNameError
@@ -11,7 +15,7 @@ from diffusers_graft.training.metrics_log import read_metrics
 
 from ..models import SCHEDULER, batches, tiny_dit
 from .killed import run
-from .runs import HYENA, StopAt, StopError, grafted_model, run_distill, run_finetune
+from .runs import HYENA, StopAt, StopError, grafted_model, run_distill, run_finetune, same
 
 
 def test_the_log_has_a_row_every_few_steps(tmp_path):
@@ -172,3 +176,150 @@ def test_trackers_are_accelerates(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "get_available_trackers", list)
     with pytest.raises(UnknownNameError, match="installed tracker"):
         run_finetune(grafted_model(), output_dir=tmp_path / "other", trackers=("wandb",))
+
+
+def interrupt(stage, folder, **settings):
+    """A run of either stage that stops in the middle, with a checkpoint after every step."""
+    with pytest.raises(StopError):
+        go(stage, folder, callbacks=[StopAt(3)], **settings)
+
+
+def go(stage, folder, **settings):
+    common = {"steps": 4, "warmup": 0, "schedule": "constant", "save_every": 1, "output_dir": folder}
+    if stage == "one":
+        model, graft, reports = run_distill({"self_attention[1::2]": HYENA}, **common | settings)
+        model.set_graft(graft)
+        losses = [loss for report in reports.values() for loss in report.losses]
+    else:
+        model = settings.pop("model", None) or grafted_model()
+        losses = run_finetune(model, **common | settings)
+    return {name: tensor.clone() for name, tensor in model.graft.tensors(model).items()}, losses
+
+
+CHANGES = {
+    "noise scheduler.prediction_type was 'epsilon' and is 'sample'": {
+        "scheduler": DDPMScheduler(prediction_type="sample")
+    },
+    "data.content was": {"data": batches(seed=8)},
+    "data.batches was 4 and is 2": {"data": batches(2)},
+    "config.seed was 0 and is 9": {"seed": 9},
+    "config.lr was 0.001 and is 0.1": {"lr": 0.1},
+    "config.steps was 4 and is 9": {"steps": 9},
+}
+
+
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_a_run_that_was_changed_is_not_resumed(stage, tmp_path):
+    interrupt(stage, tmp_path)
+    for words, change in CHANGES.items():
+        with pytest.raises(StateError, match=words):
+            go(stage, tmp_path, resume=True, **change)
+    base = tiny_dit()
+    base.proj_out_1.bias.data += 0.1
+    if stage == "two":
+        base.set_graft({"self_attention[1::2]": HYENA})
+    with pytest.raises(StateError, match="base model was"):
+        go(stage, tmp_path, resume=True, model=base)
+    go(stage, tmp_path, resume=True)
+
+
+def test_other_data_of_an_iterator_are_warned_of(tmp_path, caplog):
+    endless = [iter(batches(8, seed=seed)) for seed in (0, 0, 1)]
+    interrupt("two", tmp_path, data=endless[0])
+    go("two", tmp_path, resume=True, data=endless[1])
+    assert not caplog.records
+    shutil.rmtree(tmp_path / ".checkpoints" / "stage-two-00000004")
+    go("two", tmp_path, resume=True, data=endless[2])
+    assert "first batch was" in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_a_run_that_finished_is_extended_by_more_steps(stage, tmp_path):
+    expected, losses = go(stage, tmp_path / "at once", steps=7)
+    go(stage, tmp_path / "extended", steps=4)
+    tensors, again = go(stage, tmp_path / "extended", steps=7, resume=True)
+    assert again == losses
+    assert same(tensors, expected)
+    assert [row["step"] for row in read_metrics(tmp_path / "extended")] == [4, 7]
+
+
+def test_an_extended_run_still_has_its_best_weights(tmp_path):
+    """They came before its end, and the steps that are added are worse too."""
+    settings = {"lr": 0.5, "evaluate_every": 1, "held_out": batches(1, seed=9), "save_every": 1}
+    expected, _ = go("one", tmp_path, **settings)
+    tensors, _ = go("one", tmp_path, steps=6, resume=True, **settings)
+    assert same(tensors, expected)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(tmp_path, caplog):
+    expected, losses = go("two", tmp_path / "through")
+    interrupt("two", tmp_path / "cut")
+    folder = tmp_path / "cut" / ".checkpoints"
+    (folder / "stage-two-00000002" / "state.safetensors").write_bytes(b"half of it")
+    caplog.clear()
+    tensors, again = go("two", tmp_path / "cut", resume=True)
+    assert "stage-two-00000002 is damaged" in caplog.text
+    assert "the one before" in caplog.text
+    assert again == losses
+    assert same(tensors, expected)
+    for path in folder.glob("stage-two-*"):
+        (path / "state.json").write_text("{")
+    with pytest.raises(FileError, match="is damaged"):
+        go("two", tmp_path / "cut", resume=True)
+
+
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_a_path_resumes_from_that_checkpoint(stage, tmp_path):
+    expected, _ = go(stage, tmp_path / "first", keep=4)
+    checkpoints = tmp_path / "first" / ".checkpoints"
+    for number, path in enumerate((checkpoints / f"stage-{stage}-00000002", tmp_path / "first", checkpoints)):
+        tensors, _ = go(stage, tmp_path / str(number), resume=path)
+        assert same(tensors, expected)
+    assert [row["step"] for row in read_metrics(tmp_path / "0")] == [4]
+    with pytest.raises(FileError, match="There is no checkpoint at"):
+        go(stage, tmp_path / "again", resume=str(tmp_path / "nowhere"))
+    (checkpoints / f"stage-{stage}-00000002" / "state.json").write_text("")
+    with pytest.raises(FileError, match="00000002 is damaged"):
+        go(stage, tmp_path / "again", resume=checkpoints / f"stage-{stage}-00000002")
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_earlier_run_can_be_resumed_from_where_it_was_moved(tmp_path, caplog):
+    expected, _ = go("two", tmp_path, seed=1)
+    (tmp_path / "graft_config.json").write_text("first")
+    with pytest.raises(StopError):
+        go("two", tmp_path, callbacks=[StopAt(3)])
+    (tmp_path / "graft_config.json").unlink()
+    (tmp_path / "graft_config.json").write_text("second")
+    aside = tmp_path / ".checkpoints" / "earlier-1"
+    assert str(aside) in caplog.text
+    assert (aside / "graft_config.json").read_text() == "first"
+    assert [row["step"] for row in read_metrics(aside)] == [4]
+    tensors, _ = go("two", tmp_path / "new", seed=1, resume=aside)
+    assert same(tensors, expected)
+    go("two", tmp_path)
+    assert (tmp_path / ".checkpoints" / "earlier-2").is_dir()
+
+
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_off_a_terminal_there_is_a_line_every_few_steps(stage, tmp_path, capfd):
+    go(stage, None, progress=True, log_every=2, save_every=1)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [f"stage {stage}: step {step} of 4" for step in (2, 4)]
+    assert re.fullmatch(r".*, loss [\d.e-]+, lr [\d.e-]+, [\d.]+ samples/s, \d:\d\d:\d\d left", lines[0])
+    go(stage, None, progress=False, log_every=2)
+    assert not capfd.readouterr().err
+
+
+def test_a_log_file_has_the_lines_and_stderr_has_not(tmp_path, capfd):
+    logger = logging.getLogger("diffusers_graft")
+    handler = logging.FileHandler(tmp_path / "run.log")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        go("one", None, progress=True, log_every=1)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    assert len((tmp_path / "run.log").read_text().splitlines()) == 4
+    assert not capfd.readouterr().err

@@ -8,18 +8,22 @@ from peft import LoraConfig
 
 import diffusers_graft as dg
 from diffusers_graft.errors import StateError, TrainingError
+from diffusers_graft.training.metrics_log import read_metrics
 from diffusers_graft.training.noised_batch import Noising
 
 from ...models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
 from ..runs import (
     RANDOM,
     CallsVerb,
+    StopAt,
+    StopError,
     build,
     finetune_config,
     grafted_model,
     interrupted,
     poisoned,
     run_finetune,
+    same,
     weights_of,
 )
 
@@ -285,3 +289,57 @@ def test_the_compiled_model_is_the_one_that_runs(monkeypatch):
     for choice in (True, "eager"):
         run_finetune(grafted_model(), compile=choice, steps=1)
     assert (backends, calls) == ([{}, {"backend": "eager"}], [1, 1])
+
+
+def test_held_out_batches_choose_the_weights_and_touch_nothing(tmp_path):
+    """A learning rate far too large makes everything after the start worse."""
+    data, held_out = batches(2), batches(2, seed=9)
+    settings = {"steps": 3, "lr": 0.3, "warmup": 0, "schedule": "constant"}
+    losses = run_finetune(grafted_model(), data, **settings)
+    model = grafted_model()
+    start = predict(model)
+    before = dg.evaluate(model, held_out, noise_scheduler=SCHEDULER)["denoising_loss"]
+    chosen = run_finetune(
+        model, data, held_out=held_out, evaluate_every=1, output_dir=tmp_path, log_every=1, **settings
+    )
+    assert chosen == losses
+    assert torch.equal(predict(model), start)
+    rows = read_metrics(tmp_path)
+    assert [row["held_out"]["step"] for row in rows] == [1, 2, 3]
+    row = model.graft.history[-1]
+    assert row["best_step"] == 0
+    assert row["held_out_loss"] < min(row["held_out"]["loss"] for row in rows)
+    assert row["held_out_loss"] == pytest.approx(before, rel=0.2)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_the_weights_that_were_evaluated_are_the_result(ema_decay):
+    held_out = batches(1, seed=9)
+    model = grafted_model()
+    settings = {"steps": 4, "lr": 1e-3, "warmup": 0, "ema_decay": ema_decay, "evaluate_every": 1}
+    run_finetune(model, held_out=held_out, **settings)
+    row = model.graft.history[-1]
+    again = grafted_model()
+    again.load_state_dict(model.state_dict())
+    run_finetune(again, held_out=held_out, steps=1, lr=1e-12)
+    assert again.graft.history[-1]["held_out_loss"] == pytest.approx(row["held_out_loss"], rel=1e-5)
+
+
+def test_evaluation_resumes_bit_equal(tmp_path):
+    def run(folder, **arguments):
+        model = grafted_model()
+        settings = {"steps": 6, "lr": 0.02, "warmup": 0, "save_every": 2, "evaluate_every": 2, "ema_decay": 0.5}
+        run_finetune(model, held_out=batches(1, seed=9), output_dir=folder, **settings, **arguments)
+        return model.state_dict(), model.graft.history[-1]["best_step"]
+
+    expected, best_step = run(tmp_path / "through")
+    with pytest.raises(StopError):
+        run(tmp_path / "cut", callbacks=[StopAt(5)])
+    tensors, again = run(tmp_path / "cut", resume=True)
+    assert same(tensors, expected)
+    assert again == best_step
+
+
+def test_held_out_batches_that_are_not_finite_are_named():
+    with pytest.raises(TrainingError, match="held-out loss at step 0 is nan"):
+        run_finetune(grafted_model(), held_out=poisoned()[1:])
