@@ -92,6 +92,7 @@ def set_graft(
     Raises:
         GraftError: one of its kinds, for anything that cannot be installed; the model is then as it was.
     """
+    # Everything is checked before anything is touched.
     require_model(model)
     if graft_name is not None and not (isinstance(graft_name, str) and graft_name):
         raise StateError(f"A graft_name is a text of one letter or more; got {graft_name!r}.")
@@ -115,6 +116,7 @@ def set_graft(
         raise StateError(
             "This model was loaded with its graft, without the base that another graft needs. Load the base model."
         )
+    # Built from the originals, not from what other grafts made of them.
     with named_grafts.without_grafts(model):
         graft = _set_alone(model, graft, revision, seed, loading)
     named_grafts.add(model, graft_name, graft)
@@ -136,6 +138,7 @@ def _set_alone(model: ModelMixin, graft: Any, revision: str | None, seed: int, l
     if not isinstance(graft, Graft):
         plan = graft if isinstance(graft, GraftPlan) else plan_graft(model, graft)
         graft = build_graft(model, plan, seed=seed)
+    # It may have run as part of several, whose slot its operators read then.
     named_grafts.bind_contexts(graft)
     install(model, graft)
     return graft
@@ -224,6 +227,7 @@ _METHODS = {
 
 def attach_verbs() -> None:
     """Give `ModelMixin` the methods. Called once, by `import diffusers_graft`."""
+    # On the class that all of diffusers' models have in common: many lack the mixins for attention and LoRA.
     for name, method in _METHODS.items():
         setattr(ModelMixin, name, method)
     attach_lora_verbs()

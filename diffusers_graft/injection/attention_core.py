@@ -30,6 +30,7 @@ import math
 import random
 from collections.abc import Collection
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -157,65 +158,56 @@ def _softmax(
     return context.attend(query, key, value, mask=mask, scale=context.scale, causal=context.causal)
 
 
+class _Keys(NamedTuple):
+    """Keys and values [B, H, M, E], and the mask on them, [..., M] or None."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+
+    def select(self, *parts: slice) -> _Keys:
+        """Join some of the tokens."""
+        key = _join([self.key[:, :, part] for part in parts], dim=2)
+        value = _join([self.value[:, :, part] for part in parts], dim=2)
+        if self.mask is None:
+            return _Keys(key, value, None)
+        return _Keys(key, value, _join([self.mask[..., part] for part in parts], dim=-1))
+
+
+def _join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    # One part stays a view, where torch would copy it.
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+
 def _mix_image(
     operator: Mixer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, *, start: int
 ) -> torch.Tensor:
     """Mix the image tokens, whose queries these are, with themselves and with the others."""
-    image = query.shape[2]
-    inside = slice(start, start + image)
-    others = [slice(0, start), slice(start + image, key.shape[2])]
-    mask = context.mask
+    tokens = query.shape[2]
+    keys = _Keys(key, value, context.mask)
+    inside = slice(start, start + tokens)
+    outside = (slice(0, start), slice(start + tokens, key.shape[2]))
     if operator.honours_others and not context.causal:
-        key = _take(key, [inside, *others], dim=2)
-        value = _take(value, [inside, *others], dim=2)
-        if mask is not None:
-            mask = _take(mask, [inside, *others], dim=-1)
+        key, value, mask = keys.select(inside, *outside)
         return mix(operator, query, key, value, replace(context, mask=mask))
-
-    image_key = key[:, :, inside]
-    image_mask = None if mask is None else mask[..., inside]
-    mixed = mix(operator, query, image_key, value[:, :, inside], replace(context, mask=image_mask))
-    if key.shape[2] == image:
+    image = keys.select(inside)
+    mixed = mix(operator, query, image.key, image.value, replace(context, mask=image.mask))
+    if key.shape[2] == tokens:
         return mixed
-    key = _take(key, others, dim=2)
-    value = _take(value, others, dim=2)
-    if mask is not None:
-        mask = _take(mask, others, dim=-1)
-    scale = context.scale
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    fields = fields_of(operator, _grid_of(context, image), query.device)
-    indices = fields[0]
-    if len(fields) == 2 and indices.size(0) == 1 and indices.size(1) > SMALL:
+    others = keys.select(*outside)
+    scale = query.shape[-1] ** -0.5 if context.scale is None else context.scale
+    grid = context.grid
+    if grid is None or grid.tokens != tokens:
+        grid = Grid(height=1, width=tokens)
+    fields = fields_of(operator, grid, query.device)
+    if len(fields) == 2 and fields[0].size(0) == 1 and fields[0].size(1) > SMALL:
         # One field for all queries: a softmax over it and the text is exact, and stores no scores.
-        image_key = image_key[:, :, indices[0]]
-        if image_mask is not None:
-            image_mask = image_mask.expand(*image_mask.shape[:-1], image)[..., indices[0]]
-        return _share_softmax(mixed, image_key, image_mask, query, key, value, mask, scale)
-    score = _image_score(fields, query, image_key, image_mask, scale)
-    return _share_score(mixed, score, query, key, value, mask, scale)
-
-
-def _take(tensor: torch.Tensor, parts: list[slice], dim: int) -> torch.Tensor:
-    """Join slices of one dimension."""
-    return torch.cat([tensor.narrow(dim, part.start, part.stop - part.start) for part in parts], dim=dim)
-
-
-def _grid_of(context: Context, tokens: int) -> Grid:
-    """Return the grid of so many tokens; one row where none is known."""
-    if context.grid is not None and context.grid.tokens == tokens:
-        return context.grid
-    return Grid(height=1, width=tokens)
+        return _share_softmax(mixed, query, others, image, fields[0][0], scale)
+    return _share_score(mixed, query, others, _image_score(fields, query, image, scale), scale)
 
 
 def _share_score(
-    mixed: torch.Tensor,
-    score: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
+    mixed: torch.Tensor, query: torch.Tensor, others: _Keys, score: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Return (1 - p) * mixed + p * text from one softmax: over the text, and one key more that scores log Z(image).
 
@@ -229,8 +221,9 @@ def _share_score(
     rest = (score - high).to(precision)
     # Eight more channels in all, since kernels want widths in steps of eight.
     query = F.pad(torch.cat([query, high, rest], dim=-1), (0, 6))
-    key = _append_token(key, channels=2)
-    value = _append_token(value, channels=1)
+    key = _append_token(others.key, channels=2)
+    value = _append_token(others.value, channels=1)
+    mask = others.mask
     if mask is not None:
         mask = F.pad(mask, (0, 1), value=mask.dtype == torch.bool)
     shared = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
@@ -245,25 +238,20 @@ def _append_token(tensor: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def _share_softmax(
-    mixed: torch.Tensor,
-    image_key: torch.Tensor,
-    image_mask: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
+    mixed: torch.Tensor, query: torch.Tensor, others: _Keys, image: _Keys, field: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Return (1 - p) * mixed + p * text from one softmax over the text and all tokens of the image.
+    """Return (1 - p) * mixed + p * text from one softmax over the text and the field, indices [K] of image tokens.
 
-    The image's values are zero but for one more channel, which comes out as 1 - p.
+    The field's values are zero but for one more channel, which comes out as 1 - p.
     """
-    width = value.shape[-1]
-    image_value = F.pad(value.new_ones(*image_key.shape[:3], 1), (width, 7))
-    value = torch.cat([F.pad(value, (0, 8)), image_value], dim=2)
-    key = F.pad(torch.cat([key, image_key], dim=2), (0, 8))
-    if mask is not None and image_mask is not None:
-        mask = torch.cat([mask, image_mask], dim=-1)
+    image_key = image.key[:, :, field]
+    key = F.pad(torch.cat([others.key, image_key], dim=2), (0, 8))
+    image_value = F.pad(image_key.new_ones(*image_key.shape[:3], 1), (others.value.shape[-1], 7))
+    value = torch.cat([F.pad(others.value, (0, 8)), image_value], dim=2)
+    mask = others.mask
+    if mask is not None:
+        image_mask = image.mask.expand(*image.mask.shape[:-1], image.key.shape[2])
+        mask = torch.cat([mask, image_mask[..., field]], dim=-1)
     shared = F.scaled_dot_product_attention(F.pad(query, (0, 8)), key, value, attn_mask=mask, scale=scale)
     return _split_share(shared, mixed)
 
@@ -274,21 +262,16 @@ def _split_share(shared: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
     return shared[..., :width] + shared[..., width : width + 1] * mixed
 
 
-def _image_score(
-    fields: tuple[torch.Tensor, ...],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
+def _image_score(fields: tuple[torch.Tensor, ...], query: torch.Tensor, image: _Keys, scale: float) -> torch.Tensor:
     """Return log Z(image) of every image token, [B, H, N, 1]."""
     tokens = query.shape[2]
+    mask = image.mask
     pieces = []
     for indices, weights in zip(fields[::2], fields[1::2], strict=True):
         if len(indices) == 1:
-            scores = query @ key[:, :, indices[0]].transpose(-1, -2)
+            scores = query @ image.key[:, :, indices[0]].transpose(-1, -2)
         else:
-            scores = _FieldScores.apply(query, key, indices)
+            scores = _FieldScores.apply(query, image.key, indices)
         scores = scale * scores.to(torch.promote_types(scores.dtype, torch.float32)) + weights
         if mask is not None:
             per_query = indices.expand(tokens, -1)[(None,) * (mask.dim() - 2)].expand(*mask.shape[:-2], -1, -1)
@@ -365,6 +348,7 @@ def _fields(
     frames, height, columns = sides
     grid = Grid(frames=frames, height=height, width=columns)
     site = AttentionSite(kind="self_attention", index=0, path="", width=width, heads=heads, head_width=head_width)
+    # Its field is all that is wanted of it, so no memory for weights.
     with torch.device("meta"):
         operator = config.build(site)
     fields = [operator.receptive_field(token, grid) for token in range(grid.tokens)]

@@ -43,6 +43,7 @@ def graft_processor(processor: Any) -> Any:
 
     Raises `OperatorError` for processors whose softmax cannot be reached.
     """
+    # diffusers saves the parameters of processors, and drops them when it loads.
     if isinstance(processor, nn.Module):
         raise OperatorError(
             f"{type(processor).__name__} has weights, which a generated processor would not carry. "
@@ -101,6 +102,7 @@ class _Grafted:
                 f"{site.path} runs under a flex BlockMask, which no mixer can honour. Leave it as it is."
             )
         if enable_gqa and key.shape[1] != query.shape[1]:
+            # Operators have one key for each query head.
             shared = query.shape[1] // key.shape[1]
             key = key.repeat_interleave(shared, dim=1)
             value = value.repeat_interleave(shared, dim=1)
@@ -115,6 +117,7 @@ class _Grafted:
         image = self._image_tokens(site, context, stream.shape[-2], tokens, keys)
         if image is None or operator.is_plain_softmax:
             return mix(operator, query, key, value, context)
+        # The processor itself joins text and image of joint attention; elsewhere the model does.
         is_joint = site.kind == "joint_attention"
         text_first = self._text_first if is_joint else context.text_first
         start = keys - image if text_first else 0
@@ -136,6 +139,7 @@ class _Grafted:
         if site.kind == "joint_attention":
             image = stream
         elif context.grid is not None and context.text_first is not None:
+            # Processors that mix sequences piece by piece, such as one sample after the other, have more calls.
             in_pieces = self._calls > 1 and tokens < context.grid.tokens
             if keys > context.grid.tokens or in_pieces:
                 image = context.grid.tokens
@@ -170,6 +174,7 @@ class _Grafted:
         """
         if parallel_config is not None:
             raise OperatorError("A graft mixes tokens on one device: disable context parallelism.")
+        # Some backends take masks [B, M] of keys.
         if isinstance(attn_mask, torch.Tensor) and attn_mask.shape == (query.shape[0], key.shape[1]):
             attn_mask = attn_mask[:, None, None]
         if unrotated is not None:

@@ -56,7 +56,9 @@ class _BlockCall:
     def split_output(self, output: Any) -> list[Stream]:
         """Return the streams of an answer. Raises `OperatorError` where they are not those its source names."""
         is_tuple = isinstance(output, tuple)
-        streams = list(output) if is_tuple else [output]
+        if not is_tuple:
+            output = (output,)
+        streams = list(output)
         if is_tuple != self.returns_tuple or len(streams) != len(self.streams):
             raise OperatorError(
                 f"{self.name} gave {len(streams)} streams, and its source says {', '.join(self.streams)}: "
@@ -86,13 +88,11 @@ class RemovedBlock(nn.Module):
         graft_call: how that block was called.
     """
 
-    def __init__(self, cls: type, parts: Sites, operator: BlockOperator | None):
+    def __init__(self, cls: type, parts: Sites):
         super().__init__()
         self.graft_class = cls
         self.graft_parts = parts
         self.graft_call = _BlockCall.of(cls)
-        if operator is not None:
-            self.graft = operator
 
     def forward(self, *args, **kwargs) -> Any:
         streams = self.graft_call.read_streams(args, kwargs)
@@ -120,9 +120,9 @@ def build_parallel(copies: list[nn.Module], operator: BlockOperator) -> list[nn.
     call = _BlockCall.of(type(first))
     first_call = _FirstCall()
     for seat in copies:
-        forward = _run_together if seat is first else _pass_on
         # A partial of a function, since a method could not be pickled.
-        vars(seat).update(graft_call=call, graft_first_call=first_call, forward=partial(forward, seat))
+        vars(seat).update(graft_call=call, graft_first_call=first_call, forward=partial(_pass_on, seat))
+    vars(first)["forward"] = partial(_run_together, first)
     return copies
 
 
@@ -131,9 +131,12 @@ def build_removed(
 ) -> list[nn.Module]:
     """Build seats that run no block; what the model itself reads of one, such as DiT's embeddings, stays."""
     seats = []
-    for number, (path, original) in enumerate(zip(site.paths, originals, strict=True)):
+    for path, original in zip(site.paths, originals, strict=True):
         inside = Sites(part for part in parts if part.path.startswith(f"{path}."))
-        seat = RemovedBlock(block_class(original), inside, operator if number == 0 else None)
+        seat = RemovedBlock(block_class(original), inside)
+        if not seats:
+            # One operator replaces all that the blocks did.
+            seat.graft = operator
         for chain in read_from_outside(model, path):
             _copy_chain(seat, original, chain)
         seats.append(seat)
@@ -168,7 +171,7 @@ def _run_together(self: nn.Module, *args, **kwargs) -> Any:
         if stream is None or any(output is None for output in of_blocks):
             merged.append(None)
         elif number == operator.site.streams:
-            # The last block passes this stream on, unchanged.
+            # A stream that ends here: the last block passes it on.
             merged.append(of_blocks[-1])
         else:
             merged.append(operator(stream, *of_blocks, operator.slot.current, stream=number))

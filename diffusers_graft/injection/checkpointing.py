@@ -34,6 +34,7 @@ class _WithContext:
         def run(*args: Any, **kwargs: Any) -> Any:
             present = self.slot.current
             self.slot.current = first
+            # The backward pass may lie between two forwards that both go on.
             try:
                 return block(*args, **kwargs)
             finally:

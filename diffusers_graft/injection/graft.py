@@ -66,16 +66,17 @@ class Graft:
 
     @property
     def is_trainable(self) -> bool:
-        """Tells whether any new part has weights. Where blocks are only removed, none has."""
+        """Return whether any new part has weights; where blocks are only removed, none has."""
         return any(next(seat.parameters(), None) is not None for seat in self.seats.values())
 
     def tensors(self, model: ModelMixin) -> dict[str, torch.Tensor]:
-        """Return every tensor that the graft adds or changes, by its name in the model: parameters and buffers, not
-        copied.
-        """
+        """Return every parameter and buffer that the graft adds or changes, by its name in the model; no copies."""
         load_from_disk(model)
-        trained = _tensors(model) if is_enabled(model) else self.body
-        tensors = {name: trained[name] for name in self.body}
+        tensors = dict(self.body)
+        if is_enabled(model):
+            # The trained values are in the model, and the body holds the untrained ones.
+            trained = _tensors(model)
+            tensors = {name: trained[name] for name in self.body}
         for path in self.seats:
             tensors.update({f"{path}.{name}": tensor for name, tensor in self.tensors_of(path).items()})
         return tensors
@@ -122,6 +123,7 @@ def base_tensors(model: ModelMixin) -> dict[str, torch.Tensor]:
     graft = get_graft(model)
     if graft is None or not is_enabled(model):
         return tensors
+    # Seats give way to originals; what training changed outside them, to its values before.
     seats = tuple(f"{path}." for path in graft.seats)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(seats)}
     for path, original in graft.originals.items():
@@ -184,6 +186,7 @@ def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
                 seat.train(parts[0].training)
         operator.train(parts[0].training)
         seats.update(zip(edit.site.paths, built, strict=True))
+    # Last, when every part inside the blocks has its seat.
     for path in blocks:
         fill_block(seats, path)
     return Graft(plan, seats, originals, slot, sites)
@@ -209,6 +212,7 @@ def _original(model: ModelMixin, path: str) -> nn.Module:
     graft = get_graft(model)
     if graft is None:
         return model.get_submodule(path)
+    # A part inside a replaced block is found in the original block.
     names = path.split(".")
     for end in range(1, len(names) + 1):
         outer = graft.originals.get(".".join(names[:end]))
@@ -237,6 +241,7 @@ def _build_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn.Modul
 
 def _build_mixer_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn.Module:
     """Build the seat of a mixer: the attention itself, with another processor."""
+    # A copy, so that children, attributes and the class's own forward are those of the original.
     seat = copy_shallow(original)
     seat.processor = graft_processor(original.processor)
     seat.graft_site = edit.site
@@ -244,7 +249,8 @@ def _build_mixer_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn
         operator.init_from(original)
     else:
         for name, child in original._modules.items():
-            seat._modules[name] = None if child is None else copy_restarted(child)
+            if child is not None:
+                seat._modules[name] = copy_restarted(child)
     seat.graft = operator
     return seat
 

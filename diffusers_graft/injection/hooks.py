@@ -60,31 +60,35 @@ def refuse_moving_hooked(model: ModelMixin, parts: dict[str, nn.Module]) -> None
 def _hook_names(module: nn.Module) -> set[str]:
     """Return the names of diffusers' hooks on one module."""
     registry = vars(module).get("_diffusers_hook")
-    return set() if registry is None else set(registry.hooks)
+    return set(getattr(registry, "hooks", ()))
 
 
 def load_from_disk(model: ModelMixin) -> None:
     """Bring weights that group offloading keeps on disk into memory, where they stay until the next forward."""
     for module in model.modules():
         registry = vars(module).get("_diffusers_hook")
-        hook = registry.get_hook(_GROUP_OFFLOADING) if registry is not None else None
+        group = getattr(getattr(registry, "hooks", {}).get(_GROUP_OFFLOADING), "group", None)
         # A group that was never offloaded has no file yet; its weights are in memory.
-        if hook is not None and getattr(hook.group, "_is_offloaded_to_disk", False):
-            hook.group.onload_()
+        if getattr(group, "_is_offloaded_to_disk", False):
+            group.onload_()
 
 
 def lift_offloading(model: ModelMixin) -> group_offloading.GroupOffloadingConfig | None:
     """Take group offloading off a model, weights in memory; returns the settings for `restore_offloading`."""
-    # Older releases of diffusers cannot register anew.
-    find = getattr(group_offloading, "_get_top_level_group_offload_hook", None)
-    hook = None if find is None else find(model)
-    if hook is None:
+    config = _offloading_config(model)
+    if config is None:
         return None
     load_from_disk(model)
     registry = HookRegistry.check_if_exists_or_initialize(model)
     for name in _OFFLOADING:
         registry.remove_hook(name, recurse=True)
-    return hook.config
+    return config
+
+
+def _offloading_config(model: ModelMixin) -> group_offloading.GroupOffloadingConfig | None:
+    # Older releases of diffusers cannot register anew.
+    find = getattr(group_offloading, "_get_top_level_group_offload_hook", lambda model: None)
+    return getattr(find(model), "config", None)
 
 
 def restore_offloading(model: ModelMixin, config: group_offloading.GroupOffloadingConfig | None) -> None:
@@ -104,12 +108,11 @@ def restore_offloading(model: ModelMixin, config: group_offloading.GroupOffloadi
 @contextlib.contextmanager
 def in_memory(model: ModelMixin) -> Iterator[None]:
     """Lift group offloading to disk meanwhile, since forwards empty the tensors that they have used."""
-    find = getattr(group_offloading, "_get_top_level_group_offload_hook", None)
-    hook = None if find is None else find(model)
-    if hook is None or not getattr(hook.config, "offload_to_disk_path", None):
+    config = _offloading_config(model)
+    if not getattr(config, "offload_to_disk_path", None):
         yield
         return
-    config = lift_offloading(model)
+    lift_offloading(model)
     try:
         yield
     finally:

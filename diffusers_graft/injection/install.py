@@ -34,7 +34,9 @@ def install(model: ModelMixin, graft: Graft) -> None:
     if present is not None:
         installed = {edit.site.address for edit in present.plan.edits}
         both = sorted(installed.intersection(edit.site.address for edit in graft.plan.edits))
-        where = f" on the same sites ({', '.join(both)})" if both else ""
+        where = ""
+        if both:
+            where = f" on the same sites ({', '.join(both)})"
         raise StateError(
             f"This model is grafted already{where}. Put all rules into one plan, or call model.unset_graft() first."
         )
@@ -80,6 +82,7 @@ def disable(model: ModelMixin) -> None:
         raise StateError(
             "This model was loaded whole: the parts its graft replaced are not in the file. Load the base model."
         )
+    # LoRA that was trained with the graft leaves with it.
     adapted = {path: layer.get_base_layer() for path, layer in graft.adapters.items()}
     _exchange(model, graft, graft.originals, adapted)
     _remove_reader(model)
@@ -151,6 +154,7 @@ class ContextReader:
         self.names = argument_names(type(model))
 
     def __call__(self, model: ModelMixin, args: tuple, kwargs: dict) -> None:
+        # Before the forward, since a lost processor would run as if there were no graft.
         check_processors(self.graft)
         inputs = bind_arguments(self.names, args, kwargs)
         self.graft.slot.current = context_of(model, self.family, inputs)
@@ -189,6 +193,7 @@ def _exchange(model: ModelMixin, graft: Graft, parts: dict[str, nn.Module], adap
         holder = model.get_submodule(parent)
         follow(model, tree, holder._modules[name], coming[path])
         holder._modules[name] = coming[path]
+    # Only the data: optimizers and shards hold the parameters themselves.
     for name, parameter in trained.items():
         waiting = graft.body[name]
         graft.body[name] = parameter.data

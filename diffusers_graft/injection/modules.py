@@ -27,15 +27,15 @@ class FeedForwardSeat(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         require_tokens(self.graft.name, hidden_states.shape[:-1].numel())
-        context = self.graft.slot.current
-        if hidden_states.dim() == 3:
-            return self.graft(hidden_states, context)
-        # Tokens without a batch [N, D], on their grid [B, F, H, W, D], or as a convolution takes them [B, D, H, W].
-        channels_first = hidden_states.dim() == 4 and hidden_states.shape[-1] != self.graft_site.width
-        tokens = hidden_states.movedim(1, -1) if channels_first else hidden_states
-        batch = 1 if tokens.dim() == 2 else tokens.shape[0]
-        mixed = self.graft(tokens.reshape(batch, -1, tokens.shape[-1]), context).view(tokens.shape)
-        return mixed.movedim(-1, 1) if channels_first else mixed
+        # Tokens [B, N, D], without a batch [N, D], on their grid [B, F, H, W, D], or as convolutions take them [B, D, H, W].
+        dims = hidden_states.dim()
+        if dims == 3:
+            return self.graft(hidden_states, self.graft.slot.current)
+        if dims == 2:
+            return self.forward(hidden_states[None])[0]
+        if dims == 4 and hidden_states.shape[-1] != self.graft_site.width:
+            return self.forward(hidden_states.movedim(1, -1)).movedim(-1, 1)
+        return self.forward(hidden_states.flatten(1, -2)).view(hidden_states.shape)
 
 
 class AttentionSeat(nn.Module):
@@ -64,11 +64,13 @@ class AttentionSeat(nn.Module):
         require_tokens(self.graft.name, tokens)
         self._refuse_another_sequence(arguments.get("encoder_hidden_states"), hidden_states)
         self._refuse_pairs(arguments, tokens)
+        # Processors drop masks that hide nothing; one that hides would be dropped here with the processor.
         for name in _MASKS:
             mask = arguments.get(name)
             if isinstance(mask, torch.Tensor):
                 refuse_hiding(mask, self.graft.name)
         context = self.graft.slot.current.at(self.graft_site, tokens)
+        # Whole attentions know one sequence, and text in it would have no place on the grid.
         holds_others = context.text_first is not None and context.grid is not None and tokens > context.grid.tokens
         if holds_others:
             raise OperatorError(

@@ -40,6 +40,7 @@ def _state(model: ModelMixin) -> _State:
     present = get_graft(model)
     if present is state.installed:
         return state
+    # Another verb, or a loader, has installed or removed a graft since.
     if present is None:
         return _State({})
     return _State({DEFAULT: present}, (DEFAULT,), present)
@@ -78,7 +79,9 @@ def activate(model: ModelMixin, names: str | Sequence[str], *, enabled: bool = T
         UnknownNameError: a name that no graft of the model has.
         StateError: two of them claim one site, or train the same weights; the model is then as it was.
     """
-    names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    if isinstance(names, str):
+        names = [names]
+    names = tuple(dict.fromkeys(names))
     grafts = get_grafts(model)
     for name in names:
         _require_name(name, grafts)
@@ -86,7 +89,7 @@ def activate(model: ModelMixin, names: str | Sequence[str], *, enabled: bool = T
     _require_disjoint(chosen)
     put_away(model)
     if chosen:
-        graft = next(iter(chosen.values())) if len(chosen) == 1 else _join(list(chosen.values()))
+        graft = _join(list(chosen.values()))
         bind_contexts(graft)
         install(model, graft)
         if not enabled:
@@ -210,6 +213,7 @@ def _require_disjoint(grafts: dict[str, Graft]) -> None:
                 raise StateError(
                     f"The graft {name!r} trained {trained}, which {owners[path]!r} replaces. Activate one."
                 )
+    # There is one base and one set of LoRA layers to train.
     _require_one("trained weights of the rest of the model", [name for name, graft in grafts.items() if graft.body])
     _require_one("LoRA layers", [name for name, graft in grafts.items() if graft.adapter_config is not None])
 
@@ -227,7 +231,9 @@ def _require_one(what: str, names: list[str]) -> None:
 
 
 def _join(grafts: list[Graft]) -> Graft:
-    """Make one graft of all their parts, in forward order."""
+    """Make one graft of all their parts, in forward order; one alone is itself."""
+    if len(grafts) == 1:
+        return grafts[0]
     order = {site.path: place for place, site in enumerate(grafts[0].sites)}
     edits = [edit for graft in grafts for edit in graft.plan.edits]
     edits.sort(key=lambda edit: order[edit.site.path])
@@ -238,11 +244,13 @@ def _join(grafts: list[Graft]) -> Graft:
             joined[entry.name] = {key: value for each in values for key, value in each.items()}
         elif isinstance(values[0], list):
             joined[entry.name] = [row for each in values for row in each]
+    # At most one has a config: `_require_disjoint` refuses more.
     configs = [graft.adapter_config for graft in grafts if graft.adapter_config is not None]
     return dataclasses.replace(
         grafts[0],
         **joined,
         plan=GraftPlan(grafts[0].plan.model_class, tuple(edits)),
+        # Their own slots stay as they are, for when they run alone.
         slot=ContextSlot(),
         adapter_config=next(iter(configs), None),
     )
@@ -258,6 +266,7 @@ def _split(joined: Graft, members: list[Graft]) -> None:
             getattr(owner, kind)[name] = value
     if joined.adapter_config is not None and all(graft.adapter_config is None for graft in members):
         first.adapter_config = joined.adapter_config
+    # Its history began as theirs in a row; what follows was done to all of them together.
     known = sum(len(graft.history) for graft in members)
     first.history.extend(joined.history[known:])
     for graft in members:

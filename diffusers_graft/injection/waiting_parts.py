@@ -44,7 +44,8 @@ class TreeState:
                 trained.add(weight.requires_grad)
             if is_quantised(weight):
                 quantised.add(name)
-        return cls(trained.pop() if len(trained) == 1 else None, frozenset(quantised))
+        is_uniform = len(trained) == 1
+        return cls(trained.pop() if is_uniform else None, frozenset(quantised))
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def refuse_newly_quantised(model: ModelMixin, tree: TreeState, parts: Iterable[n
 def follow(model: ModelMixin, tree: TreeState, leaving: nn.Module, coming: nn.Module) -> None:
     """Bring a part that waited in step with the model, without touching what both parts share."""
     _align_lora(leaving, coming)
-    if coming.training != leaving.training:  # else parts of it may have modes of their own
+    # Parts of it may have modes of their own, which stay where the mode as such is the same.
+    if coming.training != leaving.training:
         coming.train(leaving.training)
     departure: _Departure | None = vars(coming).pop(_DEPARTURE, None)
     here = anchor_of(model, leaving)
@@ -115,7 +117,7 @@ def follow(model: ModelMixin, tree: TreeState, leaving: nn.Module, coming: nn.Mo
         if was_frozen and ".lora_" not in name:
             parameter.requires_grad_(tree.requires_grad)
     there = anchor_of(model, coming)
-    vars(leaving)[_DEPARTURE] = _Departure(tree, None if there is None else there.dtype)
+    vars(leaving)[_DEPARTURE] = _Departure(tree, getattr(there, "dtype", None))
 
 
 def _align_lora(leaving: nn.Module, coming: nn.Module) -> None:
