@@ -22,6 +22,8 @@ BY_HAND = "make the batches yourself, as dicts of a sample and conditioning."
 
 # Conditioning whose samples lie along another axis than the first: one embedding for each layer of a language model.
 _SAMPLE_AXES = {"encoder_hidden_states_llama3": 1}
+# Positions of tokens [N, axes] are the same for all samples, also where there are as many tokens as samples.
+_POSITIONS = ("img_ids", "txt_ids")
 # Names of what differs from prompt to prompt, which is never the same for all samples.
 _OF_PROMPTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_", "text_embed", "prompt_embed")
 
@@ -185,7 +187,8 @@ def _split_tensor(value: torch.Tensor, rows: int, chosen: slice, name: str, who:
     axis = _SAMPLE_AXES.get(name)
     if axis is not None:
         return [Row(one, axis) for one in value.split(1, dim=axis)[chosen]]
-    if value.shape[:1] == (rows,):
+    is_positions = name in _POSITIONS and value.ndim == 2
+    if value.shape[:1] == (rows,) and not is_positions:
         return value[chosen]
     if not name.startswith(_OF_PROMPTS):
         return Shared(value)

@@ -59,6 +59,12 @@ def local_share(value: Any, count: int) -> Any:
         return {name: local_share(item, count) for name, item in value.items()}
     if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
         return value.chunk(state.num_processes)[state.process_index]
+    if isinstance(value, list) and len(value) == count:
+        size = count // state.num_processes
+        return value[state.process_index * size :][:size]
+    if isinstance(value, list):
+        # One tensor for each layer of a text encoder.
+        return [local_share(item, count) for item in value]
     return value
 
 

@@ -15,6 +15,7 @@ from ..errors import TrainingError, UnknownNameError
 from ..inspection.families import argument_names
 from .batches import Batch, Shared
 from .config import TrainingConfig
+from .distributed import local_share
 from .noise import (
     DENSITIES,
     add_noise,
@@ -36,12 +37,14 @@ class NoisedBatch:
         sample: the clean sample; None where the batch held model arguments.
         timestep: as the scheduler counts, which may differ from what the model is given; None where the batch held
             model arguments.
+        shared: names of arguments that are the same for all samples.
     """
 
     inputs: dict[str, Any]
     target: torch.Tensor | None
     sample: torch.Tensor | None = None
     timestep: torch.Tensor | None = None
+    shared: frozenset[str] = frozenset()
 
     @property
     def noisy(self) -> torch.Tensor:
@@ -52,6 +55,20 @@ class NoisedBatch:
     def count(self) -> int:
         """Samples in the batch."""
         return len(self.noisy)
+
+    def local_share(self) -> NoisedBatch:
+        """Return the samples of this process. Raises `TrainingError` where they cannot be divided evenly."""
+        inputs = {}
+        for name, value in self.inputs.items():
+            # As many tokens as samples are no reason to divide the positions of tokens.
+            inputs[name] = value if name in self.shared else local_share(value, self.count)
+        return NoisedBatch(
+            inputs,
+            local_share(self.target, self.count),
+            local_share(self.sample, self.count),
+            local_share(self.timestep, self.count),
+            self.shared,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +127,11 @@ class Noising:
         """
         self._require_fit(model, batch)
         inputs = {name: _move(value, model) for name, value in batch.items()}
+        shared = frozenset(name for name, value in batch.items() if isinstance(value, Shared))
         noisy_name = argument_names(type(model))[0]
         if not _is_clean(model, batch):
             target = inputs.pop("target", None)
-            return NoisedBatch({noisy_name: inputs.pop(noisy_name), **inputs}, target)
+            return NoisedBatch({noisy_name: inputs.pop(noisy_name), **inputs}, target, shared=shared)
         sample = inputs.pop("sample")
         # The order of these draws is part of what a seed means: a run that is resumed repeats it. They are on the CPU,
         # whose numbers are the same on every machine.
@@ -132,7 +150,7 @@ class Noising:
         if find_convention(model).takes_list:
             noised = list(noised)
         arguments = {noisy_name: noised, find_timestep_name(model): model_time, **inputs}
-        return NoisedBatch(arguments, model_target, sample, timestep)
+        return NoisedBatch(arguments, model_target, sample, timestep, shared)
 
     def require_usable(self, model: ModelMixin, *batches: Batch) -> None:
         """Raise `TrainingError` for batches that the model could not be called with, once they are noised."""

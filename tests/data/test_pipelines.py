@@ -117,7 +117,9 @@ class Denoiser(ModelMixin, ConfigMixin):
         super().__init__()
         self.linear = torch.nn.Linear(1, 1)
 
-    def forward(self, sample, timestep, encoder_hidden_states=None, layers=None, shapes=None, added=None, size=1, **_):
+    def forward(
+        self, sample, timestep, encoder_hidden_states=None, layers=None, shapes=None, added=None, size=1, txt_ids=None
+    ):
         return (sample,)
 
 
@@ -148,6 +150,7 @@ def states(numbers, *shape):
         ("shapes", lambda n, _: [[(1, 4, 4)]] * len(n), [[(1, 4, 4)]] * 3),
         ("layers", lambda n, _: [one.expand(int(one) + 9, 2) for one in n], [3.0, 5.0, 7.0]),
         ("size", lambda *_: 2.5, 2.5),
+        ("txt_ids", lambda *_: torch.ones(4, 3), torch.ones(4, 3)),
         (
             "encoder_hidden_states",
             lambda n, _: states(n, 5, 2).repeat_interleave(4, 0),

@@ -6,7 +6,9 @@ from diffusers import UNet2DConditionModel
 
 import diffusers_graft as dg
 from diffusers_graft.errors import TrainingError
-from diffusers_graft.training.noised_batch import Noising, drop_class_labels
+from diffusers_graft.training import distributed
+from diffusers_graft.training.batches import Shared
+from diffusers_graft.training.noised_batch import NoisedBatch, Noising, drop_class_labels
 
 from ..models import SCHEDULER, batches, same_tensors, tensors_of, tiny_dit, tiny_pixart
 from .runs import (
@@ -143,3 +145,35 @@ def test_noise_is_drawn_anew_at_every_step():
         assert len(rows.unique(dim=0)) == 12
     labels = torch.cat([inputs["class_labels"] for inputs in seen])
     assert set(labels.tolist()) == {0, 5}  # 5 is no label
+
+
+def test_a_process_takes_its_samples_and_all_of_what_is_shared(monkeypatch):
+    class Second:
+        num_processes, process_index = 2, 1
+
+    monkeypatch.setattr(distributed, "process_state", Second)
+    rows = torch.arange(4.0)
+    inputs = {
+        "hidden_states": rows,
+        "img_ids": rows,
+        "img_shapes": ["a", "b", "c", "d"],
+        "layers": [rows, -rows, rows],
+        "num_frames": 4,
+    }
+    share = NoisedBatch(inputs, rows, shared=frozenset({"img_ids"})).local_share()
+    assert share.inputs["hidden_states"].tolist() == share.target.tolist() == [2, 3]
+    assert share.inputs["img_ids"].tolist() == [0, 1, 2, 3]
+    assert share.inputs["img_shapes"] == ["c", "d"]
+    assert [layer.tolist() for layer in share.inputs["layers"]] == [[2, 3], [-2, -3], [2, 3]]
+    assert share.inputs["num_frames"] == 4
+    assert share.sample is None
+    with pytest.raises(TrainingError, match="3 samples cannot be divided evenly among 2"):
+        NoisedBatch({"hidden_states": rows[:3]}, None).local_share()
+
+
+def test_what_is_shared_reaches_the_model_as_it_is():
+    model = tiny_dit()
+    batch = {**batches(1)[0], "cross_attention_kwargs": Shared({"scale": 2})}
+    noised = Noising(scheduler=SCHEDULER)(model, batch, torch.Generator().manual_seed(0))
+    assert noised.inputs["cross_attention_kwargs"] == {"scale": 2}
+    assert noised.shared == {"cross_attention_kwargs"}

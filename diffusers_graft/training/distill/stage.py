@@ -180,7 +180,7 @@ class DistillStage(Stage):
         def measure(path: str, call: CapturedCall) -> None:
             sizes[path] = size_of_call(call) * self.config.accumulate
 
-        self.capture.run(processes.local_share(noised.inputs, noised.count), self.students, measure)
+        self.capture.run(noised.local_share().inputs, self.students, measure)
         limit = processes.min_over_processes(self.config.memory or usable_memory(self.buffer_device))
         self.groups = group_sites(sizes, limit, self.config.ring)
         self.steps_done = [0] * len(self.groups)
@@ -210,7 +210,7 @@ class DistillStage(Stage):
         """Return this process's share of the model's arguments for the next batch."""
         noised = self.noising(self.model, next(self.stream), self.generator)
         self.samples_per_step = noised.count * self.config.accumulate
-        return processes.local_share(noised.inputs, noised.count)
+        return noised.local_share().inputs
 
     def _make_visitor(
         self, active: list[str], answer: Callable[[Student, CapturedCall], torch.Tensor]
@@ -298,7 +298,7 @@ class DistillStage(Stage):
     def evaluate_batches(self, batches: Iterable[NoisedBatch]) -> dict[str, float]:
         active = self.active_sites
         for noised in batches:
-            inputs = processes.local_share(noised.inputs, noised.count)
+            inputs = noised.local_share().inputs
             self.capture.run(inputs, *self._make_visitor(active, Student.evaluate_on))
         evaluations = [self.students[path].record_evaluation() for path in active]
         return {

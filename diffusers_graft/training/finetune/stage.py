@@ -107,8 +107,7 @@ class FinetuneStage(Stage):
             raise TrainingError(
                 'Stage two needs to know what to predict: batches need a "sample" to noise, or a "target".'
             )
-        parts = (noised.inputs, noised.target, noised.sample, noised.timestep)
-        return NoisedBatch(*(processes.local_share(part, noised.count) for part in parts))
+        return noised.local_share()
 
     def _backward(self, noised: NoisedBatch) -> dict[str, torch.Tensor]:
         """Add the gradients of one batch; returns its loss, and the terms that add up to it."""
