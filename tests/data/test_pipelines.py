@@ -118,7 +118,16 @@ class Denoiser(ModelMixin, ConfigMixin):
         self.linear = torch.nn.Linear(1, 1)
 
     def forward(
-        self, sample, timestep, encoder_hidden_states=None, layers=None, shapes=None, added=None, size=1, txt_ids=None
+        self,
+        sample,
+        timestep,
+        encoder_hidden_states=None,
+        layers=None,
+        shapes=None,
+        added=None,
+        size=1,
+        txt_ids=None,
+        **_,
     ):
         return (sample,)
 
