@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from diffusers import ModelMixin
 
@@ -16,13 +16,11 @@ from .injection.hooks import in_memory
 from .injection.install import disable, enable, install, require_graft
 from .injection.lora_verbs import attach_lora_verbs
 from .inspection import require_model
-from .operators import OperatorConfig
 from .planning.plan import GraftPlan, plan_graft
+from .planning.rules import Rules
 from .serialization import graft_folder
 from .serialization.diffusers_patch import attach_saving
 from .serialization.download import require_source
-
-Rules: TypeAlias = dict[Any, str | OperatorConfig | dict[str, Any]] | str
 
 
 class GraftableModel(Protocol):
@@ -34,6 +32,7 @@ class GraftableModel(Protocol):
     @property
     def graft(self) -> Graft | None:
         """The installed graft, or None; of several that run, one graft made of all their parts."""
+        ...
 
     def set_graft(
         self,
@@ -45,9 +44,11 @@ class GraftableModel(Protocol):
         **loading: Any,
     ) -> Graft:
         """Graft the model in place, by rules, a plan, a built graft, a folder or a Hub repository."""
+        ...
 
     def unset_graft(self, graft_name: str | None = None) -> Graft:
         """Make the model the original again, bit for bit."""
+        ...
 
     def disable_graft(self) -> None:
         """Run the original parts; the graft waits."""
@@ -60,12 +61,14 @@ class GraftableModel(Protocol):
 
     def active_grafts(self) -> list[str]:
         """Return the names of the grafts that run."""
+        ...
 
     def save_graft(self, folder: str | Path, *, graft_name: str | None = None, **settings: Any) -> None:
         """Write the graft, its proof and a card to a folder."""
 
     def load_graft(self, source: str | Path, **loading: Any) -> Graft:
         """Install a saved graft."""
+        ...
 
 
 def set_graft(
@@ -125,8 +128,9 @@ def set_graft(
 
 def _set_alone(model: ModelMixin, graft: Any, revision: str | None, seed: int, loading: dict[str, Any]) -> Graft:
     """Install a graft on a model that has none."""
-    if isinstance(graft, str | Path) and not _is_rules(graft):
-        return graft_folder.load_graft(model, graft, revision=revision, **loading)
+    source: Any = graft
+    if isinstance(source, str | Path) and not _is_rules(source):
+        return graft_folder.load_graft(model, source, revision=revision, **loading)
     unused = sorted(loading)
     if revision is not None:
         unused.append("revision")
@@ -136,6 +140,7 @@ def _set_alone(model: ModelMixin, graft: Any, revision: str | None, seed: int, l
             "Leave them out."
         )
     if not isinstance(graft, Graft):
+        # Anything else is for the rules' reader to refuse in words.
         plan = graft if isinstance(graft, GraftPlan) else plan_graft(model, graft)
         graft = build_graft(model, plan, seed=seed)
     # It may have run as part of several, whose slot its operators read then.

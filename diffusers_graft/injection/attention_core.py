@@ -249,7 +249,7 @@ def _share_softmax(
     image_value = F.pad(image_key.new_ones(*image_key.shape[:3], 1), (others.value.shape[-1], 7))
     value = torch.cat([F.pad(others.value, (0, 8)), image_value], dim=2)
     mask = others.mask
-    if mask is not None:
+    if mask is not None and image.mask is not None:
         image_mask = image.mask.expand(*image.mask.shape[:-1], image.key.shape[2])
         mask = torch.cat([mask, image_mask[..., field]], dim=-1)
     shared = F.scaled_dot_product_attention(F.pad(query, (0, 8)), key, value, attn_mask=mask, scale=scale)

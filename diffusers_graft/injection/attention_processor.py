@@ -62,7 +62,7 @@ def is_grafted(processor: Any) -> bool:
 def _make_processor(original: type, state: dict[str, Any]) -> Any:
     """Make a processor of the class generated for `original`, with the same attributes."""
     cls = grafted_class(original)
-    processor = cls.__new__(cls)
+    processor = object.__new__(cls)
     vars(processor).update(state)
     return processor
 
@@ -175,14 +175,23 @@ class _Grafted:
         if parallel_config is not None:
             raise OperatorError("A graft mixes tokens on one device: disable context parallelism.")
         # Some backends take masks [B, M] of keys.
-        if isinstance(attn_mask, torch.Tensor) and attn_mask.shape == (query.shape[0], key.shape[1]):
+        if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
             attn_mask = attn_mask[:, None, None]
         if unrotated is not None:
             unrotated = (unrotated[0].transpose(1, 2), unrotated[1].transpose(1, 2))
-        heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-        softmax = _softmax_by(backend)
         mixed = self._mix(
-            attn, stream, unrotated, *heads_first, attn_mask, dropout_p, is_causal, scale, enable_gqa, softmax
+            attn,
+            stream,
+            unrotated,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            _softmax_by(backend),
         )
         return mixed.transpose(1, 2)
 

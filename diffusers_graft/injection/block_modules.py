@@ -41,6 +41,7 @@ class _BlockCall:
     @classmethod
     def of(cls, block: type) -> _BlockCall:
         streams = streams_of(block)
+        assert streams is not None  # blocks without streams that can be told are no sites
         return cls(block.forward, block.__name__, parameters_of(block), streams.names, streams.several)
 
     def read_streams(self, args: tuple, kwargs: dict[str, Any]) -> list[Stream]:

@@ -17,7 +17,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ..core.context import ContextSlot
-from ..core.sites import BLOCK_KINDS, Sites
+from ..core.sites import AttentionSite, BlockSite, FeedForwardSite, Sites
 from ..errors import OperatorError, RuleError
 from ..inspection import find_sites, linear_pair, projections
 from ..inspection.source import is_causal
@@ -174,15 +174,15 @@ def build_graft(model: ModelMixin, plan: GraftPlan, *, seed: int = 0) -> Graft:
             torch.default_generator.manual_seed(seed + number)
             operator = build_operator(edit.config, edit.site)
             operator.bind_context(slot)
-            if edit.site.kind in BLOCK_KINDS:
-                built = _build_block_seats(model, edit, parts, sites, operator)
+            if isinstance(edit.site, BlockSite):
+                built = _build_block_seats(model, edit.site, parts, sites, operator)
                 blocks.extend(edit.site.paths)
             else:
                 built = [_build_seat(edit, parts[0], operator)]
             _move_to(operator, model, parts[0])
         for seat in built:
             # Blocks side by side are copies that have modes of their own.
-            if edit.site.kind not in BLOCK_KINDS or not operator.runs_blocks:
+            if not getattr(operator, "runs_blocks", False):
                 seat.train(parts[0].training)
         operator.train(parts[0].training)
         seats.update(zip(edit.site.paths, built, strict=True))
@@ -225,7 +225,7 @@ def _build_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn.Modul
     """Build the seat of an attention or a feed-forward."""
     site = edit.site
     is_warm = edit.config.init == "warm"
-    if site.kind == "feed_forward":
+    if isinstance(site, FeedForwardSite):
         if is_warm:
             operator.init_from(linear_pair(original, site.path))
         return FeedForwardSeat(site, operator)
@@ -235,6 +235,7 @@ def _build_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn.Modul
     _refuse_looking_ahead(original, edit, operator)
     if is_warm:
         operator.init_from(projections(original, site.path))
+    assert isinstance(site, AttentionSite)
     names = tuple(inspect.signature(original.forward).parameters)
     return AttentionSeat(site, operator, names, original.processor)
 
@@ -256,12 +257,12 @@ def _build_mixer_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn
 
 
 def _build_block_seats(
-    model: ModelMixin, edit: Edit, blocks: list[nn.Module], sites: Sites, operator: Operator
+    model: ModelMixin, site: BlockSite, blocks: list[nn.Module], sites: Sites, operator: Operator
 ) -> list[nn.Module]:
     """Build a seat for every block of a site."""
     if operator.runs_blocks:
         return build_parallel([copy_shallow(block) for block in blocks], operator)
-    return build_removed(model, edit.site, blocks, sites, operator)
+    return build_removed(model, site, blocks, sites, operator)
 
 
 def _refuse_more_than_projections(original: nn.Module, edit: Edit) -> None:

@@ -69,7 +69,7 @@ def load_from_disk(model: ModelMixin) -> None:
         registry = vars(module).get("_diffusers_hook")
         group = getattr(getattr(registry, "hooks", {}).get(_GROUP_OFFLOADING), "group", None)
         # A group that was never offloaded has no file yet; its weights are in memory.
-        if getattr(group, "_is_offloaded_to_disk", False):
+        if group is not None and getattr(group, "_is_offloaded_to_disk", False):
             group.onload_()
 
 

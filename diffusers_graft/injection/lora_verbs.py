@@ -113,7 +113,7 @@ def _unfuse_waiting(verb: Callable[..., Any]) -> Callable[..., Any]:
     def unfuse_lora(self: LoraBaseMixin, components: Sequence[str] | None = None, **kwargs: Any) -> None:
         verb(self, components, **kwargs)
         for name in components or self._lora_loadable_modules:
-            model = getattr(self, name, None)
+            model: Any = getattr(self, name, None)
             if isinstance(model, PeftAdapterMixin) and _waiting_parts(model):
                 model.unfuse_lora()
 

@@ -71,7 +71,8 @@ def _compile(tree: ast.FunctionDef, function: Callable) -> types.FunctionType:
     # Lines keep their numbers, so that tracebacks show the source of diffusers.
     ast.fix_missing_locations(tree)
     ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)
-    module = compile(ast.Module([tree], []), inspect.getsourcefile(function), "exec", dont_inherit=True)
+    file = inspect.getsourcefile(function) or "<processor>"
+    module = compile(ast.Module([tree], []), file, "exec", dont_inherit=True)
     codes = (constant for constant in module.co_consts if isinstance(constant, types.CodeType))
     code = next(code for code in codes if code.co_name == function.__name__)
     call = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
@@ -168,9 +169,10 @@ def _cut_core(tree: ast.FunctionDef, names: list[str]) -> bool:
         return False
     if set().union(*layers[:end]) - _ENTERING:
         return False
-    inputs = [_assigned_name(tree.body[:end], layers, name) for name in _PROJECTIONS]
+    found = [_assigned_name(tree.body[:end], layers, name) for name in _PROJECTIONS]
+    inputs = [name for name in found if name is not None]
     rotary = [name for name in names if "rotary" in name]
-    if None in inputs or len(rotary) > 1:
+    if len(inputs) < len(found) or len(rotary) > 1:
         return False
     first = entering[-1] + 1
     read = set().union(*(_names(statement, ast.Load) for statement in tree.body[first:end]))
