@@ -1,4 +1,4 @@
-"""What can go wrong, in words: every message says what was asked, what there is, and what to do."""
+"""Errors of this library: every message says what was asked, what there is, and what to do."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ class UnknownNameError(GraftError, LookupError):
         names = sorted(available)
         # Names come from files too, and comparing takes the square of their length.
         shown = repr(name)[:_LONGEST_NAME]
+        words = [f"There is no {what} {shown}."]
         near = difflib.get_close_matches(str(name)[:_LONGEST_NAME], names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        words = [f"There is no {what} {shown}.{hint}", advice, f"Available: {', '.join(names) or 'none'}."]
-        super().__init__(" ".join(filter(None, words)))
+        if near:
+            words.append(f"Did you mean {near[0]!r}?")
+        if advice:
+            words.append(advice)
+        words.append(f"Available: {', '.join(names) or 'none'}.")
+        super().__init__(" ".join(words))
 
 
 class RuleError(GraftError, ValueError):

@@ -113,6 +113,7 @@ class Context:
         grid = self.grid
         if grid is None or grid.tokens == tokens:
             return self
+        # A prompt's refiner may happen to have as many tokens as a frame, and still has no grid.
         if self.aside and site.path.startswith(self.aside):
             return replace(self, grid=None, text_first=None, references=0)
         if not self.pyramid and grid.frames == 1:
@@ -159,8 +160,8 @@ class ContextSlot:
     one model at once have a context each; compiled code, and threads that ran no forward, read the last of all.
 
     Attributes:
-        arguments: of the last forward of the grafted model, by name. A saved graft is proved by them where a family has
-            no example inputs.
+        arguments: of the last forward of the grafted model, by name. A saved graft is proved by them where a family
+            has no example inputs.
     """
 
     arguments: dict[str, Any] | None = None

@@ -83,6 +83,7 @@ class Site:
             raise FileError(
                 f"A site lacks entries, or has them of another type than they are written with: {', '.join(wrong)}."
             )
+        # Sizes come from files of strangers too, and operators are built from them.
         large = [name for name, kind in types.items() if kind is int and not 0 <= data[name] <= _LARGEST_SIZE]
         if large:
             raise FileError(f"A site has sizes that no model has: {', '.join(large)}.")
@@ -206,8 +207,11 @@ class Sites(Tabular, Sequence[Site]):
         """Return the table that `str` shows."""
         rows = []
         for site in self:
-            heads = f"{site.heads} x {site.head_width}" if isinstance(site, AttentionSite) else ""
-            hidden = str(site.hidden) if isinstance(site, FeedForwardSite) else ""
+            heads = hidden = ""
+            if isinstance(site, AttentionSite):
+                heads = f"{site.heads} x {site.head_width}"
+            elif isinstance(site, FeedForwardSite):
+                hidden = str(site.hidden)
             rows.append((site.address, site.path, str(site.width), heads, hidden))
         return Table(rows, heading=("site", "path", "width", "heads", "hidden"), notes=self.notes)
 

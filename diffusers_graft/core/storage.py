@@ -220,7 +220,9 @@ def separate_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     separate: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         place = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if place in seen else tensor
+        if place in seen:
+            tensor = tensor.clone()
+        separate[name] = tensor
         seen.add(place)
     return separate
 
@@ -324,7 +326,10 @@ def finish_save(folder: str | Path) -> None:
     if decided.is_symlink() or not decided.is_dir():
         return
     try:
-        stale = read_text(decided / _STALE).split("\n") if (decided / _STALE).exists() else []
+        stale: list[str] = []
+        # It may be gone, where another reader is putting the same files in place.
+        if (decided / _STALE).exists():
+            stale = read_text(decided / _STALE).split("\n")
         for path in sorted(decided.iterdir()):
             if path.name != _STALE:
                 os.replace(path, folder / path.name)
@@ -403,7 +408,8 @@ def pack(value: Any, name: str = "") -> tuple[Any, dict[str, torch.Tensor]]:
     ({'dict': [['sample', {'tensor': 'sample'}], ['size', {'tuple': [8, 8]}]]}, {'sample': tensor([0., 0.])})
     """
     tensors: dict[str, torch.Tensor] = {}
-    return _pack(value, name, tensors), tensors
+    structure = _pack(value, name, tensors)
+    return structure, tensors
 
 
 def _pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -419,6 +425,7 @@ def _pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {"dict": [[key, _pack(item, f"{prefix}{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         items = [_pack(item, f"{prefix}{number}", tensors) for number, item in enumerate(value)]
+        # JSON has lists alone, and some models take a tuple for nothing else.
         return {"tuple": items} if isinstance(value, tuple) else items
     if value is None or isinstance(value, bool | int | float | str):
         return value

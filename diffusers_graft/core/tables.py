@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import GraftError
 
@@ -44,9 +45,8 @@ class Table:
         table = RichTable(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True)
         for column in range(len(self.heading or next(iter(self.rows), ()))):
             is_number = column in self.numbers
-            side = "right" if is_number else "left"
             # The first column names the row, and a name that is broken cannot be copied.
-            table.add_column(justify=side, no_wrap=is_number or column == 0, overflow="fold")
+            table.add_column(justify=self._side_of(column), no_wrap=is_number or column == 0, overflow="fold")
         # `Text` keeps square brackets, which rich would read as markup.
         if self.heading:
             table.add_row(*map(Text, self.heading))
@@ -70,9 +70,11 @@ class Table:
     def _html_row(self, row: Sequence[str]) -> str:
         cells = []
         for column, text in enumerate(row):
-            side = "right" if column in self.numbers else "left"
-            cells.append(f'<td style="text-align: {side}">{html.escape(text)}</td>')
+            cells.append(f'<td style="text-align: {self._side_of(column)}">{html.escape(text)}</td>')
         return f"<tr>{''.join(cells)}</tr>"
+
+    def _side_of(self, column: int) -> Literal["left", "right"]:
+        return "right" if column in self.numbers else "left"
 
     def __str__(self) -> str:
         return self.to_text(terminal_width())
@@ -97,5 +99,7 @@ class Tabular:
 
 def terminal_width() -> int | None:
     """Return the width of the terminal that the program prints to, None where that is a file or a notebook."""
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    return shutil.get_terminal_size().columns if is_terminal else None
+    # Programs without a console have no standard output at all.
+    if sys.stdout is None or not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns

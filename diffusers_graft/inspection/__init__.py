@@ -3,7 +3,7 @@
 from .example_inputs import example_inputs
 from .families import Family, argument_names, bind_arguments, context_of, family_of, read_context
 from .find_sites import find_sites, require_model
-from .forward import evaluating, pack_inputs, predict, unpack_inputs
+from .forward import evaluating, predict
 from .inline_feed_forwards import inline_feed_forwards
 from .pretrained_weights import linear_pair, projections
 
@@ -18,10 +18,8 @@ __all__ = [
     "find_sites",
     "inline_feed_forwards",
     "linear_pair",
-    "pack_inputs",
     "predict",
     "projections",
     "read_context",
     "require_model",
-    "unpack_inputs",
 ]

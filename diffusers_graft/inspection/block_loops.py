@@ -1,4 +1,4 @@
-"""How a model walks a list of its blocks, from its source: what it passes to each of them, and what it reads of them."""
+"""Loops over blocks, from the source of a model: what it passes to each of them, and what it reads of them."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def read_from_outside(model: ModelMixin, path: str) -> set[Chain]:
     variables = {f"self.{name}[{number}]"}
     variables |= {_loop_variables(loop, name)[0] for loop in _loops(type(model), name)}
     chains = set(_chains(forward_tree(type(model)), variables))
-    return {chain for chain in chains if not any(_is_beginning(other, chain) for other in chains)}
-
-
-def _is_beginning(other: Chain, chain: Chain) -> bool:
-    return other != chain and other[: len(chain)] == chain
+    # Of `block.norm1.emb` the walk meets `block.norm1` too.
+    beginnings: set[Chain] = set()
+    for chain in chains:
+        beginnings.update(chain[:length] for length in range(1, len(chain)))
+    return chains - beginnings
 
 
 def _chains(tree: ast.AST | None, variables: Collection[str]) -> Iterator[Chain]:
@@ -93,7 +93,7 @@ def _iterated(iterated: ast.expr) -> list[ast.expr]:
 def _loop_variables(loop: Loop, name: str) -> tuple[str, set[str]]:
     """Return the variable that holds the block, and the others of a loop, such as its index."""
     names = [node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)]
-    lists = [node.attr if isinstance(node, ast.Attribute) else "" for node in _iterated(loop.iter)]
+    lists = [getattr(node, "attr", "") for node in _iterated(loop.iter)]
     # The index of `enumerate` comes before the variables of the lists.
     variable = names[len(names) - len(lists) + lists.index(name)]
     return variable, set(names) - {variable}
@@ -110,6 +110,7 @@ def _changing_names(loop: Loop, variable: str, changing: set[str]) -> set[str]:
     for targets, value in assignments:
         if variable in names_in(value):
             carried |= targets
+    # What is computed from a changing name changes too, and so on.
     while True:
         more: set[str] = set()
         for targets, value in assignments:

@@ -39,11 +39,15 @@ def streams_of(cls: type) -> Streams | None:
         return None
     (names,) = answers
     if isinstance(names, tuple):
-        return Streams(names, several=True) if names and set(names) <= set(parameters) else None
+        if not names or not set(names) <= set(parameters):
+            return None
+        return Streams(names, several=True)
     if names.startswith("self."):
         # What is returned by a module inside it may be anything.
         return None
-    return Streams((names if names in parameters else parameters[0],), several=False)
+    # One tensor under another name is the first argument, computed anew.
+    name = names if names in parameters else parameters[0]
+    return Streams((name,), several=False)
 
 
 def block_class(block: nn.Module) -> type:
@@ -60,6 +64,7 @@ def block_sites(model: ModelMixin, parts: Sites) -> Sites:
         for number, block in enumerate(entries):
             found.append(_block_site(f"{path}.{number}", block, len(blocks) + number, parts))
         if find_refusal(model, path) is None:
+            # Pairs do not overlap, so that every second one can be replaced without a clash.
             for first in range(0, len(entries) - 1, 2):
                 if _find_difference(entries[first], entries[first + 1]) is None:
                     pairs.append(_span("block_pair", len(pairs), found[first : first + 2]))
@@ -99,6 +104,7 @@ def _block_lists(model: ModelMixin, parts: Sites) -> list[tuple[str, nn.ModuleLi
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
+        # Lists inside a block are its own matter.
         if any(path.startswith(f"{outer}.") for outer, _ in found):
             continue
         have_parts = all(_parts_inside(f"{path}.{number}", parts) for number in range(len(module)))

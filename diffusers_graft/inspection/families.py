@@ -1,8 +1,7 @@
 """Families of models: how their tokens lie, where the arguments of a forward do not tell it.
 
-Grids are read from those arguments (`grids`). A row says the rest: where the prompt is in a stream that holds image and
-text, which parts run on the prompt alone, and which axis of the latents is which. Rows are keyed by class object, since
-class names repeat inside diffusers, and found by name, since older versions lack some.
+Grids are read from those arguments (`grids`). A row says the rest: where the prompt is in a stream that holds image
+and text, which parts run on the prompt alone, and which axis of the latents is which.
 """
 
 from __future__ import annotations
@@ -126,6 +125,7 @@ _ROWS: dict[str, Family] = {
 
 
 def _rows_by_class() -> dict[type, Family]:
+    """Return the rows by class object, since names repeat inside diffusers; older versions lack some classes."""
     rows = {}
     for name, row in _ROWS.items():
         cls = getattr(transformers, name, None) or getattr(diffusers, name, None)
@@ -150,6 +150,9 @@ def read_context(model: ModelMixin, args: tuple, kwargs: Inputs) -> Context:
 def context_of(model: ModelMixin, family: Family, inputs: Inputs) -> Context:
     """Return the context of a forward of a family, from its arguments by name."""
     prompt = _first_of(inputs, "encoder_hidden_states", "text_bth")
+    text_tokens = 0
+    if isinstance(prompt, torch.Tensor) and prompt.dim() > 1:
+        text_tokens = prompt.shape[-2]
     grid = family.grid(model, inputs)
     return Context(
         grid=grid,
@@ -157,7 +160,7 @@ def context_of(model: ModelMixin, family: Family, inputs: Inputs) -> Context:
         text_first=family.text_first,
         aside=family.aside,
         pyramid=family.pyramid,
-        text_tokens=prompt.shape[-2] if isinstance(prompt, torch.Tensor) and prompt.dim() > 1 else 0,
+        text_tokens=text_tokens,
         timestep=_first_of(inputs, "timestep", "timesteps", "t"),
     )
 

@@ -43,6 +43,7 @@ def find_sites(model: ModelMixin, *, blocks: bool = False) -> Sites:
     sites: list[Site] = []
     inside = None
     for path, module, parent in steps:
+        # Attentions and feed-forwards hold no further sites.
         if inside is not None and path.startswith(inside):
             continue
         # What replaces a removed block knows the parts that were in it.
@@ -131,8 +132,11 @@ def _is_never_called(model: ModelMixin, parent: nn.Module, name: str) -> bool:
     if name.isdigit() or names is None or name in names:
         return False
     # Asked of all, since a block may call what is inside its own blocks.
-    found = [names_used(cls) for cls in {type(module) for module in model.modules()}]
-    return all(names is not None and name not in names for names in found)
+    for cls in set(map(type, model.modules())):
+        names = names_used(cls)
+        if names is None or name in names:
+            return False
+    return True
 
 
 def _attention_kind(attention: nn.Module, parent: nn.Module, name: str) -> str:
@@ -160,6 +164,7 @@ def _is_feed_forward(module: nn.Module, parent: nn.Module, name: str, attending:
     """Return whether a block that also attends calls the module with one tensor and gets as many features back."""
     if isinstance(parent, ModelMixin) or not _takes_one_tensor(module, parent, name):
         return False
+    # Embedders and projections at the ends of a model widen and narrow as well, and have no attention beside them.
     siblings = [sibling for sibling in parent.children() if sibling is not module]
     if not any(_contains(sibling, attending) for sibling in siblings) or _contains(module, attending):
         return False

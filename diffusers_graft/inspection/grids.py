@@ -32,7 +32,9 @@ def read_grid(model: ModelMixin, inputs: Inputs) -> Grid | None:
     if len(sides) == 3:
         return _from_shape(sides)
     latents = latents_of(inputs)
-    return None if latents is None else _from_latent_sides(model, latents.shape[2:])
+    if latents is None:
+        return None
+    return _from_latent_sides(model, latents.shape[2:])
 
 
 def count_references(inputs: Inputs, grid: Grid | None) -> int:
@@ -113,13 +115,17 @@ def from_video_positions(model: ModelMixin, inputs: Inputs) -> Grid | None:
 def from_vision_shapes(model: ModelMixin, inputs: Inputs) -> Grid | None:
     """Read one (frames, rows, columns) for each packed video; several are on no one grid."""
     shapes = inputs["vision_token_shapes"]
-    return _from_shape(shapes[0]) if len(shapes) == 1 else None
+    if len(shapes) != 1:
+        return None
+    return _from_shape(shapes[0])
 
 
 def from_last_shape(model: ModelMixin, inputs: Inputs) -> Grid | None:
     """Read lists of image shapes whose last is the image that the model makes, behind its references."""
     images = _images_of(inputs)
-    return _from_shape(images[-1]) if images else None
+    if not images:
+        return None
+    return _from_shape(images[-1])
 
 
 def from_codes(model: ModelMixin, inputs: Inputs) -> Grid | None:
@@ -147,6 +153,7 @@ def _patch(model: ModelMixin) -> tuple[int, int, int]:
     frames = getattr(config, "patch_size_t", None) or getattr(config, "all_f_patch_size", None) or 1
     if isinstance(frames, list | tuple):
         frames = frames[0]
+    # Configs give one side, a list of one, or two or three.
     sides = list(patch) if isinstance(patch, list | tuple) else [patch]
     if len(sides) == 1:
         sides = sides * 2
@@ -180,11 +187,13 @@ def _images_of(inputs: Inputs) -> list[Sequence[int]] | None:
         return None
     if _is_shape(shapes):
         return [shapes]
-    samples = [[sample] if _is_shape(sample) else list(sample) for sample in shapes]
-    listed = [[tuple(image) for image in sample] for sample in samples]
-    if not listed or any(sample != listed[0] for sample in listed):
+    samples = []
+    for sample in shapes:
+        images = [sample] if _is_shape(sample) else sample
+        samples.append(list(map(tuple, images)))
+    if not samples or any(sample != samples[0] for sample in samples):
         return []
-    return list(listed[0])
+    return samples[0]
 
 
 def _is_shape(value: Any) -> bool:
@@ -247,6 +256,7 @@ def _sides(ids: torch.Tensor, is_inside: torch.Tensor) -> torch.Tensor:
 
 def _counts(is_inside: torch.Tensor) -> torch.Tensor:
     """Return how many ids are inside, and how many of these before the first that is not, [2]."""
+    # The product is 1 up to the first id outside.
     leading = is_inside.long().cumprod(0)
     return torch.stack([is_inside.sum(), leading.sum()])
 

@@ -24,7 +24,7 @@ _NAMES = {
 
 
 def activation_of(feed_forward: nn.Module) -> str:
-    """Return diffusers' `activation_fn` name; for feed-forwards that are not diffusers' own, the name of their class."""
+    """Return diffusers' `activation_fn` name; for feed-forwards of another class, the name of that."""
     if not isinstance(feed_forward, FeedForward):
         return type(feed_forward).__name__
     first = feed_forward.net[0]
@@ -34,11 +34,12 @@ def activation_of(feed_forward: nn.Module) -> str:
 
 
 def linear_pair(feed_forward: nn.Module, path: str = "a feed-forward") -> LinearPair:
-    """Read the linear layers of a feed-forward. Raises `OperatorError` where `path` has no such layers to start from."""
+    """Read the linear layers of a feed-forward. Raises `OperatorError` where nothing can start from them."""
     activation = activation_of(feed_forward)
     if not isinstance(feed_forward, FeedForward) or activation not in (*UNGATED, *GATED):
         raise OperatorError(
-            f"Nothing can start from {path}: with {activation} it is not down(activation(up(x))). Choose init='random'."
+            f"Nothing can start from {path}: with {activation} it is not down(activation(up(x))). "
+            "Choose init='random'."
         )
     candidates = [feed_forward.net[0].proj, feed_forward.net[2]]
     layers = [layer for layer in candidates if isinstance(layer, nn.Linear)]
@@ -53,7 +54,9 @@ def linear_pair(feed_forward: nn.Module, path: str = "a feed-forward") -> Linear
         return LinearPair(up=up.weight, up_bias=up.bias, down=down.weight, down_bias=down.bias, activation=activation)
     # diffusers has both input layers of a gated unit in one, the gate behind.
     weight, gate = dense_weight("feed-forward", up.weight).chunk(2)
-    bias, gate_bias = (None, None) if up.bias is None else up.bias.chunk(2)
+    bias = gate_bias = None
+    if up.bias is not None:
+        bias, gate_bias = up.bias.chunk(2)
     return LinearPair(
         up=weight,
         up_bias=bias,

@@ -27,13 +27,15 @@ def tree_of(function: Callable) -> ast.FunctionDef | None:
     except (OSError, TypeError, SyntaxError):
         return None
     definition = tree.body[0]
+    # A lambda comes as the statement that it is in.
     return definition if isinstance(definition, ast.FunctionDef) else None
 
 
 def forward_tree(cls: type) -> ast.FunctionDef | None:
     """Return the definition of the forward of a class, None where there is none or its source is missing."""
-    forward = getattr(cls, "forward", None)
-    return None if forward is None else tree_of(forward)
+    if not hasattr(cls, "forward"):
+        return None
+    return tree_of(cls.forward)
 
 
 def walk_tree(tree: ast.AST | None) -> Iterator[ast.AST]:
@@ -101,6 +103,7 @@ def names_used(cls: type) -> frozenset[str] | None:
     """
     names: set[str] = set()
     for base in cls.__mro__:
+        # torch's modules call their children by loops, and have no names to look for.
         if base.__module__.partition(".")[0] == "torch":
             continue
         for method in filter(inspect.isfunction, vars(base).values()):

@@ -60,21 +60,28 @@ class OperatorConfig:
 
     def __str__(self) -> str:
         """Return the text that rules take, without settings that have their usual value; `init` comes last."""
+        # Written where they differ alone: nearly every config has these two.
         usual = {"init": "warm", "backend": "torch"}
         names = [field.name for field in dataclasses.fields(self) if field.name != "init"]
         settings = []
         for name in [*names, "init"]:
             value = getattr(self, name)
             if usual.get(name) != value:
-                settings.append(f"{name}={value if isinstance(value, OperatorConfig) else repr(value)}")
+                # Operators within operators are written without quotes.
+                text = str(value) if isinstance(value, OperatorConfig) else repr(value)
+                settings.append(f"{name}={text}")
         return f"{self.owner.name}({', '.join(settings)})"
 
 
 def dense_weight(part: str, weight: torch.Tensor) -> torch.Tensor:
     """Return the plain floating-point tensor that a layer's weight stands for.
 
-    Subclasses that hold quantised numbers with their scales, such as torchao's, are dequantised. Raises
-    `OperatorError` for numbers that mean nothing without scales stored elsewhere; `part` names what they are of.
+    Subclasses that hold quantised numbers with their scales, such as torchao's, are dequantised.
+
+    Args:
+        part: names what the weight is of, for the message.
+
+    Raises `OperatorError` for numbers that mean nothing without scales stored elsewhere.
     """
     if type(weight).dequantize is not torch.Tensor.dequantize:
         weight = weight.dequantize()
@@ -91,6 +98,7 @@ def _make_dense(part: str, owner: Any, *names: str) -> None:
     for name in names:
         weight = getattr(owner, name)
         if weight is not None:
+            # The only way to set an attribute of a frozen dataclass.
             object.__setattr__(owner, name, dense_weight(part, weight))
 
 
@@ -262,6 +270,7 @@ class Operator(nn.Module, Generic[ConfigT, SiteT]):
 
     def bind_context(self, slot: ContextSlot) -> None:
         """Read the context of the running forward from `slot`, here and in all operators within this one."""
+        # All at once, when a graft is bound: asking for the holder in each forward would break compiled graphs.
         for part in self.modules():
             if isinstance(part, Operator):
                 part.slot = slot
@@ -282,7 +291,9 @@ class Operator(nn.Module, Generic[ConfigT, SiteT]):
 
         These are all, or of a causal operator those up to it.
         """
-        return range(token + 1 if self.causal_operator else grid.tokens)
+        if self.causal_operator:
+            return range(token + 1)
+        return range(grid.tokens)
 
     @property
     def stays_causal(self) -> bool:
@@ -323,7 +334,8 @@ class Mixer(Operator[ConfigT, AttentionSite]):
 class AttentionOperator(Operator[ConfigT, AttentionSite]):
     """Replaces a self-attention together with its projections.
 
-    `forward(hidden_states, context)` takes and returns [B, N, D]. Norms of queries and keys and rotary embeddings of the original go with it. `init_from` receives `Projections`.
+    `forward(hidden_states, context)` takes and returns [B, N, D]. Norms of queries and keys and rotary embeddings of
+    the original go with it. `init_from` receives `Projections`.
     """
 
     kinds = ("self_attention",)
@@ -362,6 +374,7 @@ class BlockOperator(Operator[ConfigT, BlockSite]):
     def __init__(self, config: ConfigT, site: BlockSite):
         super().__init__(config, site)
         if not self.runs_blocks:
+            # Input 0 is the stream; the others would be the outputs of the blocks.
             self.unused_inputs = tuple(f"input {number}" for number in range(1, site.blocks + 1))
 
     def receptive_field(self, token: int, grid: Grid) -> Collection[int]:

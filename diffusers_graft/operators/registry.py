@@ -1,8 +1,8 @@
 """The one door by which operators come in, and the configs that rules and saved plans name.
 
 An operator of this library is found by its file name, one of another package through the entry point group
-`diffusers_graft.operators`, one of a script, a notebook or a trusted repository after `register`. Whichever way it came,
-`get` knows it by its name from then on.
+`diffusers_graft.operators`, one of a script, a notebook or a trusted repository after `register`. Whichever way it
+came, `get` knows it by its name from then on.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def register(operator: OperatorClass) -> OperatorClass:
         raise OperatorError(f"The name of an operator is a word such as token_roll; {operator.__name__} has {name!r}.")
     known = _registered.get(name)
     is_new_version = known is not None and _identity(known) == _identity(operator)
-    if not is_new_version and _is_taken(name, operator):
+    if not is_new_version and _is_used(name, operator):
         raise OperatorError(f"There is another operator {name!r}. Give {operator.__name__} another name.")
     _registered[name] = operator
     return operator
@@ -61,9 +61,10 @@ def _identity(operator: type[Operator]) -> tuple[str, str]:
     return operator.__module__, operator.__qualname__
 
 
-def _is_taken(name: str, operator: type[Operator]) -> bool:
+def _is_used(name: str, operator: type[Operator]) -> bool:
     if name in _registered:
         return True
+    # A trusted repository brings its operators as modules of this package.
     return name in _file_names() and operator.__module__ != f"{_OPERATORS}.{name}"
 
 
@@ -82,8 +83,10 @@ def _entry_points() -> dict[str, EntryPoint]:
 
 
 def _describe(point: EntryPoint) -> str:
-    package = f" of the package {point.dist.name}" if point.dist else ""
-    return f"The operator {point.name!r}{package} (entry point {point.value})"
+    words = f"The operator {point.name!r}"
+    if point.dist:
+        words = f"{words} of the package {point.dist.name}"
+    return f"{words} (entry point {point.value})"
 
 
 def available() -> tuple[str, ...]:
@@ -111,6 +114,7 @@ def get(name: str) -> type[Operator]:
             f"{_describe(points[name])} cannot be imported: {type(error).__name__}: {error}. "
             "Mend or uninstall its package."
         ) from error
+    # An entry point leads to a module or right to the class.
     operator = loaded if isinstance(loaded, type) else _only_operator_in(loaded)
     if operator.name != name:
         raise OperatorError(f"Entry point {name!r} leads to the operator {operator.name!r}: name its file {name}.py.")
@@ -150,17 +154,19 @@ def require_available(names: set[str], packages: Any = None) -> None:
         packages: `package_of` by operator's name, as a saved plan tells it; it may come from a stranger.
     """
     known = available()
+    if not isinstance(packages, Mapping):
+        packages = {}
     for name in sorted(names):
         if name not in known:
-            row = packages.get(name) if isinstance(packages, Mapping) else None
-            raise UnknownNameError("operator", name, known, advice=_advice(row))
+            raise UnknownNameError("operator", name, known, advice=_advice(packages.get(name)))
 
 
 def _advice(package: Any) -> str:
-    values = [package.get("name"), package.get("version")] if isinstance(package, Mapping) else []
-    # Text of a stranger that is repeated in advice may be a name and nothing more.
-    if values and all(isinstance(value, str) and _PACKAGE_NAME.fullmatch(value) for value in values):
-        return f"It was saved with the package {values[0]} {values[1]}, which is not installed here."
+    if isinstance(package, Mapping):
+        values = [package.get("name"), package.get("version")]
+        # Text of a stranger that is repeated in advice may be a name and nothing more.
+        if all(isinstance(value, str) and _PACKAGE_NAME.fullmatch(value) for value in values):
+            return f"It was saved with the package {values[0]} {values[1]}, which is not installed here."
     return "An operator written in a script or a notebook is known after @dg.operators.register."
 
 
@@ -187,8 +193,11 @@ def configure(spec: str | OperatorConfig | Mapping[str, Any]) -> OperatorConfig:
     """
     if isinstance(spec, OperatorConfig):
         return spec
+    if isinstance(spec, str) and "(" in spec:
+        return parse_operator(spec)
     if isinstance(spec, str):
-        return parse_operator(spec) if "(" in spec else get(spec).Config()
+        # Names are read as they are, so that one which is no word is an unknown name and no fault of syntax.
+        return get(spec).Config()
     if not isinstance(spec, Mapping) or not isinstance(spec.get("operator"), str):
         raise OperatorError(
             f'An operator is a name, a Config, or a dict with its name under "operator"; got {spec!r}.'
@@ -208,7 +217,9 @@ def configure_class(operator: type[Operator], spec: Mapping[str, Any]) -> Operat
 
 def _freeze(value: Any) -> Any:
     """Return tuples for lists, which JSON has in their place."""
-    return tuple(map(_freeze, value)) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    return tuple(map(_freeze, value))
 
 
 def parse_operator(text: str) -> OperatorConfig:
@@ -239,4 +250,7 @@ def _parse_call(node: ast.expr) -> tuple[str, dict[str, Any]]:
 
 
 def _parse_value(node: ast.expr) -> Any:
-    return ast.unparse(node) if isinstance(node, ast.Call | ast.Name) else ast.literal_eval(node)
+    # Words and operators go without quotes, as in hybrid(first=hyena_x(kernel_size=4)).
+    if isinstance(node, ast.Call | ast.Name):
+        return ast.unparse(node)
+    return ast.literal_eval(node)

@@ -70,10 +70,12 @@ class GraftPlan(Tabular):
         learns what to install.
         """
         edits = [{"site": edit.site.to_dict(), **edit.config.to_dict()} for edit in self.edits]
+        data: dict[str, Any] = {"format": FORMAT, "model_class": self.model_class, "edits": edits}
         packages = {operator.name: package_of(operator) for operator in self.operators()}
         packages = {name: package for name, package in packages.items() if package}
-        data = {"format": FORMAT, "model_class": self.model_class, "edits": edits}
-        return {**data, "packages": packages} if packages else data
+        if packages:
+            data["packages"] = packages
+        return data
 
     @classmethod
     def from_dict(cls, data: Any) -> GraftPlan:
@@ -88,6 +90,7 @@ class GraftPlan(Tabular):
                     f"This plan has format {data['format']}; this version of diffusers-graft reads up to {FORMAT}. "
                     "Upgrade: pip install -U diffusers-graft"
                 )
+            # Bounded and known before the first edit is read, since a file may come from a stranger.
             _require_edits(data["edits"])
             require_available(names_in(data["edits"]), data.get("packages"))
             edits = tuple(map(_read_edit, data["edits"]))
@@ -117,6 +120,7 @@ class GraftPlan(Tabular):
             raise MismatchError(f"This plan was made for {self.model_class}; the model is a {type(model).__name__}.")
         if sites is None:
             sites = find_sites(model, blocks=any(edit.site.kind in BLOCK_KINDS for edit in self.edits))
+        # By kind too: a block and a run that begins with it have one path.
         by_place = {(site.kind, site.path): site for site in sites}
         for edit in self.edits:
             found = by_place.get((edit.site.kind, edit.site.path))
@@ -167,7 +171,8 @@ def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:
         ModelError: not a model this version can read.
     """
     sites = find_sites(model, blocks=True)
-    rules = parse_rules(rules) if isinstance(rules, str) else rules
+    if isinstance(rules, str):
+        rules = parse_rules(rules)
     if not isinstance(rules, Mapping) or not rules:
         raise RuleError(f'Rules are a dict such as {{"self_attention[1::2]": "hyena_x"}}, not empty; got {rules!r}.')
     edits: dict[Site, Edit] = {}
@@ -190,6 +195,7 @@ def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:
 def _in_forward_order(chosen: Iterable[Site], sites: Sites) -> list[Site]:
     """Return sites as the model has them, and runs of blocks, which it does not list, behind them."""
     chosen = set(chosen)
+    # Runs are made by a rule, so the model's own list does not have them.
     places = {site.path: place for place, site in enumerate(sites.where(kind="block"))}
     runs = [site for site in chosen if site.kind == "block_run"]
     return [site for site in sites if site in chosen] + sorted(runs, key=lambda run: places[run.path])
@@ -230,7 +236,9 @@ def _find_run(blocks: Sites, site: Site) -> Site | None:
     if site.path not in by_path or not isinstance(site, BlockSite) or site.blocks > len(blocks):
         return None
     found = [by_path[path] for path in site.paths if path in by_path]
-    return join_blocks(Sites(found)) if len(found) == site.blocks else None
+    if len(found) < site.blocks:
+        return None
+    return join_blocks(found)
 
 
 def _require_disjoint(edits: tuple[Edit, ...]) -> None:

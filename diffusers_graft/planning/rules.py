@@ -58,7 +58,8 @@ def select(sites: Sites, key: str) -> Sites:
     Raises `RuleError` for a key that cannot be read and for an item that matches nothing, `UnknownNameError` for an
     unknown kind.
     """
-    match = re.fullmatch(r"\s*(\w+)\s*\[([^\[\]]+)\]\s*", key) if isinstance(key, str) else None
+    # Keys come from dicts that people write, so they may be of any type.
+    match = re.fullmatch(r"\s*(\w+)\s*\[([^\[\]]+)\]\s*", key if isinstance(key, str) else "")
     if match is None:
         raise RuleError(f'{key!r} is not a rule key. Write a kind and indices, such as "self_attention[1::2]".')
     kind, items = match.groups()
@@ -88,7 +89,9 @@ def _indices(item: str, count: int, key: str) -> list[int]:
         return _interleaved_indices((Fraction(share[1]) / 100).limit_denominator(10**6), count, key)
     if re.fullmatch(r"[+-]?\d{1,99}", item):
         index = int(item)
-        return [index % count] if -count <= index < count else []
+        if not -count <= index < count:
+            return []
+        return [index % count]
     if re.fullmatch(r"[\d+\-\s]*:[\d+\-\s]*(:[\d+\-\s]*)?", item):
         return _slice_indices(item, count, key)
     raise RuleError(f"{item!r} in {key!r} is not an index, a slice or a share such as 50%.")
