@@ -332,7 +332,7 @@ def check_flops(subject: Subject) -> None:
         operator = there.build()
         tokens = there.grid.tokens
         operator.slot.current = there.context
-        operator.listen(operator.slot)
+        operator.bind_context(operator.slot)
         declared = operator.flops(tokens)
         if type(declared) is not int or declared < 0:
             fail("flops", f"flops(tokens) is a whole number; got {declared!r}")
