@@ -76,6 +76,14 @@ def encode(
     return write_shards(Path(folder), len(images), shard_size, made, make, progress=progress)
 
 
+# Columns of data sets on the Hub, and endings of files in WebDataset shards.
+_USUAL_NAMES = {
+    "picture": ("image", "jpg", "png", "webp"),
+    "caption": ("text", "caption", "prompt", "txt"),
+    "class label": ("label", "class_label", "class_labels", "cls"),
+}
+
+
 class SampleEncoder:
     """Encoder of pictures and captions, or labels, as they are read: makes a batch of a list of samples.
 
@@ -85,7 +93,7 @@ class SampleEncoder:
     Args:
         pipe: with an autoencoder, on the device to encode on.
         size: height and width in pixels to which pictures are scaled and cropped.
-        image, caption, label: columns of the samples; found by their values unless given.
+        image, caption, label: columns of the samples; found by usual names and their values unless given.
         arguments: of the pipeline's call, where conditioning depends on them.
     """
 
@@ -130,7 +138,10 @@ class SampleEncoder:
         self, samples: list[Mapping[str, Any]], name: str | None, what: str, is_one: Callable[[Any], bool]
     ) -> str:
         if name is None:
-            name = next((column for column, value in samples[0].items() if is_one(value)), None)
+            found = [column for column, value in samples[0].items() if is_one(value)]
+            # WebDataset adds keys and addresses, which are texts and no captions.
+            found = [column for column in found if not column.startswith("__")]
+            name = next((column for column in _USUAL_NAMES[what] if column in found), next(iter(found), None))
         if name is None or not all(is_one(sample.get(name)) for sample in samples):
             columns = ", ".join(f"{column} ({type(value).__name__})" for column, value in samples[0].items())
             raise TrainingError(

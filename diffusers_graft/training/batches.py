@@ -119,6 +119,8 @@ class ShuffledBatches:
 class SequentialBatches:
     """Batches of an iterable of single samples, in the order it gives; what is left over at its end is dropped.
 
+    Streams of the `datasets` library, which shuffle by epoch (`set_epoch`), are read in another order every time.
+
     Args:
         workers: processes that read a torch `IterableDataset`, which has to divide its samples among them itself.
         collate: makes a batch of a list of samples; `default_collate` unless given.
@@ -133,8 +135,12 @@ class SequentialBatches:
         self.batch_size = batch_size
         self.workers = workers
         self.collate = collate or default_collate
+        self._epoch = 0
 
     def __iter__(self) -> Iterator[Batch]:
+        if hasattr(self.samples, "set_epoch"):
+            self.samples.set_epoch(self._epoch)
+        self._epoch += 1
         # A DataLoader would give a seed to a dataset without workers, too, from torch's global generator.
         if isinstance(self.samples, IterableDataset) and self.workers:
             yield from DataLoader(

@@ -94,3 +94,11 @@ def test_pictures_with_captions_or_labels_are_encoded_as_they_are_read(kind, tmp
     dg.GraftTrainer(pipe.transformer, plan, arguments, **rest, data_collator=encoder).train()
     with pytest.raises(dg.GraftError, match=r"has no (caption|class label); its columns are: image \(Image\)"):
         encoder(pictures())
+
+
+def test_captions_are_found_beside_other_texts(tmp_path):
+    encoder = dg.data.SampleEncoder(pixart_pipeline(), size=8)
+    shard = pictures(__key__=lambda number: "000", url=lambda _: "https", txt=lambda number: "a" * (number + 1))
+    assert encoder(shard[1:3])["encoder_hidden_states"].unique().tolist() == [2.0, 3.0]
+    named = dg.data.SampleEncoder(pixart_pipeline(), size=8, caption="url")
+    assert named(shard[:2])["encoder_hidden_states"].unique().tolist() == [5.0]

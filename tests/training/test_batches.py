@@ -7,7 +7,7 @@ import torch
 
 import diffusers_graft as dg
 from diffusers_graft.errors import TrainingError
-from diffusers_graft.training.batches import BatchStream, ShuffledBatches
+from diffusers_graft.training.batches import BatchStream, SequentialBatches, ShuffledBatches
 
 from ..data.pipelines import SETTINGS, dit_pipeline
 from ..models import SCHEDULER, batches, tiny_dit
@@ -71,3 +71,33 @@ def test_seeking_reads_nothing_of_a_dataset_and_all_of_an_iterator():
     stream = BatchStream({"sample": torch.tensor([float(i)])} for i in range(9))
     stream.seek(7)
     assert taken([stream.peek()], 1) == taken(stream, 1) == [[7.0]]
+
+
+class ByEpoch:
+    """A stream that is in another order in every epoch, as those of the `datasets` library."""
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter([{"sample": torch.tensor([10.0 * self.epoch + i])} for i in range(5)])
+
+
+def test_single_samples_in_order_are_batched_anew_every_epoch():
+    batches = SequentialBatches(ByEpoch(), 2)
+    assert taken(BatchStream(batches), 4) == [[0, 1], [2, 3], [10, 11], [12, 13]]
+    stream = BatchStream(SequentialBatches(ByEpoch(), 2))
+    stream.seek(3)
+    assert taken(stream, 1) == [[12, 13]]
+    with pytest.raises(TrainingError, match="batches of 0"):
+        SequentialBatches(ByEpoch(), 0)
+
+
+def test_workers_of_an_iterable_dataset_give_what_it_gives_without_them():
+    class Counted(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([{"sample": torch.tensor([float(i)])} for i in range(5)])
+
+    before = torch.get_rng_state()
+    assert taken(SequentialBatches(Counted(), 2, workers=1), 2) == [[0, 1], [2, 3]]
+    assert torch.equal(torch.get_rng_state(), before)
