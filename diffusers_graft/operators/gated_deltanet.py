@@ -76,6 +76,7 @@ class GatedDeltanet(WithBackends, AttentionOperator):
 
     def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
+        # Names are those of flash-linear-attention's layer.
         self.q_proj = nn.Linear(site.width, site.inner_width)
         self.k_proj = nn.Linear(site.width, site.inner_width)
         self.v_proj = nn.Linear(site.width, site.inner_width)
@@ -118,6 +119,7 @@ class GatedDeltanet(WithBackends, AttentionOperator):
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute queries, keys and values [B * H, N, E], strength of writing and log of the decay [B * H, N]."""
+        # A state in half precision forgets what is small beside it.
         precise = torch.promote_types(hidden_states.dtype, torch.float32)
         query, key, value, strength, step = (
             projection(hidden_states).to(precise).unflatten(-1, (self.site.heads, -1)).transpose(1, 2).flatten(0, 1)
@@ -129,6 +131,7 @@ class GatedDeltanet(WithBackends, AttentionOperator):
 
     def project_out(self, outputs: list[torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
         """Put the mean of the directions, [B * H, N, E] each, through the output projection: [B, N, D]."""
+        # The mean, not the sum: values then have the size that the output projection expects.
         mean = sum(outputs) / len(outputs)
         mean = mean.unflatten(0, (-1, self.site.heads)).transpose(1, 2).flatten(2)
         return self.o_proj(mean.to(hidden_states.dtype))
@@ -166,7 +169,9 @@ def token_by_token(
     steps = list(zip(*(part.unbind(1) for part in (query, key, value, strength, log_decay.exp())), strict=True))
     state = torch.zeros_like(key[:, 0, :, None] * value[:, 0, None])
     mixed = []
-    for q, k, v, share, decay in reversed(steps) if backwards else steps:
+    if backwards:
+        steps.reverse()
+    for q, k, v, share, decay in steps:
         state = decay[:, None, None] * state
         recalled = (k[:, None] @ state)[:, 0]
         state = state + k[..., None] * (share[:, None] * (v - recalled))[:, None]

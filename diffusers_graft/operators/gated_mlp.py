@@ -62,6 +62,7 @@ class GatedMlp(FeedForwardOperator):
             copy_input(self.up, original.up, original.up_bias, chosen)
             return
         copy_input(self.gate, original.up, original.up_bias, chosen)
+        # A constant one: new neurons keep random weights there, to learn from.
         self.up.weight[: len(chosen)] = 0.0
         self.up.bias.fill_(1.0)
 

@@ -44,6 +44,7 @@ class Hybrid(Mixer):
                     raise OperatorError(
                         f"hybrid: {name} is a mixer, one that replaces a softmax; {config.owner.name} is not."
                     )
+                # Frozen, but not finished: two spellings of one operator are one config.
                 object.__setattr__(self, name, config)
             if not _is_split(self.split):
                 raise OperatorError(
@@ -80,6 +81,7 @@ class Hybrid(Mixer):
         self.groups = (first, second)
         self.first = config.first.build(replace(site, heads=len(first)))
         self.second = config.second.build(replace(site, heads=len(second)))
+        # It needs what either needs, and honours what both honour.
         self.needs_grid = any(part.needs_grid for part in self.parts)
         for name in ("honours_mask", "honours_others", "honours_causal", "causal_operator"):
             setattr(self, name, all(getattr(part, name) for part in self.parts))
@@ -135,6 +137,7 @@ class Hybrid(Mixer):
         for part, heads in zip(self.parts, self.groups, strict=True):
             inputs = [_select_heads(tensor, heads) for tensor in (query, key, value)]
             outputs.append(call_of(part)(*inputs, _context_of(context, heads)))
+        # Heads come out group by group.
         order = self.groups[0] + self.groups[1]
         places = tuple(order.index(head) for head in range(len(order)))
         return _select_heads(torch.cat(outputs, dim=1), places)
@@ -150,7 +153,7 @@ class Hybrid(Mixer):
 
 
 def _is_split(split: Any) -> bool:
-    """Whether a setting can be a split at some number of heads."""
+    """Return whether a setting can be a split at some number of heads."""
     if isinstance(split, tuple):
         return bool(split) and len(set(split)) == len(split) and all(type(head) is int and head >= 0 for head in split)
     if type(split) is float:
@@ -159,7 +162,8 @@ def _is_split(split: Any) -> bool:
 
 
 def _select_heads(tensor: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
-    """Those heads of [B, H, ...], without a copy where they are neighbours in order."""
+    """Select heads of [B, H, ...]."""
+    # Neighbours in order are a view; the others are copied.
     first = heads[0]
     if heads == tuple(range(first, first + len(heads))):
         return tensor[:, first : first + len(heads)]

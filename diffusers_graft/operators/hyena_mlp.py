@@ -70,6 +70,7 @@ class HyenaMlp(FeedForwardOperator):
 
     @torch.no_grad()
     def init_from(self, original: LinearPair) -> None:
+        # The last tap alone: features pass as they are.
         self.convolution.weight.zero_()
         self.convolution.weight[:, :, -1] = 1.0
         self.convolution.bias.zero_()
@@ -136,6 +137,7 @@ class HyenaMlp(FeedForwardOperator):
 
     def _filters(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The filter [N, K] and bias [N] of every token."""
+        # Averages over the positions that fall to a token, or one of them for several tokens.
         filters = torch.cat([self.convolution.weight[:, 0], self.convolution.bias[:, None]], dim=1)
         shared = F.adaptive_avg_pool1d(filters.T, tokens).T
         return shared[:, :-1], shared[:, -1]

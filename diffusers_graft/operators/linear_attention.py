@@ -64,12 +64,14 @@ class LinearAttention(WithBackends, Mixer):
         self.feature_weight = None
         self.value_convolution = None
         if config.feature_map == "softmax":
+            # The identity, so that features start as those of queries and keys as they are.
             identity = torch.eye(site.head_width).expand(2, site.heads, -1, -1)  # of queries and of keys
             self.feature_weight = nn.Parameter(identity.clone())
         if config.value_conv:
             self._add_value_convolution(config.value_conv, site)
 
     def _add_value_convolution(self, size: int, site: AttentionSite) -> None:
+        # Keys of another sequence have no place on the grid.
         if site.kind != "self_attention":
             raise OperatorError(
                 f"linear_attention: value_conv needs values that lie on the queries' grid; {site.path} is "
@@ -81,7 +83,9 @@ class LinearAttention(WithBackends, Mixer):
 
     def in_torch(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         precise = torch.promote_types(query.dtype, torch.float32)
-        visible = None if context.mask is None else key_weights(context.mask, key.shape[2], precise)
+        visible = None
+        if context.mask is not None:
+            visible = key_weights(context.mask, key.shape[2], precise)
         state, weight = self._write(key, value.to(precise), visible)
         mixed = self._read(query, state, weight).to(value.dtype)
         if self.value_convolution is None:
@@ -105,10 +109,11 @@ class LinearAttention(WithBackends, Mixer):
         return state, weight[..., None]
 
     def _read(self, query: torch.Tensor, state: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """What each query finds in the state, [B, H, N, E]."""
+        """Read the state for each query, [B, H, N, E]."""
         pieces = _split_tokens(query)
         if len(pieces) == 1:
             return torch.mul(*self._find(query, state, weight))
+        # Pieces are written where they belong: to join them would take the memory twice.
         mixed = state.new_empty(*query.shape[:3], state.shape[-2])
         for queries, place in zip(pieces, mixed.split(TOGETHER, dim=-2), strict=True):
             torch.mul(*self._find(queries, state, weight), out=place)

@@ -25,6 +25,7 @@ class LinearBlock(BlockOperator):
     def __init__(self, config: OperatorConfig, site: BlockSite):
         super().__init__(config, site)
         self.linear = nn.ModuleList(nn.Linear(site.width, site.width) for _ in range(site.streams))
+        # Set here, since nothing of the blocks is there to start from.
         if config.init == "warm":
             for parameter in self.parameters():
                 nn.init.zeros_(parameter)

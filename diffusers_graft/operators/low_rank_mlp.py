@@ -52,6 +52,7 @@ class LowRankMlp(FeedForwardOperator):
         super().__init__(config, site)
         if site.hidden is None:
             raise OperatorError(f"low_rank_mlp: the hidden width of {site.path} is not known. Choose mlp there.")
+        # No matrix has a higher rank than its shorter side.
         most = min(site.width, site.hidden)
         rank = config.rank
         if isinstance(rank, float):
@@ -85,6 +86,7 @@ def _factorise(weight: torch.Tensor, bias: torch.Tensor | None, first: nn.Linear
     """The truncated singular value decomposition of a layer (Eckart and Young), its singular values shared evenly."""
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     rank = first.out_features
+    # Shared evenly, so that gradients of both factors are of one size.
     root = values.sqrt()[:rank]
     first.weight.copy_(root[:, None] * right[:rank])
     second.weight.copy_(left[:, :rank] * root)

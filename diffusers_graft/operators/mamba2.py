@@ -31,6 +31,7 @@ def _mamba_ssm(operator: Mamba2, hidden_states: torch.Tensor, context: Context) 
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     held = compute_dtype(hidden_states)
+    # The kernel wants decays in float32, and chunks of 16 tokens at least.
     rate = -operator.A_log.float().exp()
     chunk = max(16, operator.config.chunk)
 
@@ -115,6 +116,7 @@ class Mamba2(WithBackends, AttentionOperator):
         self.inner = config.expand * site.width
         self.heads = self.inner // config.head_width
         channels = self.inner + 2 * config.state
+        # Names, shapes and order are those of mamba_ssm, whose checkpoints load.
         self.in_proj = nn.Linear(site.width, self.inner + channels + self.heads, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, config.conv, groups=channels)
         step_bias, log_rate = decay_start(self.heads)
@@ -140,10 +142,12 @@ class Mamba2(WithBackends, AttentionOperator):
         grid = context.require_grid(self.name, hidden_states.shape[1])
         order = visits(grid, self.config.scan, hidden_states.device)
         mixed = self._run_block(hidden_states[:, order], scan)
+        # Back in raster order before the last layer, which is solved for in that order.
         return self.out_proj(mixed[:, order.argsort()])
 
     def _run_block(self, hidden_states: torch.Tensor, scan: Scan) -> torch.Tensor:
         """The Mamba-2 block up to its output projection, on tokens in the order of the scan."""
+        # A state in half precision forgets what is small beside it.
         precise = torch.promote_types(hidden_states.dtype, torch.float32)
         state = self.config.state
         gate, mixed, step = self.in_proj(hidden_states).split(
@@ -160,7 +164,9 @@ class Mamba2(WithBackends, AttentionOperator):
     def _convolve(self, tokens: torch.Tensor) -> torch.Tensor:
         """Convolve [B, N, channels] depthwise, as an image one token wide whose channels stay last: fast on CPUs."""
         taps = self.config.conv
-        before = taps // 2 if self.config.bidirectional else taps - 1
+        before = taps - 1
+        if self.config.bidirectional:
+            before = taps // 2
         image = F.pad(tokens, (0, 0, before, taps - 1 - before)).transpose(1, 2)[..., None]
         image = F.conv2d(image, self.conv1d.weight[..., None], self.conv1d.bias, groups=self.conv1d.groups)
         return image[..., 0].transpose(1, 2)

@@ -77,6 +77,7 @@ class MixFfn(FeedForwardOperator):
         chosen = strongest(original, self.hidden)
         copy_input(self.up, original.up, original.up_bias, chosen)
         copy_output(self.down, original, chosen)
+        # Values pass as they are, and gates are one whatever comes.
         self.convolution.set_identity()
         self.convolution.weight[self.hidden :] = 0.0
         self.convolution.bias[self.hidden :] = _open_gate(self.activation)
@@ -102,8 +103,9 @@ class MixFfn(FeedForwardOperator):
 
     def receptive_field(self, token: int, grid: Grid) -> set[int]:
         reach = self.config.kernel // 2
-        *frame, y, x = grid.place_of(token)
-        first = frame[0] * grid.height * grid.width if frame else 0
+        # Neighbours are those of the same frame.
+        *_, y, x = grid.place_of(token)
+        first = token - y * grid.width - x
         rows = range(max(0, y - reach), min(grid.height, y + reach + 1))
         columns = range(max(0, x - reach), min(grid.width, x + reach + 1))
         return {first + row * grid.width + column for row in rows for column in columns}

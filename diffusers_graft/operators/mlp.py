@@ -47,6 +47,7 @@ class Mlp(FeedForwardOperator):
     def __init__(self, config: Config, site: FeedForwardSite):
         super().__init__(config, site)
         hidden = hidden_width(self.name, config.expansion, site)
+        # Data says which neurons matter, which is of use only where some must go.
         self.uses_energy = is_narrower(hidden, site)
         self.activation = ACTIVATIONS[config.resolved(site).activation]
         self.up = nn.Linear(site.width, hidden)

@@ -67,6 +67,7 @@ class MoeMlp(FeedForwardOperator):
         self.activation = ACTIVATIONS[config.resolved(site).activation]
         self.router = nn.Linear(site.width, config.experts, bias=False)
         self.up = nn.ModuleList(nn.Linear(site.width, self.hidden) for _ in range(config.experts))
+        # Weights sum to one, so experts may share one bias.
         self.down = nn.ModuleList(nn.Linear(self.hidden, site.width, bias=False) for _ in range(config.experts))
         self.down_bias = nn.Parameter(torch.zeros(site.width))
 
@@ -81,6 +82,7 @@ class MoeMlp(FeedForwardOperator):
         none = torch.zeros(len(chosen), dtype=torch.float64)
         holders = none.index_add(0, dealt, torch.ones_like(dealt, dtype=torch.float64))  # `bincount` has no meta
         scale = _scale(holders, self.config.experts, self.config.top_k)
+        # Scaled up, since tokens reach a part of a neuron's holders only.
         factors = scale.to(original.down)
         for up, down, hand in zip(self.up, self.down, hands, strict=True):
             copy_input(up, original.up, original.up_bias, chosen[hand])
@@ -101,6 +103,7 @@ class MoeMlp(FeedForwardOperator):
 
     def forward(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
         if torch.compiler.is_compiling() or hidden_states.is_meta:
+            # How many tokens an expert gets is not known there.
             return self.reference(hidden_states, context)
         tokens = hidden_states.flatten(0, -2)
         weights, chosen = self._route(tokens)
@@ -122,6 +125,7 @@ class MoeMlp(FeedForwardOperator):
     def _route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights that sum to one and indices of each token's experts, [..., top_k]; scores in float32 at least."""
         precise = torch.promote_types(tokens.dtype, torch.float32)
+        # Rounded scores would send tokens to other experts.
         with torch.autocast(autocast_device(tokens), enabled=False):
             scores = F.linear(tokens.to(precise), self.router.weight.to(precise))
         best, chosen = scores.topk(self.config.top_k, dim=-1)

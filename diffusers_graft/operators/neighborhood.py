@@ -54,7 +54,9 @@ def _natten(operator: Neighborhood, query, key, value, context: Context) -> torc
     if len(kernels) == 3 and kernels[0] == 1:
         # natten's windows hold two places or more; frames that see themselves alone are samples of a batch.
         batch = batch * lengths[0]
-        lengths, kernels, dilations = lengths[1:], kernels[1:], dilations[1:]
+        lengths = lengths[1:]
+        kernels = kernels[1:]
+        dilations = dilations[1:]
     images = (part.transpose(1, 2).reshape(batch, *lengths, heads, width) for part in (query, key, value))
     call = {2: functional.na2d, 3: functional.na3d}[len(lengths)]
     mixed = call(*images, kernels, dilation=dilations, scale=context.scale)
@@ -93,8 +95,9 @@ class Neighborhood(WithBackends, Mixer):
 
         def __post_init__(self):
             super().__post_init__()
-            is_box = isinstance(self.kernel, tuple) and len(self.kernel) == 3
-            sides = self.kernel if is_box else (self.kernel,)
+            sides = (self.kernel,)
+            if isinstance(self.kernel, tuple) and len(self.kernel) == 3:
+                sides = self.kernel
             if not all(type(side) is int and side > 0 and side % 2 == 1 for side in sides):
                 raise OperatorError(
                     "neighborhood: kernel is an odd count of tokens, or three of them for frames, height and width; "
@@ -120,6 +123,7 @@ class Neighborhood(WithBackends, Mixer):
 
     def in_torch(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         axes = self.axes(context.require_grid(self.name, query.shape[2]))
+        # Small tiles gather fewer keys in vain; wide windows make few of them worth their halo.
         tile = 4 if max(self.config.sides) < 9 else 8
         return tiled_attention(query, key, value, around, axes, tile=tile, scale=context.scale, mask=context.mask)
 

@@ -71,6 +71,7 @@ class Parallel(BlockOperator):
         if config.merge == "linear":
             if not config.residual:
                 self.unused_inputs = ("input 0",)
+            # Set here, since the merge replaces nothing that it could start from.
             if config.init == "warm":
                 self._start_as_sum(1.0 if config.residual else 1.0 / site.blocks)
 
@@ -101,6 +102,7 @@ class _Sum(nn.Module):
         self.blocks = blocks
 
     def forward(self, added: torch.Tensor) -> torch.Tensor:
+        # Begun with the first, not with zero, so that the sum is the same to the last bit.
         first, *others = added.chunk(self.blocks, dim=-1)
         return sum(others, first)
 

@@ -22,9 +22,9 @@ from .ops.settings import require_count
 
 
 class PooledKeys(Mixer):
-    """Where the grid does not divide, its last row and column are repeated; a video is pooled frame by frame.
+    """Keys and values of stride x stride tokens become one; a video is pooled frame by frame.
 
-    A prompt's keys are not pooled: queries see them beside the pooled ones, in one softmax.
+    Where the grid does not divide, its last row and column are repeated. A prompt's keys are not pooled: queries see them beside the pooled ones, in one softmax.
     """
 
     needs_grid = True

@@ -46,6 +46,7 @@ class SelfAttention(Mixer):
         self.heads = config.heads or site.heads
         # With other heads a prompt's tokens keep the attention they have.
         self.is_plain_softmax = self.heads == site.heads
+        # Said here, since torch's error would name neither the site nor what fits.
         if site.inner_width % self.heads:
             fitting = [heads for heads in range(1, site.inner_width + 1) if site.inner_width % heads == 0]
             raise OperatorError(

@@ -42,6 +42,7 @@ def _varlen(operator: SlidingWindow, query, key, value, context: Context) -> tor
 
     batch, heads, tokens, width = query.shape
     ((_, *window),) = operator.axes(query)
+    # Samples of a batch are sequences of one length, packed one after the other.
     starts = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
     packed = (part.transpose(1, 2).reshape(batch * tokens, heads, width) for part in (query, key, value))
     settings = {"scale": context.scale, "window_size": tuple(window)}

@@ -56,6 +56,7 @@ class Ttt(WithBackends, Mixer):
 
     def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
+        # Small, but not zero: the gradient of either layer is a multiple of the other.
         shape = (site.heads, site.head_width, site.head_width)
         self.first = nn.Parameter(0.02 * torch.randn(shape))
         self.second = nn.Parameter(0.02 * torch.randn(shape))

@@ -59,6 +59,7 @@ class Subject:
 
     def build(self, seed: int = 0) -> Operator:
         """Build in float64, with every parameter moved off its start, so that gates that start closed hide nothing."""
+        # Forked, so that a check leaves the caller's random numbers alone.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             operator = self.config.resolved(self.site).build(self.site).double().eval()
@@ -72,6 +73,7 @@ class Subject:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             operator = self.config.resolved(self.site).build(self.site).eval()
+            # Operators of blocks start as they are made.
             if not isinstance(operator, BlockOperator):
                 operator.init_from(example_original(operator))
         return operator
@@ -86,6 +88,7 @@ class Subject:
             shapes = [(batch, self.grid.tokens, self.site.width)] * (1 + self.site.blocks)
         else:
             shapes = [(batch, self.grid.tokens, self.site.width)]
+        # Drawn in one precision and rounded, so that they are comparable between precisions.
         return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
     @property
@@ -110,6 +113,7 @@ class Subject:
 def _other_sites(site: Site) -> list[Site]:
     """Sites of the same kind whose sizes are other ones, and have nothing in common that an operator could lean on."""
     if isinstance(site, AttentionSite):
+        # The second is wider inside than outside, as some models are.
         sizes = [{"width": 20, "heads": 5, "head_width": 4}, {"width": 10, "heads": 4, "head_width": 6}]
     elif isinstance(site, FeedForwardSite):
         sizes = [{"width": 10, "hidden": 25}]
@@ -196,6 +200,7 @@ def gradients(
     output = call(*inputs, context)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(output)
     wanted = [*inputs, *operator.parameters()]
+    # An output that depends on nothing has no graph to ask.
     if not output.requires_grad:
         return output, (None,) * len(wanted)
     return output.detach(), torch.autograd.grad((output * weights).sum(), wanted, allow_unused=True)

@@ -35,6 +35,7 @@ def check_config_round_trip(subject: Subject) -> None:
     missing = {"operator", *(field.name for field in dataclasses.fields(config))} - set(written)
     if missing or written["operator"] != config.owner.name:
         fail("config_round_trip", f"to_dict() gave {written}; missing are {sorted(missing) or 'none'}")
+    # An operator may be checked before it is registered, and is not found by its name then.
     registered = config.owner.name in available()
     again = configure(written) if registered else configure_class(config.owner, written)
     if again != config:
@@ -44,6 +45,7 @@ def check_config_round_trip(subject: Subject) -> None:
 def check_shape_and_dtype(subject: Subject) -> None:
     """Outputs have the shape and precision of the inputs, which may lie in memory as projections leave them."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        # As projections leave them: heads are strided, and a `view` of tokens fails.
         inputs = [tensor.transpose(1, -2).contiguous().transpose(1, -2) for tensor in subject.inputs(dtype=dtype)]
         output = run(subject.build().to(dtype), inputs, subject.context)
         if output.shape != inputs[0].shape or output.dtype != dtype:
@@ -65,6 +67,7 @@ def check_bfloat16_close(subject: Subject) -> None:
 
 def check_finite_on_large_inputs(subject: Subject) -> None:
     """Inputs of size 100 do not overflow in float32."""
+    # Activations of pretrained models reach that size in some channels.
     inputs = [100 * tensor.float() for tensor in subject.inputs()]
     if not run(subject.build().float(), inputs, subject.context).isfinite().all():
         fail("finite_on_large_inputs", "inputs of size 100 gave values that are not finite")
@@ -91,6 +94,7 @@ def check_site_shapes(subject: Subject) -> None:
 
 def check_one_instance_on_grids(subject: Subject) -> None:
     """One operator gives on one grid after another what a fresh one gives, also where the number of tokens is the same."""
+    # What is cached by the number of tokens alone serves the wrong grid.
     operator = subject.build()
     for there in subject.accepted():
         grid = there.grid
@@ -123,6 +127,7 @@ def check_training_mode(subject: Subject) -> None:
 
 def check_warm_start(subject: Subject) -> None:
     """A start from the replaced part is finite, and the seed alone decides it."""
+    # In float32, as grafts are made: what overflows there does not in float64.
     one = subject.start(seed=4)
     other = subject.start(seed=4)
     odd = [name for name, tensor in one.state_dict().items() if not tensor.isfinite().all()]
@@ -149,6 +154,7 @@ def check_output_layer(subject: Subject) -> bool | None:
     layer = dict(operator.named_modules()).get(operator.output_layer)
     if not isinstance(layer, nn.Linear):
         fail("output_layer", f"output_layer is {operator.output_layer!r}, which is no linear layer of the operator")
+    # A solved layer must be the last step, or its solution is not one of the output.
     results = []
     with layer.register_forward_hook(lambda _, inputs, output: results.append(output)):
         output = run(operator, subject.inputs(), subject.context)
@@ -172,6 +178,7 @@ def check_needs_grid(subject: Subject) -> None:
 
 def check_gradients_reach_everything(subject: Subject) -> None:
     """Every input and parameter gets a gradient, unless `unused_inputs` names it."""
+    # In each precision, since an operator may take another way in one of them.
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         operator = subject.build().to(dtype)
         inputs = subject.inputs(dtype=dtype)
@@ -198,7 +205,7 @@ def check_batch_rows_independent(subject: Subject) -> None:
 
 
 def check_deterministic(subject: Subject) -> None:
-    """The same inputs give the same outputs."""
+    """Equal inputs give equal outputs."""
     operator = subject.build()
     inputs = subject.inputs()
     if not torch.equal(run(operator, inputs, subject.context), run(operator, inputs, subject.context)):
@@ -223,6 +230,7 @@ def check_leaves_inputs_alone(subject: Subject) -> None:
     inputs = subject.inputs()
     before = [tensor.clone() for tensor in inputs]
     run(operator, inputs, subject.context)
+    # Without gradients operators write in place, where they may.
     with torch.no_grad():
         run(operator, inputs, subject.context)
     if not all(map(torch.equal, inputs, before)):
@@ -269,6 +277,7 @@ def check_compiles(subject: Subject) -> None:
     operator = subject.build()
     inputs = subject.inputs()
     expected = run(operator, inputs, subject.context)
+    # Code compiled for other operators would count against torch's limit.
     torch._dynamo.reset()
     compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
     for grad in (True, False):
@@ -306,6 +315,7 @@ def check_checkpointing(subject: Subject) -> None:
 
     _, plain = gradients(operator, operator, subject.inputs(), subject.context)
     _, again = gradients(checkpointed, operator, subject.inputs(), subject.context)
+    # Where a gradient is missing, checkpointing may give zeros or nothing.
     pairs = [(a, b) for a, b in zip(plain, again, strict=True) if a is not None]
     if not all(b is not None and torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in pairs):
         fail("checkpointing", "gradients under checkpointing differ")
@@ -331,12 +341,14 @@ def check_flops(subject: Subject) -> None:
     for there in (*subject.accepted(), *subject.on_other_sites()):
         operator = there.build()
         tokens = there.grid.tokens
+        # Prices depend on the grid, which operators know from the forward that ran last.
         operator.slot.current = there.context
         operator.bind_context(operator.slot)
         declared = operator.flops(tokens)
         if type(declared) is not int or declared < 0:
             fail("flops", f"flops(tokens) is a whole number; got {declared!r}")
         counter = FlopCounterMode(display=False)
+        # The counter does not know the softmax kernel of CPUs.
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
             getattr(operator, "countable", operator)(*there.inputs(batch=1), there.context)
         expected = counter.get_total_flops() + operator.uncounted_flops(tokens)

@@ -56,6 +56,7 @@ def check_operator(config: OperatorConfig | str | dict, *, kind: str | None = No
     subject = Subject(config, example_site(kind or kinds[0]))
     with _named("build", letting=GraftError):
         subject.build()
+    # Checks run on the first grid that is not refused: a window may be larger than the others.
     with _named("every_grid"):
         subject = subject.accepted()[0]
     passed = []

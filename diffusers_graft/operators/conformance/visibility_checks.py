@@ -26,6 +26,7 @@ def check_honours_mask(subject: Subject) -> bool | None:
     tokens = subject.grid.tokens
     hidden = 3
     visible = (torch.arange(tokens) < tokens - hidden)[None, None, None]
+    # Keys and values change, not queries: those of hidden tokens may do as they like.
     changed = [tensor.clone() for tensor in inputs]
     for tensor in changed[1:]:
         tensor[:, :, -hidden:] += 1
@@ -36,6 +37,7 @@ def check_honours_mask(subject: Subject) -> bool | None:
             before = run(operator, inputs, context)
             after = run(operator, changed, context)
         except GraftError:
+            # Keys that are summed once for all queries can be hidden from all of them alone.
             if mask is causal:
                 continue
             raise
@@ -94,6 +96,7 @@ def check_honours_others(subject: Subject) -> bool | None:
     if not operator.honours_others:
         return False
     query, key, value = inputs = subject.inputs()
+    # Softmax over regrouped heads has the scores of those.
     heads = getattr(operator, "heads", query.shape[1])
     alone = run(operator, inputs, subject.context)
     generator = torch.Generator().manual_seed(3)
@@ -121,6 +124,7 @@ def check_honours_others(subject: Subject) -> bool | None:
                     "honours_others",
                     "honours_others is True, but other keys change the output though a mask hides them",
                 )
+    # Two sets of others must find the queries' own keys of equal mass.
     if not (masses[0].isfinite().all() and torch.allclose(*masses, rtol=1e-7)):
         fail("honours_others", "honours_others is True, but other keys do not share one softmax with the queries' own")
     return None
@@ -199,6 +203,7 @@ def check_receptive_field(subject: Subject) -> None:
             if str(error).startswith("receptive_field"):
                 raise
             # The grid is refused with words.
+    # Larger grids are cut into tiles, which small ones are not: a few tokens of those as well.
     for there in subject.accepted()[:2]:
         tokens = there.grid.tokens
         _require_declared_field(there, (0, tokens // 2 + there.grid.width // 2, tokens - 1))

@@ -111,6 +111,7 @@ class WithBackends(Operator):
         name = self.config.backend
         if name == "torch":
             return None
+        # Inputs of one call have one device and one precision.
         like = inputs[0]
         dtype = compute_dtype(like)
         grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
@@ -230,9 +231,12 @@ def _disagreement(
     """Largest relative difference to plain torch on 48 x 48 tokens, of outputs and, where it is to train, gradients."""
     site = Site(kind="self_attention", index=0, path="example", width=2 * width, heads=2, head_width=width)
     context = Context(grid=Grid(height=48, width=48))
-    shape, count = (1, 48 * 48, 2 * width), 1
+    shape = (1, 48 * 48, 2 * width)
+    count = 1
     if issubclass(config.owner, Mixer):
-        shape, count = (1, 2, 48 * 48, width), 3
+        shape = (1, 2, 48 * 48, width)
+        count = 3
+    # Drawn on the CPU: the same numbers for every device.
     generator = torch.Generator().manual_seed(0)
     device_type = torch.device(device).type
     # Autocast may be on around the forward that asks; the example has its precision already.

@@ -56,12 +56,14 @@ class ShortConvolution(nn.Conv2d):
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
             return self.by_taps(image).to(compute_dtype(image))  # its gradient would be slower than a convolution's
         reach = [max(before, size - 1 - before) for size, before in zip(self.kernel_size, self.before, strict=True)]
+        # Channels stay last in memory: on CPUs depthwise convolutions are several times faster so.
         image = image.permute(0, 3, 1, 2)
         if torch.is_grad_enabled():
             # On CPU the gradient of a filter takes ten times as long unless it is odd and in the middle of its
             # padding.
             weight = self._centre_weight(reach)
-            top, left = 0, 0
+            top = 0
+            left = 0
         else:
             weight = self.weight
             top, left = (most - before for most, before in zip(reach, self.before, strict=True))

@@ -50,6 +50,7 @@ class ActivatedConfig(FeedForwardOperator.Config):
     def resolved(self, site: Site) -> Self:
         if self.activation is not None:
             return self
+        # Gated ones are refused below, in words of their own.
         if site.activation not in (*self.activations(), *GATED):
             found = f" ({site.activation})" if site.activation else ""
             raise OperatorError(
@@ -111,7 +112,9 @@ def strongest(original: LinearPair, count: int) -> torch.Tensor:
         if original.gate is not None:
             activity = activity * original.gate.float().norm(dim=1)
     strength = activity * original.down.float().norm(dim=0)
-    return strength.topk(min(count, len(strength))).indices.sort().values
+    chosen = strength.topk(min(count, len(strength))).indices
+    # In the original's order, so that with room for all nothing is permuted and the start is exact.
+    return chosen.sort().values
 
 
 @torch.no_grad()
@@ -140,6 +143,7 @@ def copy_output(layer: nn.Linear, original: LinearPair, chosen: torch.Tensor) ->
     if original.down_bias is not None:
         layer.bias.copy_(original.down_bias)
     neurons = original.down.shape[1]
+    # Else nothing is missing, and the bias stays the original's to the last bit.
     if len(chosen) < neurons:
         missing = torch.ones(neurons, dtype=torch.float64, device=original.down.device)
         missing[chosen] = 0.0
@@ -169,13 +173,24 @@ def polynomials(original: LinearPair, degree: int) -> tuple[torch.Tensor, torch.
         Directions [hidden, D] of length one and coefficients [degree + 1, hidden], in powers of direction * token. Of
         a gated original they are its gate's.
     """
-    is_gated = original.gate is not None
-    weight = (original.gate if is_gated else original.up).double()
-    bias = original.gate_bias if is_gated else original.up_bias
-    mean = weight.new_zeros(len(weight)) if bias is None else bias.double()
+    weight = original.up
+    bias = original.up_bias
+    if original.gate is not None:
+        weight = original.gate
+        bias = original.gate_bias
+    # Float64, since starts are compared with the original's function to rounding.
+    weight = weight.double()
+    mean = _bias_or_zeros(bias, weight)
     deviation = weight.norm(dim=1).clamp(min=1e-6)  # of the neuron's input, when tokens are standard normal
     activation = gate_activation(original.activation)
     return weight / deviation[:, None], hermite_coefficients(activation, mean, deviation, degree)
+
+
+def _bias_or_zeros(bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    """The bias of a layer in float64, [hidden]."""
+    if bias is None:
+        return weight.new_zeros(len(weight))
+    return bias.double()
 
 
 def linearize(original: LinearPair) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +208,7 @@ def linearize(original: LinearPair) -> tuple[torch.Tensor, torch.Tensor]:
     direction, (constant, slope, curve) = polynomials(original, degree=2)
     mean_gate = constant + curve
     up = original.up.double()
-    up_bias = up.new_zeros(len(up)) if original.up_bias is None else original.up_bias.double()
+    up_bias = _bias_or_zeros(original.up_bias, up)
     shared = (up * direction).sum(dim=1)
     along = up_bias * slope + 2 * shared * curve
     return along[:, None] * direction + mean_gate[:, None] * up, up_bias * mean_gate + shared * slope

@@ -78,5 +78,6 @@ def flex(
     blocks = dict(zip(_TENSORS, _blocks(rule, axes, tokens, query.device.type), strict=True))
     sides = (BLOCK, BLOCK)
     mask = BlockMask(seq_lengths=(tokens, tokens), BLOCK_SIZE=sides, mask_mod=mask_of(rule, axes), **blocks)
+    # Within compiled code it is compiled along; alone it would compute all pairs.
     call = flex_attention if torch.compiler.is_compiling() else _compiled()
     return call(query, key, value, block_mask=mask, scale=scale)

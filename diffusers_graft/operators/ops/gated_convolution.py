@@ -71,6 +71,7 @@ class GatedConvolution(WithBackends, Mixer):
         super().__init__(config, site)
         size = config.kernel_size
         self.needs_grid = config.layout == "2d"
+        # As torch pads "same": an even filter reaches one token further back.
         self.before = size - 1 if config.layout == "causal_1d" else size // 2
         self.causal_operator = self.before == size - 1
         self.convolutions = nn.ModuleDict()
@@ -137,6 +138,7 @@ class GatedConvolution(WithBackends, Mixer):
         return grid.height, grid.width
 
     def receptive_field(self, token: int, grid: Grid) -> set[int]:
+        # Each convolution reaches as far again.
         depth = self.has_featurisers + self.has_inner
         before = depth * self.before
         after = depth * (self.config.kernel_size - 1 - self.before)

@@ -107,8 +107,10 @@ def _one_by_one(
     """The state that enters every chunk, and the one after all."""
     step = torch.baddbmm if matrices else torch.addcmul
     steps = list(zip(added.unbind(1), factor.unbind(1), strict=True))
+    if backwards:
+        steps.reverse()
     entering = []
-    for new, scale in reversed(steps) if backwards else steps:
+    for new, scale in steps:
         entering.append(state)
         state = step(new, scale, state)
     if backwards:
@@ -128,8 +130,12 @@ def _in_groups(
     # Zeros at the end add nothing, and nothing comes after them.
     added = chunked(added, size).flatten(0, 1)
     factor = chunked(factor, size).flatten(0, 1)
-    factors = factor.unbind(1) if backwards else factor.unbind(1)[::-1]
-    through = functools.reduce(torch.bmm if matrices else torch.mul, factors)
+    # Matrices do not commute: the last chunk's comes first.
+    factors = list(factor.unbind(1))
+    if not backwards:
+        factors.reverse()
+    multiply = torch.bmm if matrices else torch.mul
+    through = functools.reduce(multiply, factors)
     alone = torch.zeros_like(added[:, 0])
     _, after = _one_by_one(added, factor, alone, backwards, matrices)
     after = after.unflatten(0, (batch, -1))
@@ -180,9 +186,11 @@ def state_space(
     directions = (False, True) if bidirectional else (False,)
     ways = [decay_sums(log_decay, backwards) for backwards in directions]
     if runs_in_pieces(value):
-        within, beyond = _within_each_chunk, _from_chunk_to_chunk
+        within = _within_each_chunk
+        beyond = _from_chunk_to_chunk
     else:
-        within, beyond = _within_chunks, _with_other_chunks
+        within = _within_chunks
+        beyond = _with_other_chunks
     mixed = within(value, key, query, ways)
     for backwards, since in zip(directions, ways, strict=True):
         mixed = beyond(mixed, value, key, query, since, log_decay.sum(-1), backwards)
@@ -192,7 +200,7 @@ def state_space(
 def _within_chunks(
     value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, ways: list[torch.Tensor]
 ) -> torch.Tensor:
-    """What tokens read from those of their own chunk, [B, T, Q, H, P]."""
+    """Mix the tokens of each chunk among themselves, [B, T, Q, H, P]."""
     forwards, *backwards = ways
     decays = pair_decays(forwards, *backwards)
     weights = decays * (query @ key.transpose(-1, -2))[:, :, None]
@@ -202,7 +210,8 @@ def _within_chunks(
 def _within_each_chunk(
     value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, ways: list[torch.Tensor]
 ) -> torch.Tensor:
-    """What tokens read from those of their own chunk, one chunk at a time, whose pairs stay in cache."""
+    """Mix the tokens of each chunk among themselves, one chunk after the other."""
+    # The pairs of one chunk stay in cache, those of all chunks do not.
     chunks = zip(*(part.split(1, dim=1) for part in (value, key, query, *ways)), strict=True)
     mixed = [
         _within_chunks(some_value, some_key, some_query, some) for some_value, some_key, some_query, *some in chunks
@@ -216,8 +225,12 @@ def pair_decays(forwards: torch.Tensor | None, backwards: torch.Tensor | None = 
     On the diagonal and below it are the decays forwards, above it those backwards; a way that is None sees no other
     token.
     """
-    like = backwards if forwards is None else forwards
-    diagonal = -1 if forwards is None else 0
+    like = forwards
+    diagonal = 0
+    if forwards is None:
+        # A token sees itself by the way there is.
+        like = backwards
+        diagonal = -1
     size = like.shape[-1]
     earlier = torch.ones(size, size, dtype=torch.bool, device=like.device).tril(diagonal)
     return torch.where(earlier, _log_pairs(forwards), _log_pairs(backwards)).exp()
@@ -239,8 +252,10 @@ def _with_other_chunks(
     total: torch.Tensor,
     backwards: bool,
 ) -> torch.Tensor:
-    """What tokens read in the state on entering their chunk, added to `mixed`; one product serves all heads."""
-    until_end = decay(total[..., None] - since).transpose(2, 3)[..., None]
+    """Add to `mixed` what tokens read in the state that enters their chunk."""
+    # Keys and queries are shared by the heads, so one product serves them all.
+    log_until_end = total[..., None] - since
+    until_end = decay(log_until_end).transpose(2, 3)[..., None]
     added = (key.transpose(-1, -2) @ (value * until_end).flatten(3)).unflatten(-1, value.shape[3:])
     state = carry_states(added, decay(total)[:, :, None, :, None], backwards=backwards)
     far = (query @ state.flatten(3)).unflatten(-1, value.shape[3:])
@@ -256,13 +271,16 @@ def _from_chunk_to_chunk(
     total: torch.Tensor,
     backwards: bool,
 ) -> torch.Tensor:
-    """What tokens read in the state on entering their chunk, added in place, with one state that stays in cache."""
+    """Add to `mixed`, in place, what tokens read in the state that enters their chunk."""
+    # One state at a time, which stays in cache.
     until_end = decay(total[..., None] - since).transpose(2, 3)[..., None]
     until_here = decay(since).transpose(2, 3)[..., None]
     factors = decay(total)[:, None, :, :, None].unbind(2)
     state = value.new_zeros(len(value), key.shape[-1], *value.shape[3:])
-    chunks = range(value.shape[1])
-    for chunk in reversed(chunks) if backwards else chunks:
+    chunks = list(range(value.shape[1]))
+    if backwards:
+        chunks.reverse()
+    for chunk in chunks:
         far = query[:, chunk] @ state.flatten(2)
         mixed[:, chunk].addcmul_(far.unflatten(-1, value.shape[3:]), until_here[:, chunk])
         added = key[:, chunk].transpose(-1, -2) @ (value[:, chunk] * until_end[:, chunk]).flatten(2)
@@ -302,7 +320,8 @@ def gated_delta_rule(
     sums = decay_sums(log_decay, backwards)
     since = sums[..., None]
     total = log_decay.sum(-1)[..., None, None]
-    decays = pair_decays(None, sums) if backwards else pair_decays(sums)
+    forwards, backwards_sums = (None, sums) if backwards else (sums, None)
+    decays = pair_decays(forwards, backwards_sums)
     system = strength[..., None] * decays * (key @ key.transpose(-1, -2))
     given = strength[..., None] * torch.cat([value, key * decay(since)], dim=-1)
     solved = torch.linalg.solve_triangular(system, given, upper=backwards, unitriangular=True)
@@ -323,4 +342,7 @@ def decay_start(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     A is uniform in [1, 16]; dt, the softplus of the bias, log-uniform in [0.001, 0.1].
     """
     step = torch.empty(heads).uniform_(math.log(0.001), math.log(0.1)).exp()
-    return step + torch.log(-torch.expm1(-step)), torch.empty(heads).uniform_(1, 16).log()
+    # The inverse of softplus, by expm1 since steps are small.
+    bias = step + torch.log(-torch.expm1(-step))
+    rate = torch.empty(heads).uniform_(1, 16)
+    return bias, rate.log()

@@ -14,6 +14,7 @@ def require_count(who: str, name: str, value: Any, *, least: int = 1, most: int 
     Settings that cost time or memory without a tensor of their size have a `most`: a few bytes of a stranger's file
     must not buy endless work.
     """
+    # Exactly int: True is a whole number to Python, and no count.
     if type(value) is int and value >= least and (most is None or value <= most):
         return
     upper = "" if most is None else f" to {most}"
@@ -28,6 +29,7 @@ def require_odd(who: str, name: str, value: Any) -> None:
 
 def require_flag(who: str, name: str, value: Any) -> None:
     """Raise `OperatorError` unless `value` is True or False."""
+    # Not by truth: a text such as "False" would be true.
     if type(value) is not bool:
         raise OperatorError(f"{who}: {name} is True or False; got {value!r}.")
 

@@ -76,8 +76,12 @@ def _cut(rule: Rule, axis: Axis, tile: int) -> _Cut:
     for remainder in range(step):
         group = range(remainder, length, step)
         tiles += [group[min(start, len(group) - tile) :][:tile] for start in range(0, len(group), tile)]
-    lows = [min(visible[place][0] for place in places) for places in tiles]
-    highs = [max(visible[place][-1] for place in places) for places in tiles]
+    lows = []
+    highs = []
+    for places in tiles:
+        lows.append(min(visible[place][0] for place in places))
+        highs.append(max(visible[place][-1] for place in places))
+    # Halos are of one size, so that one softmax call serves all tiles.
     halo = max((high - low) // step + 1 for low, high in zip(lows, highs, strict=True))
     if step == 1:
         lows = [min(low, length - halo) for low in lows]
@@ -106,16 +110,22 @@ def _make_tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, dev
         keys = torch.zeros(1, 1, dtype=torch.long)
         mask = torch.ones(1, 1, 1, dtype=torch.bool)
         for axis in axes:
-            sees_itself_alone = all(len(row) == 1 for row in rule(*axis))
-            # Places that see themselves alone have nothing in common to gather.
-            cut = _cut(rule, axis, 1 if sees_itself_alone and tile < tokens else tile)
+            side = tile
+            if tile < tokens and all(len(row) == 1 for row in rule(*axis)):
+                # Places that see themselves alone have nothing in common to gather.
+                side = 1
+            cut = _cut(rule, axis, side)
             queries = _outer(queries, cut.queries, axis[0])
             keys = _outer(keys, cut.keys, axis[0])
             mask = _outer_mask(mask, cut.mask)
         inverse = torch.empty(tokens, dtype=torch.long)
         inverse[queries.flatten()] = torch.arange(queries.numel())
         keys = torch.cat([keys, torch.arange(tokens, tokens + others).expand(len(keys), -1)], dim=1)
-        mask = None if sees_all else F.pad(mask[:, None], (0, others), value=True).to(device)
+        mask = F.pad(mask[:, None], (0, others), value=True).to(device)
+        if sees_all:
+            # Kernels are faster without a mask than with one that hides nothing.
+            mask = None
+        # Only the tiles of a sequence are runs of tokens.
         starts = cut.starts if len(axes) == 1 else []
         return Tiling(queries.to(device), keys.to(device), mask, inverse.to(device), starts)
 
@@ -168,7 +178,7 @@ def tiled_attention(
     Returns: [B, H, N, E].
     """
     # A tiling belongs to one grid.
-    axes = tuple(tuple(specialize(setting) for setting in axis) for axis in axes)
+    axes = tuple(tuple(map(specialize, axis)) for axis in axes)
     others = specialize(key.shape[2] - query.shape[2])
     tile = max(tile, round((others / 4) ** (1 / len(axes))))  # each tile gathers the others anew: fewer tiles then
     # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind; it must not be cached for real ones.
@@ -190,8 +200,11 @@ def tiled_attention(
         step = max(1, GATHERED_TOKENS // cut.keys.size(1))
     pieces = [slice(start, start + step) for start in range(0, tiles, step)]
     mixed = [_mix_tiles(parts, cut, piece, query.shape[1], scale, mask) for piece in pieces]
-    joined = torch.cat(mixed, dim=1) if len(mixed) > 1 else mixed[0]
-    return joined.index_select(1, cut.inverse).unflatten(2, (query.shape[1], -1)).transpose(1, 2)
+    joined = mixed[0]
+    if len(mixed) > 1:
+        joined = torch.cat(mixed, dim=1)
+    in_order = joined.index_select(1, cut.inverse)
+    return in_order.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
 
 
 def _tile_by_tile(
@@ -220,7 +233,9 @@ def _tile_by_tile(
         rows = slice(first, first + queries)
         visible = window
         if mask is not None:
-            mask_rows = mask[:, :, rows] if mask.shape[2] > 1 else mask
+            mask_rows = mask
+            if mask.shape[2] > 1:
+                mask_rows = mask[:, :, rows]
             visible = _combine(window, take_halo(mask_rows, 3, low))
         inputs = query[:, :, rows], take_halo(key, 2, low), take_halo(value, 2, low)
         mixed[:, rows] = F.scaled_dot_product_attention(*inputs, attn_mask=visible, scale=scale).transpose(1, 2)
@@ -254,14 +269,17 @@ def _mix_tiles(
 
 
 def _gather_mask(mask: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, batch: int) -> torch.Tensor:
-    """What tiles see of a mask: [B or 1, H or 1, N or 1, N] -> [B * tiles, H or 1, Q or 1, K]."""
-    rows = queries if mask.shape[2] > 1 else torch.zeros_like(queries[:, :1])
+    """Gather each tile's part of a mask: [B or 1, H or 1, N or 1, N] -> [B * tiles, H or 1, Q or 1, K]."""
+    rows = queries
+    if mask.shape[2] == 1:
+        # One row serves all queries.
+        rows = torch.zeros_like(queries[:, :1])
     part = mask[:, :, rows[:, :, None], keys[:, None]].transpose(1, 2)
     return part.expand(batch, *part.shape[1:]).flatten(0, 1)
 
 
 def _combine(window: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """What a window and a mask leave to be seen; additive where the mask is."""
+    """Combine a window and a mask into one, additive where the mask is."""
     if window is None:
         return mask
     if mask is None:

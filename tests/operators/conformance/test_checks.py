@@ -556,7 +556,7 @@ def test_an_operator_without_kinds_is_told_so():
 def test_a_report_is_a_table_of_promises():
     lines = str(check_operator("self_attention")).splitlines()
     assert lines[0].startswith("self_attention() passed ")
-    assert any(line.split(maxsplit=1) == ["deterministic", "The same inputs give the same outputs."] for line in lines)
+    assert any(line.split(maxsplit=1) == ["deterministic", "Equal inputs give equal outputs."] for line in lines)
 
 
 def test_context_without_grid_is_refused_in_words():
