@@ -16,7 +16,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from .hostile_files import GRAFT_CHANGES, MODEL_CHANGES, Change
 SECONDS = 5.0
 BYTES_A_BYTE = 10
 BYTES_BESIDES = 64 * 2**20
-_STOPPED_AFTER = 40  # seconds of the clock, of a process that may wait for others on a busy machine
+_STOPPED_AFTER = 120  # seconds of the clock, of a process that may wait for others on a busy machine
+_STOPPED_AFTER_COMPUTING = 12
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,14 @@ class Source:
     is_full_model: bool = False
 
 
-def make_sources(root: Path) -> list[Source]:
-    """Save sound grafts and models: every operator, LoRA, compressed updates, a recorded proof, full models."""
+def make_sources(root: Path, operators: Sequence[str] | None = None) -> list[Source]:
+    """Save sound grafts and models: every operator, LoRA, compressed updates, a recorded proof, full models.
+
+    Args:
+        operators: names of those to save; all unless given.
+    """
     rules: list[dict[str, Any]] = []
-    for name in dg.operators.available():
+    for name in operators or dg.operators.available():
         for kind in set(dg.operators.get(name).kinds) & {"self_attention", "feed_forward", "block", "block_pair"}:
             key = f"{kind}[0]" if kind != "block" else "block[1]"
             with contextlib.suppress(GraftError):
@@ -182,6 +187,7 @@ def _load_and_tell(source: Source, folder: Path, model: ModelMixin | None, writi
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(_STOPPED_AFTER)
         torch.set_num_threads(1)
+        resource.setrlimit(resource.RLIMIT_CPU, (_STOPPED_AFTER_COMPUTING, _STOPPED_AFTER_COMPUTING))
         resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + 8 * 2**30,) * 2)
         before = _memory("VmRSS")
         started = time.process_time()
@@ -233,15 +239,22 @@ def _memory(name: str) -> int:
     return 0
 
 
-def run(files: int, seed: int = 0, *, on_load: Callable[[Load], None] = lambda load: None) -> list[Load]:
+def run(
+    files: int,
+    seed: int = 0,
+    *,
+    operators: Sequence[str] | None = None,
+    on_load: Callable[[Load], None] = lambda load: None,
+) -> list[Load]:
     """Load hostile files one after the other.
 
     Args:
+        operators: as for `make_sources`.
         on_load: called with what came of each.
     """
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        sources = make_sources(root / "sound")
+        sources = make_sources(root / "sound", operators)
         loads = []
         for number in range(files):
             loads.append(load_hostile(number, seed, sources, root))

@@ -32,13 +32,16 @@ def compress(tensors: Tensors, base: Tensors, error: float) -> tuple[Tensors, di
     stored: Tensors = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
+        # New tensors, buffers of integers and resized ones are no updates of anything.
         if name not in base or base[name].shape != tensor.shape or not tensor.is_floating_point():
             stored[name] = tensor
             continue
         form, row = _smallest(tensor.detach().cpu(), base[name].detach().cpu(), error)
-        stored.update({f"{name}.{suffix}" if suffix else name: part for suffix, part in form.items()})
-        if row["method"] != "full":
-            rows[name] = row
+        if row["method"] == "full":
+            stored[name] = tensor
+            continue
+        stored.update({f"{name}.{suffix}": part for suffix, part in form.items()})
+        rows[name] = row
     return stored, rows
 
 
@@ -64,7 +67,9 @@ def _size(tensors: Tensors) -> int:
 
 def _relative(approximate: torch.Tensor, exact: torch.Tensor) -> float:
     norm = exact.norm().item()
-    return (approximate - exact).norm().item() / norm if norm else 0.0
+    if not norm:
+        return 0.0
+    return (approximate - exact).norm().item() / norm
 
 
 def _singular(update: torch.Tensor, limit: float) -> Tensors | None:
@@ -75,14 +80,22 @@ def _singular(update: torch.Tensor, limit: float) -> Tensors | None:
     lost = (energy.sum() - energy.cumsum(0)).clamp_min(0).sqrt() / energy.sum().sqrt().clamp_min(1e-300)
     rank = 1
     if energy.sum():
+        # A little less than the limit, since the product is rounded once more.
         rank = int((lost > 0.999 * limit).sum()) + 1
     return {"left": (left * values)[:, :rank].contiguous(), "right": right[:rank].contiguous()}
 
 
 def _integers(update: torch.Tensor) -> Tensors:
-    rows = update.flatten(1) if update.dim() > 1 else update[None]
+    # A scale for every output channel; a vector counts as one channel.
+    rows = update.reshape(_channels(update.shape), -1)
     scale = (rows.abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return {"steps": (rows / scale).round().clamp(-127, 127).to(torch.int8), "scale": scale}
+
+
+def _channels(shape: torch.Size) -> int:
+    if len(shape) < 2:
+        return 1
+    return shape[0]
 
 
 def _update(method: str, form: Tensors, shape: torch.Size) -> torch.Tensor:
@@ -106,12 +119,13 @@ def restore(tensors: Tensors, compressed: dict[str, Any], base: Tensors, where: 
             restored[name] = (base[name].detach().cpu().float() + update).to(base[name].dtype)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise FileError(f"The compressed update of {name} in {where} does not fit: {error!r}.") from error
+    # Finite parts may have a product that is not.
     require_finite({name: restored[name] for name in compressed}, where)
     return restored
 
 
 def _require_shapes(method: str, form: Tensors, shape: torch.Size) -> None:
-    rows = shape[0] if len(shape) > 1 else 1
+    rows = _channels(shape)
     columns = shape.numel() // max(rows, 1)
     if method == "svd":
         rank = form["right"].shape[0]

@@ -39,7 +39,9 @@ def infix_of(variant: str | None) -> str:
     is_word = isinstance(variant, str) and re.fullmatch(r"(\w[\w.-]*)?", variant)
     if variant is not None and not is_word:
         raise FileError(f"A variant is a word that goes into the names of files, such as bf16; got {variant!r}.")
-    return f".{variant}" if variant else ""
+    if not variant:
+        return ""
+    return f".{variant}"
 
 
 CONFIG, WEIGHTS, PROOF = names()
@@ -53,7 +55,9 @@ def holds_graft(folder: Path) -> bool:
 def descriptions_in(config: dict[str, Any]) -> dict[str, Any]:
     """Return the descriptions of a `config.json` by variant, the unnamed one by an empty text."""
     descriptions = config.get(MARK)
-    return descriptions if isinstance(descriptions, dict) else {}
+    if not isinstance(descriptions, dict):
+        return {}
+    return descriptions
 
 
 def is_adapter(name: str) -> bool:
@@ -81,6 +85,7 @@ def read_description(folder: Path, variant: str | None = None) -> tuple[dict[str
         raise FileError(f"{path} was not written by save_graft: its header holds no graft.")
     config = parse_json(text, f"The header of {path}")
     require_format(config, f"The header of {path}")
+    # People may read the file and trust what it says, so both must say the same.
     if (folder / config_name).exists() and read_json(folder / config_name) != config:
         raise FileError(
             f"{folder / config_name} was edited, or belongs to another graft than {weights_name}, which carries its own "
@@ -99,11 +104,13 @@ def require_format(config: dict[str, Any], where: str) -> None:
         return
     if number < FORMAT:
         raise FileError(f"{where} has format {number}, which no released version wrote. Save the graft again.")
+    made_with = "of a newer version"
     versions = config.get("versions")
-    made_with = versions.get("diffusers_graft") if isinstance(versions, dict) else None
+    if isinstance(versions, dict):
+        made_with = versions.get("diffusers_graft", made_with)
     raise FileError(
         f"{where} has format {number}; this version of diffusers-graft reads format {FORMAT}. It needs diffusers-graft "
-        f"{made_with or 'of a newer version'} or later: pip install -U diffusers-graft"
+        f"{made_with} or later: pip install -U diffusers-graft"
     )
 
 
@@ -113,6 +120,7 @@ def read_plan(data: dict[str, Any], model: ModelMixin) -> GraftPlan:
     Args:
         model: that the plan is for; a plan of more edits than it has modules is not read at all.
     """
+    # Counted first, since reading an edit takes a thousand times longer.
     edits = data.get("edits")
     modules = sum(1 for _ in model.modules())
     if isinstance(edits, list) and len(edits) > modules:
@@ -136,7 +144,10 @@ def stale_files(folder: Path, replaced: Iterable[str]) -> list[str]:
     written: set[str] = set()
     needed: set[str] = set()
     for place, files in _records(folder).items():
-        (written if place in replaced else needed).update(files)
+        if place in replaced:
+            written |= files
+        else:
+            needed |= files
     return sorted(written - needed)
 
 
@@ -149,10 +160,10 @@ def _records(folder: Path) -> dict[str, set[str]]:
         found[f"config.json:{variant}"] = description
     records: dict[str, set[str]] = {}
     for place, description in found.items():
-        files = description.get("files") if isinstance(description, dict) else None
-        listed = files if isinstance(files, list) else []
-        # The folder may come from somebody else: only names that a save of ours gives, and never a path.
-        records[place] = {name for name in listed if isinstance(name, str) and _is_ours(name)}
+        files = isinstance(description, dict) and description.get("files")
+        if isinstance(files, list):
+            # The folder may come from somebody else: only names that a save of ours gives, and never a path.
+            records[place] = {name for name in files if isinstance(name, str) and _is_ours(name)}
     return records
 
 

@@ -25,16 +25,16 @@ from .tensors import Tensors, fingerprint
 LOADED_FROM = "_graft_loaded_from"  # a model's note of the folder it was loaded from, as an absolute path
 
 
-def describe_graft(model: ModelMixin, graft: Graft, base: Tensors | None = None) -> dict[str, Any]:
+def describe_graft(model: ModelMixin, graft: Graft, base: Tensors) -> dict[str, Any]:
     """Return what `graft_config.json` of a graft folder holds; the save adds its checksum and its files.
 
     Args:
-        base: `base_tensors` of the model, where they were gathered already.
+        base: `base_tensors` of the model, which a save gathers once.
     """
     return {
         "format": FORMAT,
         "versions": versions(),
-        "base": _base(model, graft, base_tensors(model) if base is None else base),
+        "base": _base(model, graft, base),
         "plan": graft.plan.to_dict(),
         "lora": describe_adapters(model, graft),
         "compressed": {},
@@ -102,10 +102,12 @@ def _base(model: ModelMixin, graft: Graft, base: Tensors) -> dict[str, Any]:
 def hub_name(model: ModelMixin) -> str | None:
     """Return the repository that the base came from; None for a folder of this machine."""
     name = _loaded_from(model)
-    if path := _in_cache(name):
-        return path[0]
-    is_repository = name.count("/") == 1 and not os.path.isabs(name) and not os.path.exists(name)
-    return name if is_repository else None
+    cached = _in_cache(name)
+    if cached:
+        return cached[0]
+    if name.count("/") == 1 and not os.path.isabs(name) and not os.path.exists(name):
+        return name
+    return None
 
 
 def _loaded_from(model: ModelMixin) -> str:
@@ -128,15 +130,18 @@ def _commit(name: str | None, model: ModelMixin) -> str | None:
     """Return the commit that the base's configuration was read from, where the cache knows it."""
     if name is None:
         return None
-    if path := _in_cache(_loaded_from(model)):
-        return path[1]
+    cached = _in_cache(_loaded_from(model))
+    if cached:
+        return cached[1]
+    # A base that is loaded by its name has its configuration there, a pipeline's in a subfolder.
     for file in ("config.json", "transformer/config.json"):
         try:
             found = try_to_load_from_cache(name, file, cache_dir=constants.HF_HUB_CACHE)
         except HFValidationError:
             return None
-        if isinstance(found, str) and (path := _in_cache(found)):
-            return path[1]
+        cached = _in_cache(found) if isinstance(found, str) else None
+        if cached:
+            return cached[1]
     return None
 
 

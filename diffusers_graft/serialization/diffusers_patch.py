@@ -53,7 +53,8 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
         if graft is None or not is_enabled(self):
             return _save_without_graft(original, self, folder, kwargs)
         known = [*names, *_PUSHING, "repo_id", "self_contained"]
-        if unknown := sorted(kwargs.keys() - set(known)):  # which diffusers would ignore
+        unknown = sorted(kwargs.keys() - set(known))
+        if unknown:  # which diffusers would ignore
             raise UnknownNameError("argument of saving a grafted model", unknown[0], known)
         if not kwargs.pop("is_main_process", True):
             return None
@@ -62,7 +63,9 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
         push_to_hub = kwargs.pop("push_to_hub", False)
         with in_memory(self):
             save_grafted(original, self, graft, folder, **kwargs)
-        return push_model(folder, repo_id, variant=kwargs.get("variant"), **pushing) if push_to_hub else None
+        if not push_to_hub:
+            return None
+        return push_model(folder, repo_id, variant=kwargs.get("variant"), **pushing)
 
     return save_pretrained
 
@@ -103,8 +106,11 @@ def _saving_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
             raise StateError(
                 "Only a pipeline that has a grafted model has code to bring along. Leave self_contained out."
             )
+        # The index is written from the pipeline's configuration, which is put back afterwards.
         config = self._internal_dict
-        named = {name: CODE if self_contained else (_LIBRARY, type(part).__name__) for name, part in grafted.items()}
+        named = {name: (_LIBRARY, type(part).__name__) for name, part in grafted.items()}
+        if self_contained:
+            named = dict.fromkeys(grafted, CODE)
         self.register_to_config(**named)
         try:
             if self_contained:
@@ -132,6 +138,7 @@ def _pushing(original: Callable[..., Any]) -> Callable[..., Any]:
             _require_no_variants_there(repo_id, kwargs)
             return original(self, repo_id, **kwargs)
         with tempfile.TemporaryDirectory() as folder:
+            # The other variants of the repository stay described.
             download_config(repo_id, folder, kwargs.get("token"))
             kwargs.pop("subfolder", None)
             pushing = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
@@ -150,14 +157,18 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
             _note_folder(loaded, source)
             return loaded
         model = load_pretrained(source, **loading_arguments(kwargs))
-        return (model, {name: [] for name in _MISFITS}) if kwargs.get("output_loading_info") else model
+        if kwargs.get("output_loading_info"):
+            return model, {name: [] for name in _MISFITS}
+        return model
 
     return from_pretrained
 
 
 def _note_folder(loaded: Any, source: Any) -> None:
     """Note on a model the folder that it was loaded from; its configuration holds a path that may be relative."""
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model = loaded
+    if isinstance(loaded, tuple):  # with output_loading_info
+        model = loaded[0]
     if isinstance(source, str | os.PathLike) and os.path.isdir(source):
         vars(model)[LOADED_FROM] = os.path.abspath(source)
 
@@ -166,6 +177,7 @@ def _is_grafted(cls: type[ModelMixin], source: Any, kwargs: dict[str, Any]) -> b
     """Return whether the `config.json` that is asked for describes a grafted model of the variant asked for."""
     folder = Path(source or "") / (kwargs.get("subfolder") or "")
     if folder.is_dir():
+        # diffusers would wait for a pipe, and read a device without end.
         if (folder / "config.json").exists():
             require_regular(folder / "config.json")
         return is_described(folder, kwargs.get("variant"))

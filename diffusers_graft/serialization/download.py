@@ -42,6 +42,7 @@ def local_folder(source: str | Path, patterns: list[str], *, subfolder: str | No
     Raises `FileError` where there is neither, `UnknownNameError` for an argument that downloading does not take.
     """
     require_source(source)
+    # Also for folders: a misspelt argument should not wait for a repository to be noticed.
     for name in hub_arguments:
         if name not in _DOWNLOADING:
             raise UnknownNameError("argument of loading", name, _DOWNLOADING)
@@ -52,6 +53,7 @@ def local_folder(source: str | Path, patterns: list[str], *, subfolder: str | No
         folder = _downloaded(source, patterns, subfolder, hub_arguments)
     if not folder.is_dir():
         raise FileError(f"There is no folder {subfolder} in {source}.")
+    # A save that was interrupted after its decision is the newer one.
     finish_save(folder)
     return folder
 
@@ -105,6 +107,7 @@ def _home(folder: Path) -> Path:
     """Return where files of a folder may lie: in it, or in the repository's folder of the Hub's cache."""
     folder = folder.resolve()
     for parent in folder.parents:
+        # The files of a snapshot are links into the repository's `blobs`.
         if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
             return parent.parent
     return folder

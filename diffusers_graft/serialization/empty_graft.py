@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.models.modeling_utils import no_init_weights
 
 from ..core.sites import Site
 from ..errors import FileError, StateError
@@ -47,6 +50,13 @@ def build_empty_graft(model: ModelMixin, plan: GraftPlan, history: list[dict[str
     return graft
 
 
+def without_initial_values(is_wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Leave out the drawing of initial values inside the block, where that is wanted."""
+    if is_wanted:
+        return no_init_weights()
+    return contextlib.nullcontext()
+
+
 def check_operators(plan: GraftPlan, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Compare each operator of a plan with its tensors in a file, before it is built.
 
@@ -62,10 +72,7 @@ def check_operators(plan: GraftPlan, tensors: dict[str, torch.Tensor], folder: P
         check_work(operator, what)
         prefix = f"{edit.site.path}.graft."
         given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        if odd := sorted(expected.keys() ^ given.keys()):
-            raise FileError(
-                f"{folder} does not fit {edit.site.path}: {', '.join(odd[:4])} missing, or not of {edit.config}."
-            )
+        require_same_names(expected, given, f"{folder} does not fit {edit.site.path}, which is {edit.config}")
         for name, tensor in given.items():
             require_like(expected[name], tensor, f"{prefix}{name}", folder)
 
@@ -90,6 +97,13 @@ def require_device(device: Any) -> None:
         raise StateError(f"A model cannot be loaded onto {device!r}: {str(error)[:200]}.") from error
     if not is_usable:
         raise StateError("A model cannot be loaded onto the meta device, which holds no values. Give another device.")
+
+
+def require_same_names(expected: Iterable[str], given: Iterable[str], message: str) -> None:
+    """Raise `FileError` where names are missing or too many; the message goes on with the first of them."""
+    odd = sorted(set(expected) ^ set(given))
+    if odd:
+        raise FileError(f"{message}: {', '.join(odd[:4])} differ.")
 
 
 def require_like(expected: torch.Tensor, given: torch.Tensor, name: str, folder: Path) -> None:

@@ -41,6 +41,7 @@ class Record:
 
 
 _SCORES = DictOf(Record({"values": DictOf((int, float, str))}, {"protocol": dict}))
+# Rows that cards show; what else the stages of training note may be of any kind.
 _SITE_ROW = Record(
     {"site": str, "first_loss": NUMBER, "last_loss": NUMBER, "relative_error": NUMBER},
     {"held_out_loss": NUMBER, "held_out_error": NUMBER},
@@ -111,7 +112,10 @@ _FULL_MODEL = Record(
 
 def check_description(config: Any, where: str, *, is_full_model: bool) -> None:
     """Raise `FileError` for an entry that is missing or of another kind than a save of ours writes."""
-    _check(config, _FULL_MODEL if is_full_model else _GRAFT, where, "description")
+    kind = _GRAFT
+    if is_full_model:
+        kind = _FULL_MODEL
+    _check(config, kind, where, "description")
 
 
 def _check(value: Any, kind: Any, where: str, name: str) -> None:
@@ -119,6 +123,7 @@ def _check(value: Any, kind: Any, where: str, name: str) -> None:
         _require(value, dict, where, name)
         for key, inner in kind.required.items():
             _check(value.get(key), inner, where, key)
+        # An entry that came later is missing in older saves, and some are None where there is nothing to say.
         for key, inner in kind.optional.items():
             if value.get(key) is not None:
                 _check(value[key], inner, where, key)
@@ -135,7 +140,9 @@ def _check(value: Any, kind: Any, where: str, name: str) -> None:
 
 
 def _require(value: Any, kind: type | tuple[type, ...], where: str, name: str) -> None:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
+    kinds = kind
+    if not isinstance(kind, tuple):
+        kinds = (kind,)
     # True is an int to Python, and none to whoever reads a description.
     if isinstance(value, kinds) and not isinstance(value, bool):
         return

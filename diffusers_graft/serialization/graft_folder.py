@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.models.modeling_utils import ContextManagers, no_init_weights
 
 from ..cards.about import check_about, check_scores
 from ..cards.card import write_card
@@ -27,7 +26,15 @@ from .compression import restore
 from .config_file import KEY, is_adapter, names, read_description, read_plan, stale_files, to_text
 from .describe import describe_base, describe_graft
 from .download import local_folder
-from .empty_graft import build_empty_graft, check_operators, require_device, require_dtype, require_like
+from .empty_graft import (
+    build_empty_graft,
+    check_operators,
+    require_device,
+    require_dtype,
+    require_like,
+    require_same_names,
+    without_initial_values,
+)
 from .lora import adapter_tensors, load_adapters, require_unfused
 from .proof import prove, replay
 from .remote_code.operator_source import describe_code, is_pinned, register_trusted, sources
@@ -72,15 +79,18 @@ def save_graft(
     tensors = graft.tensors(model)
     adapters = adapter_tensors(model, graft)
     require_finite({**tensors, **adapters}, "the graft")
-    code = sources(graft.plan) if self_contained else {}
-    stored, compressed = tensors, {}
-    if compress is not None:
+    code = {}
+    if self_contained:
+        code = sources(graft.plan)
+    if compress is None:
+        stored = tensors
+        compressed = {}
+        proof = prove(model)
+    else:
         stored, compressed = compress_tensors(tensors, base, compress)
         # The proof is of the values that loading will give.
         with _holding(tensors, restore(stored, compressed, base, folder)):
             proof = prove(model)
-    else:
-        proof = prove(model)
     stored = {**stored, **adapters}
     config = describe_graft(model, graft, base) | {
         "checksum": checksum(stored),
@@ -93,6 +103,7 @@ def save_graft(
         for name, source in code.items():
             write_text(temporary / name, source)
         write_card(temporary, folder, model, graft, config)
+        # The next save removes what is listed here, and nothing else.
         config["files"] = sorted({path.name for path in temporary.iterdir()} | {*names(variant)})
         text = to_text(config)
         write_tensors(temporary / proof_name, proof)
@@ -162,6 +173,7 @@ def load_graft(
 
     After any error the model is as it was before, every value of it.
     """
+    # Arguments are checked before anything is downloaded.
     require_dtype(dtype)
     require_dtype(torch_dtype)
     require_device(device)
@@ -169,6 +181,7 @@ def load_graft(
     folder = local_folder(source, wanted, subfolder=subfolder, revision=revision, **hub_arguments)
     config, saved = read_graft(folder, variant)
     register_trusted(config, folder, trust=trust_remote_code, pinned=is_pinned(source, revision))
+    # From here on cheap checks come first, and nothing is built before its tensors were compared.
     plan = read_plan(config["plan"], model)
     plan.check(model)
     if verify:
@@ -179,7 +192,7 @@ def load_graft(
         tensors = restore(tensors, config["compressed"], base_tensors(model), folder)
     check_operators(plan, tensors, folder)
     with _moved(model, device=device, dtype=dtype or torch_dtype):
-        with ContextManagers([no_init_weights()] if low_cpu_mem_usage else []):
+        with without_initial_values(low_cpu_mem_usage):
             graft = build_empty_graft(model, plan, config["history"])
         fill(model, graft, tensors, folder)
         with _installed(model, graft):
@@ -247,15 +260,17 @@ def _check_base(model: ModelMixin, config: dict[str, Any], is_allowed: bool) -> 
     here = describe_base(model, base, parts)
     if here["fingerprint"] == saved.get("fingerprint"):
         return
+    # A base loaded in float16 was rounded twice.
     if fingerprint(base, through=torch.float16) == saved.get("float16_fingerprint"):
         return
     others = [path for path in parts if here["parts"][path] != parts[path]]
     name = saved.get("name_or_path") or "a model that was not loaded from the Hub"
-    where = f", among them those of {len(others)} parts that it replaces" if others else ""
-    message = f"This graft was made on {name}; the weights of this {type(model).__name__} are others{where}."
+    message = f"This graft was made on {name}; the weights of this {type(model).__name__} are others"
+    if others:
+        message += f", among them those of {len(others)} parts that it replaces"
     if not is_allowed:
-        raise MismatchError(f"{message} Load that base, or pass allow_base_mismatch=True and expect other outputs.")
-    logger.warning(message)
+        raise MismatchError(f"{message}. Load that base, or pass allow_base_mismatch=True and expect other outputs.")
+    logger.warning(f"{message}.")
 
 
 def fill(model: ModelMixin, graft: Graft, tensors: Tensors, folder: Path) -> None:
@@ -273,11 +288,12 @@ def fill(model: ModelMixin, graft: Graft, tensors: Tensors, folder: Path) -> Non
         else:
             raise FileError(f"{folder} does not fit: it holds {name}, which this model does not have.")
     for path, saved in by_seat.items():
+        # Children that were saved were trained; the others stay shared with the original.
         graft.untie(path, {name.partition(".")[0] for name in saved})
         expected = graft.tensors_of(path)
-        if odd := sorted(expected.keys() ^ saved.keys()):
-            raise FileError(f"{folder} does not fit {path}: {', '.join(odd[:4])} are missing, or too many.")
+        require_same_names(expected, saved, f"{folder} does not fit {path}")
         for name, tensor in saved.items():
             require_like(expected[name], tensor, f"{path}.{name}", folder)
-            expected[name].data.copy_(tensor)  # by its name without LoRA, which the base may carry
+            # By its name without LoRA, which the base may carry.
+            expected[name].data.copy_(tensor)
     graft.body = body

@@ -74,6 +74,7 @@ def building_within(budget: Budget, what: str) -> Iterator[None]:
     except GraftError:
         raise
     except Exception as error:
+        # Sizes of a file may be of any kind: modules of torch and diffusers divide by them and multiply them.
         raise FileError(f"{what} cannot be built: {first_line(error)}") from error
     finally:
         for handle in handles:
@@ -85,11 +86,13 @@ def check_work(operator: Operator, what: str) -> None:
     if isinstance(operator, BlockOperator):
         return
     width = operator.site.width
+    # Projections and feed-forward of a block, and its softmax attention.
     block = 24 * _TOKENS * width**2 + 4 * _TOKENS**2 * width
     try:
         cost = operator.flops(_TOKENS)
     except GraftError:
-        return  # an operator of another package need not say it
+        # An operator of another package need not say what it costs, and some need a grid to say it.
+        return
     if not cost <= _DEAREST * block:
         raise FileError(f"{what} costs {cost / block:,.0f} times a transformer block of its width. Nobody means that.")
 

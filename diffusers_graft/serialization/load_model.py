@@ -10,16 +10,24 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModelMixin
-from diffusers.models.modeling_utils import ContextManagers, no_init_weights
 
 from ..core.storage import read_json, read_tensors
 from ..errors import FileError, GraftError, StateError
 from ..injection.graft import Graft
 from ..injection.install import install
+from ..injection.waiting_parts import COMPUTE_DTYPES
 from ..planning.plan import GraftPlan
 from .config_file import CONFIG, MARK, descriptions_in, infix_of, is_adapter, read_plan, require_format, set_origin
 from .download import file_in, local_folder
-from .empty_graft import build_empty_graft, check_operators, require_device, require_dtype, require_like
+from .empty_graft import (
+    build_empty_graft,
+    check_operators,
+    require_device,
+    require_dtype,
+    require_like,
+    require_same_names,
+    without_initial_values,
+)
 from .entries import CARRIED, check_description
 from .limits import Budget, building_within, first_line
 from .remote_code.operator_source import is_pinned, register_trusted
@@ -27,6 +35,7 @@ from .settings import apply_settings
 from .tensors import Tensors, checksum, require_finite
 
 STEM = "diffusion_pytorch_model"
+_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTE_DTYPES}  # of buffers, by name
 AUTO = "auto_map"  # where config.json names code that loads the model
 _BESIDES = ["config.json", CONFIG, "README.md", "graft_operator_*.py"]  # files read beside the weights of a variant
 
@@ -76,7 +85,7 @@ def load_pretrained(
     require_finite(tensors, folder)
     adapters = {name: tensors.pop(name) for name in list(tensors) if is_adapter(name)}
     plan = _checked_plan(config, description, tensors, folder)
-    with ContextManagers([no_init_weights()] if low_cpu_mem_usage else []):
+    with without_initial_values(low_cpu_mem_usage):
         model, graft = _build(config, plan, folder)
     graft.history = description["history"]
     apply_settings(model, description.get("settings") or [])
@@ -84,7 +93,9 @@ def load_pretrained(
     set_origin(model, graft, **{name: description.get(name) for name in CARRIED})
     _cast(model, tensors, dtype or torch_dtype or torch.float32, description.get("buffers"), folder)
     _load_lora(model, graft, description.get("lora"), adapters)
-    return model.to(device).eval() if device is not None else model.eval()
+    if device is not None:
+        model.to(device)
+    return model.eval()
 
 
 def _one_device(device: Any, device_map: Any, quantization_config: Any) -> Any:
@@ -94,7 +105,8 @@ def _one_device(device: Any, device_map: Any, quantization_config: Any) -> Any:
         raise StateError(
             "A grafted model is loaded without quantization, onto one device. Load the base as you like, then load_graft."
         )
-    device = device_map if device is None else device
+    if device is None:
+        device = device_map
     require_device(device)
     return device
 
@@ -103,7 +115,8 @@ def _load_lora(model: ModelMixin, graft: Graft, described: Any, adapters: Tensor
     if described is None and not adapters:
         return
     try:
-        from .lora import load_adapters  # a model without LoRA is read without peft, too
+        # A model without LoRA is read without peft, too.
+        from .lora import load_adapters
     except ModuleNotFoundError as error:
         raise FileError("This model carries LoRA layers, which are peft's. Run: pip install peft") from error
     load_adapters(model, graft, described, adapters)
@@ -139,7 +152,8 @@ def config_digest(config: dict[str, Any]) -> str:
 
 def _model_class(config: dict[str, Any], folder: Path) -> type[ModelMixin]:
     name = config.get("_class_name")
-    cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    is_name = isinstance(name, str) and name.isidentifier()
+    cls = is_name and getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
         raise FileError(f"{folder / 'config.json'} names the class {name!r}, which diffusers does not have.")
     return cls
@@ -152,10 +166,12 @@ def _checked_plan(
     folder: Path,
 ) -> GraftPlan:
     """Read the plan of a model, and compare the model and its operators with the tensors before they are built."""
+    # On the meta device: a few bytes of config.json may ask for any size.
     cls = _model_class(config, folder)
     with building_within(Budget.of(tensors), f"The model of {folder / 'config.json'}"):
         model = cls.from_config(config)
     plan = read_plan(description["plan"], model)
+    # Tensors inside edited parts are the operators', which are compared below.
     seats = tuple(f"{path}." for edit in plan.edits for path in edit.site.paths)
     expected = model.state_dict()
     for name, tensor in expected.items():
@@ -218,13 +234,18 @@ def read_weights(folder: Path, variant: str | None = None, files: list[str] | No
         mapped = read_json(index).get("weight_map")
         if not isinstance(mapped, dict) or not mapped:
             raise FileError(f"{index} is damaged: it holds no weight_map.")
-        shards = dict.fromkeys(file_in(folder, name) for name in mapped.values())
-        tensors = {name: tensor for path in shards for name, tensor in read_tensors(path).items()}
-        if odd := sorted(mapped.keys() ^ tensors.keys()):
-            raise FileError(f"{index} does not fit the files it names: {', '.join(odd[:4])} differ.")
+        # One after the other: a list of names may be long, and the first one that is not there ends it.
+        shards: set[str] = set()
+        tensors: Tensors = {}
+        for name in mapped.values():
+            if not isinstance(name, str) or name not in shards:
+                tensors.update(read_tensors(file_in(folder, name)))
+                shards.add(name)
+        require_same_names(mapped, tensors, f"{index} does not fit the files it names")
         return tensors
     path = folder / weight_file(variant)
-    if not path.exists() and (pickles := sorted(p.name for p in folder.glob("*.bin"))):
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles and not path.exists():
         raise FileError(f"{folder} has its weights in {', '.join(pickles)}: pickles can run code and are not read.")
     return read_tensors(path)
 
@@ -232,11 +253,11 @@ def read_weights(folder: Path, variant: str | None = None, files: list[str] | No
 def assign_tensors(model: ModelMixin, tensors: Tensors, folder: Path, *, assign: bool) -> None:
     """Give a model all its tensors. Raises `FileError` where they do not fit."""
     expected = model.state_dict()
-    if odd := sorted(expected.keys() ^ tensors.keys()):
-        raise FileError(f"The weights in {folder} do not fit the model and its graft: {', '.join(odd[:4])} differ.")
+    require_same_names(expected, tensors, f"The weights in {folder} do not fit the model and its graft")
     for name, tensor in tensors.items():
         require_like(expected[name], tensor, name, folder)
-    if assign:  # a copy, since mapped memory would crash the process once somebody writes over the file
+    if assign:
+        # A copy, since mapped memory would crash the process once somebody writes over the file.
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=assign)
 
@@ -252,15 +273,17 @@ def _cast(
     """
     in_float32 = set(type(model)._keep_in_fp32_modules or ())
     for name, parameter in model.named_parameters():
-        wanted = torch.float32 if in_float32 & set(name.split(".")) else dtype
+        wanted = dtype
+        if in_float32 & set(name.split(".")):
+            wanted = torch.float32
         if parameter.is_floating_point() and parameter.dtype != wanted:
             parameter.data = tensors[name].to(wanted)
             require_finite({name: parameter.data}, folder)
     is_as_saved = any(tensor.dtype == dtype for tensor in tensors.values())
-    saved_dtypes = (buffers or {}) if is_as_saved else {}
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point():
+            wanted = dtype
+            if is_as_saved and buffers:
+                wanted = _FLOATS.get(buffers.get(name, ""), dtype)
             path, _, last = name.rpartition(".")
-            saved = getattr(torch, str(saved_dtypes.get(name)), None)
-            is_dtype = isinstance(saved, torch.dtype) and saved.is_floating_point
-            model.get_submodule(path)._buffers[last] = buffer.to(saved if is_dtype else dtype)
+            model.get_submodule(path)._buffers[last] = buffer.to(wanted)

@@ -35,14 +35,17 @@ def describe_adapters(model: ModelMixin, graft: Graft) -> dict[str, Any] | None:
 
 def _describe_layer(layer: LoraLayer) -> dict[str, Any]:
     row = {"r": layer.r[_ADAPTER], "alpha": layer.lora_alpha[_ADAPTER]}
+    # set_adapters and scale_layer change the scaling, and neither rank nor alpha.
     if layer.scaling[_ADAPTER] != _usual_scaling(layer):
-        row["scaling"] = layer.scaling[_ADAPTER]  # set_adapters and scale_layer change it, and nothing else
+        row["scaling"] = layer.scaling[_ADAPTER]
     return row
 
 
 def _usual_scaling(layer: LoraLayer) -> float:
-    root = math.sqrt(layer.r[_ADAPTER]) if layer.use_rslora.get(_ADAPTER) else layer.r[_ADAPTER]
-    return layer.lora_alpha[_ADAPTER] / root
+    rank = layer.r[_ADAPTER]
+    if layer.use_rslora.get(_ADAPTER):
+        return layer.lora_alpha[_ADAPTER] / math.sqrt(rank)
+    return layer.lora_alpha[_ADAPTER] / rank
 
 
 def adapter_tensors(model: ModelMixin, graft: Graft) -> dict[str, torch.Tensor]:
@@ -57,7 +60,9 @@ def adapter_tensors(model: ModelMixin, graft: Graft) -> dict[str, torch.Tensor]:
     layers = _layers(model)
     for path, layer in layers.items():
         _require_plain_state(path, layer)
-    return get_peft_model_state_dict(model) if layers else {}
+    if not layers:
+        return {}
+    return get_peft_model_state_dict(model)
 
 
 def require_unfused(model: ModelMixin, graft: Graft) -> None:
@@ -110,15 +115,18 @@ def load_adapters(model: ModelMixin, graft: Graft, described: Any, tensors: dict
         expected = {(name, value.shape) for name, value in get_peft_model_state_dict(model).items()}
         given = {(name, value.shape) for name, value in tensors.items()}
         adapted = set(_layers(model))
-        if odd := sorted({name for name, _ in expected ^ given} | (adapted ^ set(config.target_modules))):
+        odd = sorted({name for name, _ in expected ^ given} | (adapted ^ set(config.target_modules)))
+        if odd:
             raise FileError(f"The saved LoRA does not fit the model: {', '.join(odd[:4])} differ.")
         set_peft_model_state_dict(model, tensors)
+    # After peft set the usual ones.
     for path, scaling in scalings.items():
         model.get_submodule(path).scaling[_ADAPTER] = scaling
     for name, parameter in model.named_parameters():
         before = requires_grad.get(name.replace(".base_layer.", "."))
         if before is not None:
-            parameter.requires_grad_(before)  # peft freezes what it does not train
+            # peft freezes what it does not train.
+            parameter.requires_grad_(before)
 
 
 def _read_config(described: Any, tensors: dict[str, torch.Tensor]) -> tuple[LoraConfig, dict[str, float]]:
@@ -137,6 +145,7 @@ def _read_config(described: Any, tensors: dict[str, torch.Tensor]) -> tuple[Lora
             _check_layer(path, row, tensors)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise FileError(f"The description of this graft's LoRA is damaged: {error!r}.") from error
+    # peft has one rank and alpha for all layers, and patterns for those that differ.
     first = next(iter(layers.values()))
     config = LoraConfig(
         r=first["r"],

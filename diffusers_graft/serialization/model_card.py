@@ -10,6 +10,7 @@ from diffusers import ModelMixin
 from ..cards.about import check_about, check_scores
 from ..cards.card import render_card
 from ..cards.user_edits import add_note
+from ..injection.graft import base_tensors
 from ..injection.install import require_graft
 from .describe import describe_graft, describe_model
 
@@ -38,8 +39,7 @@ def card(
         GraftError: a value that a card cannot hold.
     """
     graft = require_graft(model)
-    describe = describe_model if graft.is_standalone else describe_graft
-    config = describe(model, graft)
+    config = describe_model(model, graft) if graft.is_standalone else describe_graft(model, graft, base_tensors(model))
     config["scores"] = check_scores(scores) or config["scores"]
     config["about"] = check_about(about)
     return add_note(

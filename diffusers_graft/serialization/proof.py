@@ -55,7 +55,8 @@ def prove(model: ModelMixin) -> Tensors:
         try:
             with evaluating(model):
                 return {**tensors, "output": predict(model, inputs)}
-        except Exception as refusal:  # whatever an operator cannot run on, no save is lost to its proof
+        except Exception as refusal:
+            # Whatever an operator cannot run on: no save is lost to its proof.
             reason = f" {first_line(refusal)}"
     if reason:
         logger.warning(f"The graft is saved without a proof, since it runs on no input known here.{reason}")
@@ -96,7 +97,9 @@ def _require_small(model: ModelMixin, inputs: dict[str, Any], tensors: Tensors) 
     grid = read_context(model, (), inputs).grid
     values = sum(tensor.numel() for tensor in tensors.values())
     rows = [tensor.numel() // tensor.shape[-1] for tensor in tensors.values() if tensor.numel() and tensor.dim()]
-    tokens = values if grid is None else max([grid.tokens, *rows])
+    tokens = values
+    if grid is not None:
+        tokens = max([grid.tokens, *rows])
     if tokens > _MOST_TOKENS or values > _MOST_VALUES:
         raise FileError(
             f"A proof is a forward over at most {_MOST_TOKENS:,} tokens; this one has {tokens:,}. "
@@ -110,7 +113,9 @@ def replay(model: ModelMixin, path: Path) -> None:
 
     Raises `FileError` for a proof that is damaged, or of other inputs than the model takes.
     """
-    saved = read_tensors(path) if path.exists() else {}
+    saved: Tensors = {}
+    if path.exists():
+        saved = read_tensors(path)
     if not saved:
         logger.warning(f"{path.parent} carries no proof; its outputs were not checked.")
         return
@@ -129,19 +134,25 @@ def replay(model: ModelMixin, path: Path) -> None:
     if output.shape != expected.shape:
         raise FileError(f"{path} holds an output of shape {tuple(expected.shape)}, not {tuple(output.shape)}.")
     difference = (output - expected).abs().max().item()
-    is_close = difference <= 1e-3 * expected.abs().max().item()
-    logger.log(logging.INFO if is_close else logging.WARNING, f"proof replayed: largest difference {difference:.3g}")
+    level = logging.INFO
+    if difference > 1e-3 * expected.abs().max().item():
+        level = logging.WARNING
+    logger.log(level, f"proof replayed: largest difference {difference:.3g}")
 
 
 def _saved_inputs(model: ModelMixin, saved: Tensors, path: Path) -> dict[str, Any]:
     """Return the arguments that a file holds, of the shapes that a proof of ours has."""
     given = {name: tensor for name, tensor in saved.items() if name not in ("output", _RECIPE)}
+    sizes = list(_sizes(model))
     latents = given.get("inputs.hidden_states")
-    side = latents.shape[-1] if latents is not None and latents.dim() else next(_sizes(model))
+    size = sizes[0]
+    if latents is not None and latents.dim() and latents.shape[-1] in sizes:
+        size = latents.shape[-1]
     try:
-        inputs = example_inputs(model, size=side if side in set(_sizes(model)) else next(_sizes(model)))
+        inputs = example_inputs(model, size=size)
     except ModelError:
         return _unpack_recorded(model, saved, given, path)
+    # Of the shapes that our proof would have: a forward over a huge input may never end.
     structure, tensors = pack(inputs, "inputs")
     if not given.keys() <= tensors.keys():
         raise FileError(f"{path} is no proof for this model: it holds {sorted(given)[:9]}, not {sorted(tensors)}.")
@@ -156,10 +167,10 @@ def _saved_inputs(model: ModelMixin, saved: Tensors, path: Path) -> dict[str, An
 
 
 def _unpack_recorded(model: ModelMixin, saved: Tensors, given: Tensors, path: Path) -> dict[str, Any]:
-    here = {}
-    for name, tensor in given.items():
-        dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
-        here[name] = tensor.to(model.device, dtype)
+    here = {name: tensor.to(model.device) for name, tensor in given.items()}
+    for name, tensor in here.items():
+        if tensor.is_floating_point():
+            here[name] = tensor.to(model.dtype)
     try:
         structure = parse_json(saved[_RECIPE].numpy().tobytes().decode(), f"The recipe in {path}")
         inputs = unpack(structure, here)

@@ -59,14 +59,18 @@ def save_grafted(
     are not finite, for an operator whose source cannot be separated, and for a folder that cannot be written.
     """
     if not kwargs.get("safe_serialization", True) or kwargs.get("use_flashpack"):
+        # A pickle would be written and never read.
         raise StateError(
             "A grafted model is saved as safetensors and read from nothing else. Leave the other format out."
         )
+    # Refuses a variant that is no word before anything is gathered.
     infix_of(variant)
     check_processors(graft)
     weights = _weights(model, graft)
     require_finite(weights, "the model")
-    code = sources(graft.plan) if self_contained else {}
+    code = {}
+    if self_contained:
+        code = sources(graft.plan)
     description = {**describe_model(model, graft), "checksum": checksum(weights), "code": describe_code(code)}
     there = _config_in(folder)
     others = _others(there, variant)
@@ -74,7 +78,8 @@ def save_grafted(
     if self_contained or (others and AUTO in there):
         auto_map = {AUTO: AUTO_MAP}
     replaced = [f"config.json:{variant or ''}"]
-    if is_shown := not holds_graft(folder):  # a graft in the folder describes itself in that file
+    is_shown = not holds_graft(folder)  # a graft in the folder describes itself in that file
+    if is_shown:
         replaced.append(CONFIG)
     if self_contained:
         code[FILE] = library_file(graft.plan)
@@ -84,12 +89,15 @@ def save_grafted(
             write_text(temporary / name, text)
         write_card(temporary, folder, model, graft, description, is_full_model=True)
         config = read_json(temporary / "config.json")
-        config.pop("_name_or_path", None)  # it may be a path of this machine; the description names the base
+        # It may be a path of this machine; the description names the base.
+        config.pop("_name_or_path", None)
         description["model"] = config_digest(config)
         written = {path.name for path in temporary.iterdir()} - {"config.json"}
-        # Another variant may need the code that this one was saved without.
-        carried = {FILE} if auto_map and not self_contained else set()
-        description["files"] = sorted(written | carried | ({CONFIG} if is_shown else set()))
+        if auto_map:
+            written.add(FILE)  # another variant may need the code that this one was saved without
+        if is_shown:
+            written.add(CONFIG)
+        description["files"] = sorted(written)
         if is_shown:
             write_text(temporary / CONFIG, to_text(description))
         described = {**config, MARK: {**others, variant or "": description}, **auto_map}
@@ -105,6 +113,7 @@ def save_plain(original: Callable[..., Any], model: ModelMixin, folder: Path, **
     if not holds_graft(folder):
         replaced.append(CONFIG)
     stale = stale_files(folder, replaced)
+    # Without a save of ours there, diffusers writes as it ever did.
     if not stale:
         return original(model, folder, **kwargs)
     with replace_files(folder, stale=stale) as temporary:
@@ -140,7 +149,8 @@ def forget_description(model: ModelMixin) -> None:
 
 def require_no_variants(folder: Path, variant: str | None, *, where: str | None = None) -> None:
     """Raise `StateError` where diffusers' `config.json` of a plain model would drop the description of variants."""
-    if others := _others(_config_in(folder), variant):
+    others = _others(_config_in(folder), variant)
+    if others:
         there = ", ".join(repr(name or None) for name in others)
         advice = "Give the plain one a repository or a folder of its own."
         raise StateError(f"{where or folder} holds a grafted model (variant {there}). {advice}")
@@ -149,9 +159,10 @@ def require_no_variants(folder: Path, variant: str | None, *, where: str | None 
 def _weights(model: ModelMixin, graft: Graft) -> Tensors:
     """Return every tensor by the name it has without LoRA around it, and those of LoRA."""
     tensors = model.state_dict()
-    if quantised := next((name for name, tensor in tensors.items() if is_quantised(tensor)), None):
+    quantised = [name for name, tensor in tensors.items() if is_quantised(tensor)]
+    if quantised:
         raise StateError(
-            f"{quantised} is quantised, and weights are saved as plain tensors. Save the graft alone, with save_graft: "
+            f"{quantised[0]} is quantised, and weights are saved as plain tensors. Save the graft alone, with save_graft: "
             "it loads over the same quantised base."
         )
     adapters = [name for name in tensors if is_adapter(name)]

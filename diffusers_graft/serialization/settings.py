@@ -21,6 +21,7 @@ def apply_settings(model: ModelMixin, settings: Any) -> None:
     rows = settings if isinstance(settings, list) else [settings]
     if len(rows) > sum(1 for _ in model.modules()):
         raise FileError(f"{len(rows):,} settings are more than the model has modules.")
+    # All are checked before the first is set.
     for module, attribute, value in [_checked(model, row) for row in rows]:
         setattr(module, attribute, value)
 

@@ -56,12 +56,14 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     """
     total = hashlib.sha256()
     for name in sorted(tensors):
+        # Dtype and shape too: the same bytes may be read as other numbers.
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode(errors="surrogatepass"))
         data = tensor.reshape(-1).view(torch.uint8)
         in_rows = data.numel() // (_WORD * _ROW) * _WORD * _ROW
         if in_rows:
             rows = data[:in_rows]
+            # Words can only be viewed where memory is aligned to them.
             if data.storage_offset() % _WORD:
                 rows = rows.clone()
             total.update(rows.view(torch.int64).view(-1, _ROW).sum(1).numpy())
@@ -83,6 +85,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], *, through: torch.dtype = t
     for name in sorted(plain):
         flat = plain[name].detach().reshape(-1)
         total.update(f"{name} {tuple(plain[name].shape)} ".encode())
+        # In float64, which holds every index of a tensor exactly.
         places = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), _SAMPLES), dtype=torch.float64).long()
         values = flat[places.to(flat.device)]
         if values.is_floating_point():

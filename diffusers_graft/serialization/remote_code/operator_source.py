@@ -80,6 +80,7 @@ def register_trusted(config: dict[str, Any], folder: Path, *, trust: bool, pinne
     Raises `FileError` unless that is trusted and pinned, and the source is the one that was saved.
     """
     code = config.get("code") or {}
+    # Operators that are installed, or known to this process already, are never taken from a repository.
     here = set(operators.available())
     for name in sorted(names_in(config["plan"].get("edits")) & code.keys()):
         if name not in here:
@@ -115,7 +116,10 @@ def _operator(name: str, row: dict[str, str], folder: Path) -> type[Operator]:
     # People are told to read the file of this name before they trust it.
     if row["file"] != file_of(name):
         raise FileError(f"{folder} names {row['file']} as the source of {name!r}, and not {file_of(name)}.")
-    data = read_bytes(path, limit=_LARGEST_SOURCE) if path.exists() else b""
+    data = b""
+    if path.exists():
+        data = read_bytes(path, limit=_LARGEST_SOURCE)
+    # Read once: what is hashed here is what runs.
     if _digest(data) != row["sha256"]:
         raise FileError(f"{path} is missing, or not the source that was saved. Download it again.")
     module = _run(f"{operators.__name__}.{name}", path, data)
@@ -139,6 +143,7 @@ def _run(name: str, path: Path, data: bytes) -> ModuleType:
     module = ModuleType(name)
     module.__file__ = str(path)
     module.__package__ = operators.__name__
+    # Before it runs, since a dataclass looks its module up.
     sys.modules[name] = module
     try:
         text = data.decode("utf-8")

@@ -47,11 +47,13 @@ def library_file(plan: GraftPlan) -> str:
             foreign[path] = source_text(operator)
     paths = _needed([_READER, *ours], foreign)
     texts = {path: foreign.get(path) or (_ROOT / path).read_text(encoding="utf-8") for path in paths}
+    # The reader calls the package as it calls the library.
     texts["__init__.py"] = (
         f'"""The modules of diffusers-graft {__version__} that read a saved model."""\n\n'
         "from .serialization.load_model import load_pretrained as load_pretrained\n"
     )
     texts[_SHAPES] = _without_shapes(texts[_SHAPES])
+    # Models of several versions may be read in one process: each set of modules has a name of its own.
     package = f"{_NAME}_{hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]}"
     for path in foreign:  # ours import each other by their places, others import us by name
         texts[path] = re.sub(rf"\b{_NAME}\b", package, texts[path])
@@ -101,6 +103,7 @@ def _imported(tree: ast.AST, path: str) -> Iterator[str]:
     """Yield the dotted names inside this package that a module imports from it."""
     here = [_NAME, *Path(path).parent.parts]
     for node in ast.walk(tree):
+        # The modules of this package are never imported by plain `import`.
         if not isinstance(node, ast.ImportFrom):
             continue
         base = here[: len(here) - node.level + 1] if node.level else []

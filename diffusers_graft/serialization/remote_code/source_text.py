@@ -58,12 +58,16 @@ class _Module:
             needed[name] = self._binding(name)
             waiting += sorted(_globals_read(needed[name]))
         self._refuse_changes(set(needed))
-        place = {name: self.bound[name][0].lineno if name in self.bound else 0 for name in needed}
-        lines = dict.fromkeys(needed[name] for name in sorted(needed, key=lambda name: (place[name], name)))
+        lines = dict.fromkeys(needed[name] for name in sorted(needed, key=self._place))
         head = f'"""The operator {self.operator.name}, and what it needs of the module that it was written in."""\n\n'
         if any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in self.tree.body):
             head += "from __future__ import annotations\n\n"
         return head + "\n\n".join(lines) + "\n"
+
+    def _place(self, name: str) -> tuple[int, str]:
+        """Return where a name is bound; those of other texts come first."""
+        statements = self.bound.get(name)
+        return (statements[0].lineno if statements else 0, name)
 
     def _binding(self, name: str) -> str:
         """Return the statement that binds a name at the top level of the module."""
@@ -93,7 +97,9 @@ class _Module:
     def _require_available(self, node: ast.Import | ast.ImportFrom) -> None:
         """Raise `FileError` for an import that whoever loads the operator may not have."""
         level = getattr(node, "level", 0)
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
         for name in names:
             package = name.split(".")[0]
             if level or not (package in AVAILABLE or package in sys.stdlib_module_names):
@@ -135,9 +141,9 @@ def _text_of(operator: type[Operator]) -> str:
     """Return the text of the file or the notebook's cell that an operator is defined in."""
     for value in vars(operator).values():
         code = getattr(value, "__code__", None)
-        lines = linecache.getlines(code.co_filename) if code is not None else []
-        if lines and f"class {operator.__name__}" in "".join(lines):
-            return "".join(lines)
+        text = "" if code is None else "".join(linecache.getlines(code.co_filename))
+        if f"class {operator.__name__}" in text:
+            return text
     raise FileError(
         f"The source of the operator {operator.name!r} is not at hand: it was defined in {operator.__module__}, without "
         "a file. Put it into a file of its own, or save without self_contained."
@@ -171,7 +177,9 @@ def _changed_by(statement: ast.stmt) -> set[str]:
         elif isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
             root = node
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            root = node.value.func if isinstance(node.value.func, ast.Attribute) else None
+            root = node.value.func
+            if isinstance(root, ast.Name):
+                continue  # a plain call changes no name
         while isinstance(root, ast.Subscript | ast.Attribute):
             root = root.value
         if isinstance(root, ast.Name):
@@ -193,7 +201,9 @@ def _is_constant(node: ast.stmt) -> bool:
 
 def _unguarded_imports(statement: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
     """Yield the imports in a statement, but for those inside a `try` that may fail."""
-    for node in ast.iter_child_nodes(statement) if not isinstance(statement, ast.Try) else ():
+    if isinstance(statement, ast.Try):
+        return
+    for node in ast.iter_child_nodes(statement):
         if isinstance(node, _IMPORTS):
             yield node
         else:

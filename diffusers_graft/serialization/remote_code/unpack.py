@@ -34,6 +34,7 @@ class GraftedModel(ModelMixin):
         library = _library()
         arguments = loading_arguments({**kwargs, "trust_remote_code": True})
         model = library.load_pretrained(pretrained_model_name_or_path, **arguments)
+        # diffusers' own save would write a grafted model as a plain one.
         if library.__name__ == PACKAGE:
             vars(model)["save_pretrained"] = _refuse_saving
         return model
@@ -50,6 +51,7 @@ def _library() -> ModuleType:
     if importlib.util.find_spec(name) is None:
         name = PACKAGE
         if importlib.util.find_spec(name) is None:
+            # At the end, so that nothing in it hides a module that is installed.
             sys.path.append(_unpacked())
             importlib.invalidate_caches()
     return importlib.import_module(name)
