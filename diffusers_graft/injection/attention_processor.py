@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
@@ -32,6 +31,7 @@ from ..errors import OperatorError
 from ..inspection.source import text_comes_first
 from ..operators import Operator
 from .attention_core import mix, mix_with_others
+from .hooks import register_processor
 from .processor_source import image_stream, rewrite_call
 
 # Queries and keys as they were before rotary embeddings.
@@ -289,18 +289,8 @@ def grafted_class(original: type) -> type:
         "__module__": __name__,
     }
     cls = type(f"Grafted{original.__name__}", (_Grafted, original), body)
-    _register_as(cls, original)
+    register_processor(cls, original)
     return cls
-
-
-def _register_as(cls: type, original: type) -> None:
-    """Let hooks of diffusers, which look processors up by their exact class, know ours as the original's."""
-    try:
-        metadata = AttentionProcessorRegistry.get(original)
-    except ValueError:
-        # diffusers does not know the original either.
-        return
-    AttentionProcessorRegistry.register(cls, metadata)
 
 
 def _intercept_call(original: type) -> Callable[..., Any]:

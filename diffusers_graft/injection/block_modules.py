@@ -7,9 +7,9 @@ input.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..inspection.block_loops import read_from_outside
 from ..inspection.blocks import block_class, streams_of
 from ..inspection.source import parameters_of
 from ..operators import BlockOperator
+from .hooks import register_block
 
 Stream = torch.Tensor | None
 
@@ -95,6 +96,10 @@ class RemovedBlock(nn.Module):
         self.graft_parts = parts
         self.graft_call = _BlockCall.of(cls)
 
+    def __reduce__(self):
+        # The generated class cannot be imported, so it is generated again.
+        return _make_removed, (self.graft_class,), vars(self).copy()
+
     def forward(self, *args, **kwargs) -> Any:
         streams = self.graft_call.read_streams(args, kwargs)
         operator = getattr(self, "graft", None)
@@ -112,6 +117,18 @@ class RemovedBlock(nn.Module):
         return self.graft_call.join_output(streams)
 
 
+@functools.cache
+def _removed_class(original: type) -> type[RemovedBlock]:
+    """Generate the class that replaces blocks of one class: diffusers' caches and hooks look blocks up by their class."""
+    cls = type(f"Removed{original.__name__}", (RemovedBlock,), {"__module__": __name__})
+    register_block(cls, original)
+    return cls
+
+
+def _make_removed(original: type) -> RemovedBlock:
+    return object.__new__(_removed_class(original))
+
+
 def build_parallel(copies: list[nn.Module], operator: BlockOperator) -> list[nn.Module]:
     """Make copies of blocks run side by side; the first one holds the operator."""
     first, *others = copies
@@ -122,8 +139,8 @@ def build_parallel(copies: list[nn.Module], operator: BlockOperator) -> list[nn.
     first_call = _FirstCall()
     for seat in copies:
         # A partial of a function, since a method could not be pickled.
-        vars(seat).update(graft_call=call, graft_first_call=first_call, forward=partial(_pass_on, seat))
-    vars(first)["forward"] = partial(_run_together, first)
+        vars(seat).update(graft_call=call, graft_first_call=first_call, forward=functools.partial(_pass_on, seat))
+    vars(first)["forward"] = functools.partial(_run_together, first)
     return copies
 
 
@@ -134,7 +151,8 @@ def build_removed(
     seats = []
     for path, original in zip(site.paths, originals, strict=True):
         inside = Sites(part for part in parts if part.path.startswith(f"{path}."))
-        seat = RemovedBlock(block_class(original), inside)
+        cls = block_class(original)
+        seat = _removed_class(cls)(cls, inside)
         if not seats:
             # One operator replaces all that the blocks did.
             seat.graft = operator

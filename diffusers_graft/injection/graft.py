@@ -25,9 +25,9 @@ from ..operators import AttentionOperator, Operator
 from ..planning.plan import Edit, GraftPlan, build_operator
 from .attention_processor import graft_processor
 from .block_modules import build_parallel, build_removed
-from .hooks import load_from_disk, refuse_hooked
+from .hooks import is_skippable, load_from_disk, refuse_hooked
 from .module_copy import copy_restarted, copy_shallow, fill_block, untie
-from .modules import AttentionSeat, FeedForwardSeat
+from .modules import AttentionSeat, FeedForwardSeat, SkippableFeedForwardSeat
 from .waiting_parts import anchor_of
 
 
@@ -228,7 +228,8 @@ def _build_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn.Modul
     if isinstance(site, FeedForwardSite):
         if is_warm:
             operator.init_from(linear_pair(original, site.path))
-        return FeedForwardSeat(site, operator)
+        seat_class = SkippableFeedForwardSeat if is_skippable(original) else FeedForwardSeat
+        return seat_class(site, operator)
     if not isinstance(operator, AttentionOperator):
         return _build_mixer_seat(edit, original, operator)
     _refuse_more_than_projections(original, edit)

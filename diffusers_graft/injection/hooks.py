@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from diffusers import ModelMixin
 from diffusers.hooks import HookRegistry, group_offloading
+from diffusers.hooks._common import _FEEDFORWARD_CLASSES
+from diffusers.hooks._helpers import AttentionProcessorRegistry, TransformerBlockRegistry
 from torch import nn
 
 from ..core.sites import Site
@@ -61,6 +64,29 @@ def _hook_names(module: nn.Module) -> set[str]:
     """Return the names of diffusers' hooks on one module."""
     registry = vars(module).get("_diffusers_hook")
     return set(getattr(registry, "hooks", ()))
+
+
+def is_skippable(feed_forward: nn.Module) -> bool:
+    """Return whether hooks of diffusers that skip feed-forwards find this one."""
+    return isinstance(feed_forward, _FEEDFORWARD_CLASSES)
+
+
+def register_processor(cls: type, original: type) -> None:
+    """Let hooks, which look processors up by their exact class, know one as the original.
+
+    Where diffusers does not know the original either, nothing is done.
+    """
+    with contextlib.suppress(ValueError):
+        AttentionProcessorRegistry.register(cls, AttentionProcessorRegistry.get(original))
+
+
+def register_block(cls: type, original: type) -> None:
+    """Let hooks, which look blocks up by their exact class, know one as the original."""
+    with contextlib.suppress(ValueError):
+        metadata = copy.copy(TransformerBlockRegistry.get(original))
+        TransformerBlockRegistry.register(cls, metadata)
+        # Arguments are looked up in the signature of this class.
+        metadata._cls = original
 
 
 def load_from_disk(model: ModelMixin) -> None:

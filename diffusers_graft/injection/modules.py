@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.attention import FeedForward
 from torch import nn
 
 from ..core.sites import AttentionSite, FeedForwardSite
@@ -21,7 +22,8 @@ class FeedForwardSeat(nn.Module):
     """A feed-forward operator behind the call of the feed-forward it replaces."""
 
     def __init__(self, site: FeedForwardSite, operator: FeedForwardOperator):
-        super().__init__()
+        # Not what comes next to it: a feed-forward of diffusers would build its layers.
+        nn.Module.__init__(self)
         self.graft_site = site
         self.graft = operator
 
@@ -36,6 +38,10 @@ class FeedForwardSeat(nn.Module):
         if dims == 4 and hidden_states.shape[-1] != self.graft_site.width:
             return self.forward(hidden_states.movedim(1, -1)).movedim(-1, 1)
         return self.forward(hidden_states.flatten(1, -2)).view(hidden_states.shape)
+
+
+class SkippableFeedForwardSeat(FeedForwardSeat, FeedForward):
+    """A seat that hooks of diffusers which skip layers find as they find the original, by its class."""
 
 
 class AttentionSeat(nn.Module):

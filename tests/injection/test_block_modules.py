@@ -467,3 +467,20 @@ def test_the_card_lists_blocks_and_draws_them():
     assert f"| `block[2]` | 1 | `remove()` | the identity, which is all it is | {whole:,} | 0 |" in card
     assert "| `block_run[3:5]` | 1 |" in card
     assert "block            (██)×(██)·" in card
+
+
+def test_caches_of_diffusers_know_a_removed_block_as_the_block_it_was():
+    from diffusers import FirstBlockCacheConfig
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    model = tiny("FluxTransformer2DModel")
+    original = TransformerBlockRegistry.get(type(model.transformer_blocks[1]))
+    model.set_graft("block[1]=remove; block[2]=linear_block")
+    output = predict_in_zoo(model, "FluxTransformer2DModel")
+    metadata = TransformerBlockRegistry.get(type(model.transformer_blocks[1]))
+    assert metadata.return_hidden_states_index == original.return_hidden_states_index
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with model.cache_context("one"):
+        torch.testing.assert_close(predict_in_zoo(model, "FluxTransformer2DModel"), output)
+    twin = pickle.loads(pickle.dumps(model.transformer_blocks[1]))
+    assert type(twin) is type(model.transformer_blocks[1])

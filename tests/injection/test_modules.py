@@ -157,3 +157,19 @@ def test_feed_forwards_go_in_run_learn_and_come_out(name, tmp_path):
     learn_and_share(model, name, tmp_path, trains=name not in NO_SOFTMAX)
     model.unset_graft()
     same(model, keys, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "skipped"), [("FluxTransformer2DModel", True), ("AuraFlowTransformer2DModel", False)]
+)
+def test_hooks_that_skip_feed_forwards_find_a_seat_where_they_find_the_original(name, skipped):
+    from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+
+    for rules in (None, {"feed_forward[:]": FEED_FORWARD}):
+        model = model_of(name)
+        if rules:
+            model.set_graft(rules)
+        output = predict(model, name)
+        blocks = "transformer_blocks" if skipped else "joint_transformer_blocks"
+        apply_layer_skip(model, LayerSkipConfig(indices=[0], fqn=blocks, skip_attention=False, skip_ff=True))
+        assert torch.equal(predict(model, name), output) != skipped
