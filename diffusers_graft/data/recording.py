@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,9 +133,7 @@ def record_call(pipe: DiffusionPipeline, *, stop: bool = False) -> Iterator[Reco
 def conditioning_of(recording: Recording, count: int, who: str) -> dict[str, Any]:
     """Return the conditioning of the prompts themselves, as a training set holds it.
 
-    Tensors and lists with a row for each sample give rows [count, ...] or lists of `Row`; all else is `Shared`. With
-    guidance in one call of more rows, those of no prompt come first, unless the first rows are what the prompts were
-    encoded to (Lumina).
+    Tensors and lists with a row for each sample give rows [count, ...] or lists of `Row`; all else is `Shared`.
 
     Args:
         count: of prompts.
@@ -143,14 +142,7 @@ def conditioning_of(recording: Recording, count: int, who: str) -> dict[str, Any
     Raises `TrainingError` for what a set cannot hold.
     """
     rows = len(recording.noisy)
-    leading = recording.encoded is not None and any(
-        len(value) == rows and _is_same(value[:count], recording.encoded.to(value))
-        for value in tree_leaves(recording.conditioning)
-        if isinstance(value, torch.Tensor) and value.ndim
-    )
-    chosen = slice(rows - count, rows)
-    if leading:
-        chosen = slice(0, count)
+    chosen = _find_prompt_rows(recording, count)
     values: dict[str, Any] = {}
     for name, value in recording.conditioning.items():
         if recording.changing and name in recording.changing:
@@ -160,6 +152,41 @@ def conditioning_of(recording: Recording, count: int, who: str) -> dict[str, Any
             )
         values[name] = _split_rows(value, rows, chosen, name, who)
     return values
+
+
+def _find_prompt_rows(recording: Recording, count: int) -> slice:
+    """Return which rows of a call are those of the prompts.
+
+    With guidance in one call of more rows, those of no prompt come first in most pipelines, and last in some (Lumina,
+    Z-Image). Rows of no prompt are all alike, and rows of different prompts are not.
+    """
+    rows = len(recording.noisy)
+    first = slice(0, count)
+    last = slice(rows - count, rows)
+    columns = [column for column in _list_columns(recording.conditioning) if len(column) == rows]
+    for column in columns:
+        is_first_alike = all(_is_same(row, column[0]) for row in column[first])
+        is_last_alike = all(_is_same(row, column[-1]) for row in column[last])
+        if is_first_alike != is_last_alike:
+            return first if is_last_alike else last
+    # One prompt alone: then the first row may be what it was encoded to.
+    encoded = recording.encoded
+    if encoded is not None and any(
+        _is_same(column[0], one.to(column[0])) for column in columns for one in (encoded, encoded[0])
+    ):
+        return first
+    return last
+
+
+def _list_columns(value: Any) -> list[Sequence[torch.Tensor]]:
+    """Return the tensors and the lists of tensors in nested conditioning."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.ndim else []
+    if isinstance(value, Mapping):
+        return list(itertools.chain.from_iterable(map(_list_columns, value.values())))
+    if isinstance(value, list) and value and all(isinstance(item, torch.Tensor) for item in value):
+        return [value, *value]
+    return []
 
 
 def _split_rows(value: Any, rows: int, chosen: slice, name: str, who: str) -> Any:

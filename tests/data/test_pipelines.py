@@ -101,9 +101,11 @@ class Prompted(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
 
-    def __call__(self, prompt, output_type, generator, give, callback_on_step_end=None):
+    def __call__(self, prompt, output_type, generator, give, prompts_first=False, callback_on_step_end=None):
         latents = torch.randn(len(prompt), 4, 8, 8, generator=generator)
-        numbers = torch.tensor([0.0] * len(prompt) + [float(len(text)) for text in prompt])
+        numbers = torch.tensor([float(len(text)) for text in prompt])
+        nothing = torch.zeros(len(prompt))
+        numbers = torch.cat([numbers, nothing] if prompts_first else [nothing, numbers])
         for step in (1, 0):
             self.unet(torch.cat([latents] * 2), torch.tensor(step), **give(numbers, step))
             latents = latents / 2
@@ -132,9 +134,10 @@ class Denoiser(ModelMixin, ConfigMixin):
         return (sample,)
 
 
-def draw(give, tmp_path, prompts=("one", "three", "seventh")):
+def draw(give, tmp_path, prompts=("one", "three", "seventh"), **call):
     pipe = Prompted(Denoiser(), DDIMScheduler())
-    return dg.data.from_pipeline(pipe, list(prompts), 3, tmp_path, batch_size=2, progress=False, give=give)
+    arguments = {"batch_size": 2, "progress": False, "give": give, **call}
+    return dg.data.from_pipeline(pipe, list(prompts), len(prompts), tmp_path, **arguments)
 
 
 def states(numbers, *shape):
@@ -187,6 +190,19 @@ def test_conditioning_of_every_form_comes_back_in_the_batches(name, give, expect
         return value.flatten(1).mean(1) if value.ndim > 2 or name == "added" else value.mean().item()
 
     torch.testing.assert_close(mean(batch[name]), expected)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["tensor", "list"])
+@pytest.mark.parametrize("prompts_first", [False, True], ids=["last", "first"])
+def test_rows_of_prompts_are_told_from_those_of_no_prompt_wherever_they_are(prompts_first, ragged, tmp_path):
+    def give(numbers, step):
+        rows = [one.expand(int(one) + 1, 2) for one in numbers] if ragged else states(numbers, 5, 2)
+        return {"layers" if ragged else "encoder_hidden_states": rows}
+
+    found = draw(give, tmp_path, ("one", "three", "seventh", "ninety"), prompts_first=prompts_first)
+    for index, expected in enumerate([3.0, 5.0, 7.0, 6.0]):
+        value = found[index]["layers"].value if ragged else found[index]["encoder_hidden_states"]
+        assert value.unique().tolist() == [expected]
 
 
 @pytest.mark.parametrize(
