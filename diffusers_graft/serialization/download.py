@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 
 from ..core.storage import finish_save, is_plain_name
 from ..errors import FileError, UnknownNameError
-from .hub_errors import HUB_ERRORS, explain
+from .hub_errors import clean_token, explain_hub_errors
 
 _DOWNLOADING = (
     "cache_dir",
@@ -77,10 +77,10 @@ def _downloaded(source: str | Path, patterns: list[str], subfolder: str, hub_arg
     wanted = patterns
     if subfolder:
         wanted = [f"{subfolder}/{pattern}" for pattern in patterns]
-    try:
+    if "token" in hub_arguments:
+        hub_arguments = {**hub_arguments, "token": clean_token(hub_arguments["token"])}
+    with explain_hub_errors(source, hub_arguments.get("revision")):
         return Path(snapshot_download(source, allow_patterns=wanted, **hub_arguments)) / subfolder
-    except HUB_ERRORS as error:
-        raise explain(error, source, hub_arguments.get("revision")) from error
 
 
 def file_in(folder: Path, name: Any) -> Path:

@@ -1,4 +1,4 @@
-"""To the Hub."""
+"""Uploads of grafts and of full models to the Hub, each in one commit."""
 
 from __future__ import annotations
 
@@ -6,38 +6,41 @@ import contextlib
 import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from ..cards.card import CARD
 from ..cards.user_edits import OURS, merge_edits, rename_source
-from ..core.storage import finish_save
+from ..core.storage import finish_save, read_text
 from ..errors import FileError
 from .config_file import ALL_WEIGHTS, CONFIG, WEIGHTS
 from .graft_folder import read_graft
-from .hub_errors import HUB_ERRORS, explain
+from .hub_errors import CHANGED_MEANWHILE, clean_token, explain_hub_errors, status_code
 from .load_model import STEM, weight_files
 from .remote_code.pack import FILE
 
 _SHOWN = [CARD, "training.png", "samples.png", "locality.png"]
-_GRAFT = [
+_GRAFT_FILES = [
     "graft_config*.json",
     ALL_WEIGHTS,
     "graft_proof*.safetensors",
     "graft_operator_*.py",
     *_SHOWN,
 ]
-_WHOLE = ["config.json", f"{STEM}*.json", f"{STEM}*.safetensors", FILE, "graft_operator_*.py", *_SHOWN]
+_MODEL_FILES = ["config.json", f"{STEM}*.json", f"{STEM}*.safetensors", FILE, "graft_operator_*.py", *_SHOWN]
+_ATTEMPTS = 3  # to commit, where the repository changes between reading and writing
 
 
-def push_graft(folder: str | Path, repo_id: str, **hub_arguments) -> str:
-    """Upload a saved graft, after checking that every variant is whole; returns the address of the commit or pull
-    request.
+def push_graft(folder: str | Path, repo_id: str, **hub_arguments: Any) -> str:
+    """Upload a saved graft, after checking that every variant can be read.
 
     Args:
         hub_arguments: `private`, `token`, `commit_message`, `create_pr` and `revision`.
 
-    Raises `FileError` where the folder holds no sound graft, or the Hub refuses.
+    Returns the address of the commit or pull request. Raises `FileError` where the folder holds no sound graft, or the
+    Hub refuses.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -49,71 +52,97 @@ def push_graft(folder: str | Path, repo_id: str, **hub_arguments) -> str:
     ]
     for variant in variants or [""]:
         read_graft(folder, variant)
-    return _push(folder, repo_id, _GRAFT, **hub_arguments)
+    return _push(folder, repo_id, _GRAFT_FILES, **hub_arguments)
 
 
-def push_model(folder: Path, repo_id: str, *, variant: str | None = None, **hub_arguments) -> str:
-    """Upload a whole model that was saved; other files of this variant's weights that the repository had are deleted.
+def push_model(folder: Path, repo_id: str, *, variant: str | None = None, **hub_arguments: Any) -> str:
+    """Upload a full model that was saved; other files of this variant's weights in the repository are deleted.
 
-    Raises `FileError` where the Hub refuses.
+    Returns the address of the commit or pull request. Raises `FileError` where the Hub refuses.
     """
-    files = _WHOLE if _has_graft(repo_id, hub_arguments.get("token")) else [*_WHOLE, CONFIG]
+    files = list(_MODEL_FILES)
+    if not _has_graft(repo_id, hub_arguments.get("token")):
+        files.append(CONFIG)
     return _push(folder, repo_id, files, stale=weight_files(variant), **hub_arguments)
 
 
-def _has_graft(repo_id: str, token: str | bool | None) -> bool:
-    """Whether a repository holds a graft of its own, beside a whole model or without one."""
-    with contextlib.suppress(*HUB_ERRORS):
-        return any(_is_any(name, [ALL_WEIGHTS]) for name in HfApi(token=token).list_repo_files(repo_id))
+def _has_graft(repo_id: str, token: Any) -> bool:
+    """Return whether a repository holds a graft for a base, whose description must stay."""
+    with contextlib.suppress(FileError), explain_hub_errors(repo_id):
+        names = HfApi(token=clean_token(token)).list_repo_files(repo_id)
+        return any(_matches(name, [ALL_WEIGHTS]) for name in names)
     return False
 
 
-def download_config(repo_id: str, folder: str, token: str | bool | None) -> None:
-    """The `config.json` of a repository, if it has one, so that a save there keeps what it says of other variants."""
-    with contextlib.suppress(*HUB_ERRORS):
-        hf_hub_download(repo_id, "config.json", local_dir=folder, token=token)
+def download_config(repo_id: str, folder: str, token: Any) -> None:
+    """Download the `config.json` of a repository, if it has one, so that a save there leaves other variants in it."""
+    with contextlib.suppress(FileError), explain_hub_errors(repo_id):
+        hf_hub_download(repo_id, "config.json", local_dir=folder, token=clean_token(token))
 
 
 def _push(
     folder: Path,
     repo_id: str,
-    files: list[str],
+    patterns: list[str],
     *,
     stale: Sequence[str] = (),
     private: bool | None = None,
-    token: str | None = None,
+    token: Any = None,
     commit_message: str = "Upload graft",
     create_pr: bool = False,
     revision: str | None = None,
 ) -> str:
-    """Upload what this library writes, in one commit; nothing else that lies there."""
-    api = HfApi(token=token)
-    ours = {path.name: path for path in folder.iterdir() if path.is_file() and _is_any(path.name, files)}
-    try:
+    """Upload the files of a folder whose names match patterns, and delete stale ones, in one commit."""
+    api = HfApi(token=clean_token(token))
+    settings = {"commit_message": commit_message, "create_pr": create_pr, "revision": revision}
+    with explain_hub_errors(repo_id, revision):
         if not create_pr:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        there = api.list_repo_files(repo_id, revision=revision)
-        contents = ours | ({CARD: _card(api, folder, repo_id, revision, there)} if CARD in ours else {})
-        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        operations += [CommitOperationDelete(name) for name in there if name not in ours and _is_any(name, stale)]
-        commit = api.create_commit(
-            repo_id, operations, commit_message=commit_message, create_pr=create_pr, revision=revision
-        )
-    except HUB_ERRORS as error:
-        raise explain(error, repo_id, revision) from error
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                commit = _commit(api, folder, repo_id, patterns, stale, **settings)
+                break
+            except HfHubHTTPError as error:
+                if status_code(error) != CHANGED_MEANWHILE or attempt == _ATTEMPTS:
+                    raise
     return (commit.pr_url if create_pr else None) or commit.commit_url
 
 
-def _is_any(name: str, patterns: Sequence[str]) -> bool:
+def _commit(
+    api: HfApi,
+    folder: Path,
+    repo_id: str,
+    patterns: list[str],
+    stale: Sequence[str],
+    *,
+    revision: str | None,
+    **settings: Any,
+) -> CommitInfo:
+    """Commit on top of the state of the repository that was read; the Hub refuses where that changed meanwhile."""
+    parent = api.repo_info(repo_id, revision=revision).sha
+    present = api.list_repo_files(repo_id, revision=parent)
+    files = {path.name: path for path in folder.iterdir() if path.is_file() and _matches(path.name, patterns)}
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    for name, path in files.items():
+        content = path
+        if name == CARD:
+            content = _card(api, path, repo_id, parent, is_present=CARD in present)
+        operations.append(CommitOperationAdd(name, content))
+    for name in present:
+        if name not in files and _matches(name, stale):
+            operations.append(CommitOperationDelete(name))
+    return api.create_commit(repo_id, operations, revision=revision, parent_commit=parent, **settings)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def _card(api: HfApi, folder: Path, repo_id: str, revision: str | None, there: list[str]) -> bytes:
-    """The card of a folder as it stands in a repository: it names that, and what a person wrote there is kept."""
-    card = rename_source((folder / CARD).read_text(encoding="utf-8"), folder.resolve().name, repo_id)
-    if CARD in there:
-        present = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(
-            encoding="utf-8", errors="replace"
-        )
-        card = merge_edits(card, present) if OURS in present else card
+def _card(api: HfApi, path: Path, repo_id: str, parent: str | None, *, is_present: bool) -> bytes:
+    """Return a card for a repository: it names that, and sections that a person wrote there stay."""
+    card = rename_source(read_text(path), path.parent.resolve().name, repo_id)
+    if is_present:
+        present = read_text(api.hf_hub_download(repo_id, CARD, revision=parent), errors="replace")
+        if OURS in present:
+            card = merge_edits(card, present)
     return card.encode()

@@ -43,6 +43,9 @@ class FakeHub:
 
     def __init__(self, lfs=False):
         self.lfs, self.repos, self.objects, self.faults, self.requests = lfs, {}, {}, [], []
+        self.metadata_errors = []  # what the check of a card's front matter says
+        self.pages = {}  # answers of a proxy, HTML or JSON, by method and pattern of the path
+        self.on_request = lambda method, path: None
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -96,7 +99,11 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path, self.query = unquote(url.path), parse_qs(url.query)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
+        self.hub.on_request(self.command, path)
         self.fault = self.hub.fault(self.command, path)
+        for (method, pattern), page in self.hub.pages.items():
+            if method == self.command and re.search(pattern, path):
+                return self.answer(200, page)
         self.user = USERS.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
         try:
             if self.fault and self.fault.status:
@@ -165,7 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {})
 
     def validate(self):
-        self.answer(200, {"errors": [], "warnings": []})
+        errors = [{"message": message} for message in self.hub.metadata_errors]
+        self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def preupload(self, repo_id, revision):
         self.repo(repo_id, write="create_pr" not in self.query)
@@ -205,6 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = dict(repo.commits[parent])
         for row in map(json.loads, self.body.splitlines()):
             value = row["value"]
+            if row["key"] == "header" and value.get("parentCommit") not in (None, parent):
+                raise _RefusedError(412)
             if row["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif row["key"] == "lfsFile":

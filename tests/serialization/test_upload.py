@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import huggingface_hub
@@ -14,6 +15,7 @@ from huggingface_hub import HfApi, constants
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, StateError, UnknownNameError
 from diffusers_graft.evaluation.evaluate import Scores
+from diffusers_graft.serialization.hub_errors import explain_hub_errors
 from diffusers_graft.serialization.upload import push_graft
 
 from ..models import predict, tiny_dit
@@ -201,6 +203,106 @@ def test_pushing_without_the_right_to(hub, graft):
     for name in ("a b/c", "owner/graft/deep", ""):
         with pytest.raises(FileError, match="cannot exist|does not exist|could not"):
             push_graft(graft[0], name, **TOKEN)
+
+
+def shown(error):
+    """Everything a log shows of an error."""
+    return "".join(traceback.format_exception(error)) + repr(error.args)
+
+
+@only_regular
+def test_the_line_break_of_a_tokens_file_is_no_part_of_it(hub, graft, tmp_path):
+    push_graft(graft[0], REPO, token="hf_owner\n")
+    model = tiny_dit()
+    model.set_graft(REPO, cache_dir=str(tmp_path / "cache"), token="  hf_owner\r\n")
+    assert torch.equal(predict(model), graft[1])
+
+
+@only_regular
+@pytest.mark.parametrize("end", ["", "\n", "\x00", " and more", "\u00e9", "\nsecond line"], ids=repr)
+def test_no_message_shows_a_token(end, hub, graft, tmp_path):
+    secret = "hf_abcdefghijKLMNOP0123"
+    model = tiny_dit()
+    model.set_graft(RULES)
+    for call in (
+        lambda: push_graft(graft[0], REPO, token=secret + end),
+        lambda: model.push_to_hub(REPO, token=secret + end),
+        lambda: tiny_dit().load_graft(REPO, cache_dir=str(tmp_path / "cache"), token=secret + end),
+        lambda: dg.load_pretrained(REPO, cache_dir=str(tmp_path / "cache"), token=secret + end),
+        lambda: dg.import_upstream(REPO, cache_dir=str(tmp_path / "cache"), token=secret + end),
+    ):
+        with pytest.raises(FileError) as raised:
+            call()
+        assert "abcdefghijKLMNOP" not in shown(raised.value)
+
+
+def test_errors_that_show_a_token_are_no_cause():
+    with pytest.raises(FileError) as raised, explain_hub_errors(REPO):
+        raise OSError("Illegal header value b'Bearer hf_abcdefghijKLMNOP0123'")
+    assert raised.value.__cause__ is None
+    assert "abcdefghij" not in shown(raised.value)
+
+
+@only_regular
+def test_metadata_that_the_hub_refuses_is_told_in_its_words(hub, graft):
+    hub.metadata_errors = ['"license" must be one of [mit, ...]', '"datasets[0]" is not valid']
+    with pytest.raises(FileError, match=r'refuses the metadata of the card: - "license" must .* - "datasets\[0\]" is'):
+        push_graft(graft[0], REPO, **TOKEN)
+    assert WEIGHTS not in hub.repos[REPO].commits[hub.repos[REPO].refs["main"]]
+
+
+@only_regular
+@pytest.mark.parametrize("page", [b"<html>Please log in</html>", {"status": "ok"}, []], ids=["html", "json", "list"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/api/repos/create"),
+        ("GET", "/api/models/[^/]+/[^/]+$"),
+        ("POST", "/preupload/"),
+        ("POST", "/commit/"),
+    ],
+)
+def test_pages_of_a_proxy_are_told(method, path, page, hub, graft):
+    HfApi(**TOKEN).create_repo(REPO)
+    hub.pages[method, path] = page
+    with pytest.raises(FileError, match="owner/graft could not be"):
+        push_graft(graft[0], REPO, **TOKEN)
+    assert WEIGHTS not in hub.repos[REPO].commits[hub.repos[REPO].refs["main"]]
+
+
+@only_lfs
+def test_a_part_that_fails_is_told_with_its_file(hub, graft):
+    hub.fail("PUT", "/lfs/", 500, times=99)
+    with pytest.raises(FileError, match=r"500.*Hub itself failed.*graft_model\.safetensors|reached"):
+        push_graft(graft[0], REPO, **TOKEN)
+
+
+def edit_card(hub, words):
+    repo = hub.repos[REPO]
+    files = dict(repo.commits[repo.refs["main"]])
+    files["README.md"] = files["README.md"].replace(b"## Edits", words + b"\n\n## Edits")
+    repo.commit("main", files)
+
+
+@only_regular
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_card_that_is_edited_meanwhile_is_not_overwritten(times, hub, graft):
+    push_graft(graft[0], REPO, **TOKEN)
+    edits = []
+
+    def somebody_edits(method, path):
+        # after the card was read, before the commit
+        if "/preupload/" in path and len(edits) < times:
+            edits.append(b"Edit %d of somebody." % len(edits))
+            edit_card(hub, edits[-1])
+
+    hub.on_request = somebody_edits
+    if times == 1:
+        push_graft(graft[0], REPO, **TOKEN)
+    else:
+        with pytest.raises(FileError, match=r"changed meanwhile.*Nothing of it was overwritten"):
+            push_graft(graft[0], REPO, **TOKEN)
+    assert all(words.decode() in _card(hub, REPO) for words in edits)
 
 
 @only_regular
