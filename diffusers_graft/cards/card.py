@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -172,9 +173,10 @@ def _base(model: ModelMixin, config: dict[str, Any]) -> dict[str, Any]:
     model_class = type(model).__name__
     if not name:
         return {"words": f"a `{model_class}`", "arguments": None, "model_class": model_class}
-    arguments = f'"{name}"'
+    # quoted as JSON, which Python reads, too: names may come from a stranger's description
+    arguments = json.dumps(name)
     if described.get("subfolder"):
-        arguments += f', subfolder="{described["subfolder"]}"'
+        arguments += f", subfolder={json.dumps(described['subfolder'])}"
     return {
         "words": f"[`{name}`](https://huggingface.co/{name})",
         # a class of a person's own cannot be imported from diffusers

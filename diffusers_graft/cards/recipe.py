@@ -14,12 +14,12 @@ from .edit_table import group_edits, rule_keys
 
 _CONFIGS: dict[str, type] = {"one": DistillConfig, "two": FinetuneConfig, "closed form": ClosedFormConfig}
 _VERBS = {
-    "one": "dg.distill(model, graft, batches, {config})",
-    "two": "dg.finetune(model, batches, {config})",
-    "closed form": "dg.closed_form(model, graft, batches, {config})",
+    "one": "dg.distill(model, graft, batches, {config}, noise_scheduler=noise_scheduler)",
+    "two": "dg.finetune(model, batches, {config}, noise_scheduler=noise_scheduler)",
+    "closed form": "dg.closed_form(model, graft, batches, {config}, noise_scheduler=noise_scheduler)",
 }
-# where files are written and how often, which changes no weights
-_WITHOUT_EFFECT = ("progress", "log_every", "save_every", "keep", "keep_checkpoints", "trackers")
+# What changes no weights: progress, logs and checkpoints. `sites` of a history are the results of each.
+_NO_SETTINGS = ("progress", "log_every", "save_every", "keep", "trackers", "sites")
 
 
 def recipe(graft: Graft, *, is_full_model: bool) -> str | None:
@@ -34,9 +34,11 @@ def recipe(graft: Graft, *, is_full_model: bool) -> str | None:
         lines += [f'    "{key}": "{operator}",' for key in rule_keys(edits)]
     lines += ["}", "graft = dg.build_graft(model, dg.plan_graft(model, rules))"]
     is_installed = False
-    for row in graft.history:
-        stage = row.get("stage") if isinstance(row, dict) else None
-        if stage not in _VERBS:
+    rows = [row for row in graft.history if isinstance(row, dict) and row.get("stage") in _VERBS]
+    for number, row in enumerate(rows):
+        stage = row["stage"]
+        if stage == "closed form" and any(later.get("closed_form") for later in rows[number + 1 : number + 2]):
+            # stage one solves it again, by its own setting
             continue
         if stage == "two" and not is_installed:
             lines.append("model.set_graft(graft)")
@@ -51,7 +53,7 @@ def _call(config: type, row: dict[str, Any]) -> str:
     defaults = _defaults(config)
     for name, default in defaults.items():
         value = row.get(name, default)
-        if name in _WITHOUT_EFFECT or value == default:
+        if name in _NO_SETTINGS or value == default:
             continue
         settings.append(f"{name}={_literal(name, value)}")
     return f"dg.{config.__name__}({', '.join(settings)})"

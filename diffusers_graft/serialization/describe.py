@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,22 @@ from .license import license_of
 from .lora import describe_adapters
 from .tensors import Tensors, fingerprint
 
-LOADED_FROM = "_graft_loaded_from"  # a model's note of the folder it was loaded from, as an absolute path
+LOADED_FROM = "_graft_loaded_from"  # the attribute of a model that holds its `LoadedFrom`
+
+
+@dataclass(frozen=True)
+class LoadedFrom:
+    """The arguments of the `from_pretrained` that loaded a model.
+
+    Attributes:
+        source: as it was given, which the model's configuration repeats.
+        folder: the source as an absolute path, None where it is a repository.
+        subfolder: that was given.
+    """
+
+    source: str
+    folder: str | None
+    subfolder: str | None
 
 
 def describe_graft(model: ModelMixin, graft: Graft, base: Tensors) -> dict[str, Any]:
@@ -85,6 +101,7 @@ def describe_base(model: ModelMixin, base: Tensors, replaced: Iterable[str]) -> 
         "model_class": type(model).__name__,
         "name_or_path": name,
         "revision": _commit(name, model),
+        "subfolder": None if name is None else _subfolder(model),
         "fingerprint": fingerprint(base),
         "parts": parts,
     }
@@ -111,18 +128,32 @@ def hub_name(model: ModelMixin) -> str | None:
 
 
 def _loaded_from(model: ModelMixin) -> str:
+    name = str(model.config.get("_name_or_path") or "")
+    note = vars(model).get(LOADED_FROM)
     # A relative folder looks like a repository once the process works elsewhere.
-    return vars(model).get(LOADED_FROM) or str(model.config.get("_name_or_path") or "")
+    if note is not None and note.source == name and note.folder is not None:
+        return note.folder
+    return name
 
 
-def _in_cache(name: str) -> tuple[str, str] | None:
-    """Return repository and commit of a path into the Hub's cache."""
+def _subfolder(model: ModelMixin) -> str | None:
+    """Return the subfolder of its repository that a model was loaded from, as far as it is known."""
+    note = vars(model).get(LOADED_FROM)
+    if note is not None and note.source == str(model.config.get("_name_or_path") or "") and note.subfolder:
+        return note.subfolder
+    path = _in_cache(_loaded_from(model))
+    return path[2] if path else None
+
+
+def _in_cache(name: str) -> tuple[str, str, str | None] | None:
+    """Return repository, commit and subfolder of a path into the Hub's cache."""
     if not os.path.isabs(name):
         return None
     for part in Path(name).parents:
         if part.name == "snapshots" and part.parent.name.startswith("models--"):
             repository = part.parent.name.removeprefix("models--").replace("--", "/")
-            return repository, Path(name).relative_to(part).parts[0]
+            commit, *subfolders = Path(name).relative_to(part).parts
+            return repository, commit, "/".join(subfolders) or None
     return None
 
 

@@ -18,7 +18,7 @@ from ..errors import StateError, UnknownNameError
 from ..injection.graft import get_graft, is_enabled
 from ..injection.hooks import in_memory
 from .config_file import descriptions_in
-from .describe import LOADED_FROM
+from .describe import LOADED_FROM, LoadedFrom
 from .load_model import load_pretrained
 from .remote_code.pack import CODE
 from .remote_code.unpack import FETCHING, loading_arguments
@@ -154,7 +154,7 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
         source = pretrained_model_name_or_path
         if not _is_grafted(cls, source, kwargs):
             loaded = original(cls, source, **kwargs)
-            _note_folder(loaded, source)
+            _note_source(loaded, source, kwargs.get("subfolder"))
             return loaded
         model = load_pretrained(source, **loading_arguments(kwargs))
         if kwargs.get("output_loading_info"):
@@ -164,13 +164,17 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_pretrained
 
 
-def _note_folder(loaded: Any, source: Any) -> None:
-    """Note on a model the folder that it was loaded from; its configuration holds a path that may be relative."""
+def _note_source(loaded: Any, source: Any, subfolder: Any) -> None:
+    """Note on a model where it was loaded from: its configuration holds a path that may be relative, no subfolder."""
+    if not isinstance(source, str | os.PathLike):
+        return
     model = loaded
     if isinstance(loaded, tuple):  # with output_loading_info
         model = loaded[0]
-    if isinstance(source, str | os.PathLike) and os.path.isdir(source):
-        vars(model)[LOADED_FROM] = os.path.abspath(source)
+    folder = None
+    if os.path.isdir(source):
+        folder = os.path.abspath(source)
+    vars(model)[LOADED_FROM] = LoadedFrom(str(source), folder, subfolder or None)
 
 
 def _is_grafted(cls: type[ModelMixin], source: Any, kwargs: dict[str, Any]) -> bool:

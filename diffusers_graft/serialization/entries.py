@@ -67,7 +67,10 @@ _SPEED_ROW = Record(
 _ABOUT = Record(
     optional={
         "license": str,
+        "license_name": str,
+        "license_link": str,
         "datasets": ListOf(str),
+        "sample_prompts": ListOf(str),
         "pipeline_tag": str,
         "speed": ListOf(_SPEED_ROW),
         "limits": str,
@@ -79,6 +82,7 @@ _BASE = Record(
         "model_class": str,
         "name_or_path": str,
         "revision": str,
+        "subfolder": str,
         "fingerprint": str,
         "float16_fingerprint": str,
         "parts": DictOf(str),
