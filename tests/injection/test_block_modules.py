@@ -479,8 +479,8 @@ def test_caches_of_diffusers_know_a_removed_block_as_the_block_it_was():
     output = predict_in_zoo(model, "FluxTransformer2DModel")
     metadata = TransformerBlockRegistry.get(type(model.transformer_blocks[1]))
     assert metadata.return_hidden_states_index == original.return_hidden_states_index
+    twin = pickle.loads(pickle.dumps(model.transformer_blocks[1]))
+    assert type(twin) is type(model.transformer_blocks[1])
     model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
     with model.cache_context("one"):
         torch.testing.assert_close(predict_in_zoo(model, "FluxTransformer2DModel"), output)
-    twin = pickle.loads(pickle.dumps(model.transformer_blocks[1]))
-    assert type(twin) is type(model.transformer_blocks[1])
