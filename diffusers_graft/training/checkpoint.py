@@ -64,6 +64,7 @@ class Checkpoints:
         except FileError as error:
             raise FileError(self._explain_failure(step, tensors, error)) from error
         shutil.rmtree(replaced, ignore_errors=True)
+        # Older ones go last, so there is one at any time.
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
 
@@ -84,7 +85,9 @@ class Checkpoints:
             needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**20
             reason = f"the disk is full (it takes {needed:,.0f} MiB)"
         there = self.steps()
-        before = f"The one of step {there[-1]} is intact" if there else "There is none before it"
+        before = "There is none before it"
+        if there:
+            before = f"The one of step {there[-1]} is intact"
         return (
             f"The checkpoint of step {step} could not be written to {self.folder}: {reason}. {before}; "
             "make room and run again with resume=True."
@@ -127,6 +130,7 @@ def find_checkpoints(resume: bool | str | Path, output_dir: str | Path | None, s
     path = Path(resume)
     match = _NAME.fullmatch(path.name)
     if match is not None and path.is_dir():
+        # A path names one checkpoint, so no other is tried where it is damaged.
         return [path] if match[1] == stage else _find_beside(path, stage)
     for folder in (path / CHECKPOINTS, path):
         if any(_list_checkpoints(folder, name) for name in ("one", "two")):
@@ -163,6 +167,7 @@ def set_run_aside(output_dir: Path, stages: Iterable[str]) -> Path | None:
         number += 1
     aside = folder / f"earlier-{number}"
     aside.mkdir()
+    # A later save replaces these files, and the earlier run would be lost.
     for path in output_dir.iterdir():
         if path.is_file() and not path.is_symlink():
             _link_or_copy(path, aside / path.name)

@@ -77,6 +77,7 @@ class TrainingConfig:
         return super().__new__(cls)
 
     def __post_init__(self):
+        # The class is frozen, so a default that comes from the launch is set past it.
         if self.precision is None:
             object.__setattr__(self, "precision", os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
         require_one_of("precision", self.precision, PRECISIONS)
@@ -96,6 +97,7 @@ class TrainingConfig:
             raise TrainingError(
                 f"A gradient is clipped to a norm above zero, and a rate lies from 0 to 1; got {self}."
             )
+        # Raises for settings that the schedule does not take, before hours of training.
         self.lr_factors()
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +128,7 @@ class TrainingConfig:
         The schedule is read one step ahead and ends one step late, so the first and the last step move something.
         Raises `TrainingError` for settings that the schedule does not take.
         """
+        # diffusers makes schedules for an optimizer, of which only the factors are used.
         dummy = torch.optim.SGD([torch.zeros(1)], lr=self.lr)
         settings = {"num_warmup_steps": self.warmup, "num_training_steps": self.steps + 1, **self.schedule_args}
         try:
@@ -156,6 +159,7 @@ def list_optimizers() -> list[str]:
         for name, value in vars(torch.optim).items()
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
     )
+    # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients.
     return sorted(set(found) - {"Optimizer", "LBFGS", "SparseAdam"})
 
 

@@ -37,10 +37,12 @@ def describe_hardware(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
     else:
         threads = torch.get_num_threads()
-        plural = "s" if threads > 1 else ""
-        name = f"{device.type.upper()} ({platform.machine()}, {threads} thread{plural})"
+        words = "1 thread" if threads == 1 else f"{threads} threads"
+        name = f"{device.type.upper()} ({platform.machine()}, {words})"
     count = process_state().num_processes
-    return f"{count} x {name}" if count > 1 else name
+    if count == 1:
+        return name
+    return f"{count} x {name}"
 
 
 def local_share(value: Any, count: int) -> Any:
@@ -57,6 +59,7 @@ def local_share(value: Any, count: int) -> Any:
         )
     if isinstance(value, Mapping):
         return {name: local_share(item, count) for name, item in value.items()}
+    # Tensors of other lengths, such as rotary embeddings, are for all samples.
     if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
         return value.chunk(state.num_processes)[state.process_index]
     if isinstance(value, list) and len(value) == count:
@@ -70,7 +73,9 @@ def local_share(value: Any, count: int) -> Any:
 
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
     """Return the mean over processes."""
-    return values if process_state().num_processes == 1 else reduce(values, "mean")
+    if process_state().num_processes == 1:
+        return values
+    return reduce(values, "mean")
 
 
 def min_over_processes(value: int) -> int:
@@ -89,6 +94,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     if process_state().num_processes == 1 or any(isinstance(parameter, DTensor) for parameter in parameters):
         return
     gradients = []
+    # A part that one process did not call has no gradient there.
     for parameter in parameters:
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradients.append(gradient.flatten())

@@ -97,7 +97,9 @@ def shard_original(model: ModelMixin, sites: Sites) -> ModelMixin | None:
 @contextmanager
 def seats_beside(graft: Graft, model: ModelMixin, teacher: ModelMixin) -> Iterator[None]:
     """Move new parts to the device of their teacher inside, where that is a twin of the model."""
-    moved = [] if teacher is model else list(graft.seats.values())
+    moved: list[nn.Module] = []
+    if teacher is not model:
+        moved = list(graft.seats.values())
     try:
         for seat in moved:
             seat.to(teacher.device)
@@ -146,8 +148,10 @@ def _shard_blocks(twin: ModelMixin, sites: Sites, plugin: FullyShardedDataParall
             f"Weights that are trained while sharded are of one dtype, and these are of {' and '.join(sorted(dtypes))}: "
             'call model.to(torch.float32), with precision="bf16" for speed.'
         )
+    # Blocks are gathered one at a time as the forward reaches them.
     mesh = init_device_mesh(processes.process_state().device.type, (processes.process_state().num_processes,))
     blocks = {id(twin.get_submodule(path)) for path in find_blocks(twin, sites)}
+    # From the inside out: what is sharded already is left alone by the module around it.
     for module in reversed(list(twin.modules())):
         # DiT calls the embedding of its first block from outside that block.
         embeds_labels = any(isinstance(child, LabelEmbedding) for child in module.children())
@@ -195,6 +199,7 @@ def shard_optimizer_state(state: Mapping[str, Any], parameters: list[nn.Paramete
     for number, values in state["state"].items():
         sharded[number] = {}
         for name, value in values.items():
-            is_tensor = isinstance(value, torch.Tensor)
-            sharded[number][name] = shard_like(value, parameters[number]) if is_tensor else value
+            if isinstance(value, torch.Tensor):
+                value = shard_like(value, parameters[number])
+            sharded[number][name] = value
     return {**state, "state": sharded}

@@ -42,6 +42,9 @@ def describe_run(
         model: with or without its graft; the weights of the base model are described.
         stream: at its first batch, which is read and not used up.
     """
+    null_prompt = None
+    if noising.null_prompt is not None:
+        null_prompt = digest(noising.null_prompt)
     data, unverified = _describe_data(stream)
     if held_out is not None:
         unverified["held-out batches"] = digest(list(held_out))
@@ -51,7 +54,7 @@ def describe_run(
         "plan": graft.plan.to_dict(),
         "base model": digest(base_tensors(model)),
         "noise scheduler": _describe_scheduler(noising.scheduler),
-        "null prompt": None if noising.null_prompt is None else digest(noising.null_prompt),
+        "null prompt": null_prompt,
         "data": data,
         UNVERIFIED: unverified,
     }
@@ -120,13 +123,18 @@ def _describe_data(stream: BatchStream) -> tuple[dict[str, Any], dict[str, Any]]
     batches = stream.batches
     if isinstance(batches, ShuffledBatches):
         facts = {"samples": len(batches.dataset), "batch size": batches.batch_size, "seed": batches.seed}
-        first, middle, last = 0, facts["samples"] // 2, facts["samples"] - 1
+        first = 0
+        middle = facts["samples"] // 2
+        last = facts["samples"] - 1
         # A dataset may draw its augmentations from torch's generator.
         with seeded(0, torch.device("cpu")):
             start = digest(batches.dataset[first])
             rest = digest([batches.dataset[middle], batches.dataset[last]])
             is_fixed = digest(batches.dataset[first]) == start
-        return (facts | {"content": f"{start} {rest}"}, {}) if is_fixed else (facts, {})
+        # Other generators give another sample at every reading, which no digest can recognize.
+        if is_fixed:
+            facts["content"] = f"{start} {rest}"
+        return facts, {}
     if isinstance(batches, list | tuple) and batches:
         content = digest([batches[0], batches[len(batches) // 2], batches[-1]])
         return {"batches": len(batches), "content": content}, {}

@@ -64,11 +64,6 @@ class Stage(ABC):
         return self.step >= self.max_steps
 
     @property
-    def outcome(self) -> str:
-        """`"complete"` where no step is left, else `"running"`; a checkpoint says so."""
-        return "complete" if self.is_finished else "running"
-
-    @property
     def is_resumable(self) -> bool:
         """Whether a checkpoint of this moment goes on exactly."""
         return True
@@ -120,6 +115,7 @@ class Stage(ABC):
         seed = self.config.seed + 1
         generator = torch.Generator().manual_seed(seed)
         noising = replace(self.noising, drop_labels=False, prompt_dropout=0.0)
+        # Whatever a model draws here moves no draw of the training.
         with seeded(seed, self.model.device):
             return self.evaluate_batches(noising(self.model, batch, generator) for batch in self.held_out)
 
@@ -156,6 +152,7 @@ def train(stage: Stage, session: Session) -> dict[str, Any]:
                 if stage.is_at_start:
                     session.report_evaluation(stage.evaluate())
                 stage.train_step()
+                # Before callbacks and evaluations, which may draw random numbers.
                 if stage.is_resumable:
                     stage.mark_resume_point()
                 session.end_step(step, stage.samples_per_step, stage.stream.epoch)
@@ -165,14 +162,15 @@ def train(stage: Stage, session: Session) -> dict[str, Any]:
                 if session.is_log_due:
                     session.log(stage.metrics())
                 if session.is_save_due and stage.is_resumable:
-                    session.save(stage.state_dict, stage.outcome)
+                    session.save(stage.state_dict, is_complete=stage.is_finished)
                 if session.control.should_training_stop and stage.is_resumable:
                     break
-            session.save(stage.state_dict, stage.outcome)
+            session.save(stage.state_dict, is_complete=stage.is_finished)
         except TrainingError:
-            session.save(stage.state_dict, "failed")
+            session.save(stage.state_dict, is_failed=True)
             raise
         finally:
+            # Before callbacks are told of the end, since one of them may raise.
             stage.finish()
             session.end()
     return {"steps": stage.step, **session.costs()}

@@ -19,6 +19,7 @@ _LARGEST_LOG = 2**32
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a folder's `training.jsonl`, none without such a file; lines that are no rows are left out."""
     rows = map(_parse_row, _read_lines(Path(folder)))
+    # Another program may have written lines between ours.
     return [row for row in rows if row is not None]
 
 
@@ -30,6 +31,7 @@ def append_row(folder: Path, row: dict[str, Any]) -> None:
 def drop_rows_after(folder: Path, stage: str, step: int) -> None:
     """Remove the rows of steps that will be done again; lines that are no rows stay."""
     remaining = []
+    # Lines are copied as they are, since a row may hold more than this version knows.
     for line in _read_lines(folder):
         row = _parse_row(line)
         if row is None or row["stage"] != stage or row["step"] <= step:

@@ -60,7 +60,9 @@ class StageOptimizer:
         self.lr = config.lr * lr_scale
         self.lr_factor = config.lr_factors()
         self.optimizer = config.make_optimizer(self.masters, self.lr)
-        self.average = EMAModel(self.masters, decay=ema_decay, foreach=True) if ema_decay else None
+        self.average: EMAModel | None = None
+        if ema_decay:
+            self.average = EMAModel(self.masters, decay=ema_decay, foreach=True)
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=config.precision == "fp16")
 
     @property
@@ -75,8 +77,9 @@ class StageOptimizer:
             if parameter.grad is None:
                 continue
             # Accumulated in float32, where small gradients are not lost beside large ones.
-            gradient = parameter.grad.float()
-            master.grad = gradient if master.grad is None else master.grad + gradient
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            master.grad += parameter.grad.float()
             parameter.grad = None
 
     def clip_gradients(self) -> torch.Tensor:
@@ -87,10 +90,13 @@ class StageOptimizer:
         average_gradients(self.masters)
         self.scaler.unscale_(self.optimizer)
         norm = full_tensor(nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm))
-        return torch.zeros_like(norm) if self.scaler.is_enabled() else norm.detach()
+        if self.scaler.is_enabled():
+            return torch.zeros_like(norm)
+        return norm.detach()
 
     def step(self) -> None:
         """Move the weights, then their average."""
+        # Set rather than scheduled, so that a resumed run needs no scheduler's state.
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.lr_factor(self.steps_done)
         self.scaler.step(self.optimizer)
@@ -137,9 +143,11 @@ class StageOptimizer:
         """Return the state with full tensors; where weights are sharded, all processes have to call it together."""
         state = {
             "masters": [master.detach() for master in self.masters],
-            "average": [] if self.average is None else self.average.shadow_params,
+            "average": [],
             "optimizer": self.optimizer.state_dict(),
         }
+        if self.average is not None:
+            state["average"] = self.average.shadow_params
         return {**gather_state(state), "scaler": self.scaler.state_dict(), "steps_done": self.steps_done}
 
     @torch.no_grad()
@@ -150,6 +158,7 @@ class StageOptimizer:
             for shadow, saved in zip(self.average.shadow_params, state["average"], strict=True):
                 shadow.copy_(shard_like(saved, shadow))
             self.average.optimization_step = state["steps_done"]
+        # The state counts parameters group by group.
         ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], ordered))
         self.scaler.load_state_dict(state["scaler"])

@@ -31,6 +31,7 @@ def get_random_state(generator: torch.Generator, device: torch.device) -> dict[s
 
 def set_random_state(state: dict[str, torch.Tensor], generator: torch.Generator, device: torch.device) -> None:
     """Set a run's own generator and torch's to a state that `get_random_state` returned."""
+    # A checkpoint of a GPU may go on without one.
     generator.set_state(state["noise"])
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:

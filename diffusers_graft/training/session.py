@@ -26,7 +26,7 @@ from .metrics_log import COST_FIELDS, append_row, drop_rows_after
 logger = logging.getLogger(__name__)
 
 STAGES = ("one", "two")
-_PARTS = ("step", "seconds", "samples", "identity", "outcome", "state")
+_PARTS = ("step", "seconds", "samples", "identity", "is_complete", "is_failed", "state")
 _MOST_DIFFERENCES = 3
 
 
@@ -70,13 +70,18 @@ class Session:
         # As it comes back from a checkpoint, where tuples are lists.
         self.identity = json.loads(json.dumps(identity))
         self.hardware = describe_hardware(device)
-        self.folder = None if folder is None else Path(folder)
+        self.folder: Path | None = None
+        output_dir: str | None = None
+        self._tracker_names: list[str] = []
+        if folder is not None:
+            self.folder = Path(folder)
+            output_dir = str(folder)
+            # Asked for before anything is written, since a name may be wrong.
+            self._tracker_names = _choose_trackers(config)
         self.state = RunState(stage, config.steps)
-        output_dir = None if folder is None else str(folder)
         arguments = CallbackArguments(config, output_dir, has_evaluation=held_out is not None)
         self.callbacks = Callbacks(callbacks, arguments, self.state, model=model, eval_dataloader=held_out)
         self.trackers: list[Any] = []
-        self._tracker_names = [] if folder is None else _choose_trackers(config)
         self._began = time.perf_counter()
         self._first_step = 0
         self._saved_step: int | None = None
@@ -113,6 +118,7 @@ class Session:
             self._first_step = saved["step"]
             self._saved_step = saved["step"]
             self._resumed_from = path
+            # Seconds go on from where the earlier process stopped.
             self._began -= saved["seconds"]
             return saved["state"]
         return None
@@ -123,13 +129,14 @@ class Session:
         now = dict(self.identity)
         reported = find_differences(before.pop(UNVERIFIED, {}), now.pop(UNVERIFIED, {}))
         differences = find_differences(before, now)
-        if saved["outcome"] == "complete" and now["config"]["steps"] > before["config"]["steps"]:
+        if saved["is_complete"] and now["config"]["steps"] > before["config"]["steps"]:
             # A run that has finished may be extended.
             differences.pop("config.steps")
-        if saved["outcome"] == "failed":
+        if saved["is_failed"]:
             # The error said to look at the data, or to lower the learning rate.
-            for name in [name for name in differences if name.startswith("data.") or name == "config.lr"]:
-                reported[name] = differences.pop(name)
+            for name in list(differences):
+                if name.startswith("data.") or name == "config.lr":
+                    reported[name] = differences.pop(name)
         if differences:
             words = list(differences.values())[:_MOST_DIFFERENCES]
             raise StateError(
@@ -181,6 +188,7 @@ class Session:
                     folder,
                     aside,
                 )
+        # Rows of steps that are done again would stand there twice.
         drop_rows_after(folder, stage, self.state.global_step)
         self.trackers = [_make_tracker(name, self.config, folder, f"stage-{stage}") for name in self._tracker_names]
 
@@ -197,6 +205,7 @@ class Session:
         self.state.samples += samples
         self.state.epoch = epoch
         self.bar.update()
+        # Requests are for one step, except that to stop.
         self.control.clear()
         self.callbacks.call("on_step_end")
 
@@ -219,6 +228,7 @@ class Session:
         metrics = {**metrics, "samples_per_second": speed}
         row = {"stage": state.stage, "step": state.global_step, **self.costs(), **metrics}
         state.log_history.append(row)
+        # Trackers and the bar show numbers alone.
         numbers = {name: value for name, value in flatten(metrics).items() if isinstance(value, int | float)}
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items() if "." not in name})
         if is_main_process() and state.global_step % self.config.log_every == 0:
@@ -253,12 +263,15 @@ class Session:
         values = (self.state.samples, round(self.state.seconds, 2), self.hardware)
         return dict(zip(COST_FIELDS, values, strict=True))
 
-    def save(self, make_state: Callable[[], dict[str, Any]], outcome: str = "running") -> None:
+    def save(
+        self, make_state: Callable[[], dict[str, Any]], *, is_complete: bool = False, is_failed: bool = False
+    ) -> None:
         """Write a checkpoint, where there is a folder for it and none of this step.
 
         Args:
             make_state: returns the state of the stage; called on every process, since sharded weights are gathered.
-            outcome: `"running"`, `"complete"` where all steps are done, or `"failed"` after an error.
+            is_complete: all steps are done, so a later run may add to them.
+            is_failed: an error ended the run, so a later one may change what led to it.
 
         Raises `FileError` where it cannot be written, on every process: none may wait for another that has given up.
         """
@@ -273,7 +286,8 @@ class Session:
                 "seconds": time.perf_counter() - self._began,
                 "samples": self.state.samples,
                 "identity": self.identity,
-                "outcome": outcome,
+                "is_complete": is_complete,
+                "is_failed": is_failed,
                 "state": state,
             }
             try:

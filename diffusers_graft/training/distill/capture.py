@@ -45,6 +45,10 @@ class CapturedCall:
 Visitor = Callable[[str, CapturedCall], torch.Tensor | None]
 
 
+# Places of the gates of self-attention and feed-forward: among the outputs of DiT's norm, and in PixArt's table.
+_GATES = {"attn1": (1, 2), "ff": (4, 5)}
+
+
 class _LastSiteReached(Exception):  # noqa: N818
     """Ends a forward whose rest is not needed; no error."""
 
@@ -62,6 +66,7 @@ class Capture:
         self.gates: dict[str, Callable[[], torch.Tensor]] = {}
         self._order: list[str] = []
         self._order_is_known = False
+        # Ending a forward early would skip hooks that move weights back.
         self._runs_to_end = any(_moves_weights(module) for module in model.modules())
         self._paths: set[str] = set()
         self._last: str | None = None
@@ -75,6 +80,7 @@ class Capture:
         if self._order_is_known and not self._runs_to_end:
             called = self._paths.intersection(self._order)
             self._last = max(called, key=self._order.index, default=None)
+        # The teacher learns nothing, so its activations are freed as it runs.
         with torch.no_grad(), suppress(_LastSiteReached):
             predict(self.model, inputs)
         self._order_is_known = True
@@ -117,12 +123,14 @@ class Capture:
             if inputs is not None:
                 ((args, kwargs),) = inputs
             if not self._order_is_known:
+                # A part that is called twice has no last call that is known beforehand.
                 self._runs_to_end |= path in self._order
                 self._order.append(path)
             if path not in self._paths:
                 return None
             gate = self.gates[path]() if path in self.gates else None
-            replacement = self._visit(path, CapturedCall(args, kwargs, output, gate, self.graft.slot.current))
+            call = CapturedCall(args, kwargs, output, gate, self.graft.slot.current)
+            replacement = self._visit(path, call)
             if path == self._last:
                 raise _LastSiteReached
             return replacement
@@ -131,7 +139,7 @@ class Capture:
 
 
 def _moves_weights(module: nn.Module) -> bool:
-    """Return whether hooks that move weights run around a module: ending its forward early would skip some."""
+    """Return whether hooks that move weights between devices or processes run around a module."""
     return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") or isinstance(module, FSDPModule)
 
 
@@ -144,19 +152,19 @@ def _capture_gate(model: ModelMixin, path: str, stack: ExitStack) -> Callable[[]
             f"gated=True needs to know the gate of {path}, and only blocks with adaLN as in DiT and PixArt are known. "
             "Leave it False, or leave this site out."
         )
-    if name not in ("attn1", "ff"):
+    if name not in _GATES:
         # The output of cross-attention passes no gate.
         return lambda: torch.ones((), device=model.device)
+    norm_place, table_place = _GATES[name]
     captured: dict[str, torch.Tensor] = {}
 
     def capture_norm(module: nn.Module, args: tuple, output: tuple) -> None:
-        gate = output[1] if name == "attn1" else output[4]
-        captured["gate"] = gate.unsqueeze(1)
+        captured["gate"] = output[norm_place].unsqueeze(1)
 
     def capture_timestep(module: nn.Module, args: tuple, kwargs: dict) -> None:
         timestep = kwargs["timestep"]
         table = block.scale_shift_table[None] + timestep.reshape(len(timestep), 6, -1)
-        captured["gate"] = table.chunk(6, dim=1)[2 if name == "attn1" else 5]
+        captured["gate"] = table.chunk(6, dim=1)[table_place]
 
     if block.norm_type == "ada_norm_zero":
         stack.callback(block.norm1.register_forward_hook(capture_norm).remove)

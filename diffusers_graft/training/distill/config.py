@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...errors import TrainingError
 from ..config import TrainingConfig, require_one_of
@@ -78,15 +79,15 @@ class DistillConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in self.loss.values() if isinstance(self.loss, Mapping) else [self.loss]:
+        for name in _values_by_site(self.loss):
             require_one_of("loss", name, ("auto", *LOSSES))
         require_one_of("mode", self.mode, MODES)
+        # A buffer of one batch would give it in the same order every time.
         counts = [self.reuse, self.ring]
         counts += [count for count in (self.patience, self.memory) if count is not None]
         if not all(isinstance(count, int) and count >= 1 for count in counts) or self.ring < 2:
             raise TrainingError(f"Counts are whole numbers from one, a ring's from two; got {self}.")
-        scales = self.lr_scale.values() if isinstance(self.lr_scale, Mapping) else [self.lr_scale]
-        if not all(isinstance(scale, int | float) for scale in scales):
+        if not all(isinstance(scale, int | float) for scale in _values_by_site(self.lr_scale)):
             raise TrainingError(f"Factors on the learning rate are numbers; got {self.lr_scale!r}.")
         if not isinstance(self.closed_form, ClosedFormConfig | None):
             raise TrainingError(f"closed_form takes a dg.ClosedFormConfig(), or None; got {self.closed_form!r}.")
@@ -94,3 +95,8 @@ class DistillConfig(TrainingConfig):
             raise TrainingError(
                 'reuse stores what the original model did, and mode="sequential" changes it: choose one of them.'
             )
+
+
+def _values_by_site(setting: Any) -> list[Any]:
+    """Return the values of a setting by rule key, or the one value for all sites."""
+    return list(setting.values()) if isinstance(setting, Mapping) else [setting]

@@ -77,6 +77,7 @@ def distill(
         FileError: an `output_dir` that cannot be written to, or no checkpoint at the path to resume from.
     """
     config = config_or_default(config, DistillConfig)
+    # Everything is checked before anything is changed.
     _require_original_model(model, graft)
     noising = Noising.from_config(config, noise_scheduler, null_prompt)
     stream = BatchStream(batches)
@@ -96,7 +97,9 @@ def distill(
         model=model,
         held_out=evaluated,
     )
+    # Dropout of the teacher would be noise in what the students imitate.
     with evaluating(model), shard(model, graft.sites) as teacher, seats_beside(graft, model, teacher):
+        # A checkpoint holds what the closed form gave, and its batches count as read.
         if config.closed_form is not None and session.checkpoint is None:
             _solve_output_layers(teacher, graft, stream, sites, config.closed_form, noise_scheduler)
         students = make_students(graft, sites, config, losses, lr_scales)

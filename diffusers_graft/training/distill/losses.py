@@ -14,6 +14,7 @@ def relative_l2(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return |output - target|^2 / |target|^2 of each sample, averaged: the same scale at every site."""
     error = (output - target).flatten(1).square().sum(1)
     size = target.flatten(1).square().sum(1)
+    # A sample may be masked to zeros.
     return (error / size.clamp(min=1e-12)).mean()
 
 
@@ -22,9 +23,10 @@ LOSSES: dict[str, Loss] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_l
 
 def loss_for(kind: str, name: str) -> Loss:
     """Return a loss by name; `"auto"` is the paper's choice, `l1` for attention, `l2` for feed-forwards (section 3.1)."""
-    if name == "auto":
-        name = "l2" if kind == "feed_forward" else "l1"
-    return LOSSES[name]
+    if name != "auto":
+        return LOSSES[name]
+    # Outliers of attention outputs would dominate a squared error.
+    return LOSSES["l2" if kind == "feed_forward" else "l1"]
 
 
 def relative_error_and_cosine(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from .capture import CapturedCall
 
 def copy_call(call: CapturedCall, device: torch.device) -> CapturedCall:
     """Copy a call to a device, so that nothing of its forward stays alive or changes it."""
+    # Blocks may write into their inputs after the hooks ran.
     copied = tree_map(
         lambda item: item.to(device, copy=True) if isinstance(item, torch.Tensor) else item,
         (call.args, call.kwargs, call.output, call.gate),
@@ -29,6 +30,7 @@ def size_of_call(call: CapturedCall) -> int:
 
 def usable_memory(device: torch.device) -> int:
     """Return half of the bytes that are free on a device, or on this machine."""
+    # The other half is for the forwards, whose need is not known.
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     try:
@@ -47,6 +49,7 @@ def group_sites(sizes: dict[str, int], limit: int, batches: int) -> list[list[st
     groups: list[list[str]] = []
     used = limit
     for path, size in sizes.items():
+        # With one batch at a time, every step would use the same batch again.
         if 2 * size > limit:
             raise TrainingError(
                 f"Two batches of {path} take {2 * size:,} bytes, and reuse may keep {limit:,}. Raise "

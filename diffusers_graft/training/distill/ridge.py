@@ -71,6 +71,7 @@ class _Regression:
         self.seat = seat
         self.layer = layer
         features = layer.in_features + (layer.bias is not None)
+        # Squares of features lose half of the digits, so half precision and float32 are not enough.
         zeros = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
         self.gram = zeros.repeat(features, features)
         self.cross = zeros.repeat(features, layer.out_features)
@@ -89,6 +90,7 @@ class _Regression:
         features, layer_output = self._captured
         self._captured = None
         self._check(student, output, features, layer_output)
+        # The layer has a start already, and only its error is solved for.
         residual = (output.double() - student.double()).reshape(layer_output.shape)
         self._add(features, residual, output.double())
 
@@ -120,6 +122,7 @@ class _Regression:
     def solve(self, ridge: float) -> SolvedSite:
         """Find what is to be added to the layer's weights. Raises `TrainingError` for features that depend on others."""
         regularized = self.gram.clone()
+        # Relative to the mean square of a feature, so that one ridge suits layers of all scales.
         regularized.diagonal().add_((ridge * self.gram.trace() / len(self.gram)).clamp(min=1e-30))
         factor, failed = torch.linalg.cholesky_ex(regularized)
         if failed:
@@ -128,6 +131,7 @@ class _Regression:
                 f"of {ridge:g}. Take more batches, or a larger ridge such as 1e-4."
             )
         self.solution = torch.cholesky_solve(self.cross, factor)
+        # |R - X S|^2 from the sums alone, since the rows are gone.
         change = (self.solution * (self.gram @ self.solution - 2 * self.cross)).sum()
         remaining = (self.residual + change).clamp(min=0)
         count = self.tokens * self.layer.out_features
@@ -214,6 +218,7 @@ def closed_form(
         )
     run = _make_runner(model, batches, config, noise_scheduler)
     with _prepared(model, graft, config.seed):
+        # A part that something trained would lose what it has learned.
         if config.energy and not any("stage" in row for row in graft.history):
             _start_from_energy(model, graft, edits, run)
         _collect(model, regressions, run)

@@ -50,6 +50,7 @@ def make_students(
             # A removed block, for example.
             continue
         for parameter in parameters:
+            # They may come from a model that was frozen.
             parameter.requires_grad_(True)
         students[site.path] = Student(
             site,
@@ -105,6 +106,7 @@ class DistillStage(Stage):
         super().__init__(teacher, graft, noising, stream, held_out)
         self.students = students
         self.capture = Capture(teacher, graft)
+        # Replaced at the start where a replay buffer has no room for all.
         self.groups = [list(students)]
         self.group = 0
         self.steps_done = [0]
@@ -174,6 +176,7 @@ class DistillStage(Stage):
 
     def _divide_sites(self) -> None:
         """Divide the sites into groups that the replay buffer has room for, by the size of one batch."""
+        # A generator of its own, so that this forward moves no draw of the run.
         noised = self.noising(self.model, self.stream.peek(), torch.Generator().manual_seed(0))
         sizes: dict[str, int] = {}
 
@@ -181,6 +184,7 @@ class DistillStage(Stage):
             sizes[path] = size_of_call(call) * self.config.accumulate
 
         self.capture.run(noised.local_share().inputs, self.students, measure)
+        # All processes need the same groups.
         limit = processes.min_over_processes(self.config.memory or usable_memory(self.buffer_device))
         self.groups = group_sites(sizes, limit, self.config.ring)
         self.steps_done = [0] * len(self.groups)
@@ -227,10 +231,13 @@ class DistillStage(Stage):
             else:
                 output = self.graft.seats[path](*call.args, **call.kwargs)
             if not is_sequential:
+                # The model runs on as if nothing had been replaced.
                 return None
             return output.to(call.output.dtype) if isinstance(output, torch.Tensor) else output
 
-        return (list(self.graft.operators()) if is_sequential else active), visit
+        if is_sequential:
+            return list(self.graft.operators()), visit
+        return active, visit
 
     def _train_on_buffer(self, active: list[str]) -> None:
         """Add the gradients of the next batch in the replay buffer, which is filled where it is used up."""
@@ -239,8 +246,11 @@ class DistillStage(Stage):
         batch = self.buffer[self.turns.pop(0)]
         for path in active:
             for call in batch[path]:
+                # Operators read grid and timestep of the forward that was captured, not of the last one.
                 self.graft.slot.current = call.context
-                self.students[path].train_on(copy_call(call, self.model.device) if self.config.host else call)
+                if self.config.host:
+                    call = copy_call(call, self.model.device)
+                self.students[path].train_on(call)
         if not self.turns:
             # Freed before the next ones are captured, or both would be in memory.
             self.buffer = []
@@ -267,11 +277,13 @@ class DistillStage(Stage):
 
     def _step_students(self, students: list[Student]) -> None:
         """Take the steps of all students, once all losses and gradients are known to be finite."""
+        # Read from the device at once, since each reading waits for it.
         norms = torch.stack([student.optimizer.clip_gradients() for student in students]).tolist()
         metrics = torch.stack([student.pop_metrics() for student in students])
         rows = processes.mean_over_processes(metrics).tolist()
         for student, (loss, *_), norm in zip(students, rows, norms, strict=True):
             if not math.isfinite(loss) or not math.isfinite(norm):
+                # No part steps alone, or the checkpoint would hold parts of two steps.
                 for other in students:
                     other.drop_step()
                 raise self._explain_not_finite(student, loss, norm)

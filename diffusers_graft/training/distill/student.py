@@ -133,7 +133,8 @@ class Student:
         with torch.enable_grad():
             output = self.seat(*call.args, **call.kwargs)
             loss = self._compare(output, call)
-            if self.optimizer.parameters and loss.requires_grad:
+            # Backward at once, so that activations of one part at a time are alive.
+            if loss.requires_grad:
                 self.optimizer.backward(loss)
         return tree_map_only(torch.Tensor, torch.Tensor.detach, output)
 
@@ -156,6 +157,7 @@ class Student:
             student = student * call.gate.float()
             teacher = teacher * call.gate.float()
         loss = self.loss(student, teacher)
+        # Left on the device: reading them at every call would wait for it.
         with torch.no_grad():
             metrics = [loss.detach().reshape(1), relative_error_and_cosine(student.detach(), teacher)]
             self._metrics.append(torch.cat(metrics))
@@ -201,6 +203,7 @@ class Student:
             return evaluation
         best = report.best_evaluation
         report.held_out.append(evaluation)
+        # By the error and not the loss, which differs from site to site.
         if best is None or error < best.error:
             self.best = [tensor.detach().clone() for tensor in (*self.optimizer.masters, *self.buffers)]
             report.best_step = evaluation.step
@@ -213,6 +216,7 @@ class Student:
         """Go back to the best weights and take no more steps."""
         self.report.finished = self.optimizer.steps_done
         self.restore_best()
+        # In sequential mode it still runs, without its dropout.
         self.seat.eval()
 
     @torch.no_grad()

@@ -52,6 +52,7 @@ class FinetuneConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        # The class is frozen, so defaults that depend on other settings are set past it.
         if self.train is None:
             object.__setattr__(self, "train", "all" if self.lora is None else "operators+lora")
         require_one_of("set of weights to train", self.train, TRAINABLE)
@@ -63,9 +64,16 @@ class FinetuneConfig(TrainingConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return every setting, JSON-able; of LoRA, rank and alpha."""
-        settings = TrainingConfig.to_dict(dataclasses.replace(self, lora=None, train=self.train))
-        return {**settings, "lora": None if self.lora is None else {"r": self.lora.r, "alpha": self.lora.lora_alpha}}
+        # peft's settings hold sets and enums, which JSON lacks.
+        settings = TrainingConfig.to_dict(dataclasses.replace(self, lora=None))
+        settings["lora"] = None
+        if self.lora is not None:
+            settings["lora"] = {"r": self.lora.r, "alpha": self.lora.lora_alpha}
+        return settings
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide the weights, all of LoRA's among them."""
-        return {**super().identity(), "lora": None if self.lora is None else lora_settings(self.lora)}
+        settings = super().identity()
+        if self.lora is not None:
+            settings["lora"] = lora_settings(self.lora)
+        return settings

@@ -77,6 +77,7 @@ def finetune(
         FileError: an `output_dir` that cannot be written to, or no checkpoint at the path to resume from.
     """
     config = config_or_default(config, FinetuneConfig)
+    # Everything is checked before anything is changed.
     graft = _require_trainable(model, config)
     noising = Noising.from_config(config, noise_scheduler, null_prompt)
     stream = BatchStream(batches)
@@ -115,6 +116,7 @@ def finetune(
 
 def _require_trainable(model: ModelMixin, config: FinetuneConfig) -> Graft:
     """Return the enabled graft. Raises, before anything is touched, where the model cannot be trained so."""
+    # Raises for a launch that is not supported.
     fsdp_plugin(config.optimizer)
     graft = require_graft(model)
     if not is_enabled(model):
@@ -134,6 +136,7 @@ def _prepared(
 
     An error that comes before there are `losses` leaves no LoRA and no copies of weights behind, so one can try again.
     """
+    # Training would change what seats share with the original.
     for path in graft.seats:
         graft.untie(path)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -159,6 +162,7 @@ def _prepared(
     finally:
         if config.gradient_checkpointing and not was_checkpointing:
             model.disable_gradient_checkpointing()
+        # LoRA brings parameters and modules that were not there before.
         for parameter in flags.keys() | set(model.parameters()):
             parameter.grad = None
             parameter.requires_grad_(flags.get(parameter, True))

@@ -58,8 +58,10 @@ class FinetuneStage(Stage):
             )
         self.teacher = teacher
         self.optimizer = StageOptimizer(parameters, config, ema_decay=config.ema_decay)
-        backend = {} if config.compile is True else {"backend": config.compile}
-        self.forward = torch.compile(model, **backend) if config.compile else model
+        self.forward = model
+        if config.compile:
+            backend = {} if config.compile is True else {"backend": config.compile}
+            self.forward = torch.compile(model, **backend)
         self.losses = losses
         self.terms: dict[str, float] = {}
         self.held_out_losses: list[tuple[int, float]] = []
@@ -87,7 +89,9 @@ class FinetuneStage(Stage):
         loss, *values = processes.mean_over_processes(torch.stack(rows).mean(0)).tolist()
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.optimizer.clear_gradients()
-            what = f"gradient's norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+            what = f"loss is {loss}"
+            if math.isfinite(loss):
+                what = f"gradient's norm is {norm}"
             raise TrainingError(
                 f"Stage two: the {what} at step {self.step}, batch {self.stream.position - 1}; the weights are those of the "
                 "step before. Look at that batch for values that are not finite, or lower FinetuneConfig.lr."
@@ -122,6 +126,7 @@ class FinetuneStage(Stage):
             variance=self.config.variance,
             min_snr=self.config.min_snr,
         )
+        # Outside autocast: squares of half precision overflow.
         terms = {"denoising": loss, **self.teacher.losses(prediction)}
         total = sum(terms.values())
         self.optimizer.backward(total)
@@ -140,6 +145,7 @@ class FinetuneStage(Stage):
     @torch.no_grad()
     def evaluate_batches(self, batches: Iterable[NoisedBatch]) -> dict[str, float]:
         losses = []
+        # The uncompiled model, since other shapes and modes would be compiled anew.
         with self.optimizer.using_result(), evaluating(self.model):
             for noised in map(self._local_share, batches):
                 with mixed_precision(self.model.device, self.config.precision):
@@ -153,6 +159,7 @@ class FinetuneStage(Stage):
         if not self.held_out_losses or self.held_out_losses[-1][0] != self.step:
             self.held_out_losses.append((self.step, loss))
         if best is None or loss < best[1]:
+            # Copies, since training goes on in the same tensors.
             self.best = [tensor.detach().clone() for tensor in self.optimizer.result()]
         return {"loss": loss}
 

@@ -47,9 +47,11 @@ class Teacher:
         self.output_weight = output_weight
         self.feature_weight = feature_weight
         self.original = original
-        self.blocks = find_blocks(model, require_graft(model).sites) if feature_weight else []
-        if feature_weight and not self.blocks:
-            raise TrainingError("Features are those of blocks, and this model's sites lie in no list of blocks.")
+        self.blocks: list[str] = []
+        if feature_weight:
+            self.blocks = find_blocks(model, require_graft(model).sites)
+            if not self.blocks:
+                raise TrainingError("Features are those of blocks, and this model's sites lie in no list of blocks.")
         self.prediction: torch.Tensor | None = None
         self.features: list[torch.Tensor] = []
         self.student_features: list[torch.Tensor] = []
@@ -68,6 +70,7 @@ class Teacher:
         if self.original is not None:
             yield self.original
             return
+        # Both graft and original are in memory anyway, so exchanging them costs no copy.
         disable(self.model)
         try:
             yield self.model
@@ -87,6 +90,7 @@ class Teacher:
                 handle.remove()
 
     def _capture(self, block: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+        # Blocks with two streams return the image's first.
         self.student_features.append(output if isinstance(output, torch.Tensor) else output[0])
 
     def losses(self, prediction: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -98,6 +102,7 @@ class Teacher:
             pairs = zip(self.student_features, self.features, strict=True)
             errors = [masked_error(student, teacher) for student, teacher in pairs]
             terms["features"] = self.feature_weight * sum(errors) / len(errors)
+        # Freed before the backward, which needs the memory.
         self.prediction = None
         self.features = []
         self.student_features = []
@@ -108,6 +113,7 @@ def masked_error(student: torch.Tensor, teacher: torch.Tensor, *, deviations: fl
     """Return the mean squared error of features [B, N, D] where neither is massive, of each sample, then averaged."""
     student = student.float().flatten(1)
     teacher = teacher.float().flatten(1)
+    # Few massive activations would make up nearly all of the error, and they need not be imitated.
     is_usual = torch.ones_like(teacher, dtype=torch.bool)
     for values in (student.detach(), teacher):
         distance = (values - values.mean(1, keepdim=True)).abs()
