@@ -36,7 +36,9 @@ def predict(model: ModelMixin, inputs: dict[str, Any], call: Callable[..., Any] 
     if "return_dict" in inspect.signature(type(model).forward).parameters:
         # A pipeline may have passed one already.
         arguments["return_dict"] = False
-    output = (call or model)(**arguments)
+    # Not `call or model`: a compiled module is asked for its length then, which it has not.
+    run = model if call is None else call
+    output = run(**arguments)
     # Some families put their one answer into several tuples.
     while not isinstance(output, torch.Tensor):
         output = torch.stack(output) if _is_batch(output) else output[0]
