@@ -214,7 +214,7 @@ def test_a_save_that_was_decided_is_finished_by_the_next_reader(stop, tmp_path, 
     assert contents(tmp_path) == {"a": "new", "b": "new"}
 
 
-def test_a_stranger_s_interrupted_save_reaches_nothing_outside_its_folder(tmp_path):
+def test_an_interrupted_save_from_elsewhere_reaches_nothing_outside_its_folder(tmp_path):
     write_text(tmp_path / "mine", "x")
     folder = tmp_path / "graft"
     (folder / ".saved").mkdir(parents=True)

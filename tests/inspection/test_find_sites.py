@@ -91,7 +91,7 @@ def test_sizes_are_those_the_operator_is_given(name):
 
 
 @pytest.mark.parametrize("first_in_sequence", JOINT)
-def test_joint_processors_say_where_the_prompt_stands(first_in_sequence):
+def test_joint_processors_show_whether_the_prompt_comes_first(first_in_sequence):
     from diffusers_graft.inspection.source import text_comes_first
 
     for family in JOINT[first_in_sequence].split():
@@ -255,7 +255,7 @@ def test_sites_are_the_same_before_and_after_grafting():
     assert dg.find_sites(model) == before
 
 
-def test_models_that_cannot_be_read():
+def test_what_is_no_model_is_refused_and_one_on_meta_is_read():
     with pytest.raises(ModelError, match="got Linear"):
         dg.find_sites(torch.nn.Linear(2, 2))
 

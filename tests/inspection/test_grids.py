@@ -304,11 +304,3 @@ IDEOGRAM = {
 )
 def test_a_grid_is_read_or_left_open(reader, inputs, grid):
     assert getattr(geometry, reader)(SimpleNamespace(config=None), inputs) == grid
-
-
-@pytest.mark.parametrize(
-    "sides", [{"height": 0, "width": 4}, {"height": -4, "width": -4}, {"frames": 0, "height": 4, "width": 4}], ids=str
-)
-def test_a_grid_has_tokens_on_every_side(sides):
-    with pytest.raises(GeometryError, match="1 or more tokens on every side"):
-        Grid(**sides)

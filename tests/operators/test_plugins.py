@@ -85,14 +85,14 @@ def test_a_plugin_that_cannot_be_imported_is_named(install, source, words):
     assert "broken-plugin" in refusals[0]
 
 
-def test_a_plugin_with_the_name_of_an_operator_here_is_told_that_it_is_not_used(install):
+def test_a_plugin_with_the_name_of_an_operator_here_is_not_used_and_a_warning_says_so(install):
     install("mlp", "")
     with pytest.warns(UserWarning, match="'mlp' of the package mlp-plugin .* is not used"):
         assert "mlp" in dg.operators.available()
     assert dg.operators.get("mlp").__module__ == "diffusers_graft.operators.mlp"
 
 
-def test_a_plugin_that_cannot_be_built_is_told_so(install):
+def test_a_plugin_that_cannot_be_built_fails_the_check_of_building(install):
     install(
         "forgetful",
         "from diffusers_graft.operators import Mixer\n\nclass Forgetful(Mixer):\n    name = 'forgetful'\n    def __init__(self): ...\n",
