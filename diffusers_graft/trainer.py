@@ -101,7 +101,7 @@ class GraftTrainingArguments:
 
     def _stage_overrides(self) -> dict[str, Any]:
         """Return settings of both stages, under the stages' names."""
-        overrides = {
+        overrides: dict[str, Any] = {
             "save_every": self.save_steps,
             "keep": self.save_total_limit,
             "log_every": self.logging_steps,
@@ -175,8 +175,9 @@ class GraftTrainer:
             self.eval_dataset = self._read_held_out()
         state = processes.process_state()
         # Sharded weights are moved shard by shard, by the stage that trains them.
-        if (state.num_processes > 1 or state.device.type == "cuda") and fsdp_plugin() is None:
-            model.to(state.device)
+        device: Any = state.device
+        if (state.num_processes > 1 or device.type == "cuda") and fsdp_plugin() is None:
+            model.to(device)
         if not isinstance(plan, GraftPlan):
             plan = plan_graft(model, plan)
         self.plan = plan
@@ -302,9 +303,10 @@ class GraftTrainer:
 
     def _save_and_push(self) -> None:
         self.save_model()
-        if self.args.push_to_hub and processes.is_main_process():
+        repo_id = self.args.hub_model_id
+        if self.args.push_to_hub and repo_id and processes.is_main_process():
             try:
-                self._push(self.args.hub_model_id, {})
+                self._push(repo_id, {})
             except GraftError as error:
                 # Hours of training are not lost for a network that is down.
                 logger.warning("The graft is saved in %s and was not pushed: %s", self.args.output_dir, error)
@@ -327,6 +329,6 @@ class GraftTrainer:
         size = self.args.per_device_eval_batch_size or self.args.per_device_train_batch_size
         return list(itertools.islice(self._make_batches(self.eval_dataset, size), self.args.eval_batches))
 
-    def _make_batches(self, dataset: Iterable, batch_size: int) -> Iterable[Batch]:
+    def _make_batches(self, dataset: Any, batch_size: int) -> Iterable[Batch]:
         # Every process reads the same batches and takes its part of each.
         return self._batch_maker.make_batches(dataset, batch_size * processes.process_state().num_processes)

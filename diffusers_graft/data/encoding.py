@@ -53,9 +53,9 @@ def encode(
             raise TrainingError(f"There are {len(images)} images and {len(values)} {name}.")
     if prompts is not None and text_encoder is None:
         raise TrainingError("Prompts need a text_encoder, such as dg.data.prompt_encoder(pipe).")
-    made = {"vae": type(vae).__name__, "seed": seed, "batch_size": batch_size, "conditions": None}
+    made: dict[str, Any] = {"vae": type(vae).__name__, "seed": seed, "batch_size": batch_size, "conditions": None}
     if prompts is not None or class_labels is not None:
-        made["conditions"] = list(prompts or class_labels)
+        made["conditions"] = list(prompts or class_labels or ())
     # Sets made without a size have no such entry, and are still finished by the call that began them.
     if size is not None:
         made["size"] = size
@@ -67,7 +67,7 @@ def encode(
             numbers = range(first, min(first + batch_size, span.stop))
             pixels = torch.stack([to_pixels(images[number], size) for number in numbers])
             batch = {"sample": encode_pixels(vae, pixels, generator)}
-            if prompts is not None:
+            if prompts is not None and text_encoder is not None:
                 batch |= text_encoder([prompts[number] for number in numbers])
             if class_labels is not None:
                 batch["class_labels"] = torch.tensor([int(class_labels[number]) for number in numbers])
@@ -221,7 +221,10 @@ def to_pixels(image: Any, size: int | tuple[int, int] | None = None) -> torch.Te
 
 
 def _to_height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
 
 
 def _flatten_onto_white(picture: Any) -> Any:

@@ -82,13 +82,13 @@ def sample_pipeline(
     if not isinstance(conditions[0], str):
         # Pipelines of class labels return images alone; the latents are those that reach the decoder.
         with record_call(pipe) as recording:
-            pipe(class_labels=conditions, output_type="np", generator=generator, **arguments)
+            _call(pipe, class_labels=conditions, output_type="np", generator=generator, **arguments)
         return {"sample": recording.latents, "class_labels": torch.tensor(conditions)}
     call = {"prompt": conditions, "output_type": "latent", "generator": generator, **arguments}
     with record_call(pipe) as recording:
         if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
             call.setdefault("callback_on_step_end", recording.add_step)
-        result = pipe(**call)
+        result = _call(pipe, **call)
     sample = match_latents(result[0], recording, type(pipe).__name__)
     return {"sample": sample, **conditioning_of(recording, len(conditions), type(pipe).__name__)}
 
@@ -149,5 +149,11 @@ def prompt_encoder(pipe: DiffusionPipeline, **arguments: Any) -> TextEncoder:
 def record_prompts(pipe: DiffusionPipeline, prompts: list[str], arguments: Mapping[str, Any]) -> Recording:
     """Return what the denoiser of a pipeline is given for prompts; it does not run."""
     with record_call(pipe, stop=True) as recording:
-        pipe(prompt=prompts, output_type="latent", generator=torch.Generator().manual_seed(0), **arguments)
+        generator = torch.Generator().manual_seed(0)
+        _call(pipe, prompt=prompts, output_type="latent", generator=generator, **arguments)
     return recording
+
+
+def _call(pipe: Any, **arguments: Any) -> Any:
+    # The class of all pipelines has no `__call__` of its kind; each of them has.
+    return pipe(**arguments)

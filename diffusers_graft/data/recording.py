@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +38,7 @@ class Recording:
     """Record of one call of a pipeline.
 
     Attributes:
-        noisy: the first noised latents that the denoiser got.
+        noisy: the first noised latents that the denoiser got, a tensor; None before.
         conditioning: its other arguments in that call, without timestep and defaults.
         timestep: of that call.
         changing: names of those that were another in every later step; None where there was one step.
@@ -47,7 +47,7 @@ class Recording:
         denoised: latents after the last step.
     """
 
-    noisy: torch.Tensor | None = None
+    noisy: Any = None
     timestep: Any = None
     conditioning: dict[str, Any] = field(default_factory=dict)
     changing: set[str] | None = None
@@ -178,7 +178,7 @@ def _find_prompt_rows(recording: Recording, count: int) -> slice:
     return last
 
 
-def _list_columns(value: Any) -> list[Sequence[torch.Tensor]]:
+def _list_columns(value: Any) -> list[Any]:
     """Return the tensors and the lists of tensors in nested conditioning."""
     if isinstance(value, torch.Tensor):
         return [value] if value.ndim else []

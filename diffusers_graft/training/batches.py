@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ..errors import TrainingError
@@ -72,9 +72,7 @@ class ShuffledBatches:
     Raises `TrainingError` for an empty dataset, or batches of no sample.
     """
 
-    def __init__(
-        self, dataset: Dataset, batch_size: int, seed: int, *, workers: int = 0, collate: Collate | None = None
-    ):
+    def __init__(self, dataset: Any, batch_size: int, seed: int, *, workers: int = 0, collate: Collate | None = None):
         if batch_size < 1 or not len(dataset):
             raise TrainingError(
                 f"A batch has one sample or more; got batches of {batch_size} out of {len(dataset)} samples."
@@ -138,8 +136,9 @@ class SequentialBatches:
         self._epoch = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        if hasattr(self.samples, "set_epoch"):
-            self.samples.set_epoch(self._epoch)
+        set_epoch = getattr(self.samples, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self._epoch)
         self._epoch += 1
         # A DataLoader would give a seed to a dataset without workers, too, from torch's global generator.
         if isinstance(self.samples, IterableDataset) and self.workers:
@@ -161,9 +160,7 @@ class SequentialBatches:
             yield self.collate(chunk)
 
 
-def make_batches(
-    dataset: Dataset | Iterable, batch_size: int | None, seed: int = 0, *, workers: int = 0
-) -> Iterable[Batch]:
+def make_batches(dataset: Any, batch_size: int | None, seed: int = 0, *, workers: int = 0) -> Iterable[Batch]:
     """Return batches of a map-style dataset of single samples; other iterables hold batches and are returned as is.
 
     Raises `TrainingError` for single samples without a `batch_size`.
@@ -219,8 +216,9 @@ class BatchStream:
 
     def seek(self, position: int) -> None:
         """Go on to a later batch: at once where the batches have `start_at`, else by reading those before it."""
-        if hasattr(self.batches, "start_at"):
-            self.batches.start_at(position)
+        start_at = getattr(self.batches, "start_at", None)
+        if start_at is not None:
+            start_at(position)
             self._next = repeat_batches(self.batches)
             self.position = position
         while self.position < position:

@@ -25,7 +25,9 @@ all other flows                                       logit-normal (0, 1)       
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
@@ -34,6 +36,9 @@ from ..errors import TrainingError, UnknownNameError
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 DENSITIES = ("auto", "uniform", "logit_normal")
+
+# A `SchedulerMixin`; its settings and schedules come from its other bases, which that type does not name.
+NoiseScheduler = Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,7 @@ class Convention:
 _DEFAULT = Convention()
 _UNIT_TIME = Convention(unit_time=True)
 _UNIFORM_UNIT_TIME = Convention(unit_time=True, density="uniform")
-_REVERSED = {"unit_time": True, "reversed_time": True, "predicts_sample": True}
+_REVERSED = functools.partial(Convention, unit_time=True, reversed_time=True, predicts_sample=True)
 _HALF_TIME = Convention(half_time=True)
 
 CONVENTIONS = {
@@ -89,12 +94,12 @@ CONVENTIONS = {
     "HunyuanDiT2DModel": _HALF_TIME,
     "HunyuanImageTransformer2DModel": _HALF_TIME,
     "HunyuanVideo15Transformer3DModel": _HALF_TIME,
-    "Ideogram4Transformer2DModel": Convention(**_REVERSED, logit_std=1.5, shift=1.0, half_time=True),
+    "Ideogram4Transformer2DModel": _REVERSED(logit_std=1.5, shift=1.0, half_time=True),
     "Krea2Transformer2DModel": _UNIFORM_UNIT_TIME,
     "LongCatAudioDiTTransformer": _UNIT_TIME,
     "LongCatImageTransformer2DModel": _UNIT_TIME,
-    "Lumina2Transformer2DModel": Convention(**_REVERSED, density="uniform"),
-    "LuminaNextDiT2DModel": Convention(**_REVERSED),
+    "Lumina2Transformer2DModel": _REVERSED(density="uniform"),
+    "LuminaNextDiT2DModel": _REVERSED(),
     "MiniMaxMusic3Transformer1DModel": _HALF_TIME,
     "NucleusMoEImageTransformer2DModel": Convention(unit_time=True, predicts_sample=True),
     "OvisImageTransformer2DModel": _UNIT_TIME,
@@ -104,7 +109,7 @@ CONVENTIONS = {
     "SanaTransformer2DModel": Convention(density="uniform"),
     "SanaWMTransformer3DModel": Convention(frame_axis=2, time_ndim=3),
     "WanAnimate2Transformer3DModel": Convention(takes_list=True),
-    "ZImageTransformer2DModel": Convention(**_REVERSED, density="uniform", takes_list=True),
+    "ZImageTransformer2DModel": _REVERSED(density="uniform", takes_list=True),
 }
 
 
@@ -113,7 +118,7 @@ def find_convention(model: ModelMixin) -> Convention:
     return next((CONVENTIONS[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in CONVENTIONS), _DEFAULT)
 
 
-def is_flow(scheduler: SchedulerMixin) -> bool:
+def is_flow(scheduler: NoiseScheduler) -> bool:
     """Return whether a scheduler belongs to flow matching."""
     if scheduler.config.get("prediction_type") == "flow_prediction":
         return True
@@ -121,9 +126,9 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     return not hasattr(scheduler, "alphas_cumprod") and "shift" in scheduler.config
 
 
-def require_known_scheduler(scheduler: SchedulerMixin) -> None:
+def require_known_scheduler(scheduler: NoiseScheduler) -> None:
     """Raise `TrainingError` for a scheduler whose models are trained in a way that is not known here."""
-    if not isinstance(scheduler, SchedulerMixin):
+    if not issubclass(type(scheduler), SchedulerMixin):
         raise TrainingError(f"A noise_scheduler is a scheduler of diffusers, as pipe.scheduler is; got {scheduler!r}.")
     config = scheduler.config
     # Without a number of steps there is no timestep to draw; EDM counts in logarithms of sigma.
@@ -139,7 +144,7 @@ def require_known_scheduler(scheduler: SchedulerMixin) -> None:
 
 
 def draw_shares(
-    model: ModelMixin, scheduler: SchedulerMixin, count: int, generator: torch.Generator, density: str = "auto"
+    model: ModelMixin, scheduler: NoiseScheduler, count: int, generator: torch.Generator, density: str = "auto"
 ) -> torch.Tensor:
     """Return the share of noise of each sample before any shift, from 0 (clean) to 1: [B], on CPU.
 
@@ -157,7 +162,7 @@ def draw_shares(
     return (convention.logit_std * torch.randn(count, generator=generator)).sigmoid()
 
 
-def find_shift(model: ModelMixin, scheduler: SchedulerMixin) -> float:
+def find_shift(model: ModelMixin, scheduler: NoiseScheduler) -> float:
     """Return the factor by which timesteps of a flow model are shifted in training; 1 shifts nothing."""
     shift = find_convention(model).shift
     if shift is not None:
@@ -169,7 +174,7 @@ def find_shift(model: ModelMixin, scheduler: SchedulerMixin) -> float:
 
 
 def add_noise(
-    scheduler: SchedulerMixin, sample: torch.Tensor, noise: torch.Tensor, share: torch.Tensor, *, shift: float = 1.0
+    scheduler: NoiseScheduler, sample: torch.Tensor, noise: torch.Tensor, share: torch.Tensor, *, shift: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the noised sample, its timestep [B] as the scheduler counts, and what is to be predicted.
 
@@ -193,7 +198,7 @@ def add_noise(
 
 
 def convert_for_model(
-    model: ModelMixin, scheduler: SchedulerMixin, noised: torch.Tensor, timestep: torch.Tensor, target: torch.Tensor
+    model: ModelMixin, scheduler: NoiseScheduler, noised: torch.Tensor, timestep: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return timestep and target in the convention of a model, as its pipelines have them.
 

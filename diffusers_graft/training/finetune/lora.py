@@ -125,5 +125,5 @@ def _with_defaults(config: LoraConfig, graft: Graft) -> LoraConfig:
     return config
 
 
-def _find_layers(model: ModelMixin) -> dict[str, BaseTunerLayer]:
+def _find_layers(model: ModelMixin) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
