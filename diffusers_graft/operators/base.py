@@ -87,8 +87,8 @@ def dense_weight(part: str, weight: torch.Tensor) -> torch.Tensor:
         weight = weight.dequantize()
     if not weight.is_floating_point():
         raise OperatorError(
-            f'The weights of this {part} are quantised, so nothing can start from them: choose init="random", or graft '
-            "first and quantise what stays."
+            f'The weights of this {part} are quantised, so nothing can start from them: choose init="random", or '
+            "graft first and quantise what stays."
         )
     return weight
 

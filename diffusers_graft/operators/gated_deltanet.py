@@ -40,7 +40,7 @@ def _fla(operator: GatedDeltanet, hidden_states: torch.Tensor, context: Context)
 
 
 class GatedDeltanet(WithBackends, AttentionOperator):
-    """HeadTensor and keys are of unit length, so that a query which is a key gives the value last written there.
+    """Queries and keys are of unit length, so that a query which is a key gives the value last written there.
 
     That keeps outputs at the scale of values, which is what the pretrained output projection expects; the paper's
     short convolutions, output norm and gate would change it, and are left out. Both directions have the same
@@ -132,12 +132,14 @@ class GatedDeltanet(WithBackends, AttentionOperator):
     def project_out(self, outputs: list[torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
         """Put the mean of the directions, [B * H, N, E] each, through the output projection: [B, N, D]."""
         # The mean, not the sum: values then have the size that the output projection expects.
-        mean = sum(outputs) / len(outputs)
-        mean = mean.unflatten(0, (-1, self.site.heads)).transpose(1, 2).flatten(2)
+        total = outputs[0]
+        for output in outputs[1:]:
+            total = total + output
+        mean = (total / len(outputs)).unflatten(0, (-1, self.site.heads)).transpose(1, 2).flatten(2)
         return self.o_proj(mean.to(hidden_states.dtype))
 
     def flops(self, tokens: int) -> int:
-        """Price the projections, and for each direction the products within chunks, with the state and between states."""
+        """Price the projections, and each way the products within chunks, with the state and between states."""
         padded, chunk = pad_to_chunks(tokens, self.config.chunk)
         width = self.site.head_width
         inner = self.site.inner_width

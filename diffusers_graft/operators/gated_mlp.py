@@ -48,7 +48,7 @@ class GatedMlp(FeedForwardOperator):
         super().__init__(config, site)
         hidden = hidden_width(self.name, config.expansion, site)
         self.uses_energy = is_narrower(hidden, site)
-        self.activation = gate_activation(config.resolved(site).activation)
+        self.activation = gate_activation(config.activation_at(site))
         self.gate = nn.Linear(site.width, hidden)
         self.up = nn.Linear(site.width, hidden)
         self.down = nn.Linear(hidden, site.width)

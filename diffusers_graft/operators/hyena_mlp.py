@@ -23,7 +23,7 @@ Affine = tuple[torch.Tensor, torch.Tensor]
 
 
 class HyenaMlp(FeedForwardOperator):
-    """Tokens stay by themselves: the causal convolution runs over the 3 r D features of one token, q before k before v.
+    """Tokens stay by themselves: the convolution runs over the 3 r D features of one token, q before k before v.
 
     The paper's code has one filter for each of 256 token positions, which fixes the length of a sequence. Here the
     positions share the sequence out evenly: where tokens are more, neighbours in raster order share a filter; where
@@ -34,9 +34,9 @@ class HyenaMlp(FeedForwardOperator):
 
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
     start = (
-        "the strongest of the original's neurons, each with the parabola nearest to its activation over standard normal "
-        "tokens, as q = 1 and k * v, or of a gated one the nearest line as k and its other factor as q; of the others "
-        "the mean; convolutions pass what comes"
+        "the strongest of the original's neurons, each with the parabola nearest to its activation over standard "
+        "normal tokens, as q = 1 and k * v, or of a gated one the nearest line as k and its other factor as q; of the "
+        "others the mean; convolutions pass what comes"
     )
     output_layer = "down"
 
@@ -73,7 +73,7 @@ class HyenaMlp(FeedForwardOperator):
         # The last tap alone: features pass as they are.
         self.convolution.weight.zero_()
         self.convolution.weight[:, :, -1] = 1.0
-        self.convolution.bias.zero_()
+        nn.init.zeros_(self._filter_bias)
         chosen = strongest(original, self.hidden)
         if original.gate is None:
             constants = self._start_as_parabolas(original, chosen)
@@ -135,10 +135,15 @@ class HyenaMlp(FeedForwardOperator):
         query, key, value = ((taps * weight[:, None]).sum(-1) + bias[:, None]).chunk(3, dim=-1)
         return self.down(query * key * value)
 
+    @property
+    def _filter_bias(self) -> torch.Tensor:
+        assert self.convolution.bias is not None
+        return self.convolution.bias
+
     def _filters(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The filter [N, K] and bias [N] of every token."""
         # Averages over the positions that fall to a token, or one of them for several tokens.
-        filters = torch.cat([self.convolution.weight[:, 0], self.convolution.bias[:, None]], dim=1)
+        filters = torch.cat([self.convolution.weight[:, 0], self._filter_bias[:, None]], dim=1)
         shared = F.adaptive_avg_pool1d(filters.T, tokens).T
         return shared[:, :-1], shared[:, -1]
 

@@ -13,6 +13,6 @@ class HyenaSe(GatedConvolution):
     """The widest of the family: two convolutions deep."""
 
     start = (
-        "projections keep their pretrained weights; both gates start open (one) and the inner filter as the identity, so "
-        "that values pass unmixed"
+        "projections keep their pretrained weights; both gates start open (one) and the inner filter as the "
+        "identity, so that values pass unmixed"
     )

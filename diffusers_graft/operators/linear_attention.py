@@ -7,6 +7,7 @@ Papers: Transformers are RNNs, arXiv 2006.16236, Eq. 6 (elu + 1); The Hedgehog a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,8 +97,8 @@ class LinearAttention(WithBackends, Mixer):
         self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """v^T phi(k), [B, H, E, features], and the sum of phi(k), [B, H, features, 1]."""
-        state = 0
-        weight = 0
+        state: Any = 0
+        weight: Any = 0
         keys = _split_tokens(key)
         factors = (None,) * len(keys) if visible is None else _split_tokens(visible)
         for some_keys, some_values, factor in zip(keys, _split_tokens(value), factors, strict=True):
@@ -152,6 +153,7 @@ class LinearAttention(WithBackends, Mixer):
             return EluPlusOne.apply(tensor) if torch.is_grad_enabled() else EluPlusOne.forward(tensor)
         if self.config.feature_map == "relu":
             return F.relu(tensor) + 1e-3
+        assert self.feature_weight is not None
         mapped = tensor @ self.feature_weight[which]
         return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1)
 
@@ -200,7 +202,7 @@ def _split_tokens(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def key_weights(mask: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:
     """Turn a mask into a factor on each key, [B, 1 or H, M, 1]: 0 or 1, or of an additive mask its exponential.
 
-    KeyTensor are summed once for all queries. Raises `OperatorError` where a mask differs from query to query, and where
+    Keys are summed once for all queries. Raises `OperatorError` where a mask differs from query to query, and where
     compiled code, which cannot look, is given one that may.
     """
     row = mask[..., :1, :]

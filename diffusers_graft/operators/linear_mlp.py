@@ -11,7 +11,7 @@ from torch import nn
 from ..core.context import Context
 from ..core.shapes import TokenTensor
 from ..core.sites import FeedForwardSite
-from .base import FeedForwardOperator, LinearPair
+from .base import FeedForwardOperator, LinearPair, OperatorConfig
 from .ops.feed_forward import linearize
 
 
@@ -25,7 +25,7 @@ class LinearMlp(FeedForwardOperator):
     start = "the linear map nearest to the original over standard normal tokens, roughly what a norm leaves"
     output_layer = "linear"
 
-    def __init__(self, config: FeedForwardOperator.Config, site: FeedForwardSite):
+    def __init__(self, config: OperatorConfig, site: FeedForwardSite):
         super().__init__(config, site)
         self.linear = nn.Linear(site.width, site.width)
 

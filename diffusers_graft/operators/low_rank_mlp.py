@@ -21,7 +21,7 @@ from .ops.feed_forward import ActivatedConfig, require_ungated
 
 
 class LowRankMlp(FeedForwardOperator):
-    """As many hidden neurons as the original; below a rank of 0.8 of the width it is cheaper than an expansion of 4."""
+    """As many hidden neurons as the original; up to a rank of 0.8 of the width cheaper than an expansion of 4."""
 
     paper = "Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation, arXiv 1404.0736"
     start = "each linear layer is the best approximation of the original's of its rank; biases and activation are kept"
@@ -62,7 +62,7 @@ class LowRankMlp(FeedForwardOperator):
                 f"low_rank_mlp: a layer at {site.path} has rank {most} at most; got {rank}. "
                 "Lower it, or give a share of the width such as 0.5."
             )
-        self.activation = ACTIVATIONS[config.resolved(site).activation]
+        self.activation = ACTIVATIONS[config.activation_at(site)]
         self.up_in = nn.Linear(site.width, rank, bias=False)
         self.up = nn.Linear(rank, site.hidden)
         self.down_in = nn.Linear(site.hidden, rank, bias=False)

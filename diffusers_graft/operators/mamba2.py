@@ -114,6 +114,7 @@ class Mamba2(WithBackends, AttentionOperator):
         config = config.resolved(site)
         super().__init__(config, site)
         self.inner = config.expand * site.width
+        assert config.head_width is not None
         self.heads = self.inner // config.head_width
         channels = self.inner + 2 * config.state
         # Names, shapes and order are those of mamba_ssm, whose checkpoints load.
@@ -185,7 +186,7 @@ class Mamba2(WithBackends, AttentionOperator):
     def scan_tokens(
         self, value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, step: torch.Tensor
     ) -> torch.Tensor:
-        """Run the recurrence h_i = decay_i h_(i-1) + k_i step_i v_i, y_i = q_i h_i, each way; a token counts itself once."""
+        """Run h_i = decay_i h_(i-1) + k_i step_i v_i, y_i = q_i h_i, each way; a token counts itself once."""
         decay = self._log_decay(step).exp()
         steps = list(zip(*(part.unbind(1) for part in (value * step[..., None], key, query, decay)), strict=True))
 

@@ -6,7 +6,6 @@ Paper: SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Tra
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from ..core.shapes import TokenTensor
 from ..core.sites import FeedForwardSite
 from .base import FeedForwardOperator, LinearPair
 from .ops.activations import ACTIVATIONS, Activation
-from .ops.depthwise import ShortConvolution
+from .ops.depthwise import Convolve, ShortConvolution
 from .ops.feed_forward import (
     HiddenConfig,
     copy_input,
@@ -39,9 +38,9 @@ class MixFfn(FeedForwardOperator):
     needs_grid = True
     paper = "SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers, arXiv 2410.10629"
     start = (
-        "values are the original's hidden neurons, unmixed, and gates start open (one), so that, where all neurons have "
-        "room and with the original's activation, it is the same function; else the strongest are kept, and of the "
-        "others the mean"
+        "values are the original's hidden neurons, unmixed, and gates start open (one), so that, where all neurons "
+        "have room and with the original's activation, it is the same function; else the strongest are kept, and of "
+        "the others the mean"
     )
     output_layer = "down"
 
@@ -66,7 +65,7 @@ class MixFfn(FeedForwardOperator):
         super().__init__(config, site)
         self.hidden = hidden_width(self.name, config.expansion, site)
         self.uses_energy = is_narrower(self.hidden, site)
-        self.activation = ACTIVATIONS[config.resolved(site).activation]
+        self.activation = ACTIVATIONS[config.activation_at(site)]
         self.up = nn.Linear(site.width, 2 * self.hidden)
         self.down = nn.Linear(self.hidden, site.width)
         self.convolution = ShortConvolution(2 * self.hidden, config.kernel)
@@ -93,7 +92,7 @@ class MixFfn(FeedForwardOperator):
         self,
         hidden_states: torch.Tensor,
         context: Context,
-        convolve: Callable[[ShortConvolution, torch.Tensor], torch.Tensor],
+        convolve: Convolve,
     ) -> torch.Tensor:
         grid = context.require_grid(self.name, hidden_states.shape[1])
         hidden = self.activation(self.up(hidden_states))

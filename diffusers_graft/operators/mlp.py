@@ -30,8 +30,8 @@ class Mlp(FeedForwardOperator):
 
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
     start = (
-        "keeps the original's neurons: all of them where there is room (then, with the original's activation, the same "
-        "function), else the strongest, and of the others the mean"
+        "keeps the original's neurons: all of them where there is room (then, with the original's activation, the "
+        "same function), else the strongest, and of the others the mean"
     )
     output_layer = "down"
 
@@ -49,7 +49,7 @@ class Mlp(FeedForwardOperator):
         hidden = hidden_width(self.name, config.expansion, site)
         # Data says which neurons matter, which is of use only where some must go.
         self.uses_energy = is_narrower(hidden, site)
-        self.activation = ACTIVATIONS[config.resolved(site).activation]
+        self.activation = ACTIVATIONS[config.activation_at(site)]
         self.up = nn.Linear(site.width, hidden)
         self.down = nn.Linear(hidden, site.width)
 

@@ -33,8 +33,8 @@ class MoeMlp(FeedForwardOperator):
     paper = "Outrageously Large Neural Networks, arXiv 1701.06538"
     start = (
         "the original's neurons dealt out to the experts in turn, going round, so that experts with room for all are "
-        "copies of it and the start is the same function; where a token's experts miss some, the others are scaled for "
-        "the least error under even routing, and the bias has the mean of what is missing"
+        "copies of it and the start is the same function; where a token's experts miss some, the others are scaled "
+        "for the least error under even routing, and the bias has the mean of what is missing"
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class MoeMlp(FeedForwardOperator):
     def __init__(self, config: Config, site: FeedForwardSite):
         super().__init__(config, site)
         self.hidden = hidden_width(self.name, config.expansion, site)
-        self.activation = ACTIVATIONS[config.resolved(site).activation]
+        self.activation = ACTIVATIONS[config.activation_at(site)]
         self.router = nn.Linear(site.width, config.experts, bias=False)
         self.up = nn.ModuleList(nn.Linear(site.width, self.hidden) for _ in range(config.experts))
         # Weights sum to one, so experts may share one bias.
@@ -85,6 +85,8 @@ class MoeMlp(FeedForwardOperator):
         # Scaled up, since tokens reach a part of a neuron's holders only.
         factors = scale.to(original.down)
         for up, down, hand in zip(self.up, self.down, hands, strict=True):
+            assert isinstance(up, nn.Linear)
+            assert isinstance(down, nn.Linear)
             copy_input(up, original.up, original.up_bias, chosen[hand])
             down.weight.zero_()
             down.weight[:, : len(hand)] = original.down[:, chosen[hand]] * factors[hand]

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def around(length: int, kernel: int, dilation: int) -> list[range]:
-    """List the places each place of an axis sees, as NATTEN does: `kernel` of those of its remainder by the dilation."""
+    """List the places each place of an axis sees, by NATTEN: `kernel` of those of its remainder by the dilation."""
     rows = []
     for i in range(length):
         peers = range(i % dilation, length, dilation)
@@ -146,8 +146,8 @@ class Neighborhood(WithBackends, Mixer):
         config = self.config
         if isinstance(config.kernel, tuple) and grid.frames == 1:
             raise GeometryError(
-                f"neighborhood: kernel {config.kernel} is for the frames, height and width of a video, and the grid is "
-                f"{grid}. Give one number for an image."
+                f"neighborhood: kernel {config.kernel} is for the frames, height and width of a video, and the grid "
+                f"is {grid}. Give one number for an image."
             )
         _, *sides = config.sides
         axes = []

@@ -59,7 +59,7 @@ class Parallel(BlockOperator):
                 )
 
         def resolved(self, site: Site) -> Self:
-            if site.kind == "block_run" and site.blocks > 1:
+            if isinstance(site, BlockSite) and site.kind == "block_run" and site.blocks > 1:
                 return replace(self, group=site.blocks)
             return replace(self, group=None)
 
@@ -78,6 +78,7 @@ class Parallel(BlockOperator):
     @torch.no_grad()
     def _start_as_sum(self, factor: float) -> None:
         for layer in self.merge:
+            assert isinstance(layer, nn.Linear)
             layer.weight.copy_(torch.eye(self.site.width).mul(factor).repeat(1, self.site.blocks))
             layer.bias.zero_()
 

@@ -24,7 +24,8 @@ from .ops.settings import require_count
 class PooledKeys(Mixer):
     """Keys and values of stride x stride tokens become one; a video is pooled frame by frame.
 
-    Where the grid does not divide, its last row and column are repeated. A prompt's keys are not pooled: queries see them beside the pooled ones, in one softmax.
+    Where the grid does not divide, its last row and column are repeated. A prompt's keys are not pooled: queries see
+    them beside the pooled ones, in one softmax.
     """
 
     needs_grid = True
@@ -61,8 +62,8 @@ class PooledKeys(Mixer):
     @torch.no_grad()
     def init_from(self, original: nn.Module) -> None:
         for convolution in self.convolutions.values():
-            convolution.weight.fill_(self.config.stride**-2)
-        self.convolutions["value"].bias.zero_()
+            nn.init.constant_(convolution.get_parameter("weight"), self.config.stride**-2)
+        nn.init.zeros_(self.convolutions["value"].get_parameter("bias"))
 
     def forward(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         tokens = query.shape[2]

@@ -6,6 +6,7 @@ Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, T
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,9 +45,9 @@ def _varlen(operator: SlidingWindow, query, key, value, context: Context) -> tor
     ((_, *window),) = operator.axes(query)
     # Samples of a batch are sequences of one length, packed one after the other.
     starts = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
-    packed = (part.transpose(1, 2).reshape(batch * tokens, heads, width) for part in (query, key, value))
+    query, key, value = (part.transpose(1, 2).reshape(batch * tokens, heads, width) for part in (query, key, value))
     settings = {"scale": context.scale, "window_size": tuple(window)}
-    mixed = varlen_attn(*packed, starts, starts, tokens, tokens, **settings)
+    mixed: Any = varlen_attn(query, key, value, starts, starts, tokens, tokens, **settings)
     return mixed.view(batch, tokens, heads, width).transpose(1, 2)
 
 
@@ -81,7 +82,8 @@ class SlidingWindow(WithBackends, Mixer):
             is_pair = isinstance(self.window, tuple) and len(self.window) == 2
             if not is_pair or not all(type(side) is int and side >= 0 for side in self.window):
                 raise OperatorError(
-                    f"sliding_window: window is (before, after), two counts of tokens; got {self.window!r}. Try (4, 4)."
+                    "sliding_window: window is (before, after), two counts of tokens; "
+                    f"got {self.window!r}. Try (4, 4)."
                 )
 
     def __init__(self, config: Config, site: AttentionSite):

@@ -5,7 +5,6 @@ Paper: Linearizing Vision Transformer with Test-Time Training, arXiv 2605.02772 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from ..core.shapes import HeadTensor, KeyTensor
 from ..core.sites import AttentionSite
 from .base import Mixer
 from .ops.backends import COMPILED, WithBackends
-from .ops.depthwise import ShortConvolution, heads_first, tokens_last
+from .ops.depthwise import Convolve, ShortConvolution, ShortConvolutions, heads_first, tokens_last
 from .ops.settings import require_count, require_flag
 
 
@@ -25,7 +24,7 @@ class Ttt(WithBackends, Mixer):
     """The inner model of a head is f(x) = SiLU(x W1) W2, with W1 and W2 in E x E that start each forward anew.
 
     A step of size one goes down the gradient of E^-1/2 / 2N sum ||f(k) - v||^2 over all tokens; then f(q) is the
-    output. KeyTensor are normalised over tokens first, and on a grid queries and keys pass 3 x 3 depthwise convolutions
+    output. Keys are normalised over tokens first, and on a grid queries and keys pass 3 x 3 depthwise convolutions
     with a residual. Fast weights are held in float32 whatever the inputs' precision.
     """
 
@@ -61,7 +60,7 @@ class Ttt(WithBackends, Mixer):
         self.first = nn.Parameter(0.02 * torch.randn(shape))
         self.second = nn.Parameter(0.02 * torch.randn(shape))
         self.needs_grid = config.convolution
-        self.convolutions = nn.ModuleDict()
+        self.convolutions = ShortConvolutions()
         if config.convolution:
             self.convolutions["query"] = ShortConvolution(site.inner_width, 3)
             self.convolutions["key"] = ShortConvolution(site.inner_width, 3)
@@ -97,9 +96,9 @@ class Ttt(WithBackends, Mixer):
         query: torch.Tensor,
         key: torch.Tensor,
         context: Context,
-        convolve: Callable[[ShortConvolution, torch.Tensor], torch.Tensor],
+        convolve: Convolve,
     ) -> list[torch.Tensor]:
-        """HeadTensor and keys in float32 at least, the keys of mean zero and variance below one in each channel."""
+        """Queries and keys in float32 at least, the keys of mean zero and variance below one in each channel."""
         precise = torch.promote_types(query.dtype, torch.float32)
         variance, mean = torch.var_mean(key.to(precise), dim=-2, correction=0, keepdim=True)
         parts = [query.to(precise), (key.to(precise) - mean) * (variance + 1).rsqrt()]

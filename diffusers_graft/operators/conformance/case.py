@@ -81,13 +81,13 @@ class Subject:
     def inputs(self, seed: int = 1, batch: int = 2, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
         """Draw the inputs of a forward, on the grid."""
         generator = torch.Generator().manual_seed(seed)
-        owner = self.config.owner
-        if issubclass(owner, Mixer):
-            shapes = [(batch, self.site.heads, self.grid.tokens, self.site.head_width)] * 3
-        elif issubclass(owner, BlockOperator):
-            shapes = [(batch, self.grid.tokens, self.site.width)] * (1 + self.site.blocks)
+        site = self.site
+        if issubclass(self.config.owner, Mixer):
+            assert isinstance(site, AttentionSite)
+            shapes = [(batch, site.heads, self.grid.tokens, site.head_width)] * 3
         else:
-            shapes = [(batch, self.grid.tokens, self.site.width)]
+            blocks = site.blocks if isinstance(site, BlockSite) else 0
+            shapes = [(batch, self.grid.tokens, site.width)] * (1 + blocks)
         # Drawn in one precision and rounded, so that they are comparable between precisions.
         return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
@@ -195,7 +195,7 @@ def run(operator: Operator, inputs: list[torch.Tensor], context: Context) -> tor
 def gradients(
     call: Callable[..., torch.Tensor], operator: Operator, inputs: list[torch.Tensor], context: Context
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """Compute the output of `call`, and gradients of a fixed weighting of it to inputs and parameters, None if unused."""
+    """Compute the output of `call`, and gradients of a weighting of it to inputs and parameters, None if unused."""
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
     output = call(*inputs, context)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(output)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,7 +94,7 @@ def check_site_shapes(subject: Subject) -> None:
 
 
 def check_one_instance_on_grids(subject: Subject) -> None:
-    """One operator gives on one grid after another what a fresh one gives, also where the number of tokens is the same."""
+    """One operator gives on grid after grid what a fresh one gives, also for as many tokens in another shape."""
     # What is cached by the number of tokens alone serves the wrong grid.
     operator = subject.build()
     for there in subject.accepted():
@@ -277,6 +278,8 @@ def check_compiles(subject: Subject) -> None:
     operator = subject.build()
     inputs = subject.inputs()
     expected = run(operator, inputs, subject.context)
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
     # Code compiled for other operators would count against torch's limit.
     torch._dynamo.reset()
     compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
@@ -284,7 +287,7 @@ def check_compiles(subject: Subject) -> None:
         try:
             with torch.set_grad_enabled(grad):
                 output = compiled(*inputs, subject.context)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             first_line = str(error).splitlines()[0]
             fail("compiles", f"torch.compile(fullgraph=True) gave {type(error).__name__}: {first_line}")
         if not torch.allclose(output, expected, rtol=1e-9, atol=1e-9):
@@ -328,12 +331,19 @@ def check_agrees_with_reference(subject: Subject) -> bool | None:
     for there in subject.accepted():
         operator = there.build()
         fast = gradients(operator, operator, there.inputs(), there.context)
-        plain = gradients(operator.reference, operator, there.inputs(), there.context)
+        reference: Any = operator.reference
+        plain = gradients(reference, operator, there.inputs(), there.context)
         for number, (a, b) in enumerate(zip((fast[0], *fast[1]), (plain[0], *plain[1]), strict=True)):
-            if (a is None) != (b is None) or (a is not None and not torch.allclose(a, b, rtol=1e-7, atol=1e-7)):
+            if not _are_close(a, b):
                 result = f"gradient {number}" if number else "output"
                 fail("agrees_with_reference", f"{result} differs from the reference on the grid {there.grid}")
     return None
+
+
+def _are_close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.allclose(one, other, rtol=1e-7, atol=1e-7)
 
 
 def check_flops(subject: Subject) -> None:

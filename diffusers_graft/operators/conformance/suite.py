@@ -82,4 +82,4 @@ def _name(check: Callable[[Subject], bool | None]) -> str:
     return check.__name__.removeprefix("check_")
 
 
-_PROMISES = {_name(check): check.__doc__.splitlines()[0] for check in CHECKS}
+_PROMISES = {_name(check): str(check.__doc__).splitlines()[0] for check in CHECKS}

@@ -13,13 +13,13 @@ import logging
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ...core.context import Context, Grid
-from ...core.sites import Site
+from ...core.sites import AttentionSite
 from ...errors import MissingDependencyError, OperatorError, UnknownNameError
 from ..base import Mixer, Operator, OperatorConfig
 
@@ -63,7 +63,7 @@ class Backend:
 
 
 class WithBackends(Operator):
-    """An operator that has faster ways; `in_torch` is the one that is always there, with the signature of `forward`."""
+    """An operator that has faster ways; `in_torch`, with the signature of `forward`, is always there."""
 
     backends: tuple[Backend, ...] = ()
 
@@ -74,6 +74,8 @@ class WithBackends(Operator):
         Attributes:
             backend: `torch`, `auto`, or the name of a faster way.
         """
+
+        owner: ClassVar[type[WithBackends]]
 
         backend: str = "torch"
 
@@ -93,15 +95,17 @@ class WithBackends(Operator):
         raise OperatorError(f"{self.name} has no way in plain torch: define in_torch.")
 
     def forward(self, *inputs: Any, context: Context | None = None) -> torch.Tensor:
-        if context is None:  # it comes last, by name or not
-            *inputs, context = inputs
-        backend = self.backend_for(*inputs)
+        tensors = list(inputs)
+        if context is None:
+            # It comes last, by name or not.
+            context = tensors.pop()
+        backend = self.backend_for(*tensors)
         if backend is None:
-            return self.in_torch(*inputs, context)
+            return self.in_torch(*tensors, context)
         if backend.casts_inputs:
             # A kernel knows nothing of autocast, which would lower its tensors as it lowers torch's products.
-            inputs = [tensor.to(compute_dtype(tensor)) for tensor in inputs]
-        return backend.run(self, *inputs, context)
+            tensors = [tensor.to(compute_dtype(tensor)) for tensor in tensors]
+        return backend.run(self, *tensors, context)
 
     def backend_for(self, *inputs: torch.Tensor) -> Backend | None:
         """Choose the backend of this forward; None means plain torch.
@@ -145,7 +149,7 @@ def autocast_device(like: torch.Tensor) -> str:
 
 
 def compute_dtype(like: torch.Tensor) -> torch.dtype:
-    """Return the precision of torch's products and convolutions of a tensor: autocast's where that is on, else its own."""
+    """Return the precision of torch's products of a tensor: autocast's where that is on, else its own."""
     device = autocast_device(like)
     if torch.is_autocast_enabled(device) and like.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -156,19 +160,22 @@ def _in_compiled_torch(operator: WithBackends, *inputs_and_context: Any) -> torc
     # Under a counter, as in every save, torch would compile nothing, and never again.
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return operator.in_torch(*inputs_and_context)
+    from torch._dynamo.exc import FailOnRecompileLimitHit  # takes a second to import
+
     try:
         return _compiled(operator.config)(operator, *inputs_and_context)
-    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+    except FailOnRecompileLimitHit as error:
         raise OperatorError(
-            f"{operator.name}: torch compiles one operator for {torch._dynamo.config.recompile_limit} shapes, precisions "
-            "and modes of training at most, and met one more. Set torch._dynamo.config.recompile_limit higher, or choose "
-            '"torch".'
+            f"{operator.name}: torch compiles one operator for {torch._dynamo.config.recompile_limit} shapes, "
+            "precisions and modes of training at most, and met one more. Set torch._dynamo.config.recompile_limit "
+            'higher, or choose "torch".'
         ) from error
 
 
 @functools.cache
-def _compiled(config: OperatorConfig) -> Callable[..., torch.Tensor]:
-    """Compile a copy of the code for each setting, since torch counts how often it has compiled a piece; layers share it."""
+def _compiled(config: WithBackends.Config) -> Callable[..., torch.Tensor]:
+    """Compile the code of an operator, once for all layers of one config."""
+    # A copy for each config, since torch counts how often it has compiled a piece of code.
     source = config.owner.in_torch
     copy = types.FunctionType(
         source.__code__.replace(), source.__globals__, source.__name__, source.__defaults__, source.__closure__
@@ -198,12 +205,12 @@ def _import(backend: Backend, operator: str) -> None:
         raise MissingDependencyError(f"Backend {backend.name!r} of {operator}", needs, extra="kernels") from error
 
 
-def _best(config: OperatorConfig, *case: Any) -> Backend | None:
+def _best(config: WithBackends.Config, *case: Any) -> Backend | None:
     return _find_best(config, *case)
 
 
 @functools.cache
-def _find_best(config: OperatorConfig, width: int, device: str, dtype: torch.dtype, grad: bool) -> Backend | None:
+def _find_best(config: WithBackends.Config, width: int, device: str, dtype: torch.dtype, grad: bool) -> Backend | None:
     """The first backend that is there, allowed and right; said once, since the answer is cached."""
     owner = config.owner
     for backend in owner.backends:
@@ -226,10 +233,10 @@ def _find_best(config: OperatorConfig, width: int, device: str, dtype: torch.dty
 
 
 def _disagreement(
-    backend: Backend, config: OperatorConfig, width: int, device: str, dtype: torch.dtype, grad: bool
+    backend: Backend, config: WithBackends.Config, width: int, device: str, dtype: torch.dtype, grad: bool
 ) -> float:
-    """Largest relative difference to plain torch on 48 x 48 tokens, of outputs and, where it is to train, gradients."""
-    site = Site(kind="self_attention", index=0, path="example", width=2 * width, heads=2, head_width=width)
+    """The largest relative difference to plain torch, of outputs and, where it is to train, of gradients."""
+    site = AttentionSite(kind="self_attention", index=0, path="example", width=2 * width, heads=2, head_width=width)
     context = Context(grid=Grid(height=48, width=48))
     shape = (1, 48 * 48, 2 * width)
     count = 1

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .backends import compute_dtype
+
+# Convolves an image of tokens with one of an operator's convolutions: fast, padded or tap by tap.
+Convolve = Callable[["ShortConvolution", torch.Tensor], torch.Tensor]
 
 LAYOUTS = ("causal_1d", "centered_1d", "2d")
 
@@ -32,6 +36,8 @@ class ShortConvolution(nn.Conv2d):
         size: taps along each axis.
         layout: `2d`, or `causal_1d` and `centered_1d` for sequences, which are images one token wide: [B, N, 1, D].
     """
+
+    bias: nn.Parameter
 
     def __init__(self, width: int, size: int, layout: str = "2d"):
         is_image = layout == "2d"
@@ -96,7 +102,7 @@ class ShortConvolution(nn.Conv2d):
         x = torch.arange(width, device=image.device)
         steps = itertools.product(range(-top, rows - top), range(-left, columns - left))
         taps = torch.stack(self.weight.flatten(1).unbind(1))  # [taps, D], each in one piece of memory
-        convolved = self.bias
+        convolved: torch.Tensor = self.bias
         for tap, (down, right) in zip(taps, steps, strict=True):
             inside = ((y + down >= 0) & (y + down < height))[:, None] & (x + right >= 0) & (x + right < width)
             convolved = convolved + tap * torch.where(inside[..., None], image.roll((-down, -right), (1, 2)), 0)
@@ -106,3 +112,13 @@ class ShortConvolution(nn.Conv2d):
         """Count the multiply-adds of its taps, two each."""
         rows, columns = self.kernel_size
         return 2 * rows * columns * tokens * self.in_channels
+
+
+class ShortConvolutions(nn.ModuleDict):
+    """Convolutions of queries, keys and values by name."""
+
+    def __getitem__(self, name: str) -> ShortConvolution:
+        return super().__getitem__(name)  # type: ignore[return-value]  # nothing else is put in
+
+    def values(self) -> Iterable[ShortConvolution]:  # type: ignore[override]
+        return super().values()  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Parts that feed-forwards with a hidden layer share: settings, widths, and warm starts from the original's neurons."""
+"""Parts that feed-forwards with a hidden layer share: settings, widths, and starts from the original's neurons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from ...core.sites import Site
+from ...core.sites import FeedForwardSite, Site
 from ...errors import OperatorError, UnknownNameError
 from ..base import FeedForwardOperator, LinearPair
 from .activations import ACTIVATIONS, GATED, gate_activation, hermite_coefficients
@@ -37,18 +37,19 @@ class ActivatedConfig(FeedForwardOperator.Config):
         return ACTIVATIONS
 
     def check_activation(self, name: str) -> None:
-        """Raise `OperatorError` for an activation that needs a gate, `UnknownNameError` for one that does not exist."""
+        """Raise `OperatorError` for an activation that needs a gate, `UnknownNameError` for an unknown one."""
         if isinstance(name, str) and name in self.activations():
             return
         if isinstance(name, str) and name in GATED:
             raise OperatorError(
-                f"{self.owner.name}: {name} is gated, which takes a second input layer that {self.owner.name} has not. "
-                f"Choose gated_mlp, or name one of {', '.join(sorted(self.activations()))}."
+                f"{self.owner.name}: {name} is gated, which takes a second input layer that {self.owner.name} has "
+                f"not. Choose gated_mlp, or name one of {', '.join(sorted(self.activations()))}."
             )
         raise UnknownNameError(f"activation of {self.owner.name}", name, self.activations())
 
     def resolved(self, site: Site) -> Self:
-        if self.activation is not None:
+        # A site of another kind is refused by the operator, in words of its own.
+        if self.activation is not None or not isinstance(site, FeedForwardSite):
             return self
         # Gated ones are refused below, in words of their own.
         if site.activation not in (*self.activations(), *GATED):
@@ -58,6 +59,12 @@ class ActivatedConfig(FeedForwardOperator.Config):
                 f"Name one of {', '.join(sorted(self.activations()))}."
             )
         return replace(self, activation=site.activation)
+
+    def activation_at(self, site: FeedForwardSite) -> str:
+        """Return the name of the activation at a site. Raises as `resolved`."""
+        activation = self.resolved(site).activation
+        assert activation is not None
+        return activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +92,7 @@ def hidden_width(who: str, expansion: float, site: Site) -> int:
     return hidden
 
 
-def is_narrower(hidden: int, site: Site) -> bool:
+def is_narrower(hidden: int, site: FeedForwardSite) -> bool:
     """Return whether some of the original's neurons must go."""
     return site.hidden is not None and hidden < site.hidden
 

@@ -1,8 +1,7 @@
-"""Gated short convolutions, which the Hyena family is made of: y = query * inner(key * value), each part featurised."""
+"""Gated short convolutions, which the Hyena family is made of: y = query * inner(key * value)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ from ...core.sites import AttentionSite
 from ...errors import OperatorError, UnknownNameError
 from ..base import Mixer
 from .backends import COMPILED, HALF, Backend, WithBackends, compute_dtype
-from .depthwise import LAYOUTS, ShortConvolution, heads_first, tokens_last
+from .depthwise import LAYOUTS, Convolve, ShortConvolution, ShortConvolutions, heads_first, tokens_last
 from .settings import require_count
 
 
@@ -74,7 +73,7 @@ class GatedConvolution(WithBackends, Mixer):
         # As torch pads "same": an even filter reaches one token further back.
         self.before = size - 1 if config.layout == "causal_1d" else size // 2
         self.causal_operator = self.before == size - 1
-        self.convolutions = nn.ModuleDict()
+        self.convolutions = ShortConvolutions()
         if self.has_featurisers:
             for name in ("query", "key", "value"):
                 self.convolutions[name] = ShortConvolution(site.inner_width, size, config.layout)
@@ -85,11 +84,10 @@ class GatedConvolution(WithBackends, Mixer):
 
     def init_from(self, original: nn.Module) -> None:
         """Open both gates (one), so that values pass unmixed; without featurisers there is no such start."""
-        for name, convolution in self.convolutions.items():
-            if name == "value":
-                convolution.set_identity()
-            else:
-                convolution.set_constant(1.0)
+        for convolution in self.convolutions.values():
+            convolution.set_constant(1.0)
+        if self.has_featurisers:
+            self.convolutions["value"].set_identity()
 
     def in_torch(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         return self.gate(query, key, value, context, ShortConvolution.__call__)
@@ -108,7 +106,7 @@ class GatedConvolution(WithBackends, Mixer):
         key: torch.Tensor,
         value: torch.Tensor,
         context: Context,
-        convolve: Callable[[ShortConvolution, torch.Tensor], torch.Tensor],
+        convolve: Convolve,
     ) -> torch.Tensor:
         """Compute the output, [B, H, N, E], with `convolve(convolution, image)` for its convolutions."""
         layout = self._layout(query, context)

@@ -153,7 +153,7 @@ def decay_sums(log_decay: torch.Tensor, backwards: bool = False) -> torch.Tensor
 
 
 def decay(log_decay: torch.Tensor) -> torch.Tensor:
-    """Exponentiate, or give zero below e^-40, too little for a sum to notice: the smallest numbers are slow on CPUs."""
+    """Exponentiate, or give zero below e^-40, which no sum notices: the smallest numbers are slow on CPUs."""
     return F.threshold(log_decay, -40.0, -math.inf).exp()
 
 
@@ -168,8 +168,8 @@ def state_space(
 ) -> torch.Tensor:
     """Compute y_i = sum over j of (q_i . k_j) decay(j -> i) v_j, linear in N, by state-space duality.
 
-    Source: arXiv 2405.21060, Section 6. The decay is the product over the tokens after j up to i; backwards, from i up to the one before j. Both directions
-    share one product within chunks, and a token counts itself once.
+    Source: arXiv 2405.21060, Section 6. The decay is the product over the tokens after j up to i; backwards, from i up
+    to the one before j. Both directions share one product within chunks, and a token counts itself once.
 
     Args:
         value: [B, N, H, P].
@@ -231,6 +231,7 @@ def pair_decays(forwards: torch.Tensor | None, backwards: torch.Tensor | None = 
         # A token sees itself by the way there is.
         like = backwards
         diagonal = -1
+    assert like is not None
     size = like.shape[-1]
     earlier = torch.ones(size, size, dtype=torch.bool, device=like.device).tril(diagonal)
     return torch.where(earlier, _log_pairs(forwards), _log_pairs(backwards)).exp()

@@ -1,6 +1,6 @@
 """Softmax attention in which each query sees a box of keys around it: linear in tokens, exact, in plain torch.
 
-HeadTensor are cut into tiles. A tile gathers the keys its queries may see (its halo), and one softmax call with a small
+Queries are cut into tiles. A tile gathers the keys its queries may see (its halo), and one softmax call with a small
 mask serves all tiles. Which keys a query sees is said for each axis of the grid by itself.
 """
 
@@ -181,7 +181,7 @@ def tiled_attention(
     axes = tuple(tuple(map(specialize, axis)) for axis in axes)
     others = specialize(key.shape[2] - query.shape[2])
     tile = max(tile, round((others / 4) ** (1 / len(axes))))  # each tile gathers the others anew: fewer tiles then
-    # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind; it must not be cached for real ones.
+    # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind, not to be cached for real ones.
     make = tiling if type(query) is torch.Tensor else _make_tiling
     cut = make(rule, axes, tile, others, query.device)
     if mask is not None:
@@ -217,6 +217,7 @@ def _tile_by_tile(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """One tile after the other on the tensors as they lie. (A backward pass would fill a whole tensor for each.)"""
+    assert cut.mask is not None
     tokens = query.shape[2]
     queries = cut.queries.shape[1]
     keys = cut.keys.shape[1] - others
@@ -251,6 +252,7 @@ def _mix_tiles(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention within some tiles: [B, tiles * Q, H * E]."""
+    assert cut.mask is not None
     queries = cut.queries[piece]
     keys = cut.keys[piece]
     batch = len(parts[0])
@@ -308,9 +310,8 @@ def dense_attention(
         window = (window[:, None, :, None] & sees[None, :, None, :]).flatten(0, 1).flatten(1)
     window = F.pad(window, (0, key.shape[2] - query.shape[2]), value=True)
     hidden = ~window.to(query.device)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    scores = (query @ key.transpose(-1, -2)) * scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query @ key.transpose(-1, -2)) * factor
     if mask is not None and mask.dtype == torch.bool:
         hidden = hidden | ~mask
     elif mask is not None:
