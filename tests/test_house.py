@@ -39,6 +39,7 @@ FLOORS = [
 EVERYWHERE = {"torch", "tqdm"}
 HOMES = {
     "diffusers": None,  # everywhere but in operators, see below
+    "diffusers_graft_cli": {"cli", "__main__"},  # beside the package, so that --help imports nothing heavy
     "einops": {"operators"},
     "peft": {"training.finetune", "serialization.lora"},  # stage two injects it, the hub stores its tensors
     "accelerate": {"training"},
