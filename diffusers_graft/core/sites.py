@@ -15,6 +15,7 @@ from .tables import Table, Tabular
 
 ATTENTION_KINDS = ("self_attention", "cross_attention", "joint_attention")
 BLOCK_KINDS = ("block_pair", "block", "block_run")
+# No tensor of torch has a longer side on every device.
 _LARGEST_SIZE = 2**31 - 1
 
 KINDS = (*ATTENTION_KINDS, "feed_forward", *BLOCK_KINDS)
@@ -163,6 +164,7 @@ def _class_of(kind: str) -> type[Site]:
 @functools.cache
 def _types_of(site_class: type[Site]) -> dict[str, type]:
     hints = get_type_hints(site_class)
+    # Class variables are among the fields that a dataclass notes.
     return {name: hints[name] for name in site_class.__dataclass_fields__ if name != "kinds"}
 
 

@@ -34,6 +34,7 @@ _STALE = ".stale"
 _ONE_DAY = 86_400
 
 _LARGEST_TEXT = 32 * 2**20
+# Reading it recurses, and so does what reads it afterwards.
 _DEEPEST_JSON = 64
 # An item of JSON takes 60 to 150 bytes of memory, and may take only 2 in the file.
 _MOST_JSON_ITEMS = 500_000
@@ -195,6 +196,7 @@ def append_text(path: str | Path, text: str) -> None:
     """Add text to a file, which is made where there is none. Raises `FileError` where it cannot be written."""
     path = Path(path)
     with _explained(f"{path} cannot be written"):
+        # Opening a pipe for writing waits for its reader.
         _require_replaceable(path)
         with path.open("a", encoding="utf-8") as file:
             file.write(text)

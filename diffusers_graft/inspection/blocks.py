@@ -110,6 +110,7 @@ def _block_lists(model: ModelMixin, parts: Sites) -> list[tuple[str, nn.ModuleLi
         have_parts = all(_parts_inside(f"{path}.{number}", parts) for number in range(len(module)))
         if have_parts and all(streams_of(block_class(block)) for block in module):
             found.append((path, module))
+    # Modules are named in the order of their definition, parts in that of a forward.
     places = {site.path: place for place, site in enumerate(parts)}
     return sorted(found, key=lambda entry: places[_parts_inside(entry[0], parts)[0].path])
 
@@ -149,6 +150,7 @@ def find_refusal(model: ModelMixin, path: str) -> str | None:
     holder, _, name = path.rpartition(".")
     blocks = model.get_submodule(path)
     assert isinstance(blocks, nn.ModuleList)
+    # By name, so that the reason given is the same in every run.
     for cls in sorted({block_class(block) for block in blocks}, key=lambda cls: cls.__name__):
         skips = [parameter for parameter in parameters_of(cls) if parameter in _SKIPS]
         if skips:

@@ -149,6 +149,7 @@ def read_context(model: ModelMixin, args: tuple, kwargs: Inputs) -> Context:
 
 def context_of(model: ModelMixin, family: Family, inputs: Inputs) -> Context:
     """Return the context of a forward of a family, from its arguments by name."""
+    # Some families take a list of prompts, or tokens that are counted elsewhere.
     prompt = _first_of(inputs, "encoder_hidden_states", "text_bth")
     text_tokens = 0
     if isinstance(prompt, torch.Tensor) and prompt.dim() > 1:

@@ -36,6 +36,7 @@ def find_sites(model: ModelMixin, *, blocks: bool = False) -> Sites:
     """
     require_model(model)
     steps = list(walk(model))
+    # Found first: a feed-forward is known by the attention beside it, which may come later.
     attending: set[int] = set()
     for step in steps:
         attending.update(id(module) for module in (step.module, step.parent) if _attends(module))

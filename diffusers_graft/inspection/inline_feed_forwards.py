@@ -45,6 +45,7 @@ def inline_feed_forwards(model: ModelMixin, sites: Iterable[Site]) -> tuple[Inli
         if not isinstance(site, AttentionSite) or site.path not in modules:
             continue
         holders = {site.path: _layers_inside(modules[site.path], site)}
+        # A block has one feed-forward; what it calls besides are other projections.
         if _holder(site) not in have_feed_forward:
             holders[_holder(site)] = _layers_beside(modules[_holder(site)], site)
         for path, layers in holders.items():

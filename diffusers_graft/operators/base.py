@@ -168,7 +168,7 @@ def _require_frozen(config: type, operator: str) -> None:
     decorator = "decorate it with @dataclass(frozen=True, kw_only=True)"
     if not issubclass(config, OperatorConfig):
         raise OperatorError(f"{operator}.Config is no OperatorConfig: derive it from the Config of its base class.")
-    # Inherited parameters are those of the base class, which says nothing of this one.
+    # Asked of the class alone: inherited parameters are those of the base class, which says nothing of this one.
     parameters = vars(config).get("__dataclass_params__")
     if parameters is None:
         raise OperatorError(f"{operator}.Config is no dataclass, so its settings are not read: {decorator}.")
@@ -266,6 +266,7 @@ class Operator(nn.Module, Generic[ConfigT, SiteT]):
 
     def flops(self, tokens: int) -> int:
         """Return the floating-point operations of one sample of `tokens` tokens, a multiply-add counting two."""
+        # Not abstract, so that a first sketch of an operator runs before it is priced.
         raise OperatorError(f"{self.name} does not say what it costs: define flops(tokens) beside its forward.")
 
     def bind_context(self, slot: ContextSlot) -> None:

@@ -137,6 +137,7 @@ def package_of(operator: type[Operator]) -> dict[str, str] | None:
     top = operator.__module__.partition(".")[0]
     if top == _LIBRARY:
         return None
+    # Entry points are asked first: finding a package by its modules reads the file list of every package.
     names = [point.dist.name for point in entry_points(group=_GROUP, name=operator.name) if point.dist]
     names += packages_distributions().get(top, [])
     for name in names:

@@ -43,7 +43,7 @@ class Edit:
 
 @dataclass(frozen=True, repr=False)
 class GraftPlan(Tabular):
-    """What to graft where, for models of one class. Pure data.
+    """A list of edits, site by site, for models of one class. Pure data.
 
     Attributes:
         model_class: name of the diffusers class the plan was made for.
@@ -116,6 +116,7 @@ class GraftPlan(Tabular):
         Args:
             sites: those of the model, blocks among them, where they are known already.
         """
+        # By name, since a plan may come from a process where the class is another object.
         if type(model).__name__ != self.model_class:
             raise MismatchError(f"This plan was made for {self.model_class}; the model is a {type(model).__name__}.")
         if sites is None:
@@ -218,6 +219,7 @@ def _select_sites(model: ModelMixin, sites: Sites, key: str, config: OperatorCon
 def _group_blocks(model: ModelMixin, blocks: Sites, key: str, config: OperatorConfig) -> Sites:
     """Return runs of as many neighbouring blocks as the operator takes, of all of them where it does not say."""
     size = getattr(config, "group", None) or len(blocks)
+    # Joined, they span neighbours of one list; what was chosen may have gaps or come from several lists.
     if join_blocks(blocks).paths != tuple(block.path for block in blocks):
         raise RuleError(f"{key!r} is no run: its blocks are in one list and follow each other, as in block_run[2:6].")
     if len(blocks) % size:

@@ -43,6 +43,7 @@ def parse_rules(text: str) -> dict[str, Any]:
         key, equals, operator = map(str.strip, part.partition("="))
         if not equals or not operator:
             raise RuleError(f'{part!r} is not a rule. Write "{_EXAMPLE}".')
+        # A dict would silently take the last one.
         if key in rules:
             raise RuleError(f"{key!r} is there twice in {text!r}.")
         rules[key] = parse_operator(operator)

@@ -1,9 +1,7 @@
-"""A tiny model and inputs for every transformer class of diffusers: what the table of families is measured on, and the
-tests.
+"""Tiny models of every transformer class of diffusers, with inputs: for the tests and the table of families.
 
 A row is (configuration, inputs). Sizes of a forward are counted in *tokens*, not in latent pixels, so that the grid is
-known
-without asking the library: `height` x `width` image tokens, `frames` for videos, `text` prompt tokens.
+known without asking the library: `height` x `width` image tokens, `frames` for videos, `text` prompt tokens.
 """
 
 from __future__ import annotations
@@ -26,13 +24,14 @@ ONE_AT_A_TIME = {
 
 
 def exported() -> dict[str, type[nn.Module]]:
-    """Every class the installed diffusers exports as a transformer, by name."""
-    return {name: cls for name in dir(transformers) if inspect.isclass(cls := getattr(transformers, name))}
+    """Return every class the installed diffusers exports as a transformer, by name."""
+    return dict(inspect.getmembers(transformers, inspect.isclass))
 
 
 def tiny(name: str, **settings: Any) -> nn.Module:
-    """A tiny model of a class. Noise fills parameters at zero, which would hide what attention does, and uninitialised
-    ones.
+    """Make a tiny model of a class.
+
+    Noise fills parameters at zero, which would hide what attention does, and uninitialised ones.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -46,7 +45,7 @@ def tiny(name: str, **settings: Any) -> nn.Module:
 
 
 def inputs_of(name: str, **sizes: int) -> dict[str, Any]:
-    """Arguments of a forward; what a model changes in place is made anew by every call."""
+    """Return the arguments of a forward, new ones in every call, since some models change them in place."""
     draw = Draw(**sizes)
     if name in ONE_AT_A_TIME:
         draw.batch = 1

@@ -1,4 +1,4 @@
-"""What tiny models and their inputs are made of: sizes counted in tokens, and shapes that families share."""
+"""Parts of tiny models and their inputs: sizes counted in tokens, and shapes that families share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass
 class Draw:
-    """Sizes of one forward in tokens, and what makes its tensors."""
+    """Sizes of one forward in tokens, and the tensors of such sizes."""
 
     batch: int = 2
     frames: int = 3
