@@ -27,7 +27,7 @@ from .config_file import (
     to_text,
 )
 from .describe import describe_model
-from .load_model import AUTO, config_digest
+from .load_model import AUTO, config_digest, index_file
 from .lora import adapter_tensors
 from .remote_code.operator_source import describe_code, sources
 from .remote_code.pack import AUTO_MAP, FILE, library_file
@@ -116,7 +116,8 @@ def save_plain(original: Callable[..., Any], model: ModelMixin, folder: Path, **
     # Without a save of ours there, diffusers writes as it ever did.
     if not stale:
         return original(model, folder, **kwargs)
-    with replace_files(folder, stale=stale) as temporary:
+    # diffusers reads an index of shards first, so one of an older save would hide these weights.
+    with replace_files(folder, stale=[*stale, index_file(kwargs.get("variant"))]) as temporary:
         result = original(model, temporary, **kwargs)
         if CARD in stale and (folder / CARD).exists():
             card = merge_edits(add_note(""), read_text(folder / CARD))

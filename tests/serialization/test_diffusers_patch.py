@@ -142,3 +142,13 @@ def test_a_base_from_a_relative_folder_is_no_repository(tmp_path, monkeypatch):
     model = DiTTransformer2DModel.from_pretrained("models/mine").eval()
     monkeypatch.chdir("/")
     assert hub_name(model) is None
+
+
+def test_a_plain_save_is_not_hidden_by_an_index_that_was_there_before_the_graft(tmp_path):
+    model = tiny_dit()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    grafted(RULES).save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.proj_out_1.bias.add_(1)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(predict(DiTTransformer2DModel.from_pretrained(tmp_path)), predict(model))

@@ -139,9 +139,12 @@ class _Module:
 
 def _text_of(operator: type[Operator]) -> str:
     """Return the text of the file or the notebook's cell that an operator is defined in."""
-    for value in vars(operator).values():
-        code = getattr(value, "__code__", None)
-        text = "" if code is None else "".join(linecache.getlines(code.co_filename))
+    codes = [getattr(value, "__code__", None) for value in vars(operator).values()]
+    files = [code.co_filename for code in codes if code is not None]
+    # A class without methods is in its module's file, if at all.
+    files.append(getattr(sys.modules.get(operator.__module__), "__file__", None) or "")
+    for file in files:
+        text = "".join(linecache.getlines(file))
         if f"class {operator.__name__}" in text:
             return text
     raise FileError(
