@@ -23,7 +23,7 @@ Rule = Callable[..., list[range]]
 # Up to here one masked softmax over all tokens beats gathering; the mask has at most 256 x 256 entries.
 DENSE_TOKENS = 256
 
-# KeyTensor gathered at a time where nothing is kept for a backward pass.
+# Keys gathered at a time where nothing is saved for a backward pass.
 GATHERED_TOKENS = 2048
 
 
@@ -104,6 +104,7 @@ def _make_tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, dev
     with torch.inference_mode(False), torch.device("cpu"):
         tokens = math.prod(axis[0] for axis in axes)
         sees_all = all(len(row) == axis[0] for axis in axes for row in rule(*axis))
+        sees_more = any(len(row) > 1 for axis in axes for row in rule(*axis))
         if sees_all or tokens <= DENSE_TOKENS:
             tile = tokens
         queries = torch.zeros(1, 1, dtype=torch.long)
@@ -111,8 +112,8 @@ def _make_tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, dev
         mask = torch.ones(1, 1, 1, dtype=torch.bool)
         for axis in axes:
             side = tile
-            if tile < tokens and all(len(row) == 1 for row in rule(*axis)):
-                # Places that see themselves alone have nothing in common to gather.
+            if sees_more and tile < tokens and all(len(row) == 1 for row in rule(*axis)):
+                # Frames that see themselves alone have nothing in common to gather.
                 side = 1
             cut = _cut(rule, axis, side)
             queries = _outer(queries, cut.queries, axis[0])
