@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 # Queries, and what a mixer returns.
@@ -17,5 +17,3 @@ HeadTensor: TypeAlias = Float[Tensor, "B H N E"]
 KeyTensor: TypeAlias = Float[Tensor, "B H M E"]
 # Hidden states.
 TokenTensor: TypeAlias = Float[Tensor, "B N D"]
-# As `scaled_dot_product_attention` takes masks: True where a query sees a key, or what is added to the logits.
-MaskTensor: TypeAlias = Bool[Tensor, "#B #H #N #M"] | Float[Tensor, "#B #H #N #M"]

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from ..errors import FileError
 
-DISK_ERRORS = (OSError, SafetensorError, UnicodeEncodeError)
+_DISK_ERRORS = (OSError, SafetensorError, UnicodeEncodeError)
 
 _TEMPORARY = ".saving-"
 _DECIDED = ".saved"
@@ -352,7 +352,7 @@ def _explained(failure: str, advice: str = "") -> Iterator[None]:
         yield
     except FileError:
         raise
-    except DISK_ERRORS as error:
+    except _DISK_ERRORS as error:
         raise FileError(f"{failure}: {error}. {advice}".rstrip()) from error
 
 

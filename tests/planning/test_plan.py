@@ -1,5 +1,6 @@
 """Plans: resolved from rules, saved, read back, checked against a model."""
 
+import copy
 import json
 
 import pytest
@@ -87,6 +88,7 @@ def test_plans_are_resolved():
             "mlp replaces feed_forward; transformer_blocks.0.attn1 is self_attention[0]",
         ),
         ({"self_attention[0]": "hyena_x(4)"}, RuleError, "name=value"),
+        ({"feed_forward[0]": {"operator": "mlp", "expansion": 1e308}}, OperatorError, "more neurons than a tensor"),
         ({"block_pair[7:]": "mlp"}, RuleError, "matches nothing"),
         (
             {"self_attention[0]": "hyena_x", "self_attention[:2]": "sliding_window"},
@@ -212,3 +214,48 @@ def test_a_plan_file_names_its_class_of_models_by_text(name):
     data = dg.plan_graft(MODEL, {"self_attention[0]": "hyena_x"}).to_dict()
     with pytest.raises(FileError, match="the name of its model's class is no text"):
         dg.GraftPlan.from_dict({**data, "model_class": name})
+
+
+ODD = [
+    None,
+    "",
+    [],
+    {},
+    1e308,
+    -1,
+    2**70,
+    "x" * 1000,
+    True,
+    "\ud800",
+    float("nan"),
+    {"operator": ["a"]},
+    "hybrid(first=mlp)",
+]
+SAVED = dg.plan_graft(
+    MODEL,
+    "self_attention[:2]=hybrid(first=hyena_x, second=sliding_window); feed_forward[0]=moe_mlp; block_run[2:4]=parallel",
+).to_dict()
+
+
+def places_in(data, path=()):
+    """Go through the places of nested JSON."""
+    keys = range(len(data)) if isinstance(data, list) else data if isinstance(data, dict) else ()
+    for key in keys:
+        yield (*path, key)
+        yield from places_in(data[key], (*path, key))
+
+
+PLACES = list(places_in(SAVED))
+
+
+@given(place=st.sampled_from(PLACES), value=st.sampled_from(ODD) | st.none())
+def test_any_entry_of_a_plan_file_may_be_odd_and_is_read_or_refused(place, value):
+    data = copy.deepcopy(SAVED)
+    holder = data
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    try:
+        dg.GraftPlan.from_dict(data).check(MODEL)
+    except GraftError:
+        pass

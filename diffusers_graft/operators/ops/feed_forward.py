@@ -83,7 +83,11 @@ class HiddenConfig(ActivatedConfig):
 
 
 def hidden_width(who: str, expansion: float, site: Site) -> int:
-    """Count the hidden neurons at a site. Raises `OperatorError` where none are left."""
+    """Count the hidden neurons at a site. Raises `OperatorError` where none are left, or more than a tensor holds."""
+    if expansion * site.width >= 2**31:
+        raise OperatorError(
+            f"{who}: expansion {expansion:g} of width {site.width} is more neurons than a tensor holds."
+        )
     hidden = round(expansion * site.width)
     if hidden < 1:
         raise OperatorError(
