@@ -145,7 +145,7 @@ def config_or_default(config: Any, kind: type[Settings]) -> Settings:
     return config or kind()
 
 
-def require_one_of(what: str, name: str, available: Iterable[str]) -> None:
+def require_one_of(what: str, name: object, available: Iterable[str]) -> None:
     """Raise `UnknownNameError` unless `name` is one of those available."""
     available = list(available)
     if name not in available:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -75,7 +75,7 @@ def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
     """Return the mean over processes."""
     if process_state().num_processes == 1:
         return values
-    return reduce(values, "mean")
+    return cast(torch.Tensor, reduce(values, "mean"))
 
 
 def min_over_processes(value: int) -> int:
@@ -83,7 +83,8 @@ def min_over_processes(value: int) -> int:
     state = process_state()
     if state.num_processes == 1:
         return value
-    return int(gather(torch.tensor([value], device=state.device)).min())
+    values = cast(torch.Tensor, gather(torch.tensor([value], device=state.device)))
+    return int(values.min())
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -149,14 +149,16 @@ def _shard_blocks(twin: ModelMixin, sites: Sites, plugin: FullyShardedDataParall
             'call model.to(torch.float32), with precision="bf16" for speed.'
         )
     # Blocks are gathered one at a time as the forward reaches them.
-    mesh = init_device_mesh(processes.process_state().device.type, (processes.process_state().num_processes,))
+    state = processes.process_state()
+    assert state.device is not None
+    mesh = init_device_mesh(state.device.type, (state.num_processes,))
     blocks = {id(twin.get_submodule(path)) for path in find_blocks(twin, sites)}
     # From the inside out: what is sharded already is left alone by the module around it.
     for module in reversed(list(twin.modules())):
         # DiT calls the embedding of its first block from outside that block.
         embeds_labels = any(isinstance(child, LabelEmbedding) for child in module.children())
         if embeds_labels or id(module) in blocks or module is twin:
-            fully_shard(module, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
+            fully_shard(module, mesh=mesh, reshard_after_forward=bool(plugin.reshard_after_forward))
     return twin
 
 

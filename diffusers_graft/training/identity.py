@@ -7,11 +7,11 @@ read: another base model or data set differs in nearly all of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any, cast
 
 import torch
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin
 
 from ..injection.graft import Graft, base_tensors
 from .batches import Batch, BatchStream, ShuffledBatches
@@ -110,7 +110,7 @@ def _update(hasher: Any, value: Any) -> None:
         hasher.update(type(value).__name__.encode())
 
 
-def _describe_scheduler(scheduler: SchedulerMixin | None) -> dict[str, Any] | None:
+def _describe_scheduler(scheduler: Any) -> dict[str, Any] | None:
     """Return class and settings of a scheduler, without the places and versions that it came from."""
     if scheduler is None:
         return None
@@ -122,7 +122,8 @@ def _describe_data(stream: BatchStream) -> tuple[dict[str, Any], dict[str, Any]]
     """Return what is known of the training data for certain, and what may be another at every reading."""
     batches = stream.batches
     if isinstance(batches, ShuffledBatches):
-        facts = {"samples": len(batches.dataset), "batch size": batches.batch_size, "seed": batches.seed}
+        facts: dict[str, Any] = {"samples": len(cast(Sized, batches.dataset))}
+        facts |= {"batch size": batches.batch_size, "seed": batches.seed}
         first = 0
         middle = facts["samples"] // 2
         last = facts["samples"] - 1

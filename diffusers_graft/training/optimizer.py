@@ -16,12 +16,12 @@ from .distributed import average_gradients
 from .fsdp import full_tensor, gather_state, shard_like, shard_optimizer_state
 
 
-def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
+def mixed_precision(device: torch.device, precision: str | None) -> torch.autocast:
     """Return a context of mixed precision on a device, or of none.
 
     Autocast's cache is off: weights that were cast without gradients would be used again where gradients are needed.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "no")
     return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
 

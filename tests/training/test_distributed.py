@@ -1,4 +1,4 @@
-"""Two processes end where one does, with the same batches; also where weights are spread over them."""
+"""Two processes end where one does, with the same batches; also where weights are sharded over them."""
 
 import os
 import socket
@@ -15,22 +15,22 @@ from diffusers_graft.errors import TrainingError
 from diffusers_graft.training import distributed as processes
 
 from ..models import SCHEDULER, batches, tensors_of, tiny_dit
-from .sharing import RULES, both_stages
-from .spreading import every_way
+from .sharded_runs import every_setting
+from .shared_runs import RULES, both_stages
 
 ROOT = Path(__file__).parents[2]
-SPREAD = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 REFUSED = {
     "launch with --use_fsdp --fsdp_version 2": {"ACCELERATE_USE_DEEPSPEED": "true"},
-    "launch with --fsdp_version 2": {**SPREAD, "FSDP_VERSION": "1"},
-    "launch without --fsdp_offload_params": {**SPREAD, "FSDP_OFFLOAD_PARAMS": "true"},
-    "FinetuneConfig.gradient_checkpointing=True": {**SPREAD, "FSDP_ACTIVATION_CHECKPOINTING": "true"},
-    "torch.optim.Adafactor cannot step": SPREAD,
+    "launch with --fsdp_version 2": {**SHARDED, "FSDP_VERSION": "1"},
+    "launch without --fsdp_offload_params": {**SHARDED, "FSDP_OFFLOAD_PARAMS": "true"},
+    "FinetuneConfig.gradient_checkpointing=True": {**SHARDED, "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+    "torch.optim.Adafactor cannot step": SHARDED,
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_launches_that_cannot_be_followed_are_refused_before_anything_is_touched(words, monkeypatch):
+def test_unsupported_launches_are_refused_before_anything_changes(words, monkeypatch):
     alone = processes.process_state()
     for name, value in REFUSED[words].items():
         monkeypatch.setenv(name, value)
@@ -84,10 +84,10 @@ def assert_as_alone(first, second, alone):
 
 
 @pytest.mark.parametrize(
-    "variables", [{}, pytest.param(SPREAD, marks=pytest.mark.long)], ids=["whole weights", "spread weights"]
+    "variables", [{}, pytest.param(SHARDED, marks=pytest.mark.long)], ids=["full weights", "sharded weights"]
 )
 def test_two_processes_are_one(variables, tmp_path):
-    first, second = two_processes("sharing", tmp_path, **variables)
+    first, second = two_processes("shared_runs", tmp_path, **variables)
     alone = both_stages()
     assert set(first) == set(alone)
     assert_as_alone(first, second, alone)
@@ -97,11 +97,11 @@ def test_two_processes_are_one(variables, tmp_path):
 
 
 @pytest.mark.long
-def test_every_way_of_stage_two_with_spread_weights(tmp_path):
-    first, second = two_processes("spreading", tmp_path, **SPREAD)
+def test_every_setting_of_stage_two_with_sharded_weights(tmp_path):
+    first, second = two_processes("sharded_runs", tmp_path, **SHARDED)
     held, total = first.pop("share").tolist()
     assert held < 0.6 * total
     resumed = [name for name in first if name.startswith("resumed.")]
     assert len(resumed) > 100
     assert all(torch.equal(first[name], first[name.removeprefix("resumed.")]) for name in resumed)
-    assert_as_alone(first, second, every_way())
+    assert_as_alone(first, second, every_setting())

@@ -1,4 +1,4 @@
-"""Spread weights in every model: a group of one process shards, gathers and reduces as one of many does."""
+"""Sharded weights in every model: a group of one process shards, gathers and reduces as one of many does."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_every_family_gives_the_same_outputs_and_gradients(name):
         torch.testing.assert_close(gradient, wanted.get(path, torch.zeros_like(gradient)), rtol=1e-5, atol=1e-7)
 
 
-def test_what_is_trained_is_brought_back_also_after_a_broken_loss():
+def test_trained_weights_are_copied_back_also_after_a_loss_that_is_nan():
     good, bad = batches(2)
     bad["sample"][0] = float("nan")
     model = tiny_dit()
@@ -112,7 +112,7 @@ def test_frozen_weights_may_be_of_several_dtypes_and_trained_ones_of_one():
     assert all(len(report.losses) == 2 for report in reports.values())
 
 
-def test_removing_a_graft_brings_the_original_back_bit_for_bit():
+def test_removing_a_graft_after_sharded_training_gives_the_original_bit_for_bit():
     model = tiny_dit()
     before = tensors_of(model)
     model.set_graft(RULES)
@@ -124,7 +124,7 @@ def test_removing_a_graft_brings_the_original_back_bit_for_bit():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_teacher_is_spread_and_the_new_parts_are_whole():
+def test_the_teacher_is_sharded_and_the_new_parts_are_not():
     model = tiny_dit()
     graft = dg.build_graft(model, dg.plan_graft(model, RULES))
     kinds = set()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 
 import torch
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from ...errors import TrainingError
 from .capture import CapturedCall
@@ -15,11 +15,12 @@ from .capture import CapturedCall
 def copy_call(call: CapturedCall, device: torch.device) -> CapturedCall:
     """Copy a call to a device, so that nothing of its forward stays alive or changes it."""
     # Blocks may write into their inputs after the hooks ran.
-    copied = tree_map(
-        lambda item: item.to(device, copy=True) if isinstance(item, torch.Tensor) else item,
+    args, kwargs, output, gate = tree_map_only(
+        torch.Tensor,
+        lambda tensor: tensor.to(device, copy=True),
         (call.args, call.kwargs, call.output, call.gate),
     )
-    return CapturedCall(*copied, call.context)
+    return CapturedCall(args, kwargs, output, gate, call.context)
 
 
 def size_of_call(call: CapturedCall) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import cast
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
@@ -23,7 +24,7 @@ from ...errors import OperatorError, StateError, TrainingError
 from ...injection.graft import Graft, is_enabled
 from ...injection.install import ContextReader, require_built_beside
 from ...inspection import evaluating, linear_pair, predict
-from ...operators import Mixer
+from ...operators import Mixer, Operator
 from ...planning.plan import Edit
 from ..batches import Batch, BatchStream
 from ..config import config_or_default
@@ -87,6 +88,7 @@ class _Regression:
     def capture_original(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
         """Forward hook of the old part. Returns None, so the model runs on unchanged."""
         student = self.seat(*args, **kwargs)
+        assert self._captured is not None
         features, layer_output = self._captured
         self._captured = None
         self._check(student, output, features, layer_output)
@@ -147,9 +149,9 @@ class _Regression:
 
     def apply(self) -> None:
         """Add the solution to the layer's weights."""
-        self.layer.weight += self.solution[: self.layer.in_features].T.to(self.layer.weight.dtype)
+        self.layer.weight.add_(self.solution[: self.layer.in_features].T.to(self.layer.weight.dtype))
         if self.layer.bias is not None:
-            self.layer.bias += self.solution[-1].to(self.layer.bias.dtype)
+            self.layer.bias.add_(self.solution[-1].to(self.layer.bias.dtype))
 
 
 class _Energy:
@@ -157,7 +159,7 @@ class _Energy:
 
     def __init__(self, site: Site):
         self.site = site
-        self.squares: torch.Tensor | float = 0.0
+        self.squares = torch.zeros((), dtype=torch.float64)
         self.tokens = 0
 
     def capture_neurons(self, layer: nn.Linear, args: tuple) -> None:
@@ -252,12 +254,13 @@ def _make_runner(
 
 def output_layer(seat: nn.Module) -> nn.Linear | None:
     """Return the linear layer that a new part's output comes from, where it has one: a mixer's is the attention's."""
+    operator = cast(Operator, seat.graft)
     layer = None
-    if isinstance(seat.graft, Mixer):
+    if isinstance(operator, Mixer):
         if getattr(seat, "to_out", None):
-            layer = seat.to_out[0]
-    elif seat.graft.output_layer:
-        layer = seat.graft.get_submodule(seat.graft.output_layer)
+            layer = cast(nn.ModuleList, seat.to_out)[0]
+    elif operator.output_layer:
+        layer = operator.get_submodule(operator.output_layer)
     return layer if isinstance(layer, nn.Linear) else None
 
 
@@ -298,9 +301,10 @@ def _collect(model: ModelMixin, regressions: dict[str, _Regression], run: ModelR
 
 def _start_from_energy(model: ModelMixin, graft: Graft, edits: list[Edit], run: ModelRunner) -> None:
     """Start the parts that use energy anew, from the neurons that are active on data."""
+    operators = graft.operators()
     meters = {}
     for edit in edits:
-        if graft.seats[edit.site.path].graft.uses_energy and edit.config.init == "warm":
+        if operators[edit.site.path].uses_energy and edit.config.init == "warm":
             meters[edit.site.path] = _Energy(edit.site)
     if not meters:
         return
@@ -312,4 +316,4 @@ def _start_from_energy(model: ModelMixin, graft: Graft, edits: list[Edit], run: 
         run("energy of neurons")
     for path, meter in meters.items():
         pair = linear_pair(model.get_submodule(path))
-        graft.seats[path].graft.init_from(replace(pair, energy=meter.mean()))
+        operators[path].init_from(replace(pair, energy=meter.mean()))

@@ -90,7 +90,7 @@ class DistillStage(Stage):
         stepped: students that took the last step.
     """
 
-    name = "one"
+    config: DistillConfig
 
     def __init__(
         self,

@@ -207,7 +207,7 @@ class Student:
         if best is None or error < best.error:
             self.best = [tensor.detach().clone() for tensor in (*self.optimizer.masters, *self.buffers)]
             report.best_step = evaluation.step
-        later = [one for one in report.held_out if one.step > report.best_step]
+        later = [one for one in report.held_out if one.step > (report.best_step or 0)]
         if self.patience is not None and len(later) >= self.patience:
             self.finish_early()
         return evaluation

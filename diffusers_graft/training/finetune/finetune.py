@@ -15,7 +15,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.models.embeddings import LabelEmbedding
 
 from ...errors import StateError, TrainingError
-from ...injection.graft import Graft, get_graft, is_enabled
+from ...injection.graft import Graft, is_enabled
 from ...injection.install import check_processors, require_graft
 from ..batches import Batch, BatchStream, read_first
 from ..config import config_or_default
@@ -103,7 +103,7 @@ def finetune(
             feature_weight=config.distill_features,
             original=shard_original(model, graft.sites) if uses_teacher else None,
         )
-        stage = FinetuneStage(student, get_graft(student), teacher, config, noising, stream, evaluated, losses)
+        stage = FinetuneStage(student, require_graft(student), teacher, config, noising, stream, evaluated, losses)
         costs = train(stage, session)
     row = {"stage": "two", **config.to_dict(), **costs}
     row["first_loss"] = losses[0]

@@ -8,9 +8,9 @@ Mean squared error of the prediction (epsilon, v, clean sample or flow), weighte
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from diffusers.training_utils import compute_snr
 
 from ...errors import TrainingError, UnknownNameError
@@ -23,7 +23,7 @@ VARIANCES = ("auto", "vb", "ignore")
 def objective(
     prediction: torch.Tensor,
     noised: NoisedBatch,
-    scheduler: SchedulerMixin | None,
+    scheduler: Any,
     *,
     variance: str = "auto",
     min_snr: float | None = None,
@@ -32,16 +32,18 @@ def objective(
 
     Args:
         prediction: of the model, [B, C, ...], or [B, 2 C, ...] with variances.
+        scheduler: the noise scheduler of diffusers, None where batches are model arguments.
         variance: `"vb"` trains predicted variances, `"ignore"` leaves them alone, `"auto"` trains those of models that
             predict noise under a DDPM scheduler.
         min_snr: gamma of min-SNR weighting; None weights all noise levels alike.
 
     Raises `TrainingError` for a target of another shape.
     """
+    assert noised.target is not None
     mean = mean_of(prediction, noised.target)
     loss = (mean.float() - noised.target.float()).square().flatten(1).mean(1)
     if min_snr is not None:
-        if scheduler is None or noised.sample is None:
+        if scheduler is None or noised.timestep is None:
             raise TrainingError(
                 "min_snr needs to know the noise: pass noise_scheduler= and batches with a clean sample."
             )
@@ -75,7 +77,7 @@ def mean_of(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return mean
 
 
-def trains_variance(scheduler: SchedulerMixin | None, noised: NoisedBatch, variance: str) -> bool:
+def trains_variance(scheduler: Any, noised: NoisedBatch, variance: str) -> bool:
     """Return whether predicted variances are trained."""
     is_able = scheduler is not None and not is_flow(scheduler) and scheduler.config.prediction_type == "epsilon"
     if variance == "vb" and not (is_able and noised.sample is not None):
@@ -87,7 +89,7 @@ def trains_variance(scheduler: SchedulerMixin | None, noised: NoisedBatch, varia
     return variance == "vb" or (variance == "auto" and is_able and noised.sample is not None)
 
 
-def snr_weight(scheduler: SchedulerMixin, timestep: torch.Tensor, gamma: float) -> torch.Tensor:
+def snr_weight(scheduler: Any, timestep: torch.Tensor, gamma: float) -> torch.Tensor:
     """Return min(SNR, gamma) on the error of the clean sample, as a weight on the error of the prediction: [B]."""
     if is_flow(scheduler):
         sigma = (timestep.float() / scheduler.config.num_train_timesteps).clamp(1e-4, 1)
@@ -98,13 +100,15 @@ def snr_weight(scheduler: SchedulerMixin, timestep: torch.Tensor, gamma: float) 
     return snr.clamp(max=gamma) * factors[scheduler.config.prediction_type]
 
 
-def variational_bound(prediction: torch.Tensor, noised: NoisedBatch, scheduler: SchedulerMixin) -> torch.Tensor:
+def variational_bound(prediction: torch.Tensor, noised: NoisedBatch, scheduler: Any) -> torch.Tensor:
     """Return bits per dimension of q(x_{t-1} | x_t, x_0) under the predicted Gaussian, at t = 0 those of the 8-bit sample:
     [B].
 
     Gradients reach the variances alone. The second half of the channels lies between the logs of the posterior's
     variance (-1) and of beta (1).
     """
+    assert noised.sample is not None
+    assert noised.timestep is not None
     noise, between = prediction.chunk(2, dim=1)
     noised_sample = noised.noisy.float()
     sample = noised.sample.float()
@@ -121,7 +125,7 @@ def variational_bound(prediction: torch.Tensor, noised: NoisedBatch, scheduler: 
 class _Coefficients:
     """Coefficients of the diffusion at some timesteps, in float64 until they are used."""
 
-    def __init__(self, scheduler: SchedulerMixin, timestep: torch.Tensor, ndim: int):
+    def __init__(self, scheduler: Any, timestep: torch.Tensor, ndim: int):
         betas = scheduler.betas.double()
         signal = (1 - betas).cumprod(0)
         before = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1].cpu()]).to(signal.device)

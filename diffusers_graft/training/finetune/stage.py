@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class FinetuneStage(Stage):
     Raises `TrainingError` where nothing is to be trained.
     """
 
-    name = "two"
+    config: FinetuneConfig
 
     def __init__(
         self,
@@ -58,10 +58,11 @@ class FinetuneStage(Stage):
             )
         self.teacher = teacher
         self.optimizer = StageOptimizer(parameters, config, ema_decay=config.ema_decay)
-        self.forward = model
-        if config.compile:
-            backend = {} if config.compile is True else {"backend": config.compile}
-            self.forward = torch.compile(model, **backend)
+        self.forward: Callable[..., Any] = model
+        if config.compile is True:
+            self.forward = torch.compile(model)
+        elif config.compile:
+            self.forward = torch.compile(model, backend=config.compile)
         self.losses = losses
         self.terms: dict[str, float] = {}
         self.held_out_losses: list[tuple[int, float]] = []
@@ -128,7 +129,7 @@ class FinetuneStage(Stage):
         )
         # Outside autocast: squares of half precision overflow.
         terms = {"denoising": loss, **self.teacher.losses(prediction)}
-        total = sum(terms.values())
+        total = sum(terms.values(), start=torch.zeros_like(loss))
         self.optimizer.backward(total)
         return {name: term.detach() for name, term in {"loss": total, **terms}.items()}
 
@@ -150,6 +151,7 @@ class FinetuneStage(Stage):
             for noised in map(self._local_share, batches):
                 with mixed_precision(self.model.device, self.config.precision):
                     prediction = predict(self.model, noised.inputs)
+                assert noised.target is not None
                 losses.append(denoising_loss(prediction, noised.target))
         loss = processes.mean_over_processes(torch.stack(losses)).mean().item()
         if not math.isfinite(loss):

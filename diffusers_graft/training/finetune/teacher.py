@@ -97,6 +97,7 @@ class Teacher:
         """Return the terms that were asked for, weighted, by name."""
         terms = {}
         if self.output_weight:
+            assert self.prediction is not None
             terms["output"] = self.output_weight * F.mse_loss(prediction.float(), self.prediction.float())
         if self.feature_weight:
             pairs = zip(self.student_features, self.features, strict=True)

@@ -195,10 +195,10 @@ def test_the_energies_are_mean_squares_of_hidden_neurons(monkeypatch):
     torch.testing.assert_close(given[-1], inputs.double().square().mean(0))
 
 
-@pytest.mark.parametrize("taught", [{"operator": "mlp", "expansion": 1, "init": "random"}, NARROW], ids=str)
-def test_what_starts_at_random_or_was_trained_keeps_its_neurons(taught):
-    model, graft = grafted({"feed_forward[0]": taught})
-    if taught is NARROW:
+@pytest.mark.parametrize("trained", [{"operator": "mlp", "expansion": 1, "init": "random"}, NARROW], ids=str)
+def test_parts_that_start_at_random_or_were_trained_are_not_started_anew(trained):
+    model, graft = grafted({"feed_forward[0]": trained})
+    if trained is NARROW:
         dg.distill(model, graft, batches(), dg.DistillConfig(steps=2, progress=False), noise_scheduler=SCHEDULER)
     up = graft.seats["transformer_blocks.0.ff"].graft.up.weight.clone()
     dg.closed_form(model, graft, batches(), quick(), noise_scheduler=SCHEDULER)
@@ -275,7 +275,7 @@ def test_values_that_are_not_finite_are_refused(spec):
     assert graft.history == []
 
 
-def test_an_original_that_overflows_is_told_apart():
+def test_an_original_that_overflows_is_named():
     model, graft = grafted({"feed_forward[2]": {"operator": "linear_mlp", "init": "random"}})
     model.transformer_blocks[2].ff.net[2].bias.data[0] = float("inf")
     with pytest.raises(TrainingError, match=r"feed_forward\[2\] are not finite"):
@@ -324,7 +324,7 @@ def test_it_is_on_the_card_and_comes_back(tmp_path):
     assert "| closed form | 4 | none | output layers, solved |" in card
     assert "| closed form | `feed_forward[1]` |" in card
     assert f"{reports['feed_forward[1]'].relative_error:.1%}" in card
-    assert "on the batches that it learned from" in card
+    assert "on the batches of its training" in card
     fresh = tiny_dit()
     fresh.load_graft(tmp_path)
     assert torch.equal(predict(fresh), expected)
@@ -347,7 +347,7 @@ def test_where_one_part_cannot_be_solved_for_none_is_changed(monkeypatch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in graft.tensors(model).items())
 
 
-def test_only_the_model_that_a_graft_was_built_beside_is_watched():
+def test_only_the_model_that_a_graft_was_built_beside_is_accepted():
     model = tiny_dit()
     graft = dg.build_graft(model, dg.plan_graft(model, {"feed_forward[1]": "mlp"}))
     with pytest.raises(StateError, match="built beside another model"):

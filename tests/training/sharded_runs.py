@@ -1,4 +1,4 @@
-"""One of two processes over which weights are spread: `accelerate`'s variables in the environment, results to a
+"""One of two processes over which weights are sharded: `accelerate`'s variables in the environment, results to a
 folder.
 """
 
@@ -14,7 +14,7 @@ import diffusers_graft as dg
 from diffusers_graft.training.fsdp import shard
 
 from ..models import SCHEDULER, batches, tiny_dit
-from .sharing import RULES
+from .shared_runs import RULES
 
 LORA = LoraConfig(r=2, target_modules=["to_q"])
 WAYS = {
@@ -33,9 +33,8 @@ class Stop:
         control.should_training_stop = state.global_step == 2
 
 
-def settle(way, folder=None, callbacks=(), **more):
+def train(way, folder=None, callbacks=(), **more):
     """Weights after stage two."""
-    torch.manual_seed(0)  # LoRA starts at random
     model = tiny_dit()
     model.set_graft(RULES)
     config = dg.FinetuneConfig(**{"steps": 4, "lr": 1e-3, "warmup": 2, "progress": False, **WAYS[way]})
@@ -43,9 +42,9 @@ def settle(way, folder=None, callbacks=(), **more):
     return {f"{way}.{name}": tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def every_way():
-    """Weights after stage two in every way."""
-    return {name: tensor for way in WAYS for name, tensor in settle(way).items()}
+def every_setting():
+    """Weights after stage two with every setting."""
+    return {name: tensor for way in WAYS for name, tensor in train(way).items()}
 
 
 def share_of_the_weights():
@@ -58,9 +57,9 @@ def share_of_the_weights():
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    result = {**every_way(), "share": share_of_the_weights()}
+    result = {**every_setting(), "share": share_of_the_weights()}
     for way in ("lora", "momentum"):
-        settle(way, folder / way, callbacks=[Stop()])
-        result |= {f"resumed.{name}": tensor for name, tensor in settle(way, folder / way, resume=True).items()}
+        train(way, folder / way, callbacks=[Stop()])
+        result |= {f"resumed.{name}": tensor for name, tensor in train(way, folder / way, resume=True).items()}
     save_file(result, folder / f"{PartialState().process_index}.safetensors")
     PartialState().destroy_process_group()
