@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from .errors import StateError
 from .injection import named_grafts
 from .injection.graft import Graft, build_graft, get_graft
-from .injection.hooks import in_memory
+from .injection.hooks import without_group_offloading
 from .injection.install import disable, enable, install, require_graft
 from .injection.lora_verbs import attach_lora_verbs
 from .inspection import require_model
@@ -181,7 +181,7 @@ def save_graft(model: ModelMixin, folder: str | Path, *, graft_name: str | None 
             more.
     """
     present = named_grafts.get_grafts(model)
-    with in_memory(model):
+    with without_group_offloading(model, from_disk_only=True):
         if graft_name is not None:
             with named_grafts.with_only(model, graft_name):
                 graft_folder.save_graft(model, folder, **settings)

@@ -99,50 +99,42 @@ def load_from_disk(model: ModelMixin) -> None:
             group.onload_()
 
 
-def lift_offloading(model: ModelMixin) -> group_offloading.GroupOffloadingConfig | None:
-    """Take group offloading off a model, weights in memory; returns the settings for `restore_offloading`."""
-    config = _offloading_config(model)
-    if config is None:
-        return None
+@contextlib.contextmanager
+def without_group_offloading(model: ModelMixin, *, from_disk_only: bool = False) -> Iterator[None]:
+    """Take group offloading off inside, weights in memory, and register it anew for the parts that are there then.
+
+    Args:
+        model: offloaded or not.
+        from_disk_only: leave weights that wait in memory where they are.
+    """
+    # Older releases of diffusers cannot register anew.
+    find = getattr(group_offloading, "_get_top_level_group_offload_hook", lambda model: None)
+    config = getattr(find(model), "config", None)
+    folder = getattr(config, "offload_to_disk_path", None)
+    if config is None or (from_disk_only and not folder):
+        yield
+        return
     load_from_disk(model)
     registry = HookRegistry.check_if_exists_or_initialize(model)
     for name in _OFFLOADING:
         registry.remove_hook(name, recurse=True)
-    return config
-
-
-def _offloading_config(model: ModelMixin) -> group_offloading.GroupOffloadingConfig | None:
-    # Older releases of diffusers cannot register anew.
-    find = getattr(group_offloading, "_get_top_level_group_offload_hook", lambda model: None)
-    return getattr(find(model), "config", None)
-
-
-def restore_offloading(model: ModelMixin, config: group_offloading.GroupOffloadingConfig | None) -> None:
-    """Register group offloading again, after parts have changed places."""
-    if config is None:
-        return
-    if getattr(config, "offload_to_disk_path", None):
-        # diffusers names its files by group and reads those that exist: it would find the weights of other parts.
-        folder = Path(config.offload_to_disk_path)
-        if folder.name.startswith(_FRESH):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder = folder.parent
-        config.offload_to_disk_path = tempfile.mkdtemp(prefix=_FRESH, dir=folder)
-    group_offloading._apply_group_offloading(model, config)
-
-
-@contextlib.contextmanager
-def in_memory(model: ModelMixin) -> Iterator[None]:
-    """Lift group offloading to disk meanwhile, since forwards empty the tensors that they have used."""
-    config = _offloading_config(model)
-    if not getattr(config, "offload_to_disk_path", None):
-        yield
-        return
-    lift_offloading(model)
     try:
         yield
     finally:
-        restore_offloading(model, config)
+        if folder:
+            config.offload_to_disk_path = _fresh_folder(Path(folder))
+        group_offloading._apply_group_offloading(model, config)
+
+
+def _fresh_folder(folder: Path) -> str:
+    """Make a folder inside the user's, in place of the one made last.
+
+    diffusers names its files by group and reads those that exist: it would find the weights of other parts.
+    """
+    if folder.name.startswith(_FRESH):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder = folder.parent
+    return tempfile.mkdtemp(prefix=_FRESH, dir=folder)
 
 
 def skip_layerwise_casting(model: ModelMixin, *, of_grafts: bool) -> None:

@@ -16,7 +16,7 @@ from ..inspection import argument_names, bind_arguments, context_of, family_of, 
 from .attention_processor import graft_processor, is_grafted
 from .checkpointing import forget_contexts, remember_contexts
 from .graft import Graft, get_graft, is_enabled
-from .hooks import lift_offloading, refuse_moving_hooked, require_weights, restore_offloading, skip_layerwise_casting
+from .hooks import refuse_moving_hooked, require_weights, skip_layerwise_casting, without_group_offloading
 from .modules import AttentionSeat
 from .waiting_parts import TreeState, follow, refuse_newly_quantised
 
@@ -186,24 +186,23 @@ def _exchange(model: ModelMixin, graft: Graft, parts: dict[str, nn.Module], adap
     tree = TreeState.of(model)
     refuse_newly_quantised(model, tree, parts.values())
     trained = _trained_parameters(model, graft)
-    offloading = lift_offloading(model)
     coming = {**parts, **adapters}
-    for path in sorted(coming, key=_depth):
-        parent, _, name = path.rpartition(".")
-        holder = model.get_submodule(parent)
-        follow(model, tree, holder._modules[name], coming[path])
-        holder._modules[name] = coming[path]
+    with without_group_offloading(model):
+        # Blocks before the parts inside them.
+        for path in sorted(coming, key=lambda path: path.count(".")):
+            parent, _, name = path.rpartition(".")
+            holder = model.get_submodule(parent)
+            follow(model, tree, holder._modules[name], coming[path])
+            holder._modules[name] = coming[path]
+        _exchange_trained(graft, trained)
+
+
+def _exchange_trained(graft: Graft, trained: dict[str, nn.Parameter]) -> None:
     # Only the data: optimizers and shards hold the parameters themselves.
     for name, parameter in trained.items():
         waiting = graft.body[name]
         graft.body[name] = parameter.data
         parameter.data = waiting.to(parameter.device, parameter.dtype)
-    restore_offloading(model, offloading)
-
-
-def _depth(path: str) -> int:
-    # Blocks come before the parts inside them.
-    return path.count(".")
 
 
 def _trained_parameters(model: ModelMixin, graft: Graft) -> dict[str, nn.Parameter]:

@@ -18,7 +18,7 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from torch import nn
 
 from .graft import get_graft, is_enabled
-from .hooks import lift_offloading, restore_offloading
+from .hooks import without_group_offloading
 from .module_copy import copy_shallow
 from .waiting_parts import base_layer
 
@@ -88,17 +88,15 @@ def _reach_view(
             return False
         args = (tensors, *args[1:])
     # Hooks hold tensors of the tree, and verbs would register them anew for the view.
-    config = lift_offloading(model)
+    kwargs.pop("_pipeline", None)
     try:
         # Without a trace in torch's generator: what the tree draws next must not depend on parts that wait.
-        with torch.random.fork_rng(devices=[]):
-            verb(view, *args, **{**kwargs, "_pipeline": None} if "_pipeline" in kwargs else kwargs)
+        with without_group_offloading(model), torch.random.fork_rng(devices=[]):
+            verb(view, *args, **kwargs)
     except ValueError as error:
         if _NO_TARGET not in str(error):
             raise
         return False
-    finally:
-        restore_offloading(model, config)
     if verb.__name__ in _ADDING:
         # Where the tree had no target, the model does not know of the adapter yet.
         vars(model)["peft_config"] = {**vars(view)["peft_config"], **vars(model).get("peft_config", {})}

@@ -92,6 +92,7 @@ def refuse_newly_quantised(model: ModelMixin, tree: TreeState, parts: Iterable[n
 def follow(model: ModelMixin, tree: TreeState, leaving: nn.Module, coming: nn.Module) -> None:
     """Bring a part that waited in step with the model, without touching what both parts share."""
     _align_lora(leaving, coming)
+    _align_backends(leaving, coming)
     # Parts of it may have modes of their own, which stay where the mode as such is the same.
     if coming.training != leaving.training:
         coming.train(leaving.training)
@@ -127,6 +128,16 @@ def _align_lora(leaving: nn.Module, coming: nn.Module) -> None:
         other = layers.get(path, layer)
         if path and other is not layer and base_layer(other) is base_layer(layer):
             coming.set_submodule(path, layer)
+
+
+def _align_backends(leaving: nn.Module, coming: nn.Module) -> None:
+    """Give processors the attention backend that was set, or reset, for those they replace."""
+    modules = dict(coming.named_modules())
+    for path, module in leaving.named_modules():
+        processor = getattr(module, "processor", None)
+        other = getattr(modules.get(path), "processor", None)
+        if hasattr(processor, "_attention_backend") and hasattr(other, "_attention_backend"):
+            other._attention_backend = processor._attention_backend
 
 
 def base_layer(layer: nn.Module) -> nn.Module:

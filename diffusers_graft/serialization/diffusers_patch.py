@@ -16,7 +16,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from ..core.storage import require_regular
 from ..errors import StateError, UnknownNameError
 from ..injection.graft import get_graft, is_enabled
-from ..injection.hooks import in_memory
+from ..injection.hooks import without_group_offloading
 from .config_file import descriptions_in
 from .describe import LOADED_FROM, LoadedFrom
 from .load_model import load_pretrained
@@ -61,7 +61,7 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
         pushing = {name: kwargs.pop(name) for name in _PUSHING if name in kwargs}
         repo_id = kwargs.pop("repo_id", folder.name)
         push_to_hub = kwargs.pop("push_to_hub", False)
-        with in_memory(self):
+        with without_group_offloading(self, from_disk_only=True):
             save_grafted(original, self, graft, folder, **kwargs)
         if not push_to_hub:
             return None

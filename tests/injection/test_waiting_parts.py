@@ -140,3 +140,18 @@ def test_parts_of_a_quantised_base_start_and_train_in_full_precision():
         assert predict(model).isfinite().all()
         model.unset_graft()
         assert torch.equal(predict(model), plain)
+
+
+def test_originals_have_the_attention_backend_that_the_model_has():
+    model = tiny(FLUX)
+    model.set_graft({"joint_attention[:]": "linear_attention"})
+    try:
+        model.set_attention_backend("native")
+        model.unset_graft()
+        assert model.transformer_blocks[0].attn.processor._attention_backend == "native"
+        model.set_graft({"joint_attention[:]": "linear_attention"})
+        model.reset_attention_backend()
+        model.disable_graft()
+        assert model.transformer_blocks[0].attn.processor._attention_backend is None
+    finally:
+        model.reset_attention_backend()
