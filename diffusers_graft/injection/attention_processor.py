@@ -29,7 +29,7 @@ from ..core.context import Context
 from ..core.sites import Site
 from ..errors import OperatorError
 from ..inspection.source import text_comes_first
-from ..operators import Operator
+from ..operators import Mixer
 from .attention_core import mix, mix_with_others
 from .hooks import register_processor
 from .processor_source import image_stream, rewrite_call
@@ -93,7 +93,7 @@ class _Grafted:
 
         `stream` are the hidden states of the image, as the processor was given them.
         """
-        operator: Operator = attn.graft
+        operator: Mixer = attn.graft
         site: Site = attn.graft_site
         if dropout_p:
             raise OperatorError(f"{operator.name} has no attention dropout; the model asks for {dropout_p}.")
@@ -224,20 +224,20 @@ class _Grafted:
 
 
 def _with_more(
-    context: Context, operator: Operator, site: Site, stream: torch.Tensor, unrotated: Unrotated, tokens: int
+    context: Context, operator: Mixer, site: Site, stream: torch.Tensor, unrotated: Unrotated, tokens: int
 ) -> Context:
     """Add to a context what an operator declares that it needs besides queries, keys and values.
 
     Raises `OperatorError` where this processor cannot give it.
     """
-    if getattr(operator, "needs_hidden_states", False):
+    if operator.needs_hidden_states:
         if stream.dim() != 3 or stream.shape[1] != tokens:
             raise OperatorError(
                 f"{operator.name} needs the hidden states of all tokens it mixes, and {site.path} mixes {tokens} tokens, "
                 f"with hidden states of shape {tuple(stream.shape)} for them. Choose another mixer there."
             )
         context = replace(context, hidden_states=stream)
-    if getattr(operator, "before_rotary", False):
+    if operator.before_rotary:
         if unrotated is None:
             raise OperatorError(
                 f"{operator.name} needs queries and keys before rotary embeddings, and those of {site.path} cannot be told "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -134,8 +135,8 @@ def _align_backends(leaving: nn.Module, coming: nn.Module) -> None:
     """Give processors the attention backend that was set, or reset, for those they replace."""
     modules = dict(coming.named_modules())
     for path, module in leaving.named_modules():
-        processor = getattr(module, "processor", None)
-        other = getattr(modules.get(path), "processor", None)
+        processor: Any = getattr(module, "processor", None)
+        other: Any = getattr(modules.get(path), "processor", None)
         if hasattr(processor, "_attention_backend") and hasattr(other, "_attention_backend"):
             other._attention_backend = processor._attention_backend
 

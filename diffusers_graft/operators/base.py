@@ -309,8 +309,14 @@ class Mixer(Operator[ConfigT, AttentionSite]):
     """Replaces the softmax of an attention and nothing else: projections, norms and rotary embeddings stay.
 
     `forward(query, key, value, context)` takes [B, H, N, E], [B, H, M, E] twice, and returns [B, H, N, E].
+
+    Attributes:
+        needs_hidden_states: whether it reads `context.hidden_states`, the input of the attention.
+        before_rotary: whether it reads `context.unrotated`, queries and keys before rotary embeddings.
     """
 
+    needs_hidden_states: ClassVar[bool] = False
+    before_rotary: ClassVar[bool] = False
     kinds = ("self_attention",)
     start = "queries, keys, values and output projection keep their pretrained weights"
 
