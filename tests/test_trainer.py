@@ -146,7 +146,7 @@ def test_a_push_leaves_checkpoints_at_home(tmp_path, monkeypatch):
     from huggingface_hub import HfApi
 
     class Done:
-        repo_id, commit_url = "user/name", "https://example.invalid/commit"
+        repo_id, sha, commit_url = "user/name", "0" * 40, "https://example.invalid/commit"
 
     def commit(self, repo_id, operations, **_):
         pushed.extend(operation.path_in_repo for operation in operations)
@@ -154,6 +154,7 @@ def test_a_push_leaves_checkpoints_at_home(tmp_path, monkeypatch):
 
     monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: Done())
     monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: [])
+    monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: Done())
     monkeypatch.setattr(HfApi, "create_commit", commit)
     one = trainer(tmp_path)
     one.train()

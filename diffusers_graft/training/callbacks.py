@@ -177,6 +177,30 @@ class Callbacks:
             if control is not None:
                 self.control = control
 
+    def start(self) -> None:
+        """Call `on_train_begin` and `on_epoch_begin`."""
+        self.call("on_train_begin")
+        self.call("on_epoch_begin")
+
+    def begin_step(self) -> None:
+        """Forget what was asked for the step before, and call `on_step_begin`."""
+        # Requests are for one step, except that to stop.
+        self.control.clear()
+        self.call("on_step_begin")
+
+    def end_step(self, epoch: float | None) -> None:
+        """Call `on_step_end`, and the methods of an epoch where the training set was read to its end.
+
+        Args:
+            epoch: how often it was read; None where its length is not known.
+        """
+        before = self.state.epoch or 0.0
+        self.state.epoch = epoch
+        self.call("on_step_end")
+        if epoch is not None and int(epoch) > int(before):
+            self.call("on_epoch_end")
+            self.call("on_epoch_begin")
+
     def report_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Call `on_evaluate`, then remember the best `eval_loss`.
 

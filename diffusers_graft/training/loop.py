@@ -147,6 +147,7 @@ def train(stage: Stage, session: Session) -> dict[str, Any]:
             for step in range(stage.step + 1, stage.max_steps + 1):
                 if stage.is_finished:
                     break
+                session.callbacks.begin_step()
                 stage.begin_step()
                 # The start may be better than anything that training makes of it.
                 if stage.is_at_start:

@@ -173,7 +173,7 @@ class Session:
                 raise FileError(
                     f"The output_dir {self.folder} cannot be written to: {error}. Give another one."
                 ) from error
-        self.callbacks.call("on_train_begin")
+        self.callbacks.start()
 
     def _open_folder(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,11 +203,8 @@ class Session:
         self.state.global_step = step
         self.state.seconds = time.perf_counter() - self._began
         self.state.samples += samples
-        self.state.epoch = epoch
         self.bar.update()
-        # Requests are for one step, except that to stop.
-        self.control.clear()
-        self.callbacks.call("on_step_end")
+        self.callbacks.end_step(epoch)
 
     @property
     def is_log_due(self) -> bool:

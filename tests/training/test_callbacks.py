@@ -8,6 +8,8 @@ import pytest
 import diffusers_graft as dg
 from diffusers_graft.training.callbacks import CallbackArguments, Callbacks, RunControl, RunState
 
+from ..models import SCHEDULER, batches, tiny_dit
+
 
 class Recorder:
     def __init__(self, answer=None):
@@ -73,3 +75,25 @@ def test_the_best_evaluation_is_remembered_after_callbacks_have_seen_it():
     assert [best for _, best in recorder.calls] == [None, 3.0, 2.0]
     assert recorder.calls[0][0] == {"eval_loss": 3.0, "eval_error": 1.0}
     assert (together.state.best_metric, together.state.best_global_step) == (2.0, 2)
+
+
+class Events:
+    def __init__(self):
+        self.names = []
+
+    def __getattr__(self, name):
+        if not name.startswith("on_"):
+            raise AttributeError(name)
+        return lambda *_, **__: self.names.append(name)
+
+
+def test_steps_and_epochs_are_announced_in_the_order_of_transformers():
+    model = tiny_dit()
+    model.set_graft({"self_attention[1]": "hyena_x"})
+    events = Events()
+    config = dg.FinetuneConfig(steps=3, warmup=0, log_every=3, progress=False)
+    dg.finetune(model, batches(2), config, noise_scheduler=SCHEDULER, callbacks=[events])
+    step = ["on_step_begin", "on_step_end"]
+    epoch = ["on_epoch_end", "on_epoch_begin"]
+    begin = ["on_train_begin", "on_epoch_begin"]
+    assert events.names == [*begin, *step, *step, *epoch, *step, "on_log", "on_train_end"]
