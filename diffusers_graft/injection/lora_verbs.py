@@ -99,7 +99,7 @@ def _reach_view(
         return False
     if verb.__name__ in _ADDING:
         # Where the tree had no target, the model does not know of the adapter yet.
-        vars(model)["peft_config"] = {**vars(view)["peft_config"], **vars(model).get("peft_config", {})}
+        vars(model)["peft_config"] = {**vars(view).get("peft_config", {}), **vars(model).get("peft_config", {})}
         vars(model)["_hf_peft_config_loaded"] = True
     return True
 
