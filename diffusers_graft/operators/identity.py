@@ -1,4 +1,4 @@
-"""No mixing: every token keeps its own value, or nothing. The lower control, and how an attention is removed."""
+"""No mixing: every token passes its value on, or nothing. The lower control, and how an attention is removed."""
 
 from __future__ import annotations
 

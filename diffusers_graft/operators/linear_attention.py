@@ -203,7 +203,7 @@ def key_weights(mask: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tens
     """Turn a mask into a factor on each key, [B, 1 or H, M, 1]: 0 or 1, or of an additive mask its exponential.
 
     Keys are summed once for all queries. Raises `OperatorError` where a mask differs from query to query, and where
-    compiled code, which cannot look, is given one that may.
+    compiled code, which cannot compare values, is given one that may.
     """
     row = mask[..., :1, :]
     if mask.shape[-2] > 1 and (torch.compiler.is_compiling() or not torch.equal(mask, row.expand_as(mask))):

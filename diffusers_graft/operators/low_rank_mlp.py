@@ -24,7 +24,7 @@ class LowRankMlp(FeedForwardOperator):
     """As many hidden neurons as the original; up to a rank of 0.8 of the width cheaper than an expansion of 4."""
 
     paper = "Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation, arXiv 1404.0736"
-    start = "each linear layer is the best approximation of the original's of its rank; biases and activation are kept"
+    start = "each linear layer is the best approximation of the original's of its rank; biases and activation stay"
     output_layer = "down"
 
     @dataclass(frozen=True, kw_only=True)

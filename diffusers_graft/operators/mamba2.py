@@ -61,7 +61,7 @@ class Mamba2(WithBackends, AttentionOperator):
 
     backends = (Backend("mamba_ssm", _mamba_ssm, "mamba_ssm.ops.triton.ssd_combined", dtypes=(*HALF, torch.float32)),)
     paper = "Transformers are SSMs, arXiv 2405.21060"
-    start = "random projections: nothing of the replaced attention is kept"
+    start = "random projections: nothing of the replaced attention stays"
     output_layer = "out_proj"
 
     @dataclass(frozen=True, kw_only=True)

@@ -295,7 +295,7 @@ def check_compiles(subject: Subject) -> None:
 
 
 def check_trains_after_inference(subject: Subject) -> None:
-    """Nothing that a run in inference mode leaves behind stands in the way of training."""
+    """It trains after a run in inference mode, whatever that left in its caches."""
     # A grid that no other check runs on, so that what is cached from grid to grid is made here.
     grid = subject.grid
     there = subject.on(dataclasses.replace(grid, height=grid.height + 3, width=grid.width + 10))

@@ -168,7 +168,7 @@ def _odds_of_neighbours(operator: Operator, inputs: list[torch.Tensor], context:
 
 
 def check_sees_ahead(subject: Subject) -> bool | None:
-    """An operator that mixes tokens looks ahead exactly where it does not say that it is causal."""
+    """Tokens see later ones, unless it is declared that they do not."""
     operator = subject.build()
     inputs = subject.inputs(batch=1)
     if isinstance(operator, FeedForwardOperator | BlockOperator):

@@ -1,4 +1,4 @@
-"""Activations by diffusers' names, and the polynomials that stand for them on normal inputs."""
+"""Activations by diffusers' names, and the polynomials that approximate them on normal inputs."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ GATED = {"glu": "sigmoid", "reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
 
 
 def gate_activation(name: str) -> Activation:
-    """Look up an activation by its name, or by that of the gated unit whose gate has it."""
+    """Return an activation by its name, or by that of the gated unit whose gate has it."""
     return GATES[GATED.get(name, name)]
 
 
 def hermite_coefficients(
     activation: Activation, mean: torch.Tensor, deviation: torch.Tensor, degree: int
 ) -> torch.Tensor:
-    """Compute the best polynomial stand-in for an activation of normal inputs, in powers of the standardised input.
+    """Compute the best polynomial for an activation of normal inputs, in powers of the standardised input.
 
     Args:
         mean, deviation: of each neuron's input, [hidden].

@@ -114,7 +114,7 @@ def strongest(original: LinearPair, count: int) -> torch.Tensor:
     """Choose the `count` neurons (all, if fewer) that move the output most; returns their indices in order.
 
     That is the size of a neuron's activation on data times the norm of its output weights; without data, the norm of
-    its input weights stands for the former.
+    its input weights takes the place of the former.
     """
     if original.energy is not None:
         activity = original.energy.float().sqrt()

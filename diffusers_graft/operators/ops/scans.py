@@ -1,8 +1,8 @@
 """Recurrences over tokens, a chunk at a time: matrix products within a chunk, a short loop from chunk to chunk.
 
 Legend beside that of `base`: T chunks, Q tokens of a chunk, S width of the state's keys. A scan leaves out of its
-Python loop whatever can be one product over all chunks, and takes chunks apart with `unbind`: the backward of slicing
-in a loop fills a tensor of zeros as large as the whole at every step, which is quadratic in tokens.
+Python loop whatever can be one product over all chunks, and separates chunks with `unbind`: the backward of slicing in
+a loop fills a tensor of zeros as large as all chunks at every step, which is quadratic in tokens.
 """
 
 from __future__ import annotations

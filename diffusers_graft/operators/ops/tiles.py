@@ -193,8 +193,8 @@ def tiled_attention(
         return F.scaled_dot_product_attention(query, key, value, attn_mask=_combine(cut.mask, mask), scale=scale)
     if cut.starts and runs_in_pieces(query):
         return _tile_by_tile(query, key, value, cut, others, scale, mask)
-    # Whole tokens [B, N, H * E] are gathered fastest, and without gradients a few tiles at a time, which stay in
-    # cache.
+    # Tokens of all heads [B, N, H * E] are gathered fastest, and without gradients a few tiles at a time, which stay
+    # in cache.
     parts = tuple(part.transpose(1, 2).flatten(2) for part in (query, key, value))
     step = tiles
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -217,7 +217,8 @@ def _tile_by_tile(
     scale: float | None,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One tile after the other on the tensors as they lie. (A backward pass would fill a whole tensor for each.)"""
+    """Attention within one tile after the other, on the tensors as they lie."""
+    # Without gradients alone: a backward pass would fill a tensor of all tokens for each tile.
     assert cut.mask is not None
     tokens = query.shape[2]
     queries = cut.queries.shape[1]
