@@ -68,13 +68,16 @@ __all__ = [
 attach_verbs()
 
 
-def __getattr__(name: str):
-    """The models of diffusers too: `model_index.json` of a grafted pipeline asks for them here, so that grafts are
-    known.
+def __getattr__(name: str) -> type:
+    """Return a model class of diffusers.
+
+    `model_index.json` of a grafted pipeline asks for its models here, so that this library is imported and reads them.
     """
     import diffusers
+    from diffusers.models.modeling_utils import ModelMixin
 
+    # Names of modules and functions are asked for as well, by tools that look around.
     found = getattr(diffusers, name, None) if name[:1].isupper() else None
-    if isinstance(found, type) and issubclass(found, diffusers.ModelMixin):
+    if isinstance(found, type) and issubclass(found, ModelMixin):
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
