@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=NAMES, metavar="NAME", help="one of those below")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="its own; NAME --help lists them")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="of the measurement; NAME --help lists them")
     named = parser.parse_args(argv)
     measurement = importlib.import_module(f"benchmarks.{named.name}")
     options = argparse.ArgumentParser(prog=f"{parser.prog} {named.name}", description=NAMES[named.name])

@@ -1,4 +1,4 @@
-"""Replace half of a transformer's attention, teach the new parts, save the graft, and load it into a fresh model.
+"""Replace half of a transformer's attention, train the new parts, save the graft, and load it into a fresh model.
 
 python examples/distill_and_share.py [folder]
 """
@@ -14,7 +14,7 @@ from diffusers_graft.testbed.sampling import scheduler
 
 def main(folder: str = "my-graft", steps: int = 300) -> None:
     model = testbed.load()  # any DiT or PixArt transformer of yours: PixArtTransformer2DModel.from_pretrained(...)
-    batches = testbed.letter_batches(32, seed=0)  # {"sample": latents, **the model's own conditioning arguments}
+    batches = testbed.letter_batches(32, seed=0)  # {"sample": latents, **the conditioning arguments}
     held_out = list(testbed.letter_batches(250, seed=1, fonts=testbed.HELD_OUT_FONTS, steps=2))
 
     plan = dg.plan_graft(model, {dg.interleaved("self_attention", 0.5): "neighborhood"})

@@ -1,4 +1,4 @@
-"""Find the design that does the least harm within 80 % of the FLOPs, settle it, and save it.
+"""Find the design that does the least harm within 80 % of the FLOPs, finetune it, and save it.
 
 python examples/plan_under_budget.py [folder]
 """

@@ -51,6 +51,7 @@ def check_about(about: Any) -> dict[str, Any]:
         json.dumps(entries, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise GraftError(f"A card holds text, finite numbers and lists of them; got {entries!r}: {error}.") from error
+    # a text is a list of letters for Python, so lists are checked by their items
     for name, kind in _LISTS.items():
         _check_list(name, entries.get(name, []), kind)
     for name in entries.keys() - _LISTS.keys():

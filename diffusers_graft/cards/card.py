@@ -18,7 +18,6 @@ from ..injection.graft import Graft
 from ..training.metrics_log import read_metrics
 from .edit_table import count_new_parameters, draw_layers, edit_rows
 from .front_matter import front_matter
-from .hub_metadata import is_dataset_id
 from .measurements import compressed_summary, score_table, speed_table
 from .recipe import recipe
 from .training_table import draw_curves, training_table
@@ -55,7 +54,7 @@ def write_card(
         config,
         source=folder.resolve().name,
         is_full_model=is_full_model,
-        picture=_PICTURE if (folder / _PICTURE).exists() else None,
+        picture=_picture_in(folder),
         curves=draw_curves(destination, folder, graft.history),
         journal=folder,
     )
@@ -63,6 +62,11 @@ def write_card(
     if present is not None:
         text = merge_edits(text, present)
     write_text(destination / CARD, text)
+
+
+def _picture_in(folder: Path) -> str | None:
+    """Return the file name of the sample pictures in a folder, None without any."""
+    return _PICTURE if (folder / _PICTURE).exists() else None
 
 
 def _read_present(path: Path) -> str | None:
@@ -86,7 +90,7 @@ def render_card(
     curves: str | None = None,
     journal: str | Path | None = None,
 ) -> str:
-    """Return the card as text, without the note that tells later edits of a person from our text.
+    """Return the card as text, without the note by which later edits of a person are found.
 
     Args:
         config: the graft's description.
@@ -97,10 +101,13 @@ def render_card(
     """
     about = config.get("about") or {}
     imported = config.get("imported")
+    # sorted, so that a card that is written again differs only where the graft does
     operators = sorted({edit.config.owner.name for edit in graft.plan.edits})
     papers = sorted({edit.config.owner.paper for edit in graft.plan.edits} - {""})
     counted_over, rows = edit_rows(model, graft, is_imported=bool(imported))
     metadata = front_matter(model, config, operators, is_full_model=is_full_model, source=source, picture=picture)
+    # what was logged may be more than what the history holds
+    metrics = [] if journal is None else read_metrics(journal)
     title = type(model).__name__
     if operators:
         title += f" with {' and '.join(operators)}"
@@ -119,13 +126,12 @@ def render_card(
         model_class=type(model).__name__,
         new_parameters=count_new_parameters(graft),
         body=len(graft.body),
-        lora=graft.adapter_config.r if graft.adapter_config else None,
+        lora=getattr(graft.adapter_config, "r", None),
         compressed=compressed_summary(config.get("compressed") or {}),
         settings=_settings(model, config),
         imported=imported,
         curves=curves,
-        data=[name for name in about.get("datasets") or [] if not is_dataset_id(name)],
-        datasets=[name for name in about.get("datasets") or [] if is_dataset_id(name)],
+        datasets=about.get("datasets") or [],
         recipe=recipe(graft, is_full_model=is_full_model),
         papers=papers,
         citations=[citation(paper) for paper in papers if _GRAFTING_PAPER not in paper],
@@ -134,7 +140,7 @@ def render_card(
         versions=config["versions"],
         limits=about.get("limits"),
         speed=speed_table(about.get("speed") or []),
-        **training_table(graft.history, read_metrics(journal) if journal else [], about.get("hardware")),
+        **training_table(graft.history, metrics, about.get("hardware")),
         **score_table(config.get("scores") or {}),
     )
 
@@ -143,13 +149,16 @@ def render_card(
 def template_folder() -> Path:
     """Return the folder of our templates: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).parents[1]
-    inside = package / "hub_cards"
-    return inside if inside.is_dir() else package.parent / "hub_cards"
+    for folder in (package / "hub_cards", package.parent / "hub_cards"):
+        if folder.is_dir():
+            return folder
+    raise FileError(f"The templates of cards are not beside {package}. Install diffusers-graft again.")
 
 
 @functools.cache
 def template(name: str) -> jinja2.Template:
     """Return one of our templates; a name in it that gets no value is an error."""
+    # strict, since an empty place in a card would pass unseen
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -159,6 +168,7 @@ def template(name: str) -> jinja2.Template:
 def citation(paper: str) -> str:
     """Return BibTeX from an operator's `paper`: its title, and its number on arXiv."""
     title, _, number = paper.partition(", arXiv ")
+    # BibTeX keys hold no spaces or punctuation
     key = "".join(letter for letter in title.split(":")[0].lower() if letter.isalnum())[:24]
     return f"@misc{{{key},\n  title  = {{{title}}},\n  eprint = {{{number.strip()}}},\n  archivePrefix = {{arXiv}}\n}}"
 
@@ -173,14 +183,16 @@ def _base(model: ModelMixin, config: dict[str, Any]) -> dict[str, Any]:
     model_class = type(model).__name__
     if not name:
         return {"words": f"a `{model_class}`", "arguments": None, "model_class": model_class}
+    # a class of a person's cannot be imported from diffusers
+    if not hasattr(diffusers, model_class):
+        return {"words": f"`{name}`", "arguments": None, "model_class": model_class}
     # quoted as JSON, which Python reads, too: names may come from a stranger's description
     arguments = json.dumps(name)
     if described.get("subfolder"):
         arguments += f", subfolder={json.dumps(described['subfolder'])}"
     return {
         "words": f"[`{name}`](https://huggingface.co/{name})",
-        # a class of a person's own cannot be imported from diffusers
-        "arguments": arguments if hasattr(diffusers, model_class) else None,
+        "arguments": arguments,
         "model_class": model_class,
     }
 

@@ -41,8 +41,11 @@ def draw_layers(graft: Graft) -> str:
     edits = [edit for edit in graft.plan.edits if edit.site.kind not in BLOCK_KINDS]
     for kind in dict.fromkeys(edit.site.kind for edit in edits):
         replaced = {edit.site.index for edit in edits if edit.site.kind == kind}
-        layers = range(len(graft.sites.where(kind=kind)))
-        lines.append(f"{kind:16} {''.join('█' if index in replaced else '·' for index in layers)}")
+        drawn = ["·"] * len(graft.sites.where(kind=kind))
+        for index in replaced:
+            drawn[index] = "█"
+        # the widest kind, cross_attention, has 15 letters
+        lines.append(f"{kind:16} {''.join(drawn)}")
     edits_of_blocks = [edit for edit in graft.plan.edits if edit.site.kind in BLOCK_KINDS]
     if edits_of_blocks:
         lines.append(f"{'block':16} {_draw_blocks(graft, edits_of_blocks)}")
@@ -53,13 +56,14 @@ def _draw_blocks(graft: Graft, edits: list[Edit]) -> str:
     """Return the blocks in a row: in brackets those that run side by side, a cross for a removed one."""
     drawn = {site.path: "·" for site in graft.sites.where(kind="block")}
     for edit in edits:
-        runs_blocks = edit.config.owner.runs_blocks
-        drawn |= dict.fromkeys(edit.site.paths, "█" if runs_blocks else "×")
-        if runs_blocks:
-            first = edit.site.path
-            last = edit.site.paths[-1]
-            drawn[first] = f"({drawn[first]}"
-            drawn[last] = f"{drawn[last]})"
+        if not edit.config.owner.runs_blocks:
+            drawn |= dict.fromkeys(edit.site.paths, "×")
+            continue
+        drawn |= dict.fromkeys(edit.site.paths, "█")
+        first = edit.site.path
+        last = edit.site.paths[-1]
+        drawn[first] = f"({drawn[first]}"
+        drawn[last] = f"{drawn[last]})"
     return "".join(drawn.values())
 
 
@@ -84,8 +88,8 @@ def _ranges(indices: list[int]) -> list[str]:
     if len(indices) > 2:
         step = indices[1] - indices[0]
         if step > 0 and indices == list(range(indices[0], indices[-1] + 1, step)):
-            suffix = f":{step}" if step > 1 else ""
-            return [f"{indices[0]}:{indices[-1] + 1}{suffix}"]
+            suffix = f":{step}"
+            return [f"{indices[0]}:{indices[-1] + 1}{suffix.removesuffix(':1')}"]
     return list(map(str, indices))
 
 
@@ -105,7 +109,7 @@ def edit_rows(
             "sites": ", ".join(rule_keys(edits)),
             "count": str(len(edits)),
             "operator": operator,
-            "start": _UNKNOWN_START if is_imported else _start(graft, edits[0]),
+            "start": _start(graft, edits[0], is_imported),
             "before": f"{sum(_parameters(graft.originals[path]) for path in paths):,}",
             "after": f"{sum(_parameters(graft.seats[path]) for path in paths):,}",
             "flops_before": _billions(before, paths),
@@ -115,14 +119,17 @@ def edit_rows(
     return counted_over, rows
 
 
-def _start(graft: Graft, edit: Edit) -> str:
+def _start(graft: Graft, edit: Edit, is_imported: bool) -> str:
     """Return in words what the new part started from."""
+    if is_imported:
+        return _UNKNOWN_START
     if edit.config.init != "warm":
         return "random weights"
     return graft.seats[edit.site.paths[0]].graft.start
 
 
 def _parameters(part: nn.Module) -> int:
+    # LoRA is listed by itself, and may be merged
     return sum(parameter.numel() for name, parameter in part.named_parameters() if ".lora_" not in name)
 
 
@@ -140,6 +147,7 @@ def _count_flops(model: ModelMixin, graft: Graft) -> tuple[str | None, Counts, C
     The original is counted without its weights. Nothing is counted where a model's inputs are not known.
     """
     try:
+        # other sizes than one number are those of models that make their example themselves
         size = getattr(model.config, "sample_size", None)
         size = min(size, _LARGEST_SIZE) if isinstance(size, int) else None
         inputs = example_inputs(model, size=size)
@@ -152,7 +160,7 @@ def _count_flops(model: ModelMixin, graft: Graft) -> tuple[str | None, Counts, C
         config = json.dumps(dict(model.config), sort_keys=True, default=str)
         counts = _counts_of_original(type(model), config, size)
         before = {path: counts.get(path, 0) for path in graft.originals}
-    # a card must not fail on a model that is called in a way of its own
+    # a card must not fail on a model whose call is not known
     except (GraftError, RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError, ValueError):
         return None, {}, {}
     return f"one forward of one sample of {tokens:,} tokens", before, after
@@ -171,6 +179,7 @@ def _counts_of_original(cls: type[ModelMixin], config: str, size: int | None) ->
     """Count the operations of the modules of the model that a configuration describes, without weights."""
     with torch.device("meta"):
         original = cls.from_config(json.loads(config))
+    # buffers that a constructor computes are not made on the default device
     original = original.to("meta").eval()
     return _counts(original, example_inputs(original, size=size))
 

@@ -46,8 +46,8 @@ def front_matter(
         base_model_relation=relation,
         pipeline_tag=task,
         datasets=datasets or None,
-        model_name=source.rpartition("/")[2] if results else None,
-        eval_results=results or None,
+        # without results the Hub's reader would take a name for one of its entries
+        **({"model_name": source.rpartition("/")[2], "eval_results": results} if results else {}),
         widget=_widget(about.get("sample_prompts") or [], picture),
         **_license(config),
     )
@@ -56,7 +56,7 @@ def front_matter(
 def _license(config: dict[str, Any]) -> dict[str, str]:
     """Return the license a person gave, or that of an imported checkpoint, or that of the base."""
     about = config.get("about") or {}
-    if about.get("license"):
+    if "license" in about:
         return {name: about[name] for name in ("license", "license_name", "license_link") if about.get(name)}
     imported = (config.get("imported") or {}).get("license")
     if imported:
@@ -70,14 +70,19 @@ def eval_results(scores: dict[str, Any], task: str | None, datasets: list[str]) 
     name = next((name for name in reversed(scores) if name != ORIGINAL), None)
     if name is None:
         return []
+    # the Hub wants an id here, too
+    dataset_name = dataset_type = next(iter(datasets), "")
+    if not datasets:
+        dataset_name = "held-out batches"
+        dataset_type = "held-out"
     results = []
     for metric, value in scores[name]["values"].items():
         # numbers that are not finite are text in a description
         if not isinstance(value, str):
             result = EvalResult(
                 task_type=task or "other",
-                dataset_name=datasets[0] if datasets else "held-out batches",
-                dataset_type=datasets[0] if datasets else "held-out",
+                dataset_name=dataset_name,
+                dataset_type=dataset_type,
                 metric_type=metric,
                 metric_value=value,
                 metric_name=f"{metric.replace('_', ' ')} ({name})",

@@ -123,7 +123,7 @@ LICENSES = tuple(
     ]
 )
 
-# Classes whose name does not tell their task; None where the Hub has no task of this kind.
+# Classes whose names do not end in their task; None where the Hub has no task of this kind.
 _TASK_OF_CLASS = {
     "ChronoEditTransformer3DModel": "image-to-image",
     "Cosmos3OmniTransformer": "any-to-any",
@@ -162,7 +162,7 @@ def task_of(model_class: str) -> str | None:
 
 def is_dataset_id(name: str) -> bool:
     """Return whether a name may be that of a data set on the Hub: `imagenet-1k`, `user/name`."""
-    # the Hub's own check takes a name without an owner for one of a user's repository
+    # validate_repo_id accepts letters that no data set has in its id
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII):
         return False
     try:

@@ -20,14 +20,15 @@ def score_table(scores: dict[str, Any]) -> dict[str, Any]:
     for name, row in scores.items():
         values = [_format_score(row["values"].get(column, "")) for column in columns]
         rows.append({"name": escape_cell(name), "values": values})
+    # rows of one card were measured in one way
     protocol = next(iter(scores.values())).get("protocol") or {}
     words = ", ".join(f"{name} {value}" for name, value in protocol.items())
     headings = [escape_cell(column.replace("_", " ")) for column in columns]
-    return {"scores": rows, "columns": headings, "protocol": f"Protocol: {words}." if words else ""}
+    return {"scores": rows, "columns": headings, "protocol": words}
 
 
 def _format_score(value: float | str) -> str:
-    """Return a cell; a text stands for a number that is not finite, or for one that was not measured."""
+    """Return a cell; numbers that are not finite, or were not measured, are text."""
     return value if isinstance(value, str) else f"{value:.4g}"
 
 

@@ -29,6 +29,7 @@ def recipe(graft: Graft, *, is_full_model: bool) -> str | None:
     """
     if is_full_model or not graft.plan.edits:
         return None
+    # rules as text, which plan_graft reads, and not as configs, whose classes would have to be imported
     lines = ["rules = {"]
     for (_, operator), edits in group_edits(graft.plan.edits).items():
         lines += [f'    "{key}": "{operator}",' for key in rule_keys(edits)]
@@ -38,7 +39,7 @@ def recipe(graft: Graft, *, is_full_model: bool) -> str | None:
     for number, row in enumerate(rows):
         stage = row["stage"]
         if stage == "closed form" and any(later.get("closed_form") for later in rows[number + 1 : number + 2]):
-            # stage one solves it again, by its own setting
+            # stage one solves it again, as its settings say
             continue
         if stage == "two" and not is_installed:
             lines.append("model.set_graft(graft)")

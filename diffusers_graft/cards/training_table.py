@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ def training_table(
         hardware: in a person's words; as it was recorded unless given.
     """
     stages = _stages(history)
+    # the log holds one run of each stage, the last
     last_runs = {row["stage"]: number for number, row in enumerate(stages)}
     for stage, number in last_runs.items():
         stages[number] = stage_costs(journal, stage) | stages[number]
     rows = [_stage_row(row) for row in stages]
+    # each machine once, in the order of its use
     recorded = dict.fromkeys(row["hardware"] for row in stages if row.get("hardware"))
     sites = []
     for stage in stages:
@@ -78,14 +81,14 @@ def _stage_row(row: dict[str, Any]) -> dict[str, str]:
         held_out = _mean(sites, "held_out_loss")
     return {
         "stage": row["stage"],
-        "steps": _count(row.get("steps")),
+        "steps": _format(row.get("steps"), ","),
         "lr": _learning_rate(row.get("lr")),
         "trained": _trained(row),
-        "samples": _count(row.get("samples")),
+        "samples": _format(row.get("samples"), ","),
         "time": _duration(row.get("seconds")),
-        "first": _number(first_loss),
-        "last": _number(last_loss),
-        "held_out": _number(held_out),
+        "first": _format(first_loss, ".4g"),
+        "last": _format(last_loss, ".4g"),
+        "held_out": _format(held_out, ".4g"),
     }
 
 
@@ -106,34 +109,31 @@ def _site_row(stage: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
     return {
         "stage": stage["stage"],
         "site": row["site"],
-        "first": _number(row["first_loss"]),
-        "last": _number(row["last_loss"]),
-        "error": _share(row["relative_error"]),
-        "held_out": _share(row.get("held_out_error")),
+        "first": _format(row["first_loss"], ".4g"),
+        "last": _format(row["last_loss"], ".4g"),
+        "error": _format(row["relative_error"], ".1%"),
+        "held_out": _format(row.get("held_out_error"), ".1%"),
     }
 
 
 def _mean(sites: Sequence[dict[str, Any]], name: str) -> float | None:
+    # sites without held-out batches lack the entry
     values = [site[name] for site in sites if name in site]
-    return sum(values) / len(values) if values else None
+    return statistics.fmean(values) if values else None
 
 
-def _count(value: int | None) -> str:
-    return f"{value:,}" if value else ""
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
+def _format(value: Any, form: str) -> str:
+    """Return a value in a form of Python's format language; nothing for one that was not recorded."""
+    return "" if value is None else format(value, form)
 
 
 def _learning_rate(value: Any) -> str:
     if value is None:
         return "none"
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    if isinstance(value, int | float):
+        return f"{value:g}"
+    # a learning rate of several groups, or one that a person wrote
+    return str(value)
 
 
 def _duration(seconds: float | None) -> str:

@@ -1,6 +1,6 @@
 """Cards that people edit: sections that they changed stay, sections that they left alone are brought up to date.
 
-A note at the end of a card holds a digest of every section as we wrote it, by which the two are told from each other.
+A note at the end of a card holds a digest of every section as we wrote it, by which changed sections are found.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-_FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 OURS = "written by diffusers-graft"
 _NOTE = f"<!-- {OURS}: sections you edit are kept when it is saved again. State: {{state}} -->"
 _READ_NOTE = re.compile(rf"\n*<!-- {OURS}.*?State: (\{{.*?\}}) -->\s*$", re.DOTALL)
@@ -38,6 +38,7 @@ def merge_edits(fresh: str, present: str) -> str:
     theirs = _split(present_text)
     ours = _split(fresh_text)
     sections: Sections = {}
+    # in our order, with sections that a person added behind
     for name in dict.fromkeys([*ours, *theirs]):
         was_changed = name in theirs and present_digests.get(name) != _digest(theirs[name])
         was_removed = name not in theirs and name in present_digests
@@ -95,6 +96,7 @@ def _read_note(card: str) -> tuple[str, dict[str, str] | None]:
 
 
 def _digest(text: str) -> str:
+    # editors strip and add empty lines at the ends
     return hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
@@ -103,11 +105,11 @@ def _split(card: str) -> Sections:
     sections: Sections = {}
     for key, value in read_front_matter(card).items():
         sections[f":{key}"] = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True)
-    match = _FRONT_MATTER.match(card)
-    body = card if match is None else card[match.end() :]
+    body = _FRONT_MATTER.sub("", card, count=1)
     name = ""
     is_code = False
     for line in body.splitlines(keepends=True):
+        # a line of code may begin as a heading does
         if line.startswith("```"):
             is_code = not is_code
         if line.startswith("## ") and not is_code:
@@ -119,5 +121,6 @@ def _split(card: str) -> Sections:
 def _join(sections: Sections) -> str:
     entries = "".join(text for name, text in sections.items() if name.startswith(":"))
     body = "\n\n".join(text.strip("\n") for name, text in sections.items() if not name.startswith(":"))
-    front_matter = f"---\n{entries}---\n" if entries else ""
-    return f"{front_matter}{body}\n"
+    if entries:
+        body = f"---\n{entries}---\n{body}"
+    return f"{body}\n"

@@ -63,6 +63,7 @@ def compare(
     Raises `GraftError` for fewer than two rounds, which have no spread.
     """
     require_rounds(rounds)
+    # In turns, since other work on the machine slows all contenders of a round alike.
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, run in contenders.items():
@@ -70,6 +71,7 @@ def compare(
                 started = _now()
                 run()
                 elapsed = _now() - started
+            # the first round pays for caches and lazy set-up
             if turn:
                 seconds[name].append(elapsed)
     first = next(iter(seconds.values()))
@@ -77,6 +79,7 @@ def compare(
 
 
 def _timing(name: str, seconds: list[float], first: list[float]) -> Timing:
+    # ratios within a round, since the speed of a machine drifts from round to round
     ratios = [one / other for one, other in zip(seconds, first, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Timing(name, statistics.median(seconds), statistics.median(ratios), low, high)
@@ -84,11 +87,13 @@ def _timing(name: str, seconds: list[float], first: list[float]) -> Timing:
 
 def require_rounds(rounds: int) -> None:
     """Raise `GraftError` unless there are enough rounds for quartiles."""
+    # True is an int, and no number of rounds
     if type(rounds) is not int or rounds < 2:
         raise GraftError(f"Times are given with their spread, which takes 2 rounds or more; got {rounds}. Try 7.")
 
 
 def _now() -> float:
+    # kernels run on after the call that starts them returns
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -124,6 +129,7 @@ def benchmark(
     with evaluating(model):
         for size in tqdm(list(sizes), desc="benchmark", unit="size", disable=None if progress else True):
             inputs = example_inputs(model, size=size)
+            # sizes of latents differ between models; tokens compare
             tokens = read_context(model, (), inputs).grid.tokens
             runs = dict.fromkeys(grafts, partial(model, **inputs))
             for timing in compare(runs, rounds=rounds, around=lambda name: with_graft(model, grafts[name])):
@@ -185,6 +191,7 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.peak = 0
+        # storages that are counted now; the address of a freed one may be used again
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -33,6 +33,7 @@ def count_parameters(model: ModelMixin) -> int:
 
 def count_depth(model: ModelMixin) -> int:
     """Count the blocks that run one after the other: those side by side are one, removed ones are none."""
+    # found without the graft's blocks: sites are those of the original
     depth = len(find_sites(model, blocks=True).where(kind="block"))
     if not is_enabled(model):
         return depth
@@ -55,6 +56,7 @@ def count_flops(model: ModelMixin, inputs: dict[str, Any] | None = None) -> int:
     """
     inputs = inputs or example_inputs(model)
     counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
+    # totals alone are read here
     counter.mod_tracker = _NoModules()
     prices: list[_Price] = []
     if is_enabled(model):
@@ -80,7 +82,7 @@ def _priced_parts(operator: Operator) -> list[Operator]:
 
 
 class _NoModules(contextlib.nullcontext):
-    """Stand-in for torch's tracker of modules, which trips over views of parameters in no_grad; nobody asks it here."""
+    """Replacement of torch's tracker of modules, which fails on views of parameters in no_grad."""
 
     parents = ("Global",)
 
@@ -115,8 +117,10 @@ class _Price:
         self._total_before = self.counter.get_total_flops()
 
     def _end(self, operator: Operator, args: tuple, output: torch.Tensor) -> None:
+        # `flops` is of one sample
         batch = len(args[0])
         tokens = args[0].shape[-2]
+        # keys beyond the queries are those of text tokens, which stay under softmax
         softmax = 0
         others = args[1].shape[-2] - tokens if isinstance(operator, Mixer) else 0
         if others:

@@ -72,6 +72,7 @@ def evaluate(
             protocol["noise_scheduler"] = type(noise_scheduler).__name__
         for metric in metrics:
             values.update(metric(model))
+            # the fields of a metric are its protocol
             if is_dataclass(metric) and not isinstance(metric, type):
                 protocol.update({f"{type(metric).__name__}.{name}": value for name, value in asdict(metric).items()})
     return Scores(values, protocol)
@@ -81,6 +82,7 @@ def _mean_loss(
     model: ModelMixin, batches: Iterable[Batch], scheduler: SchedulerMixin | None, seed: int, progress: bool
 ) -> tuple[float, int]:
     """Return the denoising loss, as a mean over samples, and their number."""
+    # uniform timesteps and every label, so that scores do not depend on settings of the training
     generator = torch.Generator().manual_seed(seed)
     noising = Noising(scheduler=scheduler, timesteps="uniform", drop_labels=False)
     total = 0.0
@@ -90,6 +92,7 @@ def _mean_loss(
         noised = noising(model, batch, generator)
         if noised.target is None:
             raise TrainingError('Nothing to compare with: batches need a "sample" to noise, or a "target".')
+        # batches may differ in size, so samples are weighed alike
         count = len(noised.target)
         total += denoising_loss(predict(model, noised.inputs), noised.target).item() * count
         samples += count

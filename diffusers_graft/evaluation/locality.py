@@ -67,6 +67,7 @@ class _Probe(Mixer):
         self.uniform = (0.0, 0.0)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+        # attentions over prompts or single frames have other tokens than the image
         if context.grid is not None and context.grid.tokens == query.shape[2]:
             self._measure(query.float(), key.float(), context)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=context.mask, scale=context.scale)
@@ -78,6 +79,7 @@ class _Probe(Mixer):
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         elif mask is not None:
             scores = scores + mask
+        # the full matrix, since the mass of a query is normalised over all keys
         mass = scores.softmax(-1)
         near = near_tokens(context.grid, self.config.band, self.config.kernel, mass.device)
         self.shares.append(torch.stack([(mass * pairs).sum(-1).mean(2) for pairs in near]))
@@ -124,6 +126,7 @@ def locality(
     if get_graft(model) is not None:
         raise StateError("Locality is a property of the original: call model.unset_graft() first.")
     config = _Probe.Config(band=band, kernel=kernel)
+    # the graft only watches: its operators compute what the original does
     edits = tuple(Edit(site, config) for site in find_sites(model).where(kind="self_attention"))
     graft = build_graft(model, GraftPlan(type(model).__name__, edits))
     generator = torch.Generator().manual_seed(seed)

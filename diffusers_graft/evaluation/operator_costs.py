@@ -67,6 +67,7 @@ def example_tensors(operator: Operator, tokens: int, *, seed: int = 0) -> list[t
     """
     generator = torch.Generator().manual_seed(seed)
     site = operator.site
+    # attentions with projections and feed-forwards read hidden states
     if not isinstance(operator, Mixer):
         return [torch.randn(1, tokens, site.width, generator=generator)]
     return [torch.randn(1, tokens, site.heads, site.head_width, generator=generator).transpose(1, 2) for _ in range(3)]
@@ -104,6 +105,7 @@ def operator_costs(
         try:
             timing = compare(runs, rounds=rounds)[1]
         except GraftError as error:
+            # a table of all operators must not end at the one that needs another grid
             rows.append(OperatorCost(config, name, refusal=str(error)))
             continue
         flops = operator.flops(grid.tokens)
@@ -130,7 +132,7 @@ def peak_memory(config: OperatorConfig, grid: Grid, *, width: int, heads: int, b
     run()  # tables that serve all later runs are made in the first
     with PeakMemory() as memory:
         run()
-    return memory.peak
+    return memory.peak  # of the second run
 
 
 def _call(operator: Operator, context: Context, *inputs: torch.Tensor) -> torch.Tensor:
@@ -145,6 +147,7 @@ def run_of(call: Run, inputs: list[torch.Tensor], backward: bool) -> Callable[[]
             call(*inputs)
 
     def forward_and_backward() -> None:
+        # gradients of the inputs cost as much as those of the weights, and both are needed in training
         call(*(tensor.detach().requires_grad_() for tensor in inputs)).sum().backward()
 
     return forward_and_backward if backward else forward
@@ -201,7 +204,7 @@ def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], 
     configs = [owner.Config() for owner in owners if not issubclass(owner, BlockOperator)]
     costs = operator_costs(configs, grid=Grid(height=side, width=side), width=width, heads=heads)
     rows = [_cost_row(cost) for cost in costs]
-    # a block has no example of its own: its cost is that of the parts it holds
+    # no example is made of a block: its cost is that of the parts it holds
     rows += [(o.name, ", ".join(o.kinds), "", "", "", "") for o in owners if issubclass(o, BlockOperator)]
     heading = ("operator", "replaces", "time", "of", "parameters", "MFLOPs")
     say(Table(rows, heading=heading, numbers=(2, 4, 5), is_ruled=True).to_text())

@@ -27,6 +27,7 @@ def new_figure(purpose: str, width: float, height: float) -> Figure:
         purpose: the picture in words, for the error.
         width, height: in inches.
     """
+    # pyplot is not used: it would choose a window system
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -128,6 +129,7 @@ def draw_rows(
             axis.set_xlim(0, None)
         axis.grid(axis="y", linewidth=0.5, alpha=0.5)
         axis.spines[["top", "right"]].set_visible(False)
+    # the first row on top, as in the table
     panels[0].invert_yaxis()
     figure.savefig(path, dpi=150)
 
@@ -149,12 +151,14 @@ def draw_front(
     figure = new_figure("Drawing a front", 7, 4.4)
     axis = figure.subplots()
     for number, front in enumerate(fronts):
+        # the original has no harm, which a logarithmic axis cannot show
         shares, harms = zip(*(point for point in front if point[1] > 0), strict=True)
         label = "predicted, best plans" if number == 0 else None
         axis.plot(shares, harms, color=GREY, linewidth=1, drawstyle="steps-pre", label=label)
     for (name, points), colour in zip(designs.items(), (ORANGE, BLUE, BLACK, GREEN), strict=False):
         axis.plot(*zip(*points, strict=True), "o", color=colour, markersize=5, alpha=0.75, label=f"measured, {name}")
     axis.set(xlabel=f"share of the original's {measure}", ylabel="harm (logarithmic)", yscale="log")
+    # from the original to the left to the smallest plan on the right
     axis.invert_xaxis()
     axis.legend(frameon=False, fontsize=8)
     axis.grid(linewidth=0.5, alpha=0.5)

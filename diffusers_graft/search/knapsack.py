@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-UNITS = 10**9  # of what is saved: whole numbers, so that equal sums are equal in every order
+UNITS = 10**9  # of what is saved, as integers, so that equal sums are equal in every order
 LARGEST_FRONT = 4096
 TOLERANCE = 0.01
 
@@ -83,6 +83,7 @@ class Bound:
         """Return a price at which the cheapest options save what is needed, and at half a bit less they do not."""
         if self._cheapest(0.0)[1] >= self.needed:
             return 0.0
+        # harms are relative squares, so prices span many magnitudes
         high = 1e-30
         while self._cheapest(high)[1] < self.needed:
             high *= 2
@@ -109,7 +110,7 @@ class Front:
     Attributes:
         saved: of every plan, in `UNITS`: [plans], falling.
         harm: of every plan: [plans], falling.
-        is_exact: whether no two plans were taken for equal.
+        is_exact: no two plans counted as equal.
         size: plans that were alive, summed over the places: the work that was done.
     """
 
@@ -195,6 +196,7 @@ def best_plan(places: Sequence[Sequence[Option]], needed: int) -> tuple[tuple[An
 
 def _unbeaten(saved: torch.Tensor, harm: torch.Tensor) -> torch.Tensor:
     """Return the plans that no other beats, by falling saving."""
+    # a plan is beaten by those before it, which save as much or more, if one has no more harm
     order = saved.argsort(descending=True, stable=True)
     least_before = torch.cat([torch.tensor([torch.inf]), harm[order].cummin(0).values[:-1]])
     order = order[harm[order] < least_before]

@@ -79,7 +79,9 @@ class Survey(Tabular):
         measure, share = _check_budget({"latency": latency, "flops": flops, "parameters": parameters})
         places = self._places(measure)
         needed = round(UNITS * (1 - share))
-        most = sum(max(0, *(option.saved for option in options)) for options in places)
+        most = 0
+        for options in places:
+            most += max(0, *(option.saved for option in options))
         if most < needed:
             # rounded up, so that it can be asked for
             least = math.ceil(10**4 * (1 - most / UNITS)) / 10**4
@@ -87,6 +89,7 @@ class Survey(Tabular):
         choices, is_exact = best_plan(places, needed)
         if not is_exact:
             logger.info("The sum of harms of this plan is at most %.0f %% above the least.", 100 * TOLERANCE)
+        # in the order of the survey, which is that of the forward
         chosen = {choice.edit for choice in choices}
         return GraftPlan(self.model_class, tuple(choice.edit for choice in self.choices if choice.edit in chosen))
 
@@ -116,8 +119,10 @@ class Survey(Tabular):
                     f"The survey did not try {edit}. There it tried {tried or 'nothing'}: choose among that."
                 )
         chosen = [known[edit] for edit in plan.edits]
-        left = {measure: 1 - sum(choice.saved[measure] for choice in chosen) for measure in MEASURES}
-        return {"harm": sum(choice.harm for choice in chosen), **left}
+        predicted = {"harm": sum(choice.harm for choice in chosen)}
+        for measure in MEASURES:
+            predicted[measure] = 1 - sum(choice.saved[measure] for choice in chosen)
+        return predicted
 
     def graft(self, model: ModelMixin, plan: GraftPlan) -> Graft:
         """Build a graft from copies of the parts that were judged, with what stage one of `dg.survey` trained.
@@ -133,6 +138,7 @@ class Survey(Tabular):
                 "dg.survey as before, with its output_dir and resume=True."
             )
         graft = build_graft(model, plan)
+        # for its refusal of edits that were not surveyed
         self.predicted(plan)
         for judged in self.grafts:
             sites = [edit.site for edit in plan.edits if edit in judged.plan.edits]

@@ -81,6 +81,7 @@ def survey(
         for turn, graft in enumerate(trainable):
             folder = None if output_dir is None else Path(output_dir) / f"candidates-{turn}"
             distill(model, graft, batches, config, noise_scheduler=noise_scheduler, output_dir=folder, resume=resume)
+    # one part at a time, so that harms are those of single choices
     singles = [(edit, _select_edits(graft, [edit])) for graft in grafts for edit in graft.plan.edits]
     bar = tqdm(singles, desc="survey", unit="choice", disable=None if progress else True)
     choices = [Choice(edit, judge.harm(model, part), saved[edit]) for edit, part in bar]
@@ -128,7 +129,7 @@ def _plans(model: ModelMixin, candidates: Mapping[str, Any]) -> list[GraftPlan]:
         if edit.site.kind in ("block_pair", "block_run"):
             raise RuleError(f"A survey tries single blocks, and {edit} takes several. Plan those by hand.")
         if count > 1:
-            raise RuleError(f"{edit} stands {count} times among the candidates of one site. Name it once.")
+            raise RuleError(f"{edit} is named {count} times among the candidates of one site. Name it once.")
     return plans
 
 
@@ -221,6 +222,7 @@ def _savings(
     parts: dict[str, Graft | None] = {"original": None}
     for number, ((graft, *_), edits) in enumerate(alike.items()):
         parts[str(number)] = _select_edits(graft, edits)
+    # the call is one and the same; the installed graft makes the difference
     runs = dict.fromkeys(parts, partial(predict, model, inputs))
     _, *timings = compare(runs, rounds=rounds, around=lambda name: with_graft(model, parts[name]))
     for timing, edits in zip(timings, alike.values(), strict=True):

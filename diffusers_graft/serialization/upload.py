@@ -50,6 +50,7 @@ def push_graft(folder: str | Path, repo_id: str, **hub_arguments: Any) -> str:
     variants = [
         path.name.removeprefix(stem).removesuffix(ending).strip(".") for path in folder.glob(f"{stem}.*{ending}")
     ]
+    # a damaged graft is found before anything is uploaded
     for variant in variants or [""]:
         read_graft(folder, variant)
     return _push(folder, repo_id, _GRAFT_FILES, **hub_arguments)
@@ -98,6 +99,7 @@ def _push(
     with explain_hub_errors(repo_id, revision):
         if not create_pr:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        # somebody may edit the card on the Hub between our reading and our commit
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 commit = _commit(api, folder, repo_id, patterns, stale, **settings)
@@ -143,6 +145,7 @@ def _card(api: HfApi, path: Path, repo_id: str, parent: str | None, *, is_presen
     card = rename_source(read_text(path), path.parent.resolve().name, repo_id)
     if is_present:
         present = read_text(api.hf_hub_download(repo_id, CARD, revision=parent), errors="replace")
+        # without our note it is the card of another tool, which ours replaces
         if OURS in present:
             card = merge_edits(card, present)
     return card.encode()

@@ -1,7 +1,7 @@
-"""The testbed's judge, a small convolutional classifier: `python -m diffusers_graft.testbed.classifier --output DIR`
-trains it.
+"""A small convolutional classifier of letters, which judges samples of the testbed.
 
 Its last hidden layer gives the 64 features of the Frechet distance; its answers give the accuracy of samples.
+`python -m diffusers_graft.testbed.classifier --output DIR` trains it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WEIGHTS = Path(__file__).parent / "weights" / "classifier.safetensors"
 
 
 class LetterClassifier(nn.Module):
-    """Images [B, 1, 16, 16] to logits [B, 10]."""
+    """Classifier from images [B, 1, 16, 16] to logits [B, 10]."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class LetterClassifier(nn.Module):
         self.head = nn.Linear(64, len(LETTERS))
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 64]"""
+        """Return the features of images: [B, 64]."""
         return self.body(images)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ class LetterClassifier(nn.Module):
 
 @functools.cache
 def load_classifier() -> LetterClassifier:
-    """The shipped classifier, in evaluation mode."""
+    """Return the shipped classifier, in evaluation mode."""
     classifier = LetterClassifier().eval().requires_grad_(False)
     classifier.load_state_dict(load_file(WEIGHTS))
     return classifier
@@ -63,7 +63,7 @@ def load_classifier() -> LetterClassifier:
 
 @torch.no_grad()
 def accuracy(classifier: LetterClassifier, fonts: tuple[str, ...], count: int = 4000) -> float:
-    """Share of right answers on fresh class-balanced images of the given fonts."""
+    """Return the share of right answers on class-balanced images of the given fonts."""
     labels = balanced_labels(count)
     images = draw_letters(labels, torch.Generator().manual_seed(2), fonts)
     return (classifier(images).argmax(1) == labels).float().mean().item()
@@ -72,7 +72,7 @@ def accuracy(classifier: LetterClassifier, fonts: tuple[str, ...], count: int = 
 def train_classifier(
     output: Path, *, steps: int = 3000, batch_size: int = 64, lr: float = 2e-3, seed: int = 0
 ) -> LetterClassifier:
-    """Train on an endless stream of letters of the training fonts, slightly noised; whole fonts are held out."""
+    """Train on letters of the training fonts, slightly noised, and write the weights and a log to a folder."""
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     classifier = LetterClassifier()
@@ -80,6 +80,7 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     batches = letter_batches(batch_size, seed, steps=steps)
     for batch in tqdm(batches, total=steps, desc="classifier", unit="step", disable=None):
+        # samples of a model are never as clean as letters
         images = batch["sample"] + 0.1 * torch.randn(batch["sample"].shape)
         F.cross_entropy(classifier(images), batch["class_labels"], label_smoothing=0.05).backward()
         optimizer.step()

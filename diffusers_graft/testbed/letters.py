@@ -1,7 +1,7 @@
-"""Letters rendered from the fonts that ship inside matplotlib: real images that need no download.
+"""Letters drawn with the fonts that ship inside matplotlib: real images that need no download.
 
 Every image is one capital letter in one font, at a random size, position and rotation. Positions vary so much that a
-model has to look across the image to place its strokes: on centred digits, deleting all attention hardly hurts.
+model must attend across the image to place its strokes: on centred digits, deleting all attention hardly hurts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SUPERSAMPLING = 4
 
 
 def font_folder() -> Path:
-    """The folder of matplotlib's fonts, found without importing matplotlib."""
+    """Return the folder of matplotlib's fonts, without importing matplotlib."""
     spec = importlib.util.find_spec("matplotlib")
     if spec is None:
         raise MissingDependencyError("The testbed's letters", "the fonts that ship with matplotlib", extra="eval")
@@ -57,7 +57,7 @@ def font_folder() -> Path:
 
 @functools.lru_cache
 def glyph_bank(fonts: tuple[str, ...]) -> torch.Tensor:
-    """Every letter in every font, centred on its canvas: [fonts, letters, canvas, canvas], ink 1, paper 0."""
+    """Return every letter in every font, centred on its canvas: [fonts, letters, canvas, canvas], ink 1, paper 0."""
     from PIL import Image, ImageDraw, ImageFont
 
     def render(font: ImageFont.FreeTypeFont, letter: str) -> torch.Tensor:
@@ -67,8 +67,11 @@ def glyph_bank(fonts: tuple[str, ...]) -> torch.Tensor:
         ImageDraw.Draw(image).text(origin, letter, fill=255, font=font)
         return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(_CANVAS, _CANVAS)
 
-    faces = [ImageFont.truetype(str(font_folder() / f"{name}.ttf"), _FONT_SIZE) for name in fonts]
-    return torch.stack([torch.stack([render(face, letter) for letter in LETTERS]) for face in faces]).float() / 255
+    glyphs = []
+    for name in fonts:
+        font = ImageFont.truetype(str(font_folder() / f"{name}.ttf"), _FONT_SIZE)
+        glyphs.append(torch.stack([render(font, letter) for letter in LETTERS]))
+    return torch.stack(glyphs).float() / 255
 
 
 def draw_letters(
@@ -89,12 +92,17 @@ def draw_letters(
     chosen = torch.randint(len(fonts), (count,), generator=generator)
     height, across, down, turn = torch.rand(4, count, generator=generator)
     height = 8 + 5 * height  # pixels of the image
+    # a small letter moves far, and no letter leaves the image
     room = (1 - 1.15 * height / IMAGE_SIZE).clamp(min=0)
-    across, down = (2 * across - 1) * room, (2 * down - 1) * room
+    across = (2 * across - 1) * room
+    down = (2 * down - 1) * room
     angle = (2 * turn - 1) * math.radians(18)
     zoom = _CAPITAL * IMAGE_SIZE / height
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    shift_x, shift_y = -(cos * across - sin * down), -(sin * across + cos * down)
+    cos = zoom * angle.cos()
+    sin = zoom * angle.sin()
+    # affine_grid maps places of the image to places of the canvas, so the shift is turned, too
+    shift_x = -(cos * across - sin * down)
+    shift_y = -(sin * across + cos * down)
     rows = [torch.stack([cos, -sin, shift_x], -1), torch.stack([sin, cos, shift_y], -1)]
     fine = IMAGE_SIZE * _SUPERSAMPLING
     grid = F.affine_grid(torch.stack(rows, 1), [count, 1, fine, fine], align_corners=False)
@@ -103,14 +111,14 @@ def draw_letters(
 
 
 def balanced_labels(count: int) -> torch.Tensor:
-    """`count` labels, every class equally often (the first classes once more where it does not divide): [count]."""
+    """Return `count` labels, every class equally often, the first ones once more where it does not divide: [count]."""
     return torch.arange(count) % len(LETTERS)
 
 
 def letter_batches(
     batch_size: int, seed: int, *, fonts: tuple[str, ...] = TRAIN_FONTS, steps: int | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """An endless stream (or `steps` batches) of `{"sample": [B, 1, 16, 16], "class_labels": [B]}`."""
+    """Yield batches `{"sample": [B, 1, 16, 16], "class_labels": [B]}` without end, or `steps` of them."""
     generator = torch.Generator().manual_seed(seed)
     step = 0
     while steps is None or step < steps:

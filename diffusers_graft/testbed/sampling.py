@@ -1,8 +1,9 @@
-"""Drawing letters with a model, and judging them."""
+"""Samples of the letters model, and their quality."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
-from ..errors import GraftError, MissingDependencyError
+from ..errors import GraftError
 from ..evaluation.evaluate import Scores, evaluate
 from ..evaluation.metrics.frechet_distance import FeatureStatistics, frechet_distance
+from ..evaluation.plots import new_figure
 from ..inspection import evaluating, predict
 from .classifier import load_classifier
 from .letters import HELD_OUT_FONTS, IMAGE_SIZE, LETTERS, balanced_labels, draw_letters
@@ -22,7 +24,7 @@ REFERENCE_IMAGES = 10_000
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """The noise scheduler the testbed was trained with."""
+    """Return the noise scheduler that the testbed was trained with."""
     return FlowMatchEulerDiscreteScheduler()
 
 
@@ -46,6 +48,7 @@ def sample(
     Returns:
         Images [B, 1, 16, 16] in [-1, 1].
     """
+    # drawn at once, so that images do not depend on the size of batches
     noise = torch.randn(len(labels), 1, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
     euler = scheduler()
     euler.set_timesteps(steps)
@@ -53,7 +56,8 @@ def sample(
     bar = tqdm(total=len(labels), desc="sampling", unit="image", leave=False, disable=None if progress else True)
     with evaluating(model), bar:
         for image, label in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
-            image, label = image.to(model.device, model.dtype), label.to(model.device)
+            image = image.to(model.device, model.dtype)
+            label = label.to(model.device)
             for level, following in zip(euler.sigmas[:-1], euler.sigmas[1:], strict=True):
                 velocity = _velocity(model, image, level, label, guidance)
                 image = image + (following - level) * velocity
@@ -62,10 +66,14 @@ def sample(
     return torch.cat(images).clamp(-1, 1)
 
 
-def _velocity(model: DiTTransformer2DModel, image, level, label, guidance: float) -> torch.Tensor:
+def _velocity(
+    model: DiTTransformer2DModel, image: torch.Tensor, level: torch.Tensor, label: torch.Tensor, guidance: float
+) -> torch.Tensor:
+    """Return the model's prediction at a noise level, with classifier-free guidance unless that is 1."""
     timestep = (1000 * level).expand(len(image)).to(image)
     if guidance == 1.0:
         return predict(model, {"hidden_states": image, "timestep": timestep, "class_labels": label})
+    # the last class is that of no label
     labels = torch.cat([label, torch.full_like(label, len(LETTERS))])
     inputs = {"hidden_states": image.repeat(2, 1, 1, 1), "timestep": timestep.repeat(2), "class_labels": labels}
     conditional, unconditional = predict(model, inputs).chunk(2)
@@ -75,14 +83,14 @@ def _velocity(model: DiTTransformer2DModel, image, level, label, guidance: float
 @functools.cache
 @torch.no_grad()
 def reference() -> FeatureStatistics:
-    """Feature statistics of 10,000 class-balanced images in the training fonts."""
+    """Return feature statistics of 10,000 class-balanced images in the training fonts."""
     images = draw_letters(balanced_labels(REFERENCE_IMAGES), torch.Generator().manual_seed(3))
     return FeatureStatistics.of(load_classifier().features(images))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleQuality:
-    """A metric for `dg.evaluate`: Frechet distance to the data and accuracy of class-balanced samples.
+    """Metric for `dg.evaluate`: Frechet distance to the data and accuracy of class-balanced samples.
 
     Distances of different `count` are not comparable: the fewer samples, the larger the distance.
 
@@ -100,20 +108,22 @@ class SampleQuality:
 
     def __call__(self, model: DiTTransformer2DModel) -> dict[str, float]:
         labels = balanced_labels(self.count)
-        return judge(sample(model, labels, seed=self.seed, steps=self.steps, guidance=self.guidance), labels)
+        images = sample(model, labels, seed=self.seed, steps=self.steps, guidance=self.guidance)
+        return judge(images, labels)
 
 
 def measure(model: DiTTransformer2DModel, *metrics: SampleQuality, count: int = 1000) -> Scores:
-    """Denoising loss on `count` letters of held-out fonts, the same ones every time, and what the metrics say."""
+    """Return the denoising loss on `count` letters of held-out fonts, always the same, and the metrics' values."""
     labels = balanced_labels(count)
     images = draw_letters(labels, torch.Generator().manual_seed(1), HELD_OUT_FONTS)
-    held_out = [{"sample": s, "class_labels": c} for s, c in zip(images.split(250), labels.split(250), strict=True)]
+    pairs = zip(images.split(250), labels.split(250), strict=True)
+    held_out = [{"sample": sample, "class_labels": label} for sample, label in pairs]
     return evaluate(model, held_out, noise_scheduler=scheduler(), metrics=metrics)
 
 
 @torch.no_grad()
 def judge(images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Frechet distance and accuracy of images [B, 1, 16, 16] that were meant to show the labels."""
+    """Return Frechet distance and accuracy of images [B, 1, 16, 16] that should show the labels."""
     features = load_classifier().features(images)
     right = load_classifier().head(features).argmax(1) == labels
     return {
@@ -123,28 +133,31 @@ def judge(images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
 
 
 def real_baseline(count: int = 1000, seeds: int = 5) -> tuple[float, float]:
-    """Frechet distance of real images to the data, mean and standard deviation over draws: the floor for samples."""
+    """Return the Frechet distance of real images to the data, mean and standard deviation over draws.
+
+    Samples can hardly be nearer.
+    """
     labels = balanced_labels(count)
-    draws = [judge(draw_letters(labels, torch.Generator().manual_seed(100 + s)), labels) for s in range(seeds)]
-    distances = torch.tensor([draw["frechet_distance"] for draw in draws])
+    distances = []
+    for seed in range(seeds):
+        images = draw_letters(labels, torch.Generator().manual_seed(100 + seed))
+        distances.append(judge(images, labels)["frechet_distance"])
+    distances = torch.tensor(distances)
     return distances.mean().item(), distances.std().item()
 
 
 def save_sample_grid(path: Path, panels: Mapping[str, torch.Tensor], *, columns: int = 10) -> None:
-    """Draw panels side by side, the same seed at the same place, dark letters on light paper.
+    """Draw panels side by side, dark letters on light paper.
 
     Args:
         panels: images [B, 1, 16, 16] in [-1, 1] by title.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("Drawing samples", "matplotlib", extra="eval") from error
     first = next(iter(panels.values()))
-    rows = -(-len(first) // columns)
-    figure = Figure(figsize=(0.42 * columns * len(panels) + 0.8, 0.42 * rows + 0.45), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.08)  # letters of neighbouring panels stay apart
-    for axis, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    rows = math.ceil(len(first) / columns)
+    figure = new_figure("Drawing samples", 0.42 * columns * len(panels) + 0.8, 0.42 * rows + 0.45)
+    figure.get_layout_engine().set(wspace=0.08)  # a gap between letters of neighbouring panels
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, images) in zip(axes, panels.items(), strict=True):
         axis.imshow(_tiled(images, columns), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.axis("off")
@@ -152,7 +165,7 @@ def save_sample_grid(path: Path, panels: Mapping[str, torch.Tensor], *, columns:
 
 
 def _tiled(images: torch.Tensor, columns: int) -> torch.Tensor:
-    """[B, 1, S, S] to one picture with `columns` images in a row, paper where there is none left."""
+    """Return [B, 1, S, S] as one picture with `columns` images in a row, paper in empty places."""
     missing = -len(images) % columns
     images = torch.cat([images[:, 0], -torch.ones(missing, *images.shape[2:])])
     size = images.shape[-1]

@@ -1,6 +1,5 @@
 """Timing in turns, what grafts cost, and peak memory."""
 
-import time
 from contextlib import contextmanager
 
 import pytest
@@ -21,19 +20,40 @@ def test_compare_takes_turns_and_gives_ratios():
     assert rows[1].low <= rows[1].ratio <= rows[1].high
 
 
-def test_what_surrounds_a_run_is_not_timed():
+def test_time_around_a_run_does_not_count(monkeypatch):
+    """By a clock that stands still but where it is moved."""
+    clock = [0.0]
     entered = []
 
     @contextmanager
     def slowly(name):
         entered.append(name)
-        time.sleep(0.1)
+        clock[0] += 100
         yield
-        time.sleep(0.1)
+        clock[0] += 100
 
-    (row,) = compare({"a": lambda: None}, rounds=2, around=slowly)
+    def run():
+        clock[0] += 3
+
+    monkeypatch.setattr("diffusers_graft.evaluation.benchmark._now", lambda: clock[0])
+    (row,) = compare({"a": run}, rounds=2, around=slowly)
     assert entered == ["a"] * 3
-    assert row.seconds < 0.1
+    assert row.seconds == 3
+
+
+def test_ratios_are_those_of_one_round(monkeypatch):
+    clock = [0.0]
+    durations = {"a": iter((9, 1, 2, 4)), "b": iter((9, 2, 2, 12))}  # the first round warms up
+
+    def run_of(name):
+        def run():
+            clock[0] += next(durations[name])
+
+        return run
+
+    monkeypatch.setattr("diffusers_graft.evaluation.benchmark._now", lambda: clock[0])
+    _, row = compare({name: run_of(name) for name in durations}, rounds=3)
+    assert (row.seconds, row.ratio, row.low, row.high) == (2, 2, 1.5, 2.5)
 
 
 def test_latency_of_grafts_leaves_the_model_alone():

@@ -155,7 +155,7 @@ def test_a_model_that_answers_nothing_cannot_be_judged(bias, said):
         ({"block_pair[0]": ["parallel"]}, {}, RuleError, "several"),
         ({"block_run[0:2]": ["remove"]}, {}, RuleError, "several"),
         ({"self_attention[:]": ["nope"]}, {}, UnknownNameError, "nope"),
-        ({"self_attention[:]": ["hyena_x", "hyena_x()"]}, {}, RuleError, r"self_attention\[0\] .* stands 2 times"),
+        ({"self_attention[:]": ["hyena_x", "hyena_x()"]}, {}, RuleError, r"self_attention\[0\] .* is named 2 times"),
         ({"block[:]": ["remove"], "block[0]": ["linear_block"]}, {}, RuleError, "Two rules claim"),
         ({"self_attention[:]": ["identity"]}, {"batches": []}, TrainingError, "config="),
         ({"self_attention[:]": ["identity"]}, {"config": TAUGHT}, TrainingError, "batches="),

@@ -137,8 +137,8 @@ def test_the_reload_check_can_fail(tmp_path):
     model = testbed.load()
     model.set_graft({"self_attention[0]": "neighborhood"})
     model.save_graft(tmp_path)
-    qs._prove_reload(model, tmp_path)
+    qs._check_reload(model, tmp_path)
     with torch.no_grad():
         model.proj_out_1.bias.add_(1e-6)
     with pytest.raises(dg.GraftError, match="other outputs"):
-        qs._prove_reload(model, tmp_path)
+        qs._check_reload(model, tmp_path)

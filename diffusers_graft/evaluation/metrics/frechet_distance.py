@@ -35,7 +35,7 @@ class FeatureStatistics:
 def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
     """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the squared Frechet distance of two Gaussians.
 
-    The trace of the root is the sum of the singular values of C1^(1/2) C2^(1/2), so only symmetric roots are taken.
+    The trace of the root is the sum of the singular values of C1^(1/2) C2^(1/2), so only symmetric roots are computed.
 
     Raises `GraftError` for features of different widths.
     """
