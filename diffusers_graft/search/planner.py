@@ -160,12 +160,14 @@ class Survey(Tabular):
         """Read what `save` wrote. Raises `FileError` for a file that is missing or no survey."""
         try:
             data = read_json(path)
-            tried = GraftPlan.from_dict(data)
             choices = []
-            for edit, row in zip(tried.edits, data["scores"], strict=True):
-                saved = {measure: _finite(row["saved"][measure]) for measure in MEASURES}
-                choices.append(Choice(edit, _finite(row["harm"]), saved))
-            return cls(tried.model_class, tuple(choices), dict(data["protocol"]))
+            for row, scores in zip(data["edits"], data["scores"], strict=True):
+                # one by one, since a plan holds a site once
+                plan = GraftPlan.from_dict({**data, "edits": [row]})
+                saved = {measure: _finite(scores["saved"][measure]) for measure in MEASURES}
+                choices.append(Choice(plan.edits[0], _finite(scores["harm"]), saved))
+            model_class = GraftPlan.from_dict({**data, "edits": []}).model_class
+            return cls(model_class, tuple(choices), dict(data["protocol"]))
         except (GraftError, KeyError, TypeError, ValueError) as error:
             raise FileError(
                 f"{path} is no survey that can be read: {error!r}. A survey is what Survey.save wrote."

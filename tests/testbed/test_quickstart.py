@@ -14,6 +14,8 @@ from diffusers_graft import testbed
 from diffusers_graft.operators import parse_operator
 from diffusers_graft.testbed import quickstart as qs
 
+ROOT = Path(__file__).parents[2]
+
 TINY = qs.Budget(
     distill=dg.DistillConfig(steps=3, lr=1e-3),
     finetune=dg.FinetuneConfig(steps=2, lr=1e-4),
@@ -67,11 +69,9 @@ def test_what_has_nothing_to_learn_goes_on_to_stage_two(rules, stages, monkeypat
     assert model.graft is not None
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "examples").glob("*.py")), ids=lambda path: path.stem
-)
-def test_examples_run(path, tmp_path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+@pytest.mark.parametrize("name", ["distill_and_share", "plan_under_budget", "train_and_resume"])
+def test_examples_run(name, tmp_path):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main(str(tmp_path), steps=3)
