@@ -139,7 +139,7 @@ def save(folder, family, dtype):
     expected = {"graft": outputs(model)}
     expected["full"] = expected["graft"]
     with mock.patch.object(
-        edits, "_flops", return_value=(None, {}, {})
+        edits, "_count_flops", return_value=(None, {}, {})
     ):  # cards, which count them, have tests of their own
         model.save_graft(folder / "graft")
         model.save_pretrained(folder / "full", max_shard_size="200KB")

@@ -104,7 +104,7 @@ def test_killed_at_any_moment(kind, moments, tmp_path, monkeypatch):
     proof.
     """
     monkeypatch.setattr(
-        edits, "_flops", lambda *arguments: (None, {}, {})
+        edits, "_count_flops", lambda *arguments: (None, {}, {})
     )  # most of a save, and no file is touched meanwhile
     models, chance, seen, waited = [one_of(1.0), one_of(2.0)], random.Random(0), set(), 0
     started = time.perf_counter()
