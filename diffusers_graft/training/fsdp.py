@@ -29,7 +29,7 @@ from ..injection.graft import Graft, get_graft
 from ..injection.install import disable, enable
 from . import distributed as processes
 
-# Adafactor's norms of rows and columns, taken in place, are of full tensors.
+# Adafactor computes norms of rows and columns of full tensors.
 UNSHARDABLE_OPTIMIZERS = ("Adafactor",)
 
 

@@ -1,6 +1,6 @@
 """Identity of a run: everything that decides its weights, so that a checkpoint is continued by the same run alone.
 
-Tensors and samples are told from others by digests of their values. Of a large tensor only evenly spaced values are
+Tensors and samples are recognized by digests of their values. Of a large tensor only evenly spaced values are
 read: another base model or data set differs in nearly all of them.
 """
 

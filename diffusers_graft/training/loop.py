@@ -60,22 +60,22 @@ class Stage(ABC):
 
     @property
     def is_finished(self) -> bool:
-        """Whether no step is left that would change anything."""
+        """Return whether no step is left that would change anything."""
         return self.step >= self.max_steps
 
     @property
     def is_resumable(self) -> bool:
-        """Whether a checkpoint of this moment goes on exactly."""
+        """Return whether a checkpoint of this moment goes on exactly."""
         return True
 
     @property
     def is_at_start(self) -> bool:
-        """Whether what is trained now has not had a step."""
+        """Return whether what is trained now has not had a step."""
         return self.step == 0
 
     @property
     def is_evaluation_due(self) -> bool:
-        """Whether held-out batches are evaluated after this step."""
+        """Return whether held-out batches are evaluated after this step."""
         return self.step % self.config.evaluate_every == 0 or self.is_finished
 
     def start(self, checkpoint: dict[str, Any] | None) -> None:
@@ -171,7 +171,7 @@ def train(stage: Stage, session: Session) -> dict[str, Any]:
             session.save(stage.state_dict, is_failed=True)
             raise
         finally:
-            # Before callbacks are told of the end, since one of them may raise.
+            # Before `on_train_end`, where a callback may raise.
             stage.finish()
             session.end()
     return {"steps": stage.step, **session.costs()}

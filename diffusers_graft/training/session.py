@@ -208,13 +208,13 @@ class Session:
 
     @property
     def is_log_due(self) -> bool:
-        """Whether this step is logged."""
+        """Return whether this step is logged."""
         step = self.state.global_step
         return step % self.config.log_every == 0 or step >= self.state.max_steps or self.control.should_log
 
     @property
     def is_save_due(self) -> bool:
-        """Whether a checkpoint is saved after this step, or after the next one that can be resumed from."""
+        """Return whether a checkpoint is saved after this step, or after the next one that can be resumed from."""
         steps = self.state.global_step - (self._saved_step or 0)
         return self.folder is not None and (steps >= self.config.save_every or self.control.should_save)
 
