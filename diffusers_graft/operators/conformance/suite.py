@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from ...errors import GraftError, OperatorError
 from .. import configure
@@ -32,7 +33,7 @@ class Report:
         return "\n".join([f"{self.config} passed {len(self.passed)} checks:", *rows])
 
 
-def check_operator(config: OperatorConfig | str | dict, *, kind: str | None = None) -> Report:
+def check_operator(config: OperatorConfig | str | dict[str, Any], *, kind: str | None = None) -> Report:
     """Run every check that applies to an operator.
 
     Args:
