@@ -11,7 +11,7 @@ from diffusers_graft.errors import GraftError
 STORED = Path(__file__).parents[2] / "examples" / "benchmarks" / "depth"
 
 
-def test_all_that_pairs_got_is_given_to_others_in_steps_of_their_own_price():
+def test_others_get_the_compute_of_the_pairs_in_steps_at_their_price():
     prices = {"pairs: stage one": 0.5, "pairs: stage two": 0.25, "removed: stage two": 0.1}
     budget = Budget(stage_one=100, stage_two=200)
     assert steps_of("both at once", "pairs", budget, prices) == 400

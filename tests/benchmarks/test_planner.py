@@ -23,7 +23,7 @@ def test_the_stored_report_is_what_its_rows_say(tmp_path):
 
 
 @pytest.mark.long
-def test_the_bench_goes_on_where_it_stopped(tmp_path):
+def test_an_interrupted_measurement_is_continued(tmp_path):
     spending = Spending(flops=(0.8,), stage_one=1, stage_two=1, batch_size=2, seeds=2, judged=1, samples=20, rounds=2)
     report = bench_planner(tmp_path, spending, say=[].append)
     assert all(name in report for name in ("planned", "linear_mlp()", "chance", "80% of the FLOPs"))

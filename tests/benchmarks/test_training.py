@@ -27,7 +27,7 @@ def test_the_tables_have_what_they_promise():
 
 
 @pytest.mark.parametrize("verb", ["models", "operators", "training", "loading"])
-def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(verb, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(verb, tmp_path, capsys):
     assert main([verb, "--output", str(tmp_path)]) == 2
     assert "Give another --output" in capsys.readouterr().err
 

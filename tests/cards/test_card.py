@@ -33,14 +33,14 @@ def sections(text):
     return re.findall(r"^## (.*)$", text, re.MULTILINE)
 
 
-def test_only_what_was_done_and_measured(tmp_path):
+def test_a_card_shows_nothing_that_was_not_done_or_measured(tmp_path):
     saved(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert sections(text) == ["Use", "Edits", "Recipe", "Citation"]
     assert {"license", "datasets", "model-index", "base_model"}.isdisjoint(front(text))
 
 
-def test_everything_that_is_known(tmp_path):
+def test_a_card_shows_everything_that_is_known(tmp_path):
     model = tiny_dit()
     model.register_to_config(_name_or_path="user/base")
     model.set_graft(RULES)
@@ -88,7 +88,7 @@ def test_everything_that_is_known(tmp_path):
     assert loaded.data.tags[-2:] == ["hyena_x", "mlp"]
 
 
-def test_a_whole_model_is_a_finetune_of_its_base(tmp_path):
+def test_a_full_model_is_a_finetune_of_its_base(tmp_path):
     model = tiny_dit()
     model.register_to_config(_name_or_path="user/base")
     model.set_graft(RULES)
@@ -114,7 +114,7 @@ def test_the_license_of_a_base_in_a_folder(place, card, license, tmp_path):
     assert front((tmp_path / "graft" / "README.md").read_text()).get("license") == license
 
 
-def test_the_verb():
+def test_the_public_function_renders_a_card():
     model = tiny_dit()
     model.set_graft(RULES)
     text = card(model, source="me/mine", license="mit", scores={"grafted": dg.Scores({"loss": 1.0})})
@@ -124,7 +124,7 @@ def test_the_verb():
         card(model, licence="mit")
 
 
-def test_the_folder_one_is_in_has_a_name(tmp_path, monkeypatch):
+def test_a_card_in_the_working_directory_names_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny_dit()
     model.set_graft(RULES)

@@ -10,7 +10,7 @@ from diffusers_graft.inspection import example_inputs
 from ..models import FAMILIES, tiny_dit
 
 
-def test_edits_alike_stand_together():
+def test_equal_edits_share_a_row():
     model = tiny_dit(num_layers=6)
     model.set_graft(
         {
@@ -58,7 +58,7 @@ def test_sites_are_named_as_a_rule_names_them(indices, text):
     assert ",".join(_ranges(indices)) == text
 
 
-def test_rows_of_edits_tell_where_each_starts():
+def test_rows_of_edits_show_the_start_of_each():
     model = tiny_dit()
     model.set_graft({"self_attention[0]": "hyena_x", "self_attention[1]": {"operator": "hyena_x", "init": "random"}})
     _, rows = edit_rows(model, model.graft)

@@ -37,7 +37,7 @@ def test_scores_name_a_task_and_a_data_set_that_can_be_ids(model):
     assert result["metrics"] == [{"type": "fid", "value": 3.0, "name": "fid (grafted)"}]
 
 
-def test_a_license_of_its_own_goes_with_name_and_link(model):
+def test_a_license_without_an_id_goes_with_name_and_link(model):
     text = card(model, license="other", license_name="cat-community", license_link="LICENSE.md")
     head = metadata_of(text)
     assert (head["license"], head["license_name"], head["license_link"]) == ("other", "cat-community", "LICENSE.md")

@@ -43,7 +43,7 @@ def test_licenses_without_an_id_are_refused(license):
         check_license(license)
 
 
-def test_a_license_of_its_own_has_a_name():
+def test_a_license_without_an_id_has_a_name():
     check_license("other", "stability-community", "LICENSE.md")
     check_license("openrail++")
     check_license(None)

@@ -28,7 +28,7 @@ def test_names_break_no_table():
         assert row in text.splitlines()
 
 
-def test_numbers_that_are_not_finite_are_told_as_text(tmp_path):
+def test_numbers_that_are_not_finite_are_written_as_text(tmp_path):
     model = tiny_dit()
     model.set_graft(RULES)
     dg.finetune(

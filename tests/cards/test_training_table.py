@@ -38,7 +38,7 @@ def rows_of(text, start):
     ]
 
 
-def test_the_card_tells_what_the_run_took(run):
+def test_the_card_shows_the_cost_of_the_run(run):
     one, folder = run
     text, journal = training_of(folder), read_metrics(folder)
     for stage, row in zip(("one", "two"), one.graft.history, strict=True):
@@ -72,7 +72,7 @@ def test_what_was_measured_goes_along(run, tmp_path):
     )
 
 
-def test_the_journal_tells_what_the_history_does_not(run):
+def test_the_log_adds_to_the_history(run):
     one, folder = run
     before = [dict(row) for row in one.graft.history]
     try:
@@ -87,7 +87,7 @@ def test_the_journal_tells_what_the_history_does_not(run):
     assert "Hardware: two cores." in card(one.model, hardware="two cores")
 
 
-def test_a_damaged_journal_and_an_edited_history_are_told_as_far_as_they_can_be_read(run, tmp_path):
+def test_a_damaged_log_and_an_edited_history_are_shown_as_far_as_they_can_be_read(run, tmp_path):
     one, folder = run
     rows, strange = (folder / "training.jsonl").read_bytes(), b'{"loss": 1}\n[1]\n\0\xff\n'
     (tmp_path / "training.jsonl").write_bytes(strange + rows)
@@ -102,7 +102,7 @@ def test_a_damaged_journal_and_an_edited_history_are_told_as_far_as_they_can_be_
     assert (tmp_path / "training.jsonl").read_bytes() == strange
 
 
-def test_a_journal_of_another_graft_is_not_told(run, tmp_path):
+def test_a_log_of_another_graft_is_not_shown(run, tmp_path):
     _, folder = run
     (tmp_path / "training.jsonl").write_bytes((folder / "training.jsonl").read_bytes())
     model = tiny_dit()
@@ -120,7 +120,7 @@ def test_without_matplotlib_there_is_no_picture_and_no_word_of_one(run, tmp_path
     assert "training.png" not in training_of(tmp_path)
 
 
-def test_what_was_stopped_early_tells_the_steps_it_took(tmp_path):
+def test_a_stage_that_stopped_early_shows_the_steps_that_ran(tmp_path):
     class Stop:
         def on_step_end(self, args, state, control, **_):
             control.should_training_stop = state.global_step == 2

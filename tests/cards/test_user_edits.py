@@ -14,7 +14,7 @@ def sections(text):
     return re.findall(r"^## (.*)$", text, re.MULTILINE)
 
 
-def test_what_a_person_edits_is_kept(tmp_path):
+def test_sections_that_a_person_edits_stay(tmp_path):
     saved(tmp_path)
     path = tmp_path / "README.md"
     text = path.read_text()
@@ -35,19 +35,19 @@ def test_what_a_person_edits_is_kept(tmp_path):
         assert text.count("## Use") == text.count("## Edits") == 1
 
 
-def test_a_card_that_was_left_alone_is_brought_up_to_date(tmp_path):
+def test_unedited_sections_are_brought_up_to_date(tmp_path):
     for rules in (RULES, {"self_attention[0]": "neighborhood"}, RULES):
         saved(tmp_path, rules=rules)
     assert "neighborhood" not in (tmp_path / "README.md").read_text()
 
 
-def test_a_section_that_was_not_filled_for_once_comes_back(tmp_path):
+def test_a_section_that_was_empty_once_comes_back(tmp_path):
     for scores in ({"grafted": dg.Scores({"fid": 2.0})}, None, {"grafted": dg.Scores({"fid": 3.0})}):
         saved(tmp_path, scores=scores)
         assert ("Evaluation" in sections((tmp_path / "README.md").read_text())) is bool(scores)
 
 
-def test_a_card_without_our_note_is_somebody_elses(tmp_path):
+def test_a_card_without_our_note_is_not_replaced(tmp_path):
     saved(tmp_path)
     (tmp_path / "README.md").write_text("my words")
     saved(tmp_path)

@@ -70,7 +70,7 @@ def test_latency_of_grafts_leaves_the_model_alone():
     assert torch.equal(predict(model), before)
 
 
-def test_depth_operations_and_time_are_told_apart():
+def test_depth_operations_and_time_are_measured_separately():
     model = tiny_dit()
     rows = benchmark(
         model,

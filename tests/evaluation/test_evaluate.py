@@ -42,7 +42,7 @@ def test_the_denoising_loss_is_the_mean_over_samples():
 
 
 @pytest.mark.parametrize("measure", [dg.evaluate, locality])
-def test_what_is_measured_is_told_every_label(measure):
+def test_labels_are_not_dropped_while_a_model_is_measured(measure):
     model, (batch,), seen = tiny_dit(), batches(1, size=64), {}
     model.register_forward_pre_hook(lambda model, args, kwargs: seen.update(kwargs), with_kwargs=True)
     measure(model, [batch], noise_scheduler=SCHEDULER)

@@ -60,7 +60,7 @@ def test_locality_is_of_the_original():
         locality(model, batches(1), noise_scheduler=SCHEDULER)
 
 
-def test_locality_weighs_samples_alike_and_looks_under_masks():
+def test_locality_weighs_samples_alike_and_follows_masks():
     name = "PixArtTransformer2DModel"
     model, (batch,) = tiny_dit(), batches(1, size=3)
     inputs = {"hidden_states": batch["sample"], "timestep": torch.arange(3), "class_labels": batch["class_labels"]}

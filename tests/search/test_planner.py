@@ -111,7 +111,7 @@ def test_parts_go_with_the_weights_they_learned_from(surveyed):
         found.graft(other, plan)
 
 
-def test_a_survey_is_kept_and_solved_again(surveyed, tmp_path):
+def test_a_saved_survey_gives_the_same_plan(surveyed, tmp_path):
     model, found = surveyed
     found.save(tmp_path / "survey.json")
     again = Survey.load(tmp_path / "survey.json")

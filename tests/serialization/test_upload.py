@@ -171,7 +171,7 @@ STATUS = {
 @only_regular
 @pytest.mark.parametrize("status", STATUS)
 @pytest.mark.parametrize("path", ["/api/models", "/resolve/"])
-def test_what_the_hub_refuses_to_give_is_told(status, path, hub, graft, tmp_path):
+def test_refused_downloads_end_in_our_words(status, path, hub, graft, tmp_path):
     push_graft(graft[0], REPO, **TOKEN)
     for method in ("GET", "HEAD"):
         hub.fail(method, path, status, times=99)
@@ -183,7 +183,7 @@ def test_what_the_hub_refuses_to_give_is_told(status, path, hub, graft, tmp_path
 
 @pytest.mark.parametrize("status", STATUS)
 @pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/commit/", "/lfs/"])
-def test_what_the_hub_refuses_to_take_is_told(status, path, hub, graft):
+def test_refused_uploads_end_in_our_words(status, path, hub, graft):
     if path == "/lfs/" and not hub.lfs:
         path = "/api/validate-yaml|/preupload/"
     for method in ("POST", "PUT"):
@@ -244,7 +244,7 @@ def test_errors_that_show_a_token_are_no_cause():
 
 
 @only_regular
-def test_metadata_that_the_hub_refuses_is_told_in_its_words(hub, graft):
+def test_refused_metadata_ends_in_the_words_of_the_hub(hub, graft):
     hub.metadata_errors = ['"license" must be one of [mit, ...]', '"datasets[0]" is not valid']
     with pytest.raises(FileError, match=r'refuses the metadata of the card: - "license" must .* - "datasets\[0\]" is'):
         push_graft(graft[0], REPO, **TOKEN)
@@ -262,7 +262,7 @@ def test_metadata_that_the_hub_refuses_is_told_in_its_words(hub, graft):
         ("POST", "/commit/"),
     ],
 )
-def test_pages_of_a_proxy_are_told(method, path, page, hub, graft):
+def test_pages_of_a_proxy_end_in_our_words(method, path, page, hub, graft):
     HfApi(**TOKEN).create_repo(REPO)
     hub.pages[method, path] = page
     with pytest.raises(FileError, match="owner/graft could not be"):
@@ -271,7 +271,7 @@ def test_pages_of_a_proxy_are_told(method, path, page, hub, graft):
 
 
 @only_lfs
-def test_a_part_that_fails_is_told_with_its_file(hub, graft):
+def test_a_failing_part_is_named_with_its_file(hub, graft):
     hub.fail("PUT", "/lfs/", 500, times=99)
     with pytest.raises(FileError, match=r"500.*Hub itself failed.*Error while uploading '\w+\.\w+'"):
         push_graft(graft[0], REPO, **TOKEN)
@@ -347,7 +347,7 @@ def test_a_damaged_graft_is_not_uploaded(hub, graft):
     assert not hub.requests
 
 
-def test_whole_models(hub, tmp_path):
+def test_full_models(hub, tmp_path):
     model = tiny_dit()
     model.set_graft(RULES)
     expected = predict(model)
@@ -364,7 +364,7 @@ def test_whole_models(hub, tmp_path):
 
 @only_regular
 @pytest.mark.parametrize("order", [("whole", "graft"), ("graft", "whole")], ids=" then ".join)
-def test_a_graft_and_a_whole_model_in_one_repository(hub, order, graft, tmp_path):
+def test_a_graft_and_a_full_model_in_one_repository(hub, order, graft, tmp_path):
     folder, expected = graft
     model = tiny_dit()
     model.set_graft(RULES)
@@ -377,7 +377,7 @@ def test_a_graft_and_a_whole_model_in_one_repository(hub, order, graft, tmp_path
 
 
 @only_regular
-def test_a_whole_model_pushed_again_replaces_its_weights_and_no_others(hub, tmp_path):
+def test_a_full_model_pushed_again_replaces_its_weights_and_no_others(hub, tmp_path):
     model = tiny_dit()
     model.set_graft(RULES)
     model.push_to_hub("owner/whole", max_shard_size="20KB", **TOKEN)

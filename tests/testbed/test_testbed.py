@@ -45,7 +45,7 @@ def test_the_judge_reads_fonts_it_never_saw():
     assert measured == pytest.approx(logged["accuracy_held_out_fonts"], abs=0.02)
 
 
-def test_sampling_is_diffusers_own_loop_and_independent_of_the_batch():
+def test_sampling_equals_diffusers_loop_and_is_independent_of_the_batch():
     model, labels = testbed.load(), testbed.balanced_labels(6)
     images = sampling.sample(model, labels, seed=3, steps=4)
     torch.testing.assert_close(
@@ -111,7 +111,7 @@ def test_the_quality_bar_of_the_shipped_model():
     assert scores["accuracy"] >= 0.93
 
 
-def test_panels_of_samples_stay_apart(tmp_path):
+def test_panels_of_samples_have_a_gap_between_them(tmp_path):
     from matplotlib.image import imread
 
     black = torch.ones(10, 1, 16, 16)
