@@ -147,8 +147,8 @@ def _find_beside(path: Path, stage: str) -> list[Path]:
     # Stage two goes on from what stage one made, and its checkpoint alone does not say what that was.
     if stage == "one" and not found:
         raise FileError(
-            f"{path} is a checkpoint of stage two, and none of stage one lies beside it. Give the trainer distill=None "
-            "and the graft that stage one made, or the path of a run with both."
+            f"{path} is a checkpoint of stage two, and none of stage one lies beside it. Give the trainer "
+            "distill=None and the graft that stage one made, or the path of a run with both."
         )
     return found
 

@@ -145,7 +145,8 @@ def _shard_blocks(twin: ModelMixin, sites: Sites, plugin: FullyShardedDataParall
     dtypes = {str(parameter.dtype) for parameter in twin.parameters() if parameter.requires_grad}
     if len(dtypes) > 1:
         raise TrainingError(
-            f"Weights that are trained while sharded are of one dtype, and these are of {' and '.join(sorted(dtypes))}: "
+            "Weights that are trained while sharded are of one dtype, and these are of "
+            f"{' and '.join(sorted(dtypes))}: "
             'call model.to(torch.float32), with precision="bf16" for speed.'
         )
     # Blocks are gathered one at a time as the forward reaches them.

@@ -140,8 +140,8 @@ class Session:
         if differences:
             words = list(differences.values())[:_MOST_DIFFERENCES]
             raise StateError(
-                f"The checkpoint in {path} was made by another run: {', '.join(words)}. Resume with the same settings, "
-                "data and model, or give another output_dir."
+                f"The checkpoint in {path} was made by another run: {', '.join(words)}. Resume with the same "
+                "settings, data and model, or give another output_dir."
             )
         if reported and is_main_process():
             logger.warning(

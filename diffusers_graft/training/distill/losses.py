@@ -22,7 +22,7 @@ LOSSES: dict[str, Loss] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_l
 
 
 def loss_for(kind: str, name: str) -> Loss:
-    """Return a loss by name; `"auto"` is the paper's choice, `l1` for attention, `l2` for feed-forwards (section 3.1)."""
+    """Return a loss by name; `"auto"`, the paper's: `l1` for attention, `l2` for feed-forwards (section 3.1)."""
     if name != "auto":
         return LOSSES[name]
     # Outliers of attention outputs would dominate a squared error.

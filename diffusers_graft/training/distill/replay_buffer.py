@@ -1,4 +1,4 @@
-"""Replay buffer: captured calls in memory, so that one forward of the teacher serves several steps of the new parts."""
+"""Replay buffer: captured calls in memory, so that one forward of the teacher serves several steps."""
 
 from __future__ import annotations
 

@@ -106,8 +106,8 @@ class _Regression:
             )
         if not is_same_size or not torch.equal(student.flatten(), layer_output.flatten()):
             raise OperatorError(
-                f"{self.site.address} does more to the output of its last linear layer than pass it on, so that cannot "
-                "be solved for. Leave this site out of the plan, or train it by distill."
+                f"{self.site.address} does more to the output of its last linear layer than pass it on, so that "
+                "cannot be solved for. Leave this site out of the plan, or train it by distill."
             )
 
     def _add(self, features: torch.Tensor, residual: torch.Tensor, target: torch.Tensor) -> None:
@@ -122,15 +122,15 @@ class _Regression:
         self.tokens += len(rows)
 
     def solve(self, ridge: float) -> SolvedSite:
-        """Find what is to be added to the layer's weights. Raises `TrainingError` for features that depend on others."""
+        """Find what is to be added to the layer's weights. Raises `TrainingError` for dependent features."""
         regularized = self.gram.clone()
         # Relative to the mean square of a feature, so that one ridge suits layers of all scales.
         regularized.diagonal().add_((ridge * self.gram.trace() / len(self.gram)).clamp(min=1e-30))
         factor, failed = torch.linalg.cholesky_ex(regularized)
         if failed:
             raise TrainingError(
-                f"Closed form: at {self.site.address} the features of {self.tokens} tokens are too much alike for a ridge "
-                f"of {ridge:g}. Take more batches, or a larger ridge such as 1e-4."
+                f"Closed form: at {self.site.address} the features of {self.tokens} tokens are too much alike for a "
+                f"ridge of {ridge:g}. Take more batches, or a larger ridge such as 1e-4."
             )
         self.solution = torch.cholesky_solve(self.cross, factor)
         # |R - X S|^2 from the sums alone, since the rows are gone.

@@ -154,7 +154,7 @@ class DistillStage(Stage):
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """Put the teacher in evaluation mode, students in training mode and hooks on inside; undo it all afterwards."""
+        """Put the teacher in evaluation mode, students in training mode and hooks on inside; then undo it."""
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(self.capture.hooks(gated=self.config.gated))
@@ -295,8 +295,8 @@ class DistillStage(Stage):
         if math.isfinite(loss):
             what = f"norm of the gradient of {student.site.address} is {norm}"
         return TrainingError(
-            f"Stage one: the {what} at step {student.optimizer.steps_done}, batch {self.stream.position - 1}. All weights "
-            "are those of the step before. Look at that batch for values that are not finite, or lower "
+            f"Stage one: the {what} at step {student.optimizer.steps_done}, batch {self.stream.position - 1}. All "
+            "weights are those of the step before. Look at that batch for values that are not finite, or lower "
             "DistillConfig.lr."
         )
 

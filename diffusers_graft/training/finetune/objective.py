@@ -54,7 +54,7 @@ def objective(
 
 
 def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared error; of a prediction with learned variance, the first half of the channels is the mean.
+    """Return the mean squared error; with learned variance, the first half of the channels is the mean.
 
     Raises `TrainingError` for a target of another shape.
     """
@@ -71,8 +71,8 @@ def mean_of(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         mean, _ = prediction.chunk(2, dim=1)
     if mean.shape != target.shape:
         raise TrainingError(
-            f"The model predicts {tuple(prediction.shape)}, and its target is {tuple(target.shape)}. Give batches the shape "
-            "that the model answers in, or a target of their own."
+            f"The model predicts {tuple(prediction.shape)}, and its target is {tuple(target.shape)}. Give batches the "
+            "shape that the model answers in, or a target of their own."
         )
     return mean
 
@@ -101,8 +101,9 @@ def snr_weight(scheduler: Any, timestep: torch.Tensor, gamma: float) -> torch.Te
 
 
 def variational_bound(prediction: torch.Tensor, noised: NoisedBatch, scheduler: Any) -> torch.Tensor:
-    """Return bits per dimension of q(x_{t-1} | x_t, x_0) under the predicted Gaussian, at t = 0 those of the 8-bit sample:
-    [B].
+    """Return bits per dimension of q(x_{t-1} | x_t, x_0) under the predicted Gaussian: [B].
+
+    At t = 0 they are those of the 8-bit sample.
 
     Gradients reach the variances alone. The second half of the channels lies between the logs of the posterior's
     variance (-1) and of beta (1).
@@ -153,7 +154,7 @@ class _Coefficients:
 
 
 def _log_likelihood(sample: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """Return the log-likelihood of values in [-1, 1] on the grid of 8 bits, under a Gaussian with its tails at the ends."""
+    """Return the log-likelihood of values in [-1, 1] on the grid of 8 bits under a Gaussian, its tails at the ends."""
     sharpness = (-0.5 * log_variance).exp()
     above = _normal_cdf(sharpness * (sample - mean + 1 / 255))
     below = _normal_cdf(sharpness * (sample - mean - 1 / 255))
