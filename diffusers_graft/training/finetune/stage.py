@@ -94,8 +94,8 @@ class FinetuneStage(Stage):
             if math.isfinite(loss):
                 what = f"gradient's norm is {norm}"
             raise TrainingError(
-                f"Stage two: the {what} at step {self.step}, batch {self.stream.position - 1}; the weights are those of "
-                "the step before. Look at that batch for values that are not finite, or lower FinetuneConfig.lr."
+                f"Stage two: the {what} at step {self.step}, batch {self.stream.position - 1}; the weights are those "
+                "of the step before. Look at that batch for values that are not finite, or lower FinetuneConfig.lr."
             )
         self.optimizer.step()
         self.losses.append(loss)
@@ -136,8 +136,8 @@ class FinetuneStage(Stage):
     def check_model(self) -> None:
         if not self._is_grafted():
             raise StateError(
-                f"A callback took the graft out after step {self.step}, and the original weights are not to be trained: "
-                "let callbacks enable it again before they return, or set control.should_training_stop."
+                f"A callback took the graft out after step {self.step}, and the original weights are not to be "
+                "trained: let callbacks enable it again before they return, or set control.should_training_stop."
             )
 
     def _is_grafted(self) -> bool:
