@@ -388,16 +388,16 @@ def _neighbours_with_sample(field: set[int], token: int, grid: Grid, rank: list[
 
 def _neighbours_and_sample(field: set[int], grid: Grid, rank: list[int]) -> tuple[torch.Tensor, ...]:
     """Return the neighbours of each token, [N, K], and one sample for all, [1, SAMPLES], with its weights for each."""
+    near = [sorted(_neighbours(token, grid) & field) for token in range(grid.tokens)]
     drawn = _draw(field, rank)
-    weights = torch.full((grid.tokens, len(drawn)), NONE)
-    rows = []
-    for token in range(grid.tokens):
-        near = _neighbours(token, grid) & field
-        rows.append(dict.fromkeys(sorted(near), 0.0))
+    is_far = torch.ones(grid.tokens, len(drawn), dtype=torch.bool)
+    for place, token in enumerate(drawn):
         # A drawn token that is a neighbour, and counted already, leaves its weight to the others.
-        far = [place for place, other in enumerate(drawn) if other not in near]
-        weights[token, far] = math.log((len(field) - len(near)) / len(far))
-    return *_table(rows), torch.tensor([drawn]), weights
+        is_far[list(_neighbours(token, grid)), place] = False
+    far = len(field) - torch.tensor([len(tokens) for tokens in near])
+    weight = (far / is_far.sum(1)).log()
+    weights = weight[:, None].where(is_far, NONE)
+    return *_table([dict.fromkeys(tokens, 0.0) for tokens in near]), torch.tensor([drawn]), weights
 
 
 def _neighbours(token: int, grid: Grid) -> set[int]:
