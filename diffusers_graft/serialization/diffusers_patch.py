@@ -36,7 +36,8 @@ def attach_saving() -> None:
     """Extend the methods of `ModelMixin` and `DiffusionPipeline` that save, push and load."""
     ModelMixin.save_pretrained = _saving(ModelMixin.save_pretrained)
     ModelMixin.push_to_hub = _pushing(ModelMixin.push_to_hub)
-    ModelMixin.from_pretrained = classmethod(_loading(ModelMixin.from_pretrained.__func__))
+    loading = classmethod(_loading(ModelMixin.from_pretrained.__func__))
+    ModelMixin.from_pretrained = loading  # pyright: ignore[reportAttributeAccessIssue]
     DiffusionPipeline.save_pretrained = _saving_pipeline(DiffusionPipeline.save_pretrained)
     LOADABLE_CLASSES[_LIBRARY] = {}
 
@@ -177,7 +178,7 @@ def _note_source(loaded: Any, source: Any, subfolder: Any) -> None:
     vars(model)[LOADED_FROM] = LoadedFrom(str(source), folder, subfolder or None)
 
 
-def _is_grafted(cls: type[ModelMixin], source: Any, kwargs: dict[str, Any]) -> bool:
+def _is_grafted(cls: Any, source: Any, kwargs: dict[str, Any]) -> bool:
     """Return whether the `config.json` that is asked for describes a grafted model of the variant asked for."""
     folder = Path(source or "") / (kwargs.get("subfolder") or "")
     if folder.is_dir():

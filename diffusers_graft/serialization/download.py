@@ -71,7 +71,8 @@ def _checked_subfolder(subfolder: Any, source: str | Path) -> str:
 
 
 def _downloaded(source: str | Path, patterns: list[str], subfolder: str, hub_arguments: dict[str, Any]) -> Path:
-    is_repository = isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    repo_id = str(source)
+    is_repository = isinstance(source, str) and repo_id.count("/") == 1 and not repo_id.startswith((".", "/", "~"))
     if not is_repository:
         raise FileError(f"There is no folder {source}. Give one that is there, or a Hub repository user/name.")
     wanted = patterns
@@ -79,8 +80,8 @@ def _downloaded(source: str | Path, patterns: list[str], subfolder: str, hub_arg
         wanted = [f"{subfolder}/{pattern}" for pattern in patterns]
     if "token" in hub_arguments:
         hub_arguments = {**hub_arguments, "token": clean_token(hub_arguments["token"])}
-    with explain_hub_errors(source, hub_arguments.get("revision")):
-        return Path(snapshot_download(source, allow_patterns=wanted, **hub_arguments)) / subfolder
+    with explain_hub_errors(repo_id, hub_arguments.get("revision")):
+        return Path(snapshot_download(repo_id, allow_patterns=wanted, **hub_arguments)) / subfolder
 
 
 def file_in(folder: Path, name: Any) -> Path:

@@ -144,9 +144,7 @@ def _check(value: Any, kind: Any, where: str, name: str) -> None:
 
 
 def _require(value: Any, kind: type | tuple[type, ...], where: str, name: str) -> None:
-    kinds = kind
-    if not isinstance(kind, tuple):
-        kinds = (kind,)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
     # True is an int to Python, and none to whoever reads a description.
     if isinstance(value, kinds) and not isinstance(value, bool):
         return

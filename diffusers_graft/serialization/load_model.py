@@ -150,10 +150,12 @@ def config_digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
-def _model_class(config: dict[str, Any], folder: Path) -> type[ModelMixin]:
+def _model_class(config: dict[str, Any], folder: Path) -> Any:
+    """Return the class of diffusers that a configuration names, a model."""
     name = config.get("_class_name")
-    is_name = isinstance(name, str) and name.isidentifier()
-    cls = is_name and getattr(diffusers, name, None)
+    cls = None
+    if isinstance(name, str) and name.isidentifier():
+        cls = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
         raise FileError(f"{folder / 'config.json'} names the class {name!r}, which diffusers does not have.")
     return cls
@@ -186,7 +188,7 @@ def _checked_plan(
     return plan
 
 
-def _build(config: dict[str, Any], plan: GraftPlan, folder: Path) -> tuple[ModelMixin, Graft]:
+def _build(config: dict[str, Any], plan: GraftPlan, folder: Path) -> tuple[Any, Graft]:
     """Build a model and its graft without values. Raises `FileError` where the configuration is of none."""
     try:
         model = _model_class(config, folder).from_config(config)

@@ -108,6 +108,7 @@ def load_adapters(model: ModelMixin, graft: Graft, described: Any, tensors: dict
     if described is None and not tensors:
         return
     config, scalings = _read_config(described, tensors)
+    paths = set(config.target_modules or ())
     refuse_foreign_lora(model, graft)
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with _removed_on_error(model, graft):
@@ -115,13 +116,13 @@ def load_adapters(model: ModelMixin, graft: Graft, described: Any, tensors: dict
         expected = {(name, value.shape) for name, value in get_peft_model_state_dict(model).items()}
         given = {(name, value.shape) for name, value in tensors.items()}
         adapted = set(_layers(model))
-        odd = sorted({name for name, _ in expected ^ given} | (adapted ^ set(config.target_modules)))
+        odd = sorted({name for name, _ in expected ^ given} | (adapted ^ paths))
         if odd:
             raise FileError(f"The saved LoRA does not fit the model: {', '.join(odd[:4])} differ.")
         set_peft_model_state_dict(model, tensors)
     # After peft set the usual ones.
     for path, scaling in scalings.items():
-        model.get_submodule(path).scaling[_ADAPTER] = scaling
+        _layers(model)[path].scaling[_ADAPTER] = scaling
     for name, parameter in model.named_parameters():
         before = requires_grad.get(name.replace(".base_layer.", "."))
         if before is not None:

@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 
 from ..core.storage import pack, parse_json, read_tensors, unpack
 from ..errors import FileError, ModelError
-from ..injection.graft import get_graft
+from ..injection.install import require_graft
 from ..inspection import evaluating, example_inputs, predict, read_context
 from .limits import first_line
 from .tensors import Tensors, require_finite
@@ -76,7 +76,9 @@ def _candidates(model: ModelMixin) -> Iterator[tuple[dict[str, Any], Tensors]]:
 def _recorded(model: ModelMixin) -> Iterator[tuple[dict[str, Any], Tensors]]:
     """Yield the arguments of the last forward of the grafted model, if they can be stored and replayed."""
     # Pipelines ask for a tuple; how the output is wrapped is decided here.
-    inputs = {name: value for name, value in (get_graft(model).slot.arguments or {}).items() if name != "return_dict"}
+    inputs = {
+        name: value for name, value in (require_graft(model).slot.arguments or {}).items() if name != "return_dict"
+    }
     reason = (
         f"No inputs are known for {type(model).__name__}: run it once with its graft, without gradients, then save."
     )

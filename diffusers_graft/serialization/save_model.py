@@ -145,7 +145,9 @@ def forget_description(model: ModelMixin) -> None:
     """Drop the description that a model built `from_config` of a grafted one took over with its settings."""
     config = vars(model).get("_internal_dict", {})
     if MARK in config:
-        model._internal_dict = FrozenDict({name: value for name, value in config.items() if name not in (MARK, AUTO)})
+        vars(model)["_internal_dict"] = FrozenDict(
+            {name: value for name, value in config.items() if name not in (MARK, AUTO)}
+        )
 
 
 def require_no_variants(folder: Path, variant: str | None, *, where: str | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -31,7 +32,7 @@ def require_finite(tensors: Mapping[str, torch.Tensor], where: Path | str) -> No
             )
 
 
-def plain_tensors(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+def plain_tensors(tensors: Mapping[str, Any]) -> Tensors:
     """Return tensors by name, those of torchao's quantised ones in their place: they cannot be viewed or summed."""
     plain: Tensors = {}
     for name, tensor in tensors.items():
@@ -66,8 +67,8 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
             # Words can only be viewed where memory is aligned to them.
             if data.storage_offset() % _WORD:
                 rows = rows.clone()
-            total.update(rows.view(torch.int64).view(-1, _ROW).sum(1).numpy())
-        total.update(data[in_rows:].numpy())
+            total.update(rows.view(torch.int64).view(-1, _ROW).sum(1).numpy().data)
+        total.update(data[in_rows:].numpy().data)
     return total.hexdigest()
 
 
@@ -90,5 +91,5 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], *, through: torch.dtype = t
         values = flat[places.to(flat.device)]
         if values.is_floating_point():
             values = values.to(through).to(torch.bfloat16)
-        total.update(values.contiguous().view(torch.uint8).cpu().numpy())
+        total.update(values.contiguous().view(torch.uint8).cpu().numpy().data)
     return total.hexdigest()

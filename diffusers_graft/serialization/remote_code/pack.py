@@ -64,7 +64,8 @@ def library_file(plan: GraftPlan) -> str:
 
 def _without_shapes(text: str) -> str:
     """Return the module that names shapes of tensors without jaxtyping, which a reader need not have."""
-    names = [node.target.id for node in ast.parse(text).body if isinstance(node, ast.AnnAssign)]
+    targets = [node.target for node in ast.parse(text).body if isinstance(node, ast.AnnAssign)]
+    names = [target.id for target in targets if isinstance(target, ast.Name)]
     lines = [
         '"""Shapes of tensors, unchecked."""',
         "",

@@ -119,7 +119,8 @@ class _Module:
             line = f"from {home} import {getattr(value, '__qualname__', name)} as {name}"
             if home is None or not hasattr(sys.modules.get(home), str(getattr(value, "__qualname__", ""))):
                 raise self._refusal(f"{name} is defined outside its text")
-        self._require_available(ast.parse(line).body[0])
+        for node in _unguarded_imports(ast.parse(line)):
+            self._require_available(node)
         return line
 
     def _refuse_changes(self, needed: set[str]) -> None:
