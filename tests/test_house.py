@@ -381,7 +381,6 @@ def test_the_contracts_public_names_are_there():
         assert hasattr(ModelMixin, verb)
 
 
-@pytest.mark.xfail(reason="rooms are rebuilt one after another")
 def test_the_package_reads_as_easily_as_the_codebases_it_learns_from():
     """Bounds per 1,000 lines, from the densities of twelve admired codebases; `python -m benchmarks.density` prints ours."""
     rates = measure(FILES).rates()
