@@ -199,7 +199,7 @@ def _measure(model, ablation: Ablation) -> dict[str, float]:
 
 
 def _report(ablation: Ablation, rows: list[dict[str, Any]]) -> str:
-    head, runs = rows[0], rows[1:]
+    head, *runs = rows
     original = _measure(testbed.load(), ablation)
     by_arm: dict[Arm, list[dict]] = {}
     for row in runs:

@@ -34,7 +34,9 @@ from .depth_report import report_of
 from .rows import read_rows, write_row
 
 RULES = {"pairs": "block_pair[:]=parallel", "removed": "block[1::2]=remove"}
-ONE, TWO, WHOLE = "stage one", "stage two", "both at once"
+ONE = "stage one"
+TWO = "stage two"
+BOTH = "both at once"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Run:
-    """One model on its way: its row in the table after each stage, or of none; `WHOLE` is the compute of both in stage
+    """One model on its way: its row in the table after each stage, or of none; `BOTH` is the compute of both in stage
     two.
     """
 
@@ -72,8 +74,8 @@ RUNS = (
     Run("pairs", {ONE: "(c) pairs, stage one", TWO: "(d) pairs, both stages"}),
     Run("removed", {TWO: "(e) removed, stage two"}),
     Run("pairs", {TWO: "(f) pairs from scratch, stage two"}, pretrained=False),
-    Run("removed", {WHOLE: "(e+) removed, compute of (d)"}),
-    Run("pairs", {WHOLE: "(f+) pairs from scratch, compute of (d)"}, pretrained=False),
+    Run("removed", {BOTH: "(e+) removed, compute of (d)"}),
+    Run("pairs", {BOTH: "(f+) pairs from scratch, compute of (d)"}, pretrained=False),
 )
 
 
@@ -113,7 +115,8 @@ def _head(budget: Budget) -> dict[str, Any]:
 
 def prices(budget: Budget) -> dict[str, float]:
     """Seconds of one step of each stage, measured in turns: by model and stage."""
-    steps, contenders = 4, {}
+    steps = 4
+    contenders: dict[str, Callable[[], None]] = {}
     for name, rules in RULES.items():
         model, graft = _start(rules, 0)
         batches = list(testbed.letter_batches(budget.batch_size, 0, steps=steps))
@@ -133,8 +136,8 @@ def prices(budget: Budget) -> dict[str, float]:
 
 
 def steps_of(stage: str | None, model: str, budget: Budget, seconds: dict[str, float]) -> int:
-    """Steps of a stage; of `WHOLE`, what both stages of the pairs cost buys."""
-    if stage != WHOLE:
+    """Steps of a stage; of `BOTH`, what both stages of the pairs cost buys."""
+    if stage != BOTH:
         return {None: 0, ONE: budget.stage_one, TWO: budget.stage_two}[stage]
     spent = budget.stage_one * seconds[f"pairs: {ONE}"] + budget.stage_two * seconds[f"pairs: {TWO}"]
     return round(spent / seconds[f"{model}: {TWO}"])
@@ -165,7 +168,7 @@ def _run(run: Run, budget: Budget, seed: int, seconds: dict[str, float]) -> Iter
             )
         if graft is not None and model.graft is None:
             install(model, graft)
-        if stage in (TWO, WHOLE):
+        if stage in (TWO, BOTH):
             config = FinetuneConfig(steps=steps, lr=budget.lr[1], ema_decay=0.98, **quiet)
             finetune(model, batches, config, noise_scheduler=scheduler())
         spent += [steps] if steps else []

@@ -11,7 +11,9 @@ from diffusers_graft.evaluation.plots import draw_rows
 from .output import format_rows
 
 MEASURES = {"denoising_loss": 4, "frechet_distance": 1, "accuracy": 3}  # with the digits that are shown
-OURS, SAME_STAGE_TWO, SAME_COMPUTE = "(d)", ("(e)", "(f)"), ("(e+)", "(f+)")
+OURS = "(d)"
+SAME_STAGE_TWO = ("(e)", "(f)")
+SAME_COMPUTE = ("(e+)", "(f+)")
 
 
 def report_of(head: dict[str, Any], rows: list[dict[str, Any]], rules: dict[str, str], output: Path) -> str:
@@ -21,14 +23,12 @@ def report_of(head: dict[str, Any], rows: list[dict[str, Any]], rules: dict[str,
         runs.setdefault(row["name"], []).append(row)
     text = _words(head, runs, rules)
     (output / "depth.md").write_text(text, encoding="utf-8")
-    draw_rows(
-        output / "depth.png",
-        {
-            name.replace("_", " "): {key: [row["scores"][name] for row in run] for key, run in runs.items()}
-            for name in ("denoising_loss", "frechet_distance")
-        },
-        logarithmic=["frechet distance"],
-    )
+    measures: dict[str, dict[str, list[float]]] = {}
+    for measure in ("denoising_loss", "frechet_distance"):
+        of_runs = measures.setdefault(measure.replace("_", " "), {})
+        for name, run in runs.items():
+            of_runs[name] = [row["scores"][measure] for row in run]
+    draw_rows(output / "depth.png", measures, logarithmic=["frechet distance"])
     return text
 
 
@@ -75,14 +75,17 @@ def _costs(models: dict[str, dict]) -> str:
 
 
 def _spread(run: list[dict], measure: str) -> str:
-    values, digits = [row["scores"][measure] for row in run], MEASURES[measure]
+    values = [row["scores"][measure] for row in run]
+    digits = MEASURES[measure]
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def _verdict(runs: dict[str, list[dict]], marks: tuple[str, ...]) -> str:
     """In how many seeds (d) is better than the rows of these marks: the paper's claim."""
-    by_mark = {name.split()[0]: {row["seed"]: row["scores"] for row in run} for name, run in runs.items()}
+    by_mark = {}
+    for name, run in runs.items():
+        by_mark[name.split()[0]] = {row["seed"]: row["scores"] for row in run}
     said = []
     for mark in marks:
         shared = by_mark.get(OURS, {}).keys() & by_mark.get(mark, {}).keys()

@@ -88,7 +88,9 @@ def measure_family(name: str) -> Row:
     model = tiny(name)
     if not isinstance(model, ModelMixin):
         return _unmeasured(name, "it is no ModelMixin; its parts are.")
-    sites, main, inputs = find_sites(model), main_sites(model), inputs_of(name)
+    sites = find_sites(model)
+    main = main_sites(model)
+    inputs = inputs_of(name)
     with torch.no_grad():
         before = predict(model, inputs)
     cells = {column: str(len(sites.where(kind=kind)) or "-") for column, kind in _KINDS.items()}

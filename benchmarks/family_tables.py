@@ -19,7 +19,10 @@ def short_table(rows: Iterable[Row], version: str) -> str:
     same = sum(row.cells["self_attention"] == "same" for row in fully)
     near = sum(row.cells["neighborhood"] == "yes" for row in fully)
     kinds = ("image", "video", "sound", "sequence")
-    groups = {kind: [_short(row.name) for row in fully if _tokens(row) == kind] for kind in kinds}
+    groups: dict[str, list[str]] = {kind: [] for kind in kinds}
+    for row in fully:
+        if _tokens(row) in groups:
+            groups[_tokens(row)].append(_short(row.name))
     owners = sorted({f"`{note.partition(' x ')[0]}`" for row in rows if row.inline for note in row.inline.split("; ")})
     return "\n".join(
         [

@@ -51,7 +51,7 @@ COMPILED = [
     ("linear_attention(backend='compiled')", 0.05, 0.015),
     ("ttt(backend='compiled')", None, None),
 ]
-WHOLE = ["mamba2", "gated_deltanet"]
+ATTENTIONS = ["mamba2", "gated_deltanet"]
 FEED_FORWARDS = [
     "mlp(expansion=3)",
     "mlp(expansion=6)",
@@ -131,10 +131,13 @@ def bench_operators(
 def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, Callable[[], list[list[str]]]]]:
     """Titles of the tables, and what measures their rows."""
     half, near, far = (Grid(height=side * n // 2, width=side * n // 2) for n in (1, 2, 4))
-    whole, plain = ([(name, None) for name in names] for names in (WHOLE, FEED_FORWARDS))
-    less, few = max(3, rounds // 2), math.ceil(heads / 4)
+    attentions = [(name, None) for name in ATTENTIONS]
+    plain = [(name, None) for name in FEED_FORWARDS]
+    less = max(3, rounds // 2)
+    few = math.ceil(heads / 4)
     for kind, mixers in {"Mixers": MIXERS, "Compiled mixers": COMPILED}.items():
-        forward, training = ([(name, targets[way]) for name, *targets in mixers] for way in (0, 1))
+        forward = [(name, target) for name, target, _ in mixers]
+        training = [(name, target) for name, _, target in mixers]
         yield (
             f"{kind} / softmax, forward, {near.tokens} tokens, {heads} heads",
             partial(_ratios, forward, near, heads, rounds),
@@ -142,7 +145,7 @@ def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, Callable[[
         title = f"{kind} / softmax, forward + backward, {far.tokens} tokens, 2 heads"
         yield title, partial(_ratios, training, far, 2, less, backward=True)
     title = f"Whole attentions / softmax with its projections, forward, {near.tokens} tokens"
-    yield title, partial(_ratios, whole, near, heads, rounds)
+    yield title, partial(_ratios, attentions, near, heads, rounds)
     title = f"Scans of mamba2 / softmax, forward, {near.tokens} tokens, {heads} heads"
     yield title, partial(_scans, 0.17, near, heads, rounds)
     title = f"Scans of mamba2 / softmax, forward + backward, {far.tokens} tokens, 2 heads"
@@ -192,7 +195,8 @@ def _scans(target: float, grid: Grid, heads: int, rounds: int, *, backward: bool
     wide = f"head_width={WIDTH}, chunk=64"
     for name in ("mamba2", f"mamba2({wide})", f"mamba2({wide}, expand=1)"):
         operator = example_part(parse_operator(name), width=heads * WIDTH, heads=heads)
-        state, heads_of = operator.config.state, (operator.heads, operator.config.head_width)
+        state = operator.config.state
+        heads_of = (operator.heads, operator.config.head_width)
         shapes = heads_of, (state,), (state,), (operator.heads,)
         *inputs, step = (
             torch.randn(1, grid.tokens, *shape, generator=torch.Generator().manual_seed(1)) for shape in shapes
@@ -265,7 +269,7 @@ def _with_text(grid: Grid, heads: int, rounds: int) -> list[list[str]]:
 
 def _memory(grids: tuple[Grid, ...]) -> list[list[str]]:
     rows = [["operator", *(f"{grid.tokens} tokens" for grid in grids)]]
-    for name in ("self_attention", *(name for name, _, _ in MIXERS), *WHOLE):
+    for name in ("self_attention", *(name for name, _, _ in MIXERS), *ATTENTIONS):
         config = _configs([name])[0]
         rows.append([name, *(_peak(config, grid) for grid in grids)])
     return rows

@@ -96,25 +96,28 @@ def bench_planner(output: Path, spending: Spending | None = None, *, say: Callab
 
 
 def _run(spending: Spending, seed: int) -> dict[str, Any]:
-    model, batches = testbed.load(), testbed.letter_batches(spending.batch_size, 100 + seed)
+    model = testbed.load()
+    batches = testbed.letter_batches(spending.batch_size, 100 + seed)
     judged = list(testbed.letter_batches(100, 200 + seed, steps=spending.judged))
     solved = ClosedFormConfig(steps=8, progress=False)
     taught = DistillConfig(steps=spending.stage_one, lr=spending.lr[0], closed_form=solved, seed=seed)
     found = survey(
         model, CANDIDATES, judged, batches=batches, config=taught, noise_scheduler=scheduler(), seed=seed, rounds=2
     )
-    exam, designs = HarmJudge(model, judged, scheduler(), seed), []
+    judge = HarmJudge(model, judged, scheduler(), seed)
+    designs = []
     for budget in spending.flops:
         for name, plan in _designs(model, found, budget, seed):
-            graft, told = found.graft(model, plan), found.predicted(plan)
+            graft = found.graft(model, plan)
+            predicted = found.predicted(plan)
             row = {
                 "budget": budget,
                 "name": name,
                 "edits": len(plan.edits),
-                "flops": told["flops"],
-                "predicted": told["harm"],
+                "flops": predicted["flops"],
+                "predicted": predicted["harm"],
             }
-            row["harm"] = exam.harm(model, graft)  # before stage two
+            row["harm"] = judge.harm(model, graft)  # before stage two
             designs.append(row | _losses(model, graft, batches, spending, seed))
     original = measure(model, count=spending.samples)["denoising_loss"]
     return {"seed": seed, "original": original, "front": found.front("flops"), "designs": designs}

@@ -12,7 +12,8 @@ from diffusers_graft.evaluation.plots import draw_front
 
 from .output import format_rows
 
-PLANNED, CHANCE = "planned", "chance"
+PLANNED = "planned"
+CHANCE = "chance"
 
 
 def _kind(design: dict[str, Any]) -> str:
@@ -40,27 +41,21 @@ def report_of(
     text += f"## Whether harms add up\n\n{_additive(seeds)}\n\n![Harm against FLOPs](planner.png)\n"
     (output / "planner.md").write_text(text, encoding="utf-8")
     designs = [design for row in seeds for design in row["designs"]]
-    draw_front(
-        output / "planner.png",
-        [row["front"] for row in seeds],
-        {
-            name: [(design["flops"], design["harm"]) for design in designs if _kind(design) == name]
-            for name in (PLANNED, "one operator", CHANCE)
-        },
-        measure="FLOPs",
-    )
+    points: dict[str, list[tuple[float, float]]] = {PLANNED: [], "one operator": [], CHANCE: []}
+    for design in designs:
+        points[_kind(design)].append((design["flops"], design["harm"]))
+    draw_front(output / "planner.png", [row["front"] for row in seeds], points, measure="FLOPs")
     return text
 
 
 def _table(seeds: list[dict[str, Any]], budget: float) -> str:
     lines = [["design", "edits", "FLOPs", "harm predicted", "harm", "loss before stage two", "after"]]
     for name, same in _by_name(seeds, budget).items():
-        edits = " ".join(str(count) for count in sorted({design["edits"] for design in same}))
-        columns = [
-            _spread([design[key] for design in same], digits)
-            for key, digits in (("flops", 3), ("predicted", 4), ("harm", 4), ("before", 4), ("after", 4))
-        ]
-        lines.append([name, edits, *columns])
+        counts = sorted({design["edits"] for design in same})
+        columns = []
+        for key, digits in (("flops", 3), ("predicted", 4), ("harm", 4), ("before", 4), ("after", 4)):
+            columns.append(_spread([design[key] for design in same], digits))
+        lines.append([name, " ".join(map(str, counts)), *columns])
     return format_rows(lines)
 
 

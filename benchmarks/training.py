@@ -138,7 +138,8 @@ def memory(model: ModelMixin, graft: Graft, inputs: dict, calls: dict[str, Captu
         model(**inputs, return_dict=False)
     one_site = 0
     for edit in graft.plan.edits:
-        call, seat = calls[edit.site.path], graft.seats[edit.site.path]
+        call = calls[edit.site.path]
+        seat = graft.seats[edit.site.path]
         graft.slot.current = call.context
         own = sum(t.numel() * t.element_size() for t in graft.tensors_of(edit.site.path).values())
         with PeakMemory() as alone:
