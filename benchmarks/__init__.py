@@ -1,1 +1,1 @@
-"""Benchmarks a person runs: whole models, single operators, and PixArt-Sigma on a GPU."""
+"""Benchmarks a person runs: models, single operators, and PixArt-Sigma on a GPU."""

@@ -1,4 +1,4 @@
-"""What each start and each stage buys, at equal compute, on the testbed: `python -m benchmarks ablate`.
+"""Gains of each start and each stage at equal compute, on the testbed: `python -m benchmarks ablate`.
 
 Seconds on a busy machine say little, so the cost of a step of each stage is measured once, in turns, and every run of
 the table then gets as many steps as fit into the same number of seconds at those prices. Rows are written as they
@@ -45,7 +45,7 @@ SOLVED = ClosedFormConfig(steps=8, progress=False)
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """What is compared, and how much is spent.
+    """Settings of the comparison.
 
     Attributes:
         operator, sites: of the table.
@@ -123,7 +123,7 @@ def ablate(
 
 
 def _arms(ablation: Ablation) -> Iterator[Arm]:
-    """All runs, seed by seed, so that an interrupted table is a whole one of fewer seeds."""
+    """Yield all runs, seed by seed, so that an interrupted table is a complete one of fewer seeds."""
     for seed in range(ablation.seeds):
         for start in STARTS:
             for training in TRAININGS:
@@ -231,7 +231,7 @@ def _facts(ablation: Ablation) -> str:
 
 
 def _bought(ablation: Ablation, by_arm: dict[Arm, list[dict]]) -> str:
-    """What stage one changes at equal compute: half of it for stage one, against all of it for stage two."""
+    """Return in words the change by stage one at equal compute: half of it for stage one, against all for stage two."""
     parts = []
     for start in STARTS:
         both, alone = (

@@ -89,7 +89,7 @@ def bench_depth(output: Path, budget: Budget | None = None, *, say: Callable[[st
     path = output / "depth.jsonl"
     head, *rows = _read(path, budget) or [write_row(path, _head(budget))]
     done = {(row["name"], row["seed"]) for row in rows}
-    for seed in range(budget.seeds):  # seed by seed, so that an interrupted table is a whole one of fewer seeds
+    for seed in range(budget.seeds):  # seed by seed, so that an interrupted table is a complete one of fewer seeds
         for run in RUNS:
             names = {(name, seed) for name in run.rows.values()} if run.seeded or not seed else set()
             for row in _run(run, budget, seed, head["seconds"]) if names - done else ():
@@ -101,7 +101,7 @@ def bench_depth(output: Path, budget: Budget | None = None, *, say: Callable[[st
 
 
 def _head(budget: Budget) -> dict[str, Any]:
-    """What does not hang on a seed: depth, parameters, FLOPs and latency of each model, and the price of a step."""
+    """Measure what does not depend on a seed: depth, parameters, FLOPs and latency of each model, and the price of a step."""
     model = testbed.load().to("cuda" if torch.cuda.is_available() else "cpu")
     models = benchmark(model, RULES, [model.config.sample_size], rounds=budget.rounds, progress=False)
     return {

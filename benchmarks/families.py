@@ -1,4 +1,4 @@
-"""What works in which family, measured on a tiny model of every transformer class of the installed diffusers."""
+"""Operators that work in each family, measured on a tiny model of every transformer class of the installed diffusers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FULLY = ("sliding_window", "linear_attention", "hyena_x")
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one class.
+    """Measurements of one class.
 
     Attributes:
         cells: by column; `yes`, `same` for an output that is the original's bit for bit, `no`, and `-` without sites.
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def fully(self) -> bool:
-        """Whether windows, linear attention and Hyena-X run wherever the image is mixed."""
+        """Return whether windows, linear attention and Hyena-X run wherever the image is mixed."""
         return all(self.cells[mixer] == "yes" for mixer in FULLY)
 
 

@@ -1,4 +1,4 @@
-"""What loading a graft costs beside what it cannot do without: reading its bytes, and installing its parts."""
+"""The cost of loading a graft, against the least: reading its bytes, and installing its parts."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def report(width: int = 768, layers: int = 12, rounds: int = 7) -> str:
         uninstall(model)
         seconds = measure(folder, model, rounds)
         size = (folder / WEIGHTS).stat().st_size
-    told = {
+    names = {
         "reading its bytes": "read",
         "installing its parts": "install",
         "loading, verify=False": "load",
@@ -107,7 +107,7 @@ def report(width: int = 768, layers: int = 12, rounds: int = 7) -> str:
         "replaying the proof, a forward": "replay",
         "loading": "verified",
     }
-    rows = [["step", "ms"], *([name, f"{1000 * seconds[key]:.0f}"] for name, key in told.items())]
+    rows = [["step", "ms"], *([name, f"{1000 * seconds[key]:.0f}"] for name, key in names.items())]
     return (
         f"# Loading a graft on a CPU\n\n`make bench-loading`: {size / 1e6:.0f} MB of weights (Mamba-2 in {layers} layers of "
         f"width {width}, every second feed-forward), fp32, files in the page cache, {torch.get_num_threads()} thread, torch "

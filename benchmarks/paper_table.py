@@ -26,23 +26,25 @@ EXAMPLE = "example.md"
 
 
 def released() -> dict[str, Any]:
-    """What the paper tells of its models, by their names."""
+    """Return the paper's figures of its models, by their names."""
     return read_json(template_folder() / "paper.json")["models"]
 
 
 def paper_card(name: str) -> str:
     """The card of a released model."""
-    told = read_json(template_folder() / "paper.json")
-    return template("paper_card").render(_facts(name, told["models"][name], told))
+    paper = read_json(template_folder() / "paper.json")
+    return template("paper_card").render(_facts(name, paper["models"][name], paper))
 
 
-def _facts(name: str, row: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+def _facts(name: str, row: dict[str, Any], paper: dict[str, Any]) -> dict[str, Any]:
     model, graft = _dit_xl(row["rules"])
     operators = sorted({edit.config.owner.name for edit in graft.plan.edits})
     papers = sorted({edit.config.owner.paper for edit in graft.plan.edits} - {""})
     where, edits = edit_rows(model, graft)
     summary = f"{len(graft.plan.edits)} of its parts replaced by {' and '.join(operators)}"
-    scores = {column: value for column, value in zip(told["columns"], row["scores"], strict=True) if value is not None}
+    scores = {
+        column: value for column, value in zip(paper["columns"], row["scores"], strict=True) if value is not None
+    }
     head = {
         "library_name": "diffusers-graft",
         "tags": ["diffusers", "diffusers-graft", "graft", *operators],
@@ -60,7 +62,7 @@ def _facts(name: str, row: dict[str, Any], told: dict[str, Any]) -> dict[str, An
         "strip": draw_layers(graft),
         "columns": list(scores),
         "scores": [f"{value:g}" for value in scores.values()],
-        "original": [f"{told['original'][told['columns'].index(column)]:g}" for column in scores],
+        "original": [f"{paper['original'][paper['columns'].index(column)]:g}" for column in scores],
         "data": row.get("data", "10%"),
         "citations": [citation(paper) for paper in papers if "2506.05340" not in paper],
     }
@@ -78,7 +80,7 @@ def _dit_xl(rules: dict[str, Any]) -> tuple[DiTTransformer2DModel, Graft]:
 
 
 def example_card() -> str:
-    """What `save_graft` writes for a graft on which nothing was measured yet."""
+    """Return the card that `save_graft` writes for a graft without measurements."""
     model, graft = _dit_xl({"self_attention[50%]": "hyena_x", "feed_forward[:4]": {"operator": "mlp", "expansion": 3}})
     config = {
         "base": {"name_or_path": "facebook/DiT-XL-2-256"},

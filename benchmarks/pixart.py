@@ -55,7 +55,7 @@ def bench_pixart(output: Path | None, *, rounds: int = 7, say: Callable[[str], N
 
 
 def compiled(model: PixArtTransformer2DModel, **settings) -> PixArtTransformer2DModel:
-    """The same model, compiled block by block: whole, each would take minutes.
+    """Compile a model block by block: at once it would take minutes.
 
     Blocks of a kind share a graph, also those of other models, as far as dynamo's `recompile_limit` reaches; a first
     block has one of its own, since its tokens lie otherwise in memory.

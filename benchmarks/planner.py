@@ -100,9 +100,9 @@ def _run(spending: Spending, seed: int) -> dict[str, Any]:
     batches = testbed.letter_batches(spending.batch_size, 100 + seed)
     judged = list(testbed.letter_batches(100, 200 + seed, steps=spending.judged))
     solved = ClosedFormConfig(steps=8, progress=False)
-    taught = DistillConfig(steps=spending.stage_one, lr=spending.lr[0], closed_form=solved, seed=seed)
+    config = DistillConfig(steps=spending.stage_one, lr=spending.lr[0], closed_form=solved, seed=seed)
     found = survey(
-        model, CANDIDATES, judged, batches=batches, config=taught, noise_scheduler=scheduler(), seed=seed, rounds=2
+        model, CANDIDATES, judged, batches=batches, config=config, noise_scheduler=scheduler(), seed=seed, rounds=2
     )
     judge = HarmJudge(model, judged, scheduler(), seed)
     designs = []

@@ -91,12 +91,12 @@ def _additive(seeds: list[dict[str, Any]]) -> str:
         pair for row in seeds for pair in combinations(row["designs"], 2) if pair[0]["budget"] == pair[1]["budget"]
     ]
     right = sum((one["predicted"] < other["predicted"]) == (one["harm"] < other["harm"]) for one, other in pairs)
-    told = []
+    words = []
     for kind in (PLANNED, "one operator", CHANCE):
         ratios = [design["harm"] / design["predicted"] for design in designs if _kind(design) == kind]
-        told.append(f"{kind} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        words.append(f"{kind} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     return (
-        f"Measured harm over the sum of its parts', median and range: {', '.join(told)}. "
+        f"Measured harm over the sum of its parts', median and range: {', '.join(words)}. "
         f"The sums put {right} of {len(pairs)} pairs of designs (of one seed and budget) in the order of their measured harms."
     )
 

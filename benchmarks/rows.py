@@ -18,14 +18,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        rows = [json.loads(line) for line in whole.splitlines()]
+        complete = text[: text.rfind("\n") + 1]
+        rows = [json.loads(line) for line in complete.splitlines()]
     except ValueError as error:
         raise FileError(f"{path} holds a line that is no row: {error}. Give another --output.") from error
     if not all(isinstance(row, dict) for row in rows):
         raise FileError(f"{path} holds lines that are no rows. Give another --output.")
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
+    if complete != text:
+        path.write_text(complete, encoding="utf-8")
     return rows
 
 

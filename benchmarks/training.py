@@ -1,4 +1,4 @@
-"""What stage one costs beside what it cannot do without, and what reusing the teacher's passes saves.
+"""The cost of stage one against the least, and the gain of reusing the teacher's passes.
 
 The bound of a step is one forward of the teacher and, for every site, the new part's own forward, backward and
 optimiser step, on inputs that lie ready. Both are timed in turns.

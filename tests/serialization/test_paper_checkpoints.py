@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import diffusers_graft as dg
 from benchmarks.paper_table import released
-from diffusers_graft.errors import FileError, StateError
+from diffusers_graft.errors import FileError, StateError, UnknownNameError
 from diffusers_graft.serialization.paper_checkpoints import import_upstream
 
 from .forging import read_mark
@@ -225,3 +225,8 @@ def test_the_22_released_names(hub, tmp_path):  # noqa: F811
 
 def released_bytes(folder, model):
     return released_file(folder / "model.pt", model).read_bytes()
+
+
+def test_a_license_that_the_hub_does_not_know_is_refused_before_anything_is_read():
+    with pytest.raises(UnknownNameError, match="There is no license of the Hub"):
+        dg.import_upstream("nowhere/model.pt", license="CC-BY-NC 4.0")
