@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 LOWEST := $(VENV)-lowest
 
-.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate bench bench-loading bench-operators bench-depth bench-pixart bench-planner bench-training testbed testbed-scenes lint clean
+.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate bench bench-loading bench-operators bench-depth bench-pixart bench-planner bench-training testbed testbed-scenes fuzz lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -66,6 +66,9 @@ bench-depth: $(READY) ## Half the depth on the testbed: side by side, removed, f
 
 bench-planner: $(READY) ## Plans under a budget on the testbed (half an hour on one core; goes on where it stopped)
 	$(BIN)/python -m benchmarks planner --output examples/benchmarks/planner
+
+fuzz: $(READY) ## A thousand hostile files: no hang, no raw error, memory within the budget (ten minutes)
+	$(BIN)/python -m benchmarks.fuzz --files 1000
 
 ablate: $(READY) ## What starts and stages buy, at equal compute (half an hour on one core; goes on where it stopped)
 	$(BIN)/python -m benchmarks ablate --output examples/ablation
