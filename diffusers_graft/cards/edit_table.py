@@ -56,7 +56,9 @@ def _draw_blocks(graft: Graft, edits: list[Edit]) -> str:
     """Return the blocks in a row: in brackets those that run side by side, a cross for a removed one."""
     drawn = {site.path: "·" for site in graft.sites.where(kind="block")}
     for edit in edits:
-        if not edit.config.owner.runs_blocks:
+        operator_class = edit.config.owner
+        assert issubclass(operator_class, BlockOperator)
+        if not operator_class.runs_blocks:
             drawn |= dict.fromkeys(edit.site.paths, "×")
             continue
         drawn |= dict.fromkeys(edit.site.paths, "█")
@@ -125,7 +127,7 @@ def _start(graft: Graft, edit: Edit, is_imported: bool) -> str:
         return _UNKNOWN_START
     if edit.config.init != "warm":
         return "random weights"
-    return graft.seats[edit.site.paths[0]].graft.start
+    return graft.operators()[edit.site.path].start
 
 
 def _parameters(part: nn.Module) -> int:
@@ -151,7 +153,10 @@ def _count_flops(model: ModelMixin, graft: Graft) -> tuple[str | None, Counts, C
         size = getattr(model.config, "sample_size", None)
         size = min(size, _LARGEST_SIZE) if isinstance(size, int) else None
         inputs = example_inputs(model, size=size)
-        tokens = read_context(model, (), inputs).grid.tokens
+        grid = read_context(model, (), inputs).grid
+        if grid is None:
+            return None, {}, {}
+        tokens = grid.tokens
         counts = _counts(model, inputs)
         after = {}
         for path, operator in graft.operators().items():
@@ -178,7 +183,7 @@ def _correction(counted: int, operator: Operator, tokens: int) -> int:
 def _counts_of_original(cls: type[ModelMixin], config: str, size: int | None) -> Counts:
     """Count the operations of the modules of the model that a configuration describes, without weights."""
     with torch.device("meta"):
-        original = cls.from_config(json.loads(config))
+        original = cls.from_config(json.loads(config))  # pyright: ignore[reportAttributeAccessIssue]  # a ConfigMixin too
     # buffers that a constructor computes are not made on the default device
     original = original.to("meta").eval()
     return _counts(original, example_inputs(original, size=size))

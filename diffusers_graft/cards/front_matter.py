@@ -39,6 +39,10 @@ def front_matter(
     relation = None
     if base:
         relation = "finetune" if is_full_model else "adapter"
+    # without results the Hub's reader would take a name for one of its entries
+    measured: dict[str, Any] = {}
+    if results:
+        measured = {"model_name": source.rpartition("/")[2], "eval_results": results}
     return ModelCardData(
         library_name="diffusers-graft",
         tags=["diffusers", "diffusers-graft", "graft", *operators],
@@ -46,8 +50,7 @@ def front_matter(
         base_model_relation=relation,
         pipeline_tag=task,
         datasets=datasets or None,
-        # without results the Hub's reader would take a name for one of its entries
-        **({"model_name": source.rpartition("/")[2], "eval_results": results} if results else {}),
+        **measured,
         widget=_widget(about.get("sample_prompts") or [], picture),
         **_license(config),
     )

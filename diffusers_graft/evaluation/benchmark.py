@@ -47,7 +47,7 @@ class Timing:
 
 
 def compare(
-    contenders: dict[str, Callable[[], Any]],
+    contenders: Mapping[str, Callable[[], Any]],
     *,
     rounds: int = 7,
     around: Callable[[str], AbstractContextManager] = nullcontext,
@@ -130,7 +130,9 @@ def benchmark(
         for size in tqdm(list(sizes), desc="benchmark", unit="size", disable=None if progress else True):
             inputs = example_inputs(model, size=size)
             # sizes of latents differ between models; tokens compare
-            tokens = read_context(model, (), inputs).grid.tokens
+            grid = read_context(model, (), inputs).grid
+            assert grid is not None  # example inputs are those of an image or a video
+            tokens = grid.tokens
             runs = dict.fromkeys(grafts, partial(model, **inputs))
             for timing in compare(runs, rounds=rounds, around=lambda name: with_graft(model, grafts[name])):
                 with with_graft(model, grafts[timing.name]):

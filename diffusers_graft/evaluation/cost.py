@@ -10,7 +10,7 @@ import torch
 from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core.sites import BLOCK_KINDS
+from ..core.sites import BlockSite
 from ..injection.graft import get_graft, is_enabled
 from ..inspection import evaluating, example_inputs, find_sites, predict
 from ..operators import BlockOperator, Mixer, Operator
@@ -37,9 +37,13 @@ def count_depth(model: ModelMixin) -> int:
     depth = len(find_sites(model, blocks=True).where(kind="block"))
     if not is_enabled(model):
         return depth
-    for edit in get_graft(model).plan.edits:
-        if edit.site.kind in BLOCK_KINDS:
-            depth -= edit.site.blocks - edit.config.owner.runs_blocks
+    graft = get_graft(model)
+    assert graft is not None
+    for edit in graft.plan.edits:
+        if isinstance(edit.site, BlockSite):
+            operator_class = edit.config.owner
+            assert issubclass(operator_class, BlockOperator)
+            depth -= edit.site.blocks - operator_class.runs_blocks
     return depth
 
 
@@ -57,10 +61,11 @@ def count_flops(model: ModelMixin, inputs: dict[str, Any] | None = None) -> int:
     inputs = inputs or example_inputs(model)
     counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     # totals alone are read here
-    counter.mod_tracker = _NoModules()
+    counter.mod_tracker = _NoModules()  # pyright: ignore[reportAttributeAccessIssue]  # what of a ModuleTracker it reads
     prices: list[_Price] = []
-    if is_enabled(model):
-        for operator in get_graft(model).operators().values():
+    graft = get_graft(model)
+    if graft is not None and is_enabled(model):
+        for operator in graft.operators().values():
             prices += [_Price(part, counter) for part in _priced_parts(operator)]
     with evaluating(model), counter, contextlib.ExitStack() as hooks:
         for price in prices:

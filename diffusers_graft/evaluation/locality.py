@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
 
 from ..core.context import Context, Grid
-from ..core.sites import Site
+from ..core.sites import AttentionSite, Site
 from ..errors import GraftError, OperatorError, StateError
 from ..injection.graft import build_graft, get_graft
 from ..injection.install import install, uninstall
@@ -61,7 +62,7 @@ class _Probe(Mixer):
                     f"A band counts from 0, and a kernel is odd; got band={self.band}, kernel={self.kernel}."
                 )
 
-    def __init__(self, config: Config, site: Site):
+    def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
         self.shares: list[torch.Tensor] = []
         self.uniform = (0.0, 0.0)
@@ -81,6 +82,7 @@ class _Probe(Mixer):
             scores = scores + mask
         # the full matrix, since the mass of a query is normalised over all keys
         mass = scores.softmax(-1)
+        assert context.grid is not None  # `forward` measures nothing else
         near = near_tokens(context.grid, self.config.band, self.config.kernel, mass.device)
         self.shares.append(torch.stack([(mass * pairs).sum(-1).mean(2) for pairs in near]))
         self.uniform = tuple(pairs.float().mean().item() for pairs in near)
@@ -138,7 +140,8 @@ def locality(
                 predict(model, noising(model, batch, generator).inputs)
     finally:
         uninstall(model)
-    probes = {edit.site: graft.seats[edit.site.path].graft for edit in edits}
+    operators = graft.operators()
+    probes = {edit.site: cast(_Probe, operators[edit.site.path]) for edit in edits}
     if not any(probe.shares for probe in probes.values()):
         raise GraftError(
             f"There is no locality to measure: no batches, or no self-attention of {type(model).__name__} ran on all "

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..core.context import Context, Grid
-from ..core.sites import Site
+from ..core.sites import AttentionSite, Site
 from ..core.tables import Table
 from ..errors import GeometryError, GraftError, OperatorError
 from ..operators import AttentionOperator, Mixer, Operator, OperatorConfig, available, get
@@ -159,6 +159,7 @@ def _baseline(operator: Operator) -> tuple[str, Run]:
     if isinstance(operator, Mixer):
         return "softmax", F.scaled_dot_product_attention
     if isinstance(operator, AttentionOperator):
+        assert isinstance(site, AttentionSite)
         return "attention", _Attention(site)
     return "mlp", nn.Sequential(
         nn.Linear(site.width, site.hidden), nn.GELU("tanh"), nn.Linear(site.hidden, site.width)
@@ -179,7 +180,7 @@ def baseline_flops(operator: Operator, tokens: int) -> int:
 class _Attention(nn.Module):
     """Softmax attention with its four projections."""
 
-    def __init__(self, site: Site):
+    def __init__(self, site: AttentionSite):
         super().__init__()
         self.site = site
         self.parts = nn.ModuleList(nn.Linear(site.width, site.inner_width) for _ in range(3))

@@ -76,7 +76,7 @@ class _Grafted:
 
     def _mix(
         self,
-        attn: nn.Module,
+        attn: Any,  # an attention of diffusers, of any class, with the attributes of a seat
         stream: torch.Tensor,
         unrotated: Unrotated,
         query: torch.Tensor,
@@ -247,7 +247,7 @@ def _with_more(
     return context
 
 
-def _softmax_by(backend: AttentionBackendName | None) -> Callable[..., torch.Tensor] | None:
+def _softmax_by(backend: AttentionBackendName | str | None) -> Callable[..., torch.Tensor] | None:
     """Return softmax attention on [B, H, N, E] by one of diffusers' backends; None where that is torch's own."""
     if backend is None:
         # Set for all models at once: by the environment, or by the context manager `attention_backend`.

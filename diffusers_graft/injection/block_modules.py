@@ -171,12 +171,14 @@ def _copy_chain(seat: nn.Module, original: nn.Module, chain: tuple[str, ...]) ->
             vars(seat)[name] = vars(original)[name]
     elif rest and (rest[0] in child._modules or rest[0] in vars(child)):
         holder = seat._modules.setdefault(name, nn.Module())
+        assert holder is not None
         _copy_chain(holder, child, tuple(rest))
     else:
         seat._modules[name] = child
 
 
-def _run_together(self: nn.Module, *args, **kwargs) -> Any:
+# `self` is a copy of a block of diffusers, of any class, with the attributes that `build_parallel` gave it.
+def _run_together(self: Any, *args, **kwargs) -> Any:
     """Run all blocks on one input and merge what they return: the forward of the first one's seat."""
     call: _BlockCall = self.graft_call
     inputs = call.read_streams(args, kwargs)
@@ -198,7 +200,7 @@ def _run_together(self: nn.Module, *args, **kwargs) -> Any:
     return call.join_output(merged)
 
 
-def _pass_on(self: nn.Module, *args, **kwargs) -> Any:
+def _pass_on(self: Any, *args, **kwargs) -> Any:
     """Return the input, which the first block has dealt with: the forward of the other seats."""
     call: _BlockCall = self.graft_call
     first_call: _FirstCall = self.graft_first_call

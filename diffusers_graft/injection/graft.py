@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import ModelMixin
@@ -21,7 +21,7 @@ from ..core.sites import AttentionSite, BlockSite, FeedForwardSite, Sites
 from ..errors import OperatorError, RuleError
 from ..inspection import find_sites, linear_pair, projections
 from ..inspection.source import is_causal
-from ..operators import AttentionOperator, Operator
+from ..operators import AttentionOperator, BlockOperator, Operator
 from ..planning.plan import Edit, GraftPlan, build_operator
 from .attention_processor import graft_processor
 from .block_modules import build_parallel, build_removed
@@ -62,7 +62,7 @@ class Graft:
 
     def operators(self) -> dict[str, Operator]:
         """Return the new parts by the path of their site, in forward order."""
-        return {edit.site.path: self.seats[edit.site.path].graft for edit in self.plan.edits}
+        return {edit.site.path: cast(Operator, self.seats[edit.site.path].graft) for edit in self.plan.edits}
 
     @property
     def is_trainable(self) -> bool:
@@ -246,7 +246,7 @@ def _build_mixer_seat(edit: Edit, original: nn.Module, operator: Operator) -> nn
     # A copy, so that children, attributes and the class's own forward are those of the original.
     seat = copy_shallow(original)
     seat.processor = graft_processor(original.processor)
-    seat.graft_site = edit.site
+    vars(seat)["graft_site"] = edit.site
     if edit.config.init == "warm":
         operator.init_from(original)
     else:
@@ -261,6 +261,7 @@ def _build_block_seats(
     model: ModelMixin, site: BlockSite, blocks: list[nn.Module], sites: Sites, operator: Operator
 ) -> list[nn.Module]:
     """Build a seat for every block of a site."""
+    assert isinstance(operator, BlockOperator)
     if operator.runs_blocks:
         return build_parallel([copy_shallow(block) for block in blocks], operator)
     return build_removed(model, site, blocks, sites, operator)

@@ -83,7 +83,9 @@ def disable(model: ModelMixin) -> None:
             "This model was loaded whole: the parts its graft replaced are not in the file. Load the base model."
         )
     # LoRA that was trained with the graft leaves with it.
-    adapted = {path: layer.get_base_layer() for path, layer in graft.adapters.items()}
+    adapted = {}
+    for path, layer in graft.adapters.items():
+        adapted[path] = layer.get_base_layer()  # pyright: ignore[reportCallIssue]  # a layer of peft
     _exchange(model, graft, graft.originals, adapted)
     _remove_reader(model)
     vars(model)[_ENABLED] = False
@@ -192,7 +194,9 @@ def _exchange(model: ModelMixin, graft: Graft, parts: dict[str, nn.Module], adap
         for path in sorted(coming, key=lambda path: path.count(".")):
             parent, _, name = path.rpartition(".")
             holder = model.get_submodule(parent)
-            follow(model, tree, holder._modules[name], coming[path])
+            leaving = holder._modules[name]
+            assert leaving is not None
+            follow(model, tree, leaving, coming[path])
             holder._modules[name] = coming[path]
         _exchange_trained(graft, trained)
 

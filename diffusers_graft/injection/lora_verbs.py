@@ -112,7 +112,7 @@ def _unfuse_waiting(verb: Callable[..., Any]) -> Callable[..., Any]:
         verb(self, components, **kwargs)
         for name in components or self._lora_loadable_modules:
             model: Any = getattr(self, name, None)
-            if isinstance(model, PeftAdapterMixin) and _waiting_parts(model):
+            if isinstance(model, ModelMixin) and isinstance(model, PeftAdapterMixin) and _waiting_parts(model):
                 model.unfuse_lora()
 
     return unfuse_lora
@@ -143,9 +143,11 @@ def _view_of(model: ModelMixin, waiting: dict[str, nn.Module]) -> ModelMixin:
             if name and _is_adapted(layer) and id(base_layer(layer)) in in_tree:
                 part.set_submodule(name, base_layer(layer))
         *between, last = path.split(".")
-        holder = view
+        holder: nn.Module = view
         for name in between:
-            holder = holder._modules.setdefault(name, nn.Module())
+            child = holder._modules.setdefault(name, nn.Module())
+            assert child is not None
+            holder = child
         holder._modules[last] = part
     return view
 

@@ -7,17 +7,20 @@ weights into it, unties the children that will change.
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..errors import OperatorError, StateError
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
 # Attributes of `module.compile()` and of hooks: they are bound to the module that is copied.
 _BOUND = ("_compiled_call_impl", "forward", "_diffusers_hook")
 
 
-def copy_shallow(module: nn.Module) -> nn.Module:
+def copy_shallow(module: ModuleT) -> ModuleT:
     """Copy a module so that children, parameters and buffers are shared, but none of the dictionaries that hold them."""
     twin = object.__new__(type(module))
     for name, value in vars(module).items():
@@ -64,7 +67,7 @@ def copy_restarted(module: nn.Module) -> nn.Module:
         if hasattr(layer, "reset_parameters"):
             # Drawn in float32 where operators are made, so that they are the same on every device.
             drawn = copy.deepcopy(layer).to(torch.get_default_device(), torch.float32)
-            drawn.reset_parameters()
+            drawn.reset_parameters()  # pyright: ignore[reportCallIssue]  # a method of layers, not of all modules
             layer.load_state_dict(drawn.state_dict())
     return fresh
 
@@ -88,6 +91,7 @@ def fill_block(seats: dict[str, nn.Module], path: str) -> None:
         holder = seats[path]
         for name in between:
             child = holder._modules[name]
+            assert child is not None
             # Copied once, though several seats may lie in it.
             if "graft_copy" not in vars(child):
                 child = copy_shallow(child)
@@ -118,6 +122,7 @@ def untie(
             seat._modules[name] = copy_deep(child)
         elif type(held) is nn.Module or any(other.startswith(f"{path}.") for other in inner):
             # A holder on the way to other seats, or of what the model reads of a removed block.
+            assert held is not None
             untie(held, child, None, inner, f"{path}.")
     for name, parameter in original._parameters.items():
         if parameter is None or (children is not None and name not in children):

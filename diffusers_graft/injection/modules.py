@@ -11,7 +11,7 @@ from torch import nn
 from ..core.sites import AttentionSite, FeedForwardSite
 from ..errors import OperatorError
 from ..inspection import bind_arguments
-from ..operators import AttentionOperator, FeedForwardOperator
+from ..operators import AttentionOperator, Operator
 from .attention_core import refuse_hiding, require_tokens
 
 # Names that attentions of diffusers give their masks.
@@ -21,7 +21,7 @@ _MASKS = ("attention_mask", "attn_mask", "mask")
 class FeedForwardSeat(nn.Module):
     """A feed-forward operator behind the call of the feed-forward it replaces."""
 
-    def __init__(self, site: FeedForwardSite, operator: FeedForwardOperator):
+    def __init__(self, site: FeedForwardSite, operator: Operator):
         # Not what comes next to it: a feed-forward of diffusers would build its layers.
         nn.Module.__init__(self)
         self.graft_site = site

@@ -117,6 +117,7 @@ def follow(model: ModelMixin, tree: TreeState, leaving: nn.Module, coming: nn.Mo
         if (parameter.device, parameter.dtype) != (like.device, dtype):
             parameter.data = parameter.data.to(like.device, dtype)
         if was_frozen and ".lora_" not in name:
+            assert tree.requires_grad is not None
             parameter.requires_grad_(tree.requires_grad)
     there = anchor_of(model, coming)
     vars(leaving)[_DEPARTURE] = _Departure(tree, getattr(there, "dtype", None))

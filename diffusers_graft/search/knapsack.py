@@ -150,9 +150,10 @@ class Front:
         """Return what a plan consists of, by its place on the front."""
         choices: tuple[Any, ...] = ()
         for continued, used, options in reversed(self._steps):
-            if used[plan]:  # 0 leaves the place as it is
-                choices = options[used[plan] - 1].choices + choices
-            plan = continued[plan]
+            option = int(used[plan])
+            if option:  # 0 leaves the place as it is
+                choices = options[option - 1].choices + choices
+            plan = int(continued[plan])
         return choices
 
     def options(self) -> list[Option]:

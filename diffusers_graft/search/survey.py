@@ -77,6 +77,7 @@ def survey(
         # before hours of training: a part that cannot run is found here
         saved = _savings(model, grafts, judge.inputs[0], rounds)
     if config is not None:
+        assert batches is not None
         trainable = [graft for graft in grafts if graft.is_trainable]
         for turn, graft in enumerate(trainable):
             folder = None if output_dir is None else Path(output_dir) / f"candidates-{turn}"
@@ -167,7 +168,7 @@ class HarmJudge:
         self.samples = sum(batch.count for batch in noised)
         self._targets = [batch.target for batch in noised]
         self.answers = self._predict(model)
-        self._square = sum(answer.square().sum() for answer in self.answers).item()
+        self._square = sum((answer.square().sum() for answer in self.answers), torch.zeros(())).item()
         if not 0 < self._square < math.inf:
             answer = "nothing but zeros" if self._square == 0 else "NaN or infinity"
             raise TrainingError(
@@ -179,7 +180,8 @@ class HarmJudge:
         """Return the squared error of the model with a graft, relative to the square of the intact model's answer."""
         with with_graft(model, graft):
             answers = self._predict(model)
-        error = sum((new - old).square().sum() for new, old in zip(answers, self.answers, strict=True))
+        pairs = zip(answers, self.answers, strict=True)
+        error = sum(((new - old).square().sum() for new, old in pairs), torch.zeros(()))
         return error.item() / self._square
 
     @torch.no_grad()

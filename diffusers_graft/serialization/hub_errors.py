@@ -101,8 +101,8 @@ def _reason(error: BaseException, revision: str | None) -> str:
         return f"lacks a file: {_first_line(error)}"
     if isinstance(error, HFValidationError):
         return f"cannot exist: {_first_line(error)}"
-    if isinstance(error, Exception) and status_code(error) is not None:
-        code = status_code(error)
+    code = status_code(error) if isinstance(error, Exception) else None
+    if code is not None:
         other = "the Hub itself failed. Try again later." if code >= 500 else "it was refused."
         return f"could not be used (HTTP {code}): {_REASONS.get(code, other)}"
     if isinstance(error, HUB_ERRORS):

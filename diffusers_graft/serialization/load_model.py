@@ -94,7 +94,7 @@ def load_pretrained(
     _cast(model, tensors, dtype or torch_dtype or torch.float32, description.get("buffers"), folder)
     _load_lora(model, graft, description.get("lora"), adapters)
     if device is not None:
-        model.to(device)
+        model.to(device)  # pyright: ignore[reportArgumentType]  # diffusers wraps `to`, and loses that it is a method
     return model.eval()
 
 
@@ -171,7 +171,7 @@ def _checked_plan(
     # On the meta device: a few bytes of config.json may ask for any size.
     cls = _model_class(config, folder)
     with building_within(Budget.of(tensors), f"The model of {folder / 'config.json'}"):
-        model = cls.from_config(config)
+        model = cls.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]  # a ConfigMixin too
     plan = read_plan(description["plan"], model)
     # Tensors inside edited parts are the operators', which are compared below.
     seats = tuple(f"{path}." for edit in plan.edits for path in edit.site.paths)
@@ -191,7 +191,8 @@ def _checked_plan(
 def _build(config: dict[str, Any], plan: GraftPlan, folder: Path) -> tuple[Any, Graft]:
     """Build a model and its graft without values. Raises `FileError` where the configuration is of none."""
     try:
-        model = _model_class(config, folder).from_config(config)
+        cls = _model_class(config, folder)
+        model = cls.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]  # a ConfigMixin too
         plan.check(model)
         graft = build_empty_graft(model, plan)
     except GraftError:

@@ -82,9 +82,11 @@ def import_upstream(
         values |= part.tensors
     assign_tensors(model, {name: tensor.float() for name, tensor in values.items()}, path, assign=True)
     is_dit_xl = all(config[name] == value for name, value in _DIT_XL.items())
+    graft = get_graft(model)
+    assert graft is not None
     set_origin(
         model,
-        get_graft(model),
+        graft,
         base={"model_class": type(model).__name__, "name_or_path": _BASE if is_dit_xl else None},
         settings=settings,
         imported={"from": path.name if Path(source).exists() else str(source), "weights": weights, "license": license},
@@ -190,9 +192,9 @@ def _check_positions(model: DiTTransformer2DModel, tensors: Tensors, path: Path)
     table = tensors.get("pos_embed")
     if table is None:
         return
-    expected = model.pos_embed.pos_embed
+    expected = model.pos_embed.get_buffer("pos_embed")
     if table.shape != expected.shape:
-        side = round(table.shape[1] ** 0.5) * model.config.patch_size
+        side = round(table.shape[1] ** 0.5) * model.config["patch_size"]
         raise FileError(f"{path} is for latents of {side} x {side}. Give sample_size={side}.")
     if not torch.allclose(table, expected, atol=1e-4):
         raise FileError(f"{path} has other positions than the sines and cosines of a DiT.")

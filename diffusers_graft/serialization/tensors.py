@@ -37,7 +37,7 @@ def plain_tensors(tensors: Mapping[str, Any]) -> Tensors:
     plain: Tensors = {}
     for name, tensor in tensors.items():
         if is_quantised(tensor):
-            inner, _ = tensor.__tensor_flatten__()
+            inner, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]  # of subclasses alone
             plain.update(plain_tensors({f"{name}.{part}": getattr(tensor, part) for part in inner}))
         else:
             plain[name] = tensor

@@ -50,7 +50,7 @@ _SUPERSAMPLING = 4
 def font_folder() -> Path:
     """Return the folder of matplotlib's fonts, without importing matplotlib."""
     spec = importlib.util.find_spec("matplotlib")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise MissingDependencyError("The testbed's letters", "the fonts that ship with matplotlib", extra="eval")
     return Path(spec.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, ModelMixin
 from tqdm.auto import tqdm
 
 from ..errors import GraftError
@@ -30,7 +30,7 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 @torch.no_grad()
 def sample(
-    model: DiTTransformer2DModel,
+    model: ModelMixin,
     labels: torch.Tensor,
     *,
     seed: int,
@@ -52,13 +52,15 @@ def sample(
     noise = torch.randn(len(labels), 1, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
     euler = scheduler()
     euler.set_timesteps(steps)
+    levels = euler.sigmas
+    assert isinstance(levels, torch.Tensor)
     images = []
     bar = tqdm(total=len(labels), desc="sampling", unit="image", leave=False, disable=None if progress else True)
     with evaluating(model), bar:
         for image, label in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
             image = image.to(model.device, model.dtype)
             label = label.to(model.device)
-            for level, following in zip(euler.sigmas[:-1], euler.sigmas[1:], strict=True):
+            for level, following in zip(levels[:-1], levels[1:], strict=True):
                 velocity = _velocity(model, image, level, label, guidance)
                 image = image + (following - level) * velocity
             images.append(image.float().cpu())
@@ -67,7 +69,7 @@ def sample(
 
 
 def _velocity(
-    model: DiTTransformer2DModel, image: torch.Tensor, level: torch.Tensor, label: torch.Tensor, guidance: float
+    model: ModelMixin, image: torch.Tensor, level: torch.Tensor, label: torch.Tensor, guidance: float
 ) -> torch.Tensor:
     """Return the model's prediction at a noise level, with classifier-free guidance unless that is 1."""
     timestep = (1000 * level).expand(len(image)).to(image)
@@ -106,7 +108,7 @@ class SampleQuality:
         if self.count < 2 or self.steps < 1:
             raise GraftError(f"Samples are judged from 2 images and drawn in 1 step or more; got {self}.")
 
-    def __call__(self, model: DiTTransformer2DModel) -> dict[str, float]:
+    def __call__(self, model: ModelMixin) -> dict[str, float]:
         labels = balanced_labels(self.count)
         images = sample(model, labels, seed=self.seed, steps=self.steps, guidance=self.guidance)
         return judge(images, labels)
@@ -155,7 +157,7 @@ def save_sample_grid(path: Path, panels: Mapping[str, torch.Tensor], *, columns:
     first = next(iter(panels.values()))
     rows = math.ceil(len(first) / columns)
     figure = new_figure("Drawing samples", 0.42 * columns * len(panels) + 0.8, 0.42 * rows + 0.45)
-    figure.get_layout_engine().set(wspace=0.08)  # a gap between letters of neighbouring panels
+    figure.set_layout_engine("constrained", wspace=0.08)  # a gap between letters of neighbouring panels
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, images) in zip(axes, panels.items(), strict=True):
         axis.imshow(_tiled(images, columns), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")

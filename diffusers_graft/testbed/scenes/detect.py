@@ -54,7 +54,7 @@ def detect(pictures: torch.Tensor, *, least_likeness: float = 0.6) -> list[list[
         For each picture what was found in it.
     """
     scale = _SIZE / min(pictures.shape[2:])
-    read_size = [round(side * scale) for side in pictures.shape[2:]]
+    read_size = (round(pictures.shape[2] * scale), round(pictures.shape[3] * scale))
     pictures = F.adaptive_avg_pool2d(pictures.float().cpu().clamp(-1, 1), read_size) / 2 + 0.5
     classes = _classify_pixels(pictures)
     labels = _label_components(classes)
@@ -100,8 +100,11 @@ def _recognise(masks: torch.Tensor, colours: Sequence[str], least_likeness: floa
             continue
         rows = mask.any(1).nonzero()
         columns = mask.any(0).nonzero()
-        box = (columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1)
-        found.append(Found(KINDS[index // _TILTS], colour, tuple(edge / _SIZE for edge in box), value))
+        left = columns.min().item() / _SIZE
+        top = rows.min().item() / _SIZE
+        right = (columns.max().item() + 1) / _SIZE
+        bottom = (rows.max().item() + 1) / _SIZE
+        found.append(Found(KINDS[index // _TILTS], colour, (left, top, right, bottom), value))
     return found
 
 

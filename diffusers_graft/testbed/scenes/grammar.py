@@ -172,7 +172,7 @@ def _sample_groups(tag: str, rng: random.Random) -> tuple[Group, ...]:
 def _sample_kinds(counts: tuple[int, ...], is_repeated: bool, rng: random.Random) -> list[str]:
     """Sample different kinds, or one kind twice, as "a red star and a blue star" asks for."""
     while True:
-        kinds = rng.sample(KINDS, len(counts))
+        kinds: list[str] = rng.sample(KINDS, len(counts))
         if is_repeated:
             kinds[1] = kinds[0]
         totals = Counter()

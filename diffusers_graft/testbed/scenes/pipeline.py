@@ -38,7 +38,8 @@ def _encode_checked_prompt(
     check_pipeline(pipe)
     if prompt is not None:
         warn_of_unknown_words(pipe, [prompt] if isinstance(prompt, str) else prompt)
-    return PixArtSigmaPipeline.encode_prompt(pipe, prompt, *arguments, **settings)
+    # The pipeline passes None itself, where embeddings are given instead.
+    return PixArtSigmaPipeline.encode_prompt(pipe, prompt, *arguments, **settings)  # pyright: ignore[reportArgumentType]
 
 
 def check_pipeline(pipe: PixArtSigmaPipeline) -> None:

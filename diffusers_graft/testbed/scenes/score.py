@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import ImagePipelineOutput, PixArtSigmaPipeline, PixArtTransformer2DModel
 from tqdm.auto import tqdm
 
 from ...errors import GraftError, UnknownNameError
@@ -111,7 +111,7 @@ def draw_prompts(
                 )
                 for index in range(start, start + len(batch))
             ]
-            images = pipe(
+            drawn = pipe(
                 batch,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
@@ -122,7 +122,10 @@ def draw_prompts(
                 clean_caption=False,
                 max_sequence_length=32,
                 output_type="pt",
-            ).images
+            )
+            assert isinstance(drawn, ImagePipelineOutput)
+            # as output_type="pt" asks for, which the annotation of pipelines does not know
+            images = cast(torch.Tensor, drawn.images)
             pictures.append(images.float().cpu() * 2 - 1)
             bar.update(len(batch))
     return torch.cat(pictures)
