@@ -215,18 +215,18 @@ def _report(ablation: Ablation, rows: list[dict[str, Any]]) -> str:
     price = ", ".join(f"{name} {value:.3f} s" for name, value in head["seconds"].items())
     count = len({row["arm"]["seed"] for row in runs})
     return (
-        f"# What starts and stages buy\n\n{_facts(ablation)}\n\n```\n{format_rows(lines)}\n```\n\nMean +- standard deviation over "
-        f"{count} seeds. Compute 1 is what {ablation.steps} steps of stage two cost; steps are of stage one + stage two. "
-        f"Prices of a step, measured in turns: {price} (torch {head['torch']}).\n\n"
+        f"# What starts and stages buy\n\n{_facts(ablation)}\n\n```\n{format_rows(lines)}\n```\n\nMean +- standard "
+        f"deviation over {count} seeds. Compute 1 is what {ablation.steps} steps of stage two cost; steps are of "
+        f"stage one + stage two. Prices of a step, measured in turns: {price} (torch {head['torch']}).\n\n"
         f"{_bought(ablation, by_arm)}\n\n{_verdict(ablation, by_arm)}\n"
     )
 
 
 def _facts(ablation: Ablation) -> str:
     return (
-        f"`python -m benchmarks ablate`: {ablation.operator} at {ablation.sites} of the testbed, batches of {ablation.batch_size}, "
-        f"peak learning rates {ablation.lr[0]:g} and {ablation.lr[1]:g}, held-out fonts for the denoising loss, "
-        f"{ablation.samples} samples of {ablation.sampling_steps} steps for the rest."
+        f"`python -m benchmarks ablate`: {ablation.operator} at {ablation.sites} of the testbed, batches of "
+        f"{ablation.batch_size}, peak learning rates {ablation.lr[0]:g} and {ablation.lr[1]:g}, held-out fonts for "
+        f"the denoising loss, {ablation.samples} samples of {ablation.sampling_steps} steps for the rest."
     )
 
 
@@ -256,9 +256,10 @@ def _verdict(ablation: Ablation, by_arm: dict[Arm, list[dict]]) -> str:
     losses = [[row["scores"]["denoising_loss"] for row in rows] for rows in (ours, papers)]
     holds = max(losses[0]) <= min(losses[1])
     return (
-        f"The default recipe (warm {ablation.operator}, both stages) against the paper's (random {ablation.papers_operator}, "
-        f"both stages) with {ablation.more} times its compute: denoising loss {statistics.mean(losses[0]):.4f} against "
-        f"{statistics.mean(losses[1]):.4f}. At least as good in every seed: {'yes' if holds else 'no'}."
+        f"The default recipe (warm {ablation.operator}, both stages) against the paper's (random "
+        f"{ablation.papers_operator}, both stages) with {ablation.more} times its compute: denoising loss "
+        f"{statistics.mean(losses[0]):.4f} against {statistics.mean(losses[1]):.4f}. At least as good in every seed: "
+        f"{'yes' if holds else 'no'}."
     )
 
 

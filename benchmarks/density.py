@@ -1,8 +1,9 @@
 """Measure how densely a Python package is written: `python -m benchmarks.density [FOLDER ...]`.
 
-Dense code is short and slow to read. The table counts, per 1,000 lines, what a reader has to unpack: several assignments
-in one statement, conditional expressions, assignments inside expressions, comprehensions inside comprehensions. It also
-gives the share of lines with a comment and the median number of syntax nodes of a simple statement.
+Dense code is short and slow to read. The table counts, per 1,000 lines, what a reader has to unpack: several
+assignments in one statement, conditional expressions, assignments inside expressions, comprehensions inside
+comprehensions. It also gives the share of lines with a comment and the median number of syntax nodes of a simple
+statement.
 """
 
 from __future__ import annotations

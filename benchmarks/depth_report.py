@@ -36,17 +36,17 @@ def _words(head: dict[str, Any], runs: dict[str, list[dict]], rules: dict[str, s
     budget = head["budget"]
     price = ", ".join(f"{name} {value:.3f} s" for name, value in head["seconds"].items())
     return (
-        f"# Half the depth\n\n`make bench-depth`: the testbed, pairs are `{rules['pairs']}`, removed is `{rules['removed']}`; "
-        f"batches of {budget['batch_size']}, peak learning rates {budget['lr'][0]:g} and {budget['lr'][1]:g}. Mean +- standard "
-        f"deviation over seeds of training ({budget['seeds']} for rows that are trained); denoising loss on held-out fonts, "
-        f"{budget['samples']} samples of {budget['sampling_steps']} steps for the rest.\n\n```\n{_results(runs)}\n```\n\n"
-        "(e) and (f) get the stage two that (d) gets; (d) had stage one besides. (e+) and (f+) therefore get all that (d) got, "
-        f"both stages, as stage two. Prices of a step, measured in turns: {price}. (b) to (f+) share their depth, not their "
-        "parameters (below).\n\n"
+        f"# Half the depth\n\n`make bench-depth`: the testbed, pairs are `{rules['pairs']}`, removed is "
+        f"`{rules['removed']}`; batches of {budget['batch_size']}, peak learning rates {budget['lr'][0]:g} and "
+        f"{budget['lr'][1]:g}. Mean +- standard deviation over seeds of training ({budget['seeds']} for rows that are "
+        f"trained); denoising loss on held-out fonts, {budget['samples']} samples of {budget['sampling_steps']} steps "
+        f"for the rest.\n\n```\n{_results(runs)}\n```\n\n(e) and (f) get the stage two that (d) gets; (d) had stage "
+        "one besides. (e+) and (f+) therefore get all that (d) got, both stages, as stage two. Prices of a step, "
+        f"measured in turns: {price}. (b) to (f+) share their depth, not their parameters (below).\n\n"
         f"{_verdict(runs, SAME_STAGE_TWO)}\n\n{_verdict(runs, SAME_COMPUTE)}\n\n![Half the depth](depth.png)\n\n"
         f"## What each costs\n\n```\n{_costs(head['models'])}\n```\n\nForward of one sample, measured in turns (torch "
-        f"{head['torch']}, {head['device']}); ratios to the original of the same round, with quartiles. Pairs side by side "
-        "save no FLOPs.\n"
+        f"{head['torch']}, {head['device']}); ratios to the original of the same round, with quartiles. Pairs side by "
+        "side save no FLOPs.\n"
     )
 
 

@@ -27,9 +27,9 @@ def short_table(rows: Iterable[Row], version: str) -> str:
     return "\n".join(
         [
             MARKS[0],
-            f"{len(fully)} of {len(rows)} transformer classes of diffusers {version} take {_listed(FULLY)} in every self- and "
-            f"joint-attention that mixes the image, measured on a tiny model of each. Softmax through the same seat is the "
-            f"original bit for bit in {same} of them, and `neighborhood` runs in {near}.",
+            f"{len(fully)} of {len(rows)} transformer classes of diffusers {version} take {_listed(FULLY)} in every "
+            "self- and joint-attention that mixes the image, measured on a tiny model of each. Softmax through the "
+            f"same seat is the original bit for bit in {same} of them, and `neighborhood` runs in {near}.",
             "",
             *_table(("tokens of", "classes"), ((kind, ", ".join(names)) for kind, names in groups.items() if names)),
             "",
@@ -50,8 +50,8 @@ def full_table(rows: Iterable[Row], version: str) -> str:
         [
             short_table(rows, version),
             "",
-            "Class by class: sites found, grid read, operators run in every self- and joint-attention that mixes the image; "
-            "`same` is the original's output bit for bit.",
+            "Class by class: sites found, grid read, operators run in every self- and joint-attention that mixes the "
+            "image; `same` is the original's output bit for bit.",
             "",
             *_table(COLUMNS, ([row.cells[column] for column in COLUMNS] for row in rows)),
             "",

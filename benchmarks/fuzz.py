@@ -273,7 +273,8 @@ def report(loads: list[Load]) -> str:
     largest = max(loads, key=lambda load: load.growth / load.allowed)
     lines = [
         f"{len(loads):,} files: {outcomes['refused']:,} refused, {outcomes['loaded']:,} loaded and saved again.",
-        f"{len(hangs)} hangs over {SECONDS:g} s; the longest load computed for {slowest.seconds:.2f} s ({slowest.change}).",
+        f"{len(hangs)} hangs over {SECONDS:g} s; the longest load computed for {slowest.seconds:.2f} s "
+        f"({slowest.change}).",
         f"{len(grown)} grew beyond 10 x the file and 64 MiB; the largest growth is {largest.growth / 2**20:.0f} MiB, "
         f"{largest.growth / largest.allowed:.0%} of its budget ({largest.change}).",
         f"{len(raw)} raw errors.",

@@ -109,11 +109,12 @@ def report(width: int = 768, layers: int = 12, rounds: int = 7) -> str:
     }
     rows = [["step", "ms"], *([name, f"{1000 * seconds[key]:.0f}"] for name, key in names.items())]
     return (
-        f"# Loading a graft on a CPU\n\n`make bench-loading`: {size / 1e6:.0f} MB of weights (Mamba-2 in {layers} layers of "
-        f"width {width}, every second feed-forward), fp32, files in the page cache, {torch.get_num_threads()} thread, torch "
-        f"{torch.__version__}; medians of {rounds} rounds, ratios within a round.\n\n```\n{format_rows(rows)}\n```\n\n"
-        f"With verify=False loading takes {seconds['ratio']:.2f} x what reading and installing take, with the proof "
-        f"{seconds['verified_ratio']:.2f} x:\nthe proof is a forward of the model over few tokens."
+        f"# Loading a graft on a CPU\n\n`make bench-loading`: {size / 1e6:.0f} MB of weights (Mamba-2 in {layers} "
+        f"layers of width {width}, every second feed-forward), fp32, files in the page cache, "
+        f"{torch.get_num_threads()} thread, torch {torch.__version__}; medians of {rounds} rounds, ratios within a "
+        f"round.\n\n```\n{format_rows(rows)}\n```\n\nWith verify=False loading takes {seconds['ratio']:.2f} x what "
+        f"reading and installing take, with the proof {seconds['verified_ratio']:.2f} x:\nthe proof is a forward of "
+        "the model over few tokens."
     )
 
 

@@ -53,8 +53,8 @@ def bench_models(
             ]
         )
     text = (
-        f"{format_rows(rows)}\n\nOne sample, {torch.get_num_threads()} threads, torch {torch.__version__}; width 384, 4 layers, "
-        "all replaced."
+        f"{format_rows(rows)}\n\nOne sample, {torch.get_num_threads()} threads, torch {torch.__version__}; width 384, "
+        "4 layers, all replaced."
     )
     publish(text, output, title="Forward of a model and of its grafts", command="make bench", say=say)
 

@@ -120,9 +120,9 @@ def bench_operators(
         torch.set_num_threads(threads)
     text = "\n\n".join(f"{title}\n\n{format_rows(rows)}" for title, rows in parts)
     text += (
-        f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios and shares are medians over {rounds} "
-        "rounds in turns,\neach of one round; so is ms, on its own. FLOPs is the ratio of operations: what the time would "
-        "be at the\nbaseline's density."
+        f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios and shares are medians over "
+        f"{rounds} rounds in turns,\neach of one round; so is ms, on its own. FLOPs is the ratio of operations: what "
+        "the time would be at the\nbaseline's density."
     )
     command = f"python -m benchmarks operators --only {only!r} --rounds {rounds}" if only else "make bench-operators"
     publish(text, output, title="Operators on a CPU", command=command, say=say)
@@ -247,7 +247,7 @@ def _in_a_block(size: int, heads: int, rounds: int) -> list[list[str]]:
 
 
 def _with_text(grid: Grid, heads: int, rounds: int) -> list[list[str]]:
-    """Forward, and forward and backward, of the rule in `diffusers_graft/injection/attention_core.py`; the text comes first."""
+    """Time forward, and forward and backward, of the rule in `injection/attention_core.py`; the text comes first."""
     shape = 3, 1, TEXT + grid.tokens, heads, WIDTH
     inputs = list(torch.randn(shape, generator=torch.Generator().manual_seed(0)).transpose(2, 3))
     calls = {"softmax": F.scaled_dot_product_attention}

@@ -191,11 +191,12 @@ def _promises(spending: Spending) -> list[dict[str, float]]:
 def _facts(spending: Spending) -> str:
     candidates = "; ".join(f"{', '.join(operators)} at {key}" for key, operators in CANDIDATES.items())
     return (
-        f"`make bench-planner`: the testbed, candidates {candidates}. Every part has a closed form and {spending.stage_one} "
-        f"steps of stage one before it is judged, every design {spending.stage_two} steps of stage two, in batches of "
-        f"{spending.batch_size}. `planned` is `survey.plan(flops=...)`; an operator by itself stands at as few interleaved "
-        "sites as the budget allows; `chance` draws sites and operators until it is met. Harm is the squared error of the "
-        f"model's answer on {100 * spending.judged} samples; denoising losses are on {spending.samples} of held-out fonts."
+        f"`make bench-planner`: the testbed, candidates {candidates}. Every part has a closed form and "
+        f"{spending.stage_one} steps of stage one before it is judged, every design {spending.stage_two} steps of "
+        f"stage two, in batches of {spending.batch_size}. `planned` is `survey.plan(flops=...)`; an operator by "
+        "itself stands at as few interleaved sites as the budget allows; `chance` draws sites and operators until it "
+        f"is met. Harm is the squared error of the model's answer on {100 * spending.judged} samples; denoising "
+        f"losses are on {spending.samples} of held-out fonts."
     )
 
 

@@ -55,11 +55,11 @@ def bench_training(output: Path | None, *, rounds: int = 7, steps: int = 200, sa
     torch.manual_seed(0)
     model = DiTTransformer2DModel(**SHAPE).eval()
     text = (
-        f"{cost_table(model, CASES, rounds=rounds)}\n\nWidth 384, 6 layers, 256 tokens, 4 samples; {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}. Memory is what is alive at the peak, above model, new parts, gradients and "
-        f"optimiser state; beside it that of one forward of the teacher plus one part's forward and backward.\n\n"
-        f"{reuse_table(steps)}\n\nThe testbed, hyena_x at self_attention[1::2], {steps} steps of 32 samples for every site, "
-        "rings of up to 16 batches."
+        f"{cost_table(model, CASES, rounds=rounds)}\n\nWidth 384, 6 layers, 256 tokens, 4 samples; "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}. Memory is what is alive at the peak, above "
+        "model, new parts, gradients and optimiser state; beside it that of one forward of the teacher plus one "
+        f"part's forward and backward.\n\n{reuse_table(steps)}\n\nThe testbed, hyena_x at self_attention[1::2], "
+        f"{steps} steps of 32 samples for every site, rings of up to 16 batches."
     )
     publish(text, output, title="Stage one", command="make bench-training", say=say)
 

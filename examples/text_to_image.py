@@ -2,9 +2,9 @@
 
     python examples/text_to_image.py [--output runs/text_to_image] [--rows original removed ...] [--seeds 0 1 2]
 
-Every row is trained on pairs that the pipeline drew itself, stage two by LoRA of rank 64, saved, loaded in a new process,
-and measured there. A row that is finished is not run again, so the same command goes on where it stopped; `--brief` runs
-everything at a size that takes minutes. The table is in `table.md` of the output folder.
+Every row is trained on pairs that the pipeline drew itself, stage two by LoRA of rank 64, saved, loaded in a new
+process, and measured there. A row that is finished is not run again, so the same command goes on where it stopped;
+`--brief` runs everything at a size that takes minutes. The table is in `table.md` of the output folder.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def held_out_batches(pipeline, settings: dict) -> list[dict[str, torch.Tensor]]:
 
 
 def choose_plan(name: str, pipeline, settings: dict) -> dg.GraftPlan:
-    """The plan of a row; of the survey's, the layers whose replacement harms least at the interleaved plan's latency."""
+    """Choose the plan of a row; the survey's replaces what harms least at the latency of the interleaved plan."""
     transformer = pipeline.transformer
     if RULES[name] is not None:
         return dg.plan_graft(transformer, RULES[name])

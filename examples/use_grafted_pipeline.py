@@ -2,9 +2,9 @@
 
     python examples/use_grafted_pipeline.py GRAFT_FOLDER [--count 20]
 
-Other sizes and shapes than it was trained on, other step counts and schedulers, image to image, a cache of diffusers, and a
-LoRA read from a file. The folder is one that `save_graft` wrote, such as `rows/neighborhood_interleaved-0/graft` of
-`examples/text_to_image.py`.
+Other sizes and shapes than it was trained on, other step counts and schedulers, image to image, a cache of diffusers,
+and a LoRA read from a file. The folder is one that `save_graft` wrote, such as `rows/neighborhood_interleaved-0/graft`
+of `examples/text_to_image.py`.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ tags: [diffusers, diffusers-graft, testbed]
 
 # The testbed: a diffusion transformer that draws letters
 
-A class-conditional `DiTTransformer2DModel` with {parameters:,} parameters: {layers} blocks of width {width}, {heads} heads,
-16 x 16 images in patches of 2 x 2, {letters}.
-It was trained by flow matching on letters rendered from the fonts that ship inside matplotlib, {train_fonts} of them, at random
-sizes, positions and rotations, drawn afresh for every step. It exists to be grafted: small enough for two CPU cores, trained
-well enough for differences to show.
+A class-conditional `DiTTransformer2DModel` with {parameters:,} parameters: {layers} blocks of width {width}, {heads}
+heads, 16 x 16 images in patches of 2 x 2, {letters}.
+It was trained by flow matching on letters rendered from the fonts that ship inside matplotlib, {train_fonts} of them,
+at random sizes, positions and rotations, drawn afresh for every step. It exists to be grafted: small enough for two
+CPU cores, trained well enough for differences to show.
 
 ![Letters from the data and from the model](samples.png)
 
@@ -35,9 +35,9 @@ well enough for differences to show.
 | 1,000 class-balanced samples, {steps} Euler steps, no guidance, seed {seed} | {fd:.3f} | {accuracy:.3f} |
 | 1,000 real images, {draws} draws | {real:.3f} +- {spread:.3f} | |
 
-The Frechet distance compares the 64 features of `classifier.safetensors` with those of 10,000 real images; samples stand at
-{ratio:.2f} x the distance of real ones. On {held_out} fonts that no training ever saw ({fonts}) the denoising loss is
-{held_out_loss:.4f}, and the classifier reads {held_out_accuracy:.1%} of letters.
+The Frechet distance compares the 64 features of `classifier.safetensors` with those of 10,000 real images; samples
+stand at {ratio:.2f} x the distance of real ones. On {held_out} fonts that no training ever saw ({fonts}) the denoising
+loss is {held_out_loss:.4f}, and the classifier reads {held_out_accuracy:.1%} of letters.
 
 ## Training
 
@@ -92,8 +92,8 @@ def _resumed(starts: list[dict], rows: list[dict]) -> str:
     steps = [rows[rows.index(start) - 1]["step"] for start in starts[1:]]
     recipes = " and ".join(f"{s['recipe']['steps']:,} steps with {s['recipe']['decay']:,} of decay" for s in starts)
     return (
-        f"\nThe run was interrupted and resumed from its checkpoint at step {', '.join(map(str, steps))}; its recipe was "
-        f"{recipes}, which differ only after that."
+        f"\nThe run was interrupted and resumed from its checkpoint at step {', '.join(map(str, steps))}; its recipe "
+        f"was {recipes}, which differ only after that."
     )
 
 

@@ -1,4 +1,4 @@
-"""The card of a graft: the parts that were replaced, their training, the measurements; only what was done and measured."""
+"""The card of a graft: the parts that were replaced, their training and measurements; only what was measured."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def front_matter(
     )
 
 
-def _license(config: dict[str, Any]) -> dict[str, str]:
+def _license(config: dict[str, Any]) -> dict[str, Any]:
     """Return the license a person gave, or that of an imported checkpoint, or that of the base."""
     about = config.get("about") or {}
     if "license" in about:

@@ -53,7 +53,7 @@ def merge_edits(fresh: str, present: str) -> str:
 
 
 def rename_source(card: str, source: str, repo_id: str) -> str:
-    """Return a card whose lines on loading name a repository in place of a folder; edited sections stay as they are."""
+    """Return a card whose lines on loading name a repository in place of a folder; edited sections stay unchanged."""
     text, digests = _read_note(card)
     if digests is None:
         return card

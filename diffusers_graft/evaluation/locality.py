@@ -91,7 +91,7 @@ class _Probe(Mixer):
 def near_tokens(
     grid: Grid, band: int, kernel: int, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the pairs of tokens within a band of the raster order, and within a window of the grid: two [N, N] masks."""
+    """Return masks [N, N] of the pairs of tokens within a band of the raster order, and a window of the grid."""
     index = torch.arange(grid.tokens, device=device)
     frame = index // (grid.height * grid.width)
     row = index // grid.width % grid.height

@@ -131,7 +131,8 @@ def mix_with_others(
     keys = key.shape[2]
     if context.causal and keys > start + image:
         raise OperatorError(
-            f"{operator.name} cannot replace causal attention whose image has other tokens behind it. Leave it as it is."
+            f"{operator.name} cannot replace causal attention whose image has other tokens behind it. Leave it as it "
+            "is."
         )
     if tokens < image:
         return _softmax(query, key, value, context, slice(0, tokens))
@@ -311,7 +312,8 @@ class _FieldScores(torch.autograd.Function):
 
 
 def _queries_at_once(fields: torch.Tensor) -> int:
-    # At most sixteen pieces of small fields, since compiled code unrolls them; `specialize`, since it knows no `shape` here.
+    # At most sixteen pieces of small fields, since compiled code unrolls them;
+    # `specialize`, since it knows no `shape` here.
     size = max(AT_ONCE, -(-specialize(fields.size(0)) // 16))
     return max(1, size * SMALL // max(SMALL, specialize(fields.size(1))))
 

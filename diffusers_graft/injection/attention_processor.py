@@ -233,15 +233,15 @@ def _with_more(
     if operator.needs_hidden_states:
         if stream.dim() != 3 or stream.shape[1] != tokens:
             raise OperatorError(
-                f"{operator.name} needs the hidden states of all tokens it mixes, and {site.path} mixes {tokens} tokens, "
-                f"with hidden states of shape {tuple(stream.shape)} for them. Choose another mixer there."
+                f"{operator.name} needs the hidden states of all tokens it mixes, and {site.path} mixes {tokens} "
+                f"tokens, with hidden states of shape {tuple(stream.shape)} for them. Choose another mixer there."
             )
         context = replace(context, hidden_states=stream)
     if operator.before_rotary:
         if unrotated is None:
             raise OperatorError(
-                f"{operator.name} needs queries and keys before rotary embeddings, and those of {site.path} cannot be told "
-                "from its source. Choose another mixer there."
+                f"{operator.name} needs queries and keys before rotary embeddings, and those of {site.path} cannot be "
+                "told from its source. Choose another mixer there."
             )
         context = replace(context, unrotated=unrotated)
     return context

@@ -119,7 +119,7 @@ class RemovedBlock(nn.Module):
 
 @functools.cache
 def _removed_class(original: type) -> type[RemovedBlock]:
-    """Generate the class that replaces blocks of one class: diffusers' caches and hooks look blocks up by their class."""
+    """Generate the class that replaces blocks of one class: diffusers' caches and hooks look blocks up by class."""
     cls = type(f"Removed{original.__name__}", (RemovedBlock,), {"__module__": __name__})
     register_block(cls, original)
     return cls

@@ -272,8 +272,8 @@ def _refuse_more_than_projections(original: nn.Module, edit: Edit) -> None:
     norms = any(getattr(original, name, None) is not None for name in ("group_norm", "spatial_norm"))
     if norms or getattr(original, "residual_connection", False) or getattr(original, "rescale_output_factor", 1) != 1:
         raise OperatorError(
-            f"{edit.config.owner.name} replaces whole attentions, and {edit.site.path} also normalises or adds its input. "
-            "Choose a mixer there, such as hyena_x."
+            f"{edit.config.owner.name} replaces whole attentions, and {edit.site.path} also normalises or adds its "
+            "input. Choose a mixer there, such as hyena_x."
         )
 
 
@@ -281,6 +281,6 @@ def _refuse_looking_ahead(original: nn.Module, edit: Edit, operator: Operator) -
     """Refuse an operator that lets tokens read later ones where the original does not."""
     if is_causal(type(original.processor)) and not operator.stays_causal:
         raise OperatorError(
-            f"{edit.config} looks ahead, and {edit.site.path} is causal. Leave it as it is, or choose an operator that does "
-            "not, such as gated_deltanet(bidirectional=False)."
+            f"{edit.config} looks ahead, and {edit.site.path} is causal. Leave it as it is, or choose an operator "
+            "that does not, such as gated_deltanet(bidirectional=False)."
         )

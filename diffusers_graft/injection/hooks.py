@@ -37,7 +37,8 @@ def refuse_hooked(original: nn.Module, site: Site) -> None:
         )
     if is_hooked(original) or any(hasattr(module, "_hf_hook") for module in original.modules()):
         raise OperatorError(
-            f"{site.path} carries offloading or casting hooks. Graft first, then enable offloading or layerwise casting."
+            f"{site.path} carries offloading or casting hooks. Graft first, then enable offloading or layerwise "
+            "casting."
         )
 
 
@@ -46,17 +47,17 @@ def refuse_moving_hooked(model: ModelMixin, parts: dict[str, nn.Module]) -> None
     for path, module in model.named_modules():
         if path and hasattr(module, "_hf_hook"):
             raise StateError(
-                f"accelerate keeps the weights of {path} elsewhere, where parts that change places would lose them. Call "
-                "pipe.remove_all_hooks() first, or remove_hook_from_submodules(model) of accelerate.hooks; offload again "
-                "afterwards."
+                f"accelerate keeps the weights of {path} elsewhere, where parts that change places would lose them. "
+                "Call pipe.remove_all_hooks() first, or remove_hook_from_submodules(model) of accelerate.hooks; "
+                "offload again afterwards."
             )
     for path in parts:
         leaving = model.get_submodule(path)
         cached = _hook_names(leaving) - _STORAGE_HOOKS
         if cached and is_hooked(leaving):
             raise StateError(
-                f"{path} carries hooks of a cache or a guider ({', '.join(sorted(cached))}), which would not follow the part "
-                "that takes its place. Remove them (a cache by model.disable_cache()) first."
+                f"{path} carries hooks of a cache or a guider ({', '.join(sorted(cached))}), which would not follow "
+                "the part that takes its place. Remove them (a cache by model.disable_cache()) first."
             )
 
 
@@ -154,6 +155,6 @@ def require_weights(path: str, operator: nn.Module) -> None:
     layers = [layer for layer in operator.modules() if layer is not operator and "_hf_hook" in vars(layer)]
     if any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
         raise StateError(
-            f"{operator.name} at {path} is offloaded layer by layer, and may read weights of layers that it does not call. "
-            "Call pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload(), or offload blocks in groups."
+            f"{operator.name} at {path} is offloaded layer by layer, and may read weights of layers that it does not "
+            "call. Call pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload(), or offload blocks in groups."
         )

@@ -124,8 +124,8 @@ def check_processors(graft: Graft) -> None:
         if not is_grafted(seat.processor):
             raise StateError(
                 f"The graft at {path} was lost: its processor is now {type(seat.processor).__name__}. Calls such as "
-                "fuse_qkv_projections, set_attn_processor and enable_attention_slicing, and pipelines with PAG, replace "
-                "processors. Call model.enable_graft() to put the graft's back."
+                "fuse_qkv_projections, set_attn_processor and enable_attention_slicing, and pipelines with PAG, "
+                "replace processors. Call model.enable_graft() to put the graft's back."
             )
 
 
@@ -220,7 +220,7 @@ def _trained_parameters(model: ModelMixin, graft: Graft) -> dict[str, nn.Paramet
     lost = sorted(graft.body.keys() - parameters.keys())
     if lost:
         raise StateError(
-            f"This graft trained {lost[0]}, which the model no longer has. Undo what replaced that module since, such as "
-            "fusing or quantising it."
+            f"This graft trained {lost[0]}, which the model no longer has. Undo what replaced that module since, such "
+            "as fusing or quantising it."
         )
     return {name: parameters[name] for name in graft.body}

@@ -119,7 +119,7 @@ def _unfuse_waiting(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _waiting_parts(model: ModelMixin) -> dict[str, nn.Module]:
-    """Return the parts of the installed graft, or of the original, that are not in the tree: the outermost, by path."""
+    """Return the outermost parts of the installed graft, or of the original, that are not in the tree, by path."""
     graft = get_graft(model)
     if graft is None or graft.is_standalone:
         return {}

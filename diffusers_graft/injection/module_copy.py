@@ -21,7 +21,7 @@ _BOUND = ("_compiled_call_impl", "forward", "_diffusers_hook")
 
 
 def copy_shallow(module: ModuleT) -> ModuleT:
-    """Copy a module so that children, parameters and buffers are shared, but none of the dictionaries that hold them."""
+    """Copy a module so that children, parameters and buffers are shared, but not the dictionaries that hold them."""
     twin = object.__new__(type(module))
     for name, value in vars(module).items():
         if name in _BOUND:
@@ -40,8 +40,8 @@ def copy_deep(module: nn.Module) -> nn.Module:
     for part in module.modules():
         if is_hooked(part):
             raise StateError(
-                f"A copy of this {type(part).__name__} would run the original, since hooks replaced its forward. Train "
-                "first, and start parts at random, before you enable layerwise casting or offloading."
+                f"A copy of this {type(part).__name__} would run the original, since hooks replaced its forward. "
+                "Train first, and start parts at random, before you enable layerwise casting or offloading."
             )
     twin = copy.deepcopy(module)
     for layer in twin.modules():
@@ -54,8 +54,9 @@ def copy_deep(module: nn.Module) -> nn.Module:
 def _dequantise(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     if not weight.is_floating_point():
         raise OperatorError(
-            f"The weights of a {type(layer).__name__} are quantised, and only that layer can read them: it can be neither "
-            "trained nor started at random. Graft and train the model in full precision, and load_graft over this one."
+            f"The weights of a {type(layer).__name__} are quantised, and only that layer can read them: it can be "
+            "neither trained nor started at random. Graft and train the model in full precision, and load_graft over "
+            "this one."
         )
     return weight.detach().dequantize().to(weight.dtype)
 
@@ -78,7 +79,7 @@ def is_quantised(weight: torch.Tensor) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Return whether something runs in place of a module's forward: hooks of diffusers or accelerate, or another function."""
+    """Return whether hooks of diffusers or accelerate, or another function, run in place of a module's forward."""
     forward = vars(module).get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 

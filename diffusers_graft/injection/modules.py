@@ -29,7 +29,8 @@ class FeedForwardSeat(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         require_tokens(self.graft.name, hidden_states.shape[:-1].numel())
-        # Tokens [B, N, D], without a batch [N, D], on their grid [B, F, H, W, D], or as convolutions take them [B, D, H, W].
+        # Tokens [B, N, D], without a batch [N, D], on their grid [B, F, H, W, D],
+        # or as convolutions take them [B, D, H, W].
         dims = hidden_states.dim()
         if dims == 3:
             return self.graft(hidden_states, self.graft.slot.current)
@@ -80,8 +81,8 @@ class AttentionSeat(nn.Module):
         holds_others = context.text_first is not None and context.grid is not None and tokens > context.grid.tokens
         if holds_others:
             raise OperatorError(
-                f"{self.graft_site.path} mixes the image with text, or with registers, which {self.graft.name} would take "
-                "for more of the image. Choose a mixer there, such as hyena_x."
+                f"{self.graft_site.path} mixes the image with text, or with registers, which {self.graft.name} would "
+                "take for more of the image. Choose a mixer there, such as hyena_x."
             )
         return self.graft(hidden_states, context)
 
@@ -97,6 +98,6 @@ class AttentionSeat(nn.Module):
             is_pairs = isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[1:3] == (tokens, tokens)
             if is_pairs and tokens > 1:
                 raise OperatorError(
-                    f"{self.graft_site.path} takes a bias of pairs of tokens ({name}), which {self.graft.name} would drop. "
-                    "Choose a mixer that honours a bias, such as sliding_window."
+                    f"{self.graft_site.path} takes a bias of pairs of tokens ({name}), which {self.graft.name} would "
+                    "drop. Choose a mixer that honours a bias, such as sliding_window."
                 )

@@ -1,4 +1,4 @@
-"""Several grafts on one model, by name, on disjoint sites: those that are active run as one graft of all their parts."""
+"""Several grafts on one model, by name, on disjoint sites: the active ones run as one graft of all their parts."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _remove_all(model: ModelMixin, grafts: dict[str, Graft], active: Sequence[st
 
 @contextlib.contextmanager
 def without_grafts(model: ModelMixin) -> Iterator[None]:
-    """Make the model the original inside, for another graft to be built or loaded on; afterwards its grafts run again."""
+    """Make the model the original inside, for another graft to be built or loaded; afterwards its grafts run again."""
     grafts = get_grafts(model)
     active = get_active(model)
     enabled = is_enabled(model)
@@ -195,16 +195,16 @@ def _require_disjoint(grafts: dict[str, Graft]) -> None:
         for path in graft.seats:
             if path in owners:
                 raise StateError(
-                    f"The grafts {owners[path]!r} and {name!r} both replace {path}. Activate one of them, or put all rules "
-                    "into one plan."
+                    f"The grafts {owners[path]!r} and {name!r} both replace {path}. Activate one of them, or put all "
+                    "rules into one plan."
                 )
             owners[path] = name
     for path, name in owners.items():
         inside = _first_of_another(owners, name, lambda other, path=path: other.startswith(f"{path}."))
         if inside is not None:
             raise StateError(
-                f"The graft {name!r} replaces {path}, and {owners[inside]!r} replaces {inside} in it. Put all rules into one "
-                "plan, or activate one of them."
+                f"The graft {name!r} replaces {path}, and {owners[inside]!r} replaces {inside} in it. Put all rules "
+                "into one plan, or activate one of them."
             )
     for name, graft in grafts.items():
         for trained in (*graft.body, *graft.adapters):

@@ -51,9 +51,9 @@ def rewrite_call(original: type) -> tuple[types.FunctionType, int] | None:
     cores = rewriter.found or int(_cut_core(tree, names))
     if not cores:
         raise OperatorError(
-            f"{original.__name__} never calls scaled_dot_product_attention, nor does it mix its queries, keys and values in "
-            "one place, so there is no core to replace. Operators that replace the whole attention, such as mamba2, may go "
-            "there."
+            f"{original.__name__} never calls scaled_dot_product_attention, nor does it mix its queries, keys and "
+            "values in one place, so there is no core to replace. Operators that replace the whole attention, such as "
+            "mamba2, may go there."
         )
     if len(rewriter.inputs) == 1:
         _remember_unrotated(tree, names, *rewriter.inputs)

@@ -85,8 +85,8 @@ def refuse_newly_quantised(model: ModelMixin, tree: TreeState, parts: Iterable[n
         if any(id(weight) not in in_tree and not is_quantised(weight) for weight in part.parameters()):
             new = min(tree.quantised - departure.tree.quantised)
             raise StateError(
-                f"The model was quantised ({new}) while parts of it waited off the tree, and those would come back in full "
-                "precision. Load the base again, quantise it, and graft it then."
+                f"The model was quantised ({new}) while parts of it waited off the tree, and those would come back in "
+                "full precision. Load the base again, quantise it, and graft it then."
             )
 
 

@@ -208,7 +208,7 @@ def _unbeaten(saved: torch.Tensor, harm: torch.Tensor) -> torch.Tensor:
 
 
 def _distinct(harm: torch.Tensor, growth: float) -> torch.Tensor:
-    """Return which plans of a front stay when harms within a factor 1 + growth count as equal: the first, larger ones."""
+    """Return which plans of a front stay when harms within a factor 1 + growth count as equal: the first, larger."""
     cells = (harm.log() / math.log1p(growth)).floor()  # zero harm has a cell for itself, minus infinity
     is_first = torch.ones(len(harm), dtype=torch.bool)
     is_first[1:] = cells[1:] != cells[:-1]

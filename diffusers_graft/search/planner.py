@@ -2,8 +2,8 @@
 
 A choice is an operator at a site. Its *harm* is how far the model's answer moves when this part alone is replaced, as
 a squared error, so harms add up as long as parts err independently; together they do somewhat more, the more the
-deeper a budget cuts (examples/benchmarks/planner). Scores of one part at a time and a knapsack over them are how Puzzle
-(arXiv 2411.19146) designs language models; the solver is in knapsack.py.
+deeper a budget cuts (examples/benchmarks/planner). Scores of one part at a time and a knapsack over them are how
+Puzzle (arXiv 2411.19146) designs language models; the solver is in knapsack.py.
 """
 
 from __future__ import annotations

@@ -172,8 +172,8 @@ class HarmJudge:
         if not 0 < self._square < math.inf:
             answer = "nothing but zeros" if self._square == 0 else "NaN or infinity"
             raise TrainingError(
-                f"{type(model).__name__} answers the held-out batches with {answer}, so no change of it can be judged: "
-                "load trained weights, in a precision that holds its answers."
+                f"{type(model).__name__} answers the held-out batches with {answer}, so no change of it can be "
+                "judged: load trained weights, in a precision that holds its answers."
             )
 
     def harm(self, model: ModelMixin, graft: Graft) -> float:

@@ -88,8 +88,8 @@ def read_description(folder: Path, variant: str | None = None) -> tuple[dict[str
     # People may read the file and trust what it says, so both must say the same.
     if (folder / config_name).exists() and read_json(folder / config_name) != config:
         raise FileError(
-            f"{folder / config_name} was edited, or belongs to another graft than {weights_name}, which carries its own "
-            "copy. Delete it to load the weights as they were saved, or save the graft again."
+            f"{folder / config_name} was edited, or belongs to another graft than {weights_name}, which carries its "
+            "own copy. Delete it to load the weights as they were saved, or save the graft again."
         )
     check_description(config, str(path), is_full_model=False)
     return config, read_tensors(path)
@@ -109,8 +109,8 @@ def require_format(config: dict[str, Any], where: str) -> None:
     if isinstance(versions, dict):
         made_with = versions.get("diffusers_graft", made_with)
     raise FileError(
-        f"{where} has format {number}; this version of diffusers-graft reads format {FORMAT}. It needs diffusers-graft "
-        f"{made_with} or later: pip install -U diffusers-graft"
+        f"{where} has format {number}; this version of diffusers-graft reads format {FORMAT}. It needs "
+        f"diffusers-graft {made_with} or later: pip install -U diffusers-graft"
     )
 
 

@@ -1,4 +1,4 @@
-"""The description of a graft: its plan, the base it was made on, how it was trained, and the versions it was made with."""
+"""The description of a graft: its plan, the base it was made on, how it was trained, and with which versions."""
 
 from __future__ import annotations
 

@@ -103,7 +103,8 @@ def _one_device(device: Any, device_map: Any, quantization_config: Any) -> Any:
     is_spread = isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential")
     if quantization_config is not None or is_spread:
         raise StateError(
-            "A grafted model is loaded without quantization, onto one device. Load the base as you like, then load_graft."
+            "A grafted model is loaded without quantization, onto one device. Load the base as you like, then "
+            "load_graft."
         )
     if device is None:
         device = device_map

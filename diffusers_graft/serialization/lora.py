@@ -73,8 +73,8 @@ def require_unfused(model: ModelMixin, graft: Graft) -> None:
     lost = sorted(graft.adapters.keys() - _layers(model).keys())
     if lost:
         raise StateError(
-            f"The LoRA of this graft is no longer at {lost[0]}: it was fused and unloaded, or taken off. Save the model "
-            "with save_pretrained, which writes all weights as they are."
+            f"The LoRA of this graft is no longer at {lost[0]}: it was fused and unloaded, or taken off. Save the "
+            "model with save_pretrained, which writes all weights as they are."
         )
 
 
@@ -95,8 +95,8 @@ def _require_plain_state(path: str, layer: LoraLayer) -> None:
     adapters = set(layer.r)
     if adapters != {_ADAPTER} or set(layer.active_adapters) != {_ADAPTER}:
         raise StateError(
-            f"{path} carries the LoRA adapters {sorted(adapters)}, of which {sorted(layer.active_adapters)} run. A graft "
-            f"is saved with the one it was trained with, {_ADAPTER!r}: delete the others, and have that one run."
+            f"{path} carries the LoRA adapters {sorted(adapters)}, of which {sorted(layer.active_adapters)} run. A "
+            f"graft is saved with the one it was trained with, {_ADAPTER!r}: delete the others, and have that one run."
         )
 
 

@@ -1,8 +1,8 @@
 """Import of the checkpoints released with the paper on grafting, as grafted models, without running their pickles.
 
 They are pickles in the naming of the original DiT, with the names of their operators; the operators of
-the sites and their settings are read off names and shapes. Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv
-2506.05340.
+the sites and their settings are read off names and shapes. Paper: Exploring Diffusion Transformer Designs via
+Grafting, arXiv 2506.05340.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def import_upstream(
 
     Args:
         source: a `model.pt`, or a Hub repository that holds one, such as `grafting/dit-xl2-mha-hyena_x-50p-fid2.74`.
-        num_attention_heads, sample_size, window: settings that tensors do not show; DiT-XL/2 at 256 x 256 unless given.
+        num_attention_heads, sample_size, window: settings that tensors do not show; DiT-XL/2 at 256 x 256 unless
+            given.
         weights: `ema`, the averaged weights that the paper evaluates, or `model`.
         license: of the weights, for the card; an id of the Hub.
         hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`.

@@ -162,7 +162,8 @@ def _saved_inputs(model: ModelMixin, saved: Tensors, path: Path) -> dict[str, An
         like = tensors[name]
         if tensor.shape != like.shape:
             raise FileError(
-                f"{path} holds inputs that this model does not take: {name} is {tuple(tensor.shape)}, not {tuple(like.shape)}."
+                f"{path} holds inputs that this model does not take: {name} is {tuple(tensor.shape)}, not "
+                f"{tuple(like.shape)}."
             )
         tensors[name] = tensor.to(like.device, like.dtype)
     return unpack(structure, tensors)

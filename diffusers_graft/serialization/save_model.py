@@ -165,14 +165,14 @@ def _weights(model: ModelMixin, graft: Graft) -> Tensors:
     quantised = [name for name, tensor in tensors.items() if is_quantised(tensor)]
     if quantised:
         raise StateError(
-            f"{quantised[0]} is quantised, and weights are saved as plain tensors. Save the graft alone, with save_graft: "
-            "it loads over the same quantised base."
+            f"{quantised[0]} is quantised, and weights are saved as plain tensors. Save the graft alone, with "
+            "save_graft: it loads over the same quantised base."
         )
     adapters = [name for name in tensors if is_adapter(name)]
     if adapters and graft.adapter_config is None:
         raise StateError(
-            f"This model carries LoRA layers that are not the graft's ({adapters[0]} and others). Fuse and unload them "
-            "first; those that dg.finetune trains are the graft's, and are saved with it."
+            f"This model carries LoRA layers that are not the graft's ({adapters[0]} and others). Fuse and unload "
+            "them first; those that dg.finetune trains are the graft's, and are saved with it."
         )
     plain = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items() if not is_adapter(name)}
     return separate_memory({**plain, **adapter_tensors(model, graft)})

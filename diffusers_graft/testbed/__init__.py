@@ -1,8 +1,8 @@
 """Two small pretrained models with their data and judges, so that everything runs offline in minutes.
 
 `load()` gives a class-conditional `DiTTransformer2DModel` that draws capital letters; `weights/README.md` is its card.
-`scenes.pipeline()` gives a text-to-image `PixArtSigmaPipeline`; `scenes/weights/README.md` is its card. `load_named` takes
-either by name, as the command line does.
+`scenes.pipeline()` gives a text-to-image `PixArtSigmaPipeline`; `scenes/weights/README.md` is its card. `load_named`
+takes either by name, as the command line does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Put the trained parts together: `python -m benchmarks.testbed.scenes.assemble --run DIR --output FOLDER`.
 
-Writes a folder that `PixArtSigmaPipeline.from_pretrained` loads. Transformer and autoencoder are written in bfloat16, which
-halves them; diffusers loads them in float32.
+Writes a folder that `PixArtSigmaPipeline.from_pretrained` loads. Transformer and autoencoder are written in bfloat16,
+which halves them; diffusers loads them in float32.
 """
 
 from __future__ import annotations

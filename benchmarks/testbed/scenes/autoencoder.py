@@ -1,8 +1,8 @@
 """Train the scenes' autoencoder: `python -m benchmarks.testbed.scenes.autoencoder --output DIR`.
 
 An `AutoencoderTiny` of diffusers, 8 x 8 pixels to one latent of 12 numbers. Its encoder needs no training: it is the
-principal components of patches, written into the convolutions. So one transformer meets the same latents at every size,
-and can be trained before the decoder, which learns by gradients to undo the encoder.
+principal components of patches, written into the convolutions. So one transformer meets the same latents at every
+size, and can be trained before the decoder, which learns by gradients to undo the encoder.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def sample_pictures(rng: random.Random, size: int, count: int) -> torch.Tensor:
 def set_encoder(model: AutoencoderTiny, seed: int) -> None:
     """Write principal components of 4 x 4 and 8 x 8 patches into the encoder's convolutions.
 
-    Latents have mean 0; the standard deviation of each is the square root of its component's, so that details count less
-    than what a patch shows on the average, and their mean square is 1.
+    Latents have mean 0; the standard deviation of each is the square root of its component's, so that details count
+    less than what a patch shows on the average, and their mean square is 1.
     """
     rng = random.Random(seed)
     pictures = [sample_pictures(rng, size, count) for size, count in ((64, 800), (128, 120), (256, 20))]

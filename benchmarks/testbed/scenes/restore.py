@@ -1,6 +1,7 @@
 """Begin a run with the shipped weights: `python -m benchmarks.testbed.scenes.restore --run DIR`.
 
-Every phase of the transformer's training then starts from the shipped average, with a warm-up, as if a phase had ended there.
+Every phase of the transformer's training then starts from the shipped average, with a warm-up, as if a phase had ended
+there.
 """
 
 from __future__ import annotations

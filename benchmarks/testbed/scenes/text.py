@@ -117,7 +117,7 @@ def reader_loss(reader: Reader, tokens: dict[str, torch.Tensor], scenes: list[Sc
 
 
 def train_reader(output: Path, steps: int, batch_size: int = 64, lr: float = 2e-3, seed: int = 0) -> None:
-    """Train from scratch, and save encoder and tokenizer under `output`; nothing is left to do where both are there."""
+    """Train from scratch, and save encoder and tokenizer under `output`; nothing is done where both are there."""
     if (output / "tokenizer").exists():  # written last
         return
     torch.manual_seed(seed)

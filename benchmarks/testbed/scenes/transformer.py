@@ -1,11 +1,11 @@
 """Train the scenes' transformer: `python -m benchmarks.testbed.scenes.transformer --output DIR --tokens 64`.
 
-Flow matching on latents of an endless stream of scenes, Muon for the matrices of the blocks and AdamW for the rest, and an
-exponential moving average of the weights, which is what ships. One phase is one number of tokens (64, 256 or 1,024); each
-starts from the average that the phase before it left in `DIR/transformer`. Halfway through the blocks, a linear head that
-is dropped after training reads from every token which kinds and colours it covers: a model that must plan its picture
-early learns captions sooner (as with the borrowed features of arXiv 2410.06940). Every `--save-every` steps a checkpoint is
-written, from which the same command goes on where it stopped.
+Flow matching on latents of an endless stream of scenes, Muon for the matrices of the blocks and AdamW for the rest,
+and an exponential moving average of the weights, which is what ships. One phase is one number of tokens (64, 256 or
+1,024); each starts from the average that the phase before it left in `DIR/transformer`. Halfway through the blocks, a
+linear head that is dropped after training reads from every token which kinds and colours it covers: a model that must
+plan its picture early learns captions sooner (as with the borrowed features of arXiv 2410.06940). Every `--save-every`
+steps a checkpoint is written, from which the same command goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -133,8 +133,9 @@ class _Module:
     def _refusal(self, reason: str) -> FileError:
         operator = self.operator
         return FileError(
-            f"The operator {operator.name!r} cannot be shared by itself: in {operator.__module__}, {reason}. Put it into "
-            "a file of its own, with all that it needs; or save without self_contained and name the package to install."
+            f"The operator {operator.name!r} cannot be shared by itself: in {operator.__module__}, {reason}. Put it "
+            "into a file of its own, with all that it needs; or save without self_contained and name the package to "
+            "install."
         )
 
 
@@ -149,8 +150,8 @@ def _text_of(operator: type[Operator]) -> str:
         if f"class {operator.__name__}" in text:
             return text
     raise FileError(
-        f"The source of the operator {operator.name!r} is not at hand: it was defined in {operator.__module__}, without "
-        "a file. Put it into a file of its own, or save without self_contained."
+        f"The source of the operator {operator.name!r} is not at hand: it was defined in {operator.__module__}, "
+        "without a file. Put it into a file of its own, or save without self_contained."
     )
 
 

@@ -41,7 +41,7 @@ class GraftedModel(ModelMixin):
 
 
 def loading_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of diffusers' `from_pretrained` that decide what is loaded; others only tune its loading."""
+    """Return the arguments of diffusers' `from_pretrained` that decide what is loaded; others only tune how."""
     names = (*FETCHING, *_LOADING, "trust_remote_code")
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 

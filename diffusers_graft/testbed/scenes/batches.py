@@ -16,7 +16,7 @@ CAPTION_TOKENS = 32  # longer than any caption
 
 @torch.no_grad()
 def encode_captions(pipe: PixArtSigmaPipeline, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Encode captions as the transformer's arguments: text states [B, 32, D] and their mask [B, 32]; "" is no prompt."""
+    """Encode captions as the transformer's arguments: text states [B, 32, D] and mask [B, 32]; "" is no prompt."""
     # The method of the class, which does not warn of empty prompts: here they are meant.
     states, mask, *_ = PixArtSigmaPipeline.encode_prompt(
         pipe, list(captions), do_classifier_free_guidance=False, max_sequence_length=CAPTION_TOKENS
@@ -32,7 +32,7 @@ def null_prompt(pipe: PixArtSigmaPipeline) -> dict[str, torch.Tensor]:
 def scene_batches(
     pipe: PixArtSigmaPipeline, batch_size: int, seed: int, *, size: int = 256, steps: int | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Draw an endless stream (or `steps` batches) of real scenes: `sample` [B, 12, size / 8, size / 8] and conditioning."""
+    """Draw an endless stream (or `steps` batches) of real scenes: `sample` [B, 12, size / 8, size / 8] and prompts."""
     rng = random.Random(seed)
     step = 0
     while steps is None or step < steps:

@@ -1,7 +1,7 @@
 """A reader of scenes: which objects a picture shows, by plain image analysis.
 
-Every pixel goes to the nearest of the palette's colours or to the background; connected pixels of one colour are an object;
-its kind is the template that its mask resembles most, after both are brought to the same centre and spread.
+Every pixel goes to the nearest of the palette's colours or to the background; connected pixels of one colour are an
+object; its kind is the template that its mask resembles most, after both are brought to the same centre and spread.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def draw_with_coverage(scenes: Sequence[Scene], size: int) -> tuple[torch.Tensor
     """Draw every scene, and say which pixels each object covers.
 
     Returns:
-        Pictures [B, 3, size, size] in [-1, 1]; the share of each pixel that each object covers [M, size, size]; the scene
-        of each object [M].
+        Pictures [B, 3, size, size] in [-1, 1]; the share of each pixel that each object covers [M, size, size]; the
+        scene of each object [M].
     """
     objects = [placed for scene in scenes for placed in scene.objects]
     owners = torch.tensor([index for index, scene in enumerate(scenes) for _ in scene.objects])
@@ -98,7 +98,10 @@ def _draw_backgrounds(scenes: Sequence[Scene], size: int) -> torch.Tensor:
 
 @functools.cache
 def shape_distances() -> torch.Tensor:
-    """Tabulate the signed distance to the outline of each kind, negative inside: [8, 128, 128], in radii, over [-1.3, 1.3]."""
+    """Tabulate the signed distance to the outline of each kind, negative inside.
+
+    [8, 128, 128], in radii, over [-1.3, 1.3].
+    """
     line = ((torch.arange(_RESOLUTION) + 0.5) / _RESOLUTION * 2 - 1) * _REACH
     down, across = torch.meshgrid(line, line, indexing="ij")
     points = torch.stack([across, down], -1).view(-1, 2)

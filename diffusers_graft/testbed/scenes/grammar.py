@@ -1,8 +1,8 @@
 """Scenes and their captions: a few coloured objects, drawn from a grammar, described in plain English.
 
-A scene is a list of groups (so many objects of one kind and one colour) with a place for every object. Its caption follows
-one of the six kinds of prompt of GenEval (arXiv 2310.11513), or lists three or four groups. Some pairs of colour and kind,
-and some of count and kind, never occur in training; they are what the held-out prompts ask for.
+A scene is a list of groups (so many objects of one kind and one colour) with a place for every object. Its caption
+follows one of the six kinds of prompt of GenEval (arXiv 2310.11513), or lists three or four groups. Some pairs of
+colour and kind, and some of count and kind, never occur in training; they are what the held-out prompts ask for.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 def pipeline(transformer: PixArtTransformer2DModel | None = None) -> PixArtSigmaPipeline:
     """Load the pretrained pipeline.
 
-    It draws 256 x 256 pixels (1,024 tokens), and other sizes with `use_resolution_binning=False`. Beside what diffusers
-    checks, it warns of empty prompts and of words that it never learned, and refuses schedulers of other families.
+    It draws 256 x 256 pixels (1,024 tokens), and other sizes with `use_resolution_binning=False`. Beside what
+    diffusers checks, it warns of empty prompts and of words that it never learned, and refuses schedulers of other
+    families.
 
     Args:
         transformer: used instead of the pretrained one, grafted for example.
@@ -57,12 +58,14 @@ def check_pipeline(pipe: PixArtSigmaPipeline) -> None:
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise GraftError(
             "PixArtSigmaPipeline cannot run FlowMatchEulerDiscreteScheduler, which lacks scale_model_input. Use "
-            "DPMSolverMultistepScheduler or UniPCMultistepScheduler, made by from_config from the pipeline's scheduler."
+            "DPMSolverMultistepScheduler or UniPCMultistepScheduler, made by from_config from the pipeline's "
+            "scheduler."
         )
     if not is_flow:
         raise GraftError(
-            f"{type(scheduler).__name__} (prediction_type={scheduler.config.get('prediction_type')!r}) does not fit a model "
-            "trained by flow matching. Make it by from_config from the pipeline's scheduler, with use_flow_sigmas=True and "
+            f"{type(scheduler).__name__} (prediction_type={scheduler.config.get('prediction_type')!r}) does not fit a "
+            "model trained by flow matching. Make it by from_config from the pipeline's scheduler, with "
+            "use_flow_sigmas=True and "
             'prediction_type="flow_prediction".'
         )
 

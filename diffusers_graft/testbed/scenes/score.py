@@ -135,8 +135,8 @@ def draw_prompts(
 class SceneScore:
     """A metric for `dg.evaluate`: share of prompts whose picture is right, for each kind of prompt and on average.
 
-    `prompts` names the set; `count` takes as many prompts of each kind, all by default. Values carry the name of the set:
-    `seen.score` with the bounds `seen.low` and `seen.high` of its 95 % interval, and `seen.counting` and so on.
+    `prompts` names the set; `count` takes as many prompts of each kind, all by default. Values carry the name of the
+    set: `seen.score` with the bounds `seen.low` and `seen.high` of its 95 % interval, and `seen.counting` and so on.
 
     Raises `GraftError` for a count beyond the data, or no steps.
     """
