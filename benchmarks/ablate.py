@@ -231,7 +231,7 @@ def _facts(ablation: Ablation) -> str:
 
 
 def _bought(ablation: Ablation, by_arm: dict[Arm, list[dict]]) -> str:
-    """Return in words the change by stage one at equal compute: half of it for stage one, against all for stage two."""
+    """Return in words the change by stage one at equal compute: half of it for stage one against all for stage two."""
     parts = []
     for start in STARTS:
         both, alone = (

@@ -101,7 +101,7 @@ def bench_depth(output: Path, budget: Budget | None = None, *, say: Callable[[st
 
 
 def _head(budget: Budget) -> dict[str, Any]:
-    """Measure what does not depend on a seed: depth, parameters, FLOPs and latency of each model, and the price of a step."""
+    """Measure what no seed changes: depth, parameters, FLOPs and latency of each model, and the price of a step."""
     model = testbed.load().to("cuda" if torch.cuda.is_available() else "cpu")
     models = benchmark(model, RULES, [model.config.sample_size], rounds=budget.rounds, progress=False)
     return {

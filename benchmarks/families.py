@@ -1,4 +1,4 @@
-"""Operators that work in each family, measured on a tiny model of every transformer class of the installed diffusers."""
+"""Operators that work in each family, measured on a tiny model of every transformer class of diffusers."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ def report_of(
     for budget in budgets:
         text += f"## {budget:.0%} of the FLOPs\n\n```\n{_table(seeds, budget)}\n```\n\n{_verdict(seeds, budget)}\n\n"
     text += f"## Budgets of latency\n\n```\n{_promises(latency)}\n```\n\n"
-    text += "One sample of 1,024 tokens, a model of width 384 with random weights; as a share of the original's, in turns.\n\n"
+    text += "One sample of 1,024 tokens, a model of width 384 with random weights; as a share of the original's, "
+    text += "in turns.\n\n"
     text += f"## Whether harms add up\n\n{_additive(seeds)}\n\n![Harm against FLOPs](planner.png)\n"
     (output / "planner.md").write_text(text, encoding="utf-8")
     designs = [design for row in seeds for design in row["designs"]]
@@ -97,7 +98,8 @@ def _additive(seeds: list[dict[str, Any]]) -> str:
         words.append(f"{kind} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     return (
         f"Measured harm over the sum of its parts', median and range: {', '.join(words)}. "
-        f"The sums put {right} of {len(pairs)} pairs of designs (of one seed and budget) in the order of their measured harms."
+        f"The sums put {right} of {len(pairs)} pairs of designs (of one seed and budget) in the order of their "
+        "measured harms."
     )
 
 

@@ -207,7 +207,7 @@ class Sites(Tabular, Sequence[Site]):
 
     def to_table(self) -> Table:
         """Return the table that `str` shows."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for site in self:
             heads = hidden = ""
             if isinstance(site, AttentionSite):

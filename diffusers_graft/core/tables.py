@@ -68,7 +68,7 @@ class Table:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
 
     def _html_row(self, row: Sequence[str]) -> str:
-        cells = []
+        cells: list[str] = []
         for column, text in enumerate(row):
             cells.append(f'<td style="text-align: {self._side_of(column)}">{html.escape(text)}</td>')
         return f"<tr>{''.join(cells)}</tr>"

@@ -60,7 +60,8 @@ def select(sites: Sites, key: str) -> Sites:
     unknown kind.
     """
     # Keys come from dicts that people write, so they may be of any type.
-    match = re.fullmatch(r"\s*(\w+)\s*\[([^\[\]]+)\]\s*", key if isinstance(key, str) else "")
+    text = key if isinstance(key, str) else ""  # pyright: ignore[reportUnnecessaryIsInstance]
+    match = re.fullmatch(r"\s*(\w+)\s*\[([^\[\]]+)\]\s*", text)
     if match is None:
         raise RuleError(f'{key!r} is not a rule key. Write a kind and indices, such as "self_attention[1::2]".')
     kind, items = match.groups()

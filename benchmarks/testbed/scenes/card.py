@@ -26,11 +26,11 @@ tags: [diffusers, diffusers-graft, testbed]
 
 # Scenes: a text-to-image testbed
 
-A `PixArtSigmaPipeline` that draws one to four coloured objects from a caption: a `PixArtTransformer2DModel` with {parameters:,}
-parameters ({layers} blocks of width {width}), a T5 encoder with {text_parameters:,} and words of its own, and an
-`AutoencoderTiny` whose encoder is the principal components of 8 x 8 pixels. It was trained on scenes drawn afresh from a
-grammar (`grammar.py`): {kinds}, in {colours}, on dull textured backgrounds. One pair of colour and kind for each kind, and
-six pairs of count and kind, are never shown in training; the held-out prompts ask for them.
+A `PixArtSigmaPipeline` that draws one to four coloured objects from a caption: a `PixArtTransformer2DModel` with
+{parameters:,} parameters ({layers} blocks of width {width}), a T5 encoder with {text_parameters:,} and words of its
+own, and an `AutoencoderTiny` whose encoder is the principal components of 8 x 8 pixels. It was trained on scenes drawn
+afresh from a grammar (`grammar.py`): {kinds}, in {colours}, on dull textured backgrounds. One pair of colour and kind
+for each kind, and six pairs of count and kind, are never shown in training; the held-out prompts ask for them.
 
 ```python
 from diffusers_graft.testbed import scenes
@@ -43,15 +43,15 @@ scenes.pipeline()("a red circle left of a blue star", use_resolution_binning=Fal
 
 {state}
 
-Share of prompts whose picture is right by GenEval's rules; {steps} steps of DPM-Solver++, guidance {guidance:g}, {count} prompts
-of each kind, seed {seed}; the interval is for these prompts, at 95 %.
+Share of prompts whose picture is right by GenEval's rules; {steps} steps of DPM-Solver++, guidance {guidance:g},
+{count} prompts of each kind, seed {seed}; the interval is for these prompts, at 95 %.
 
 | pixels | tokens | prompts | score | interval | {kinds_of_prompts} |
 |---|---|---|---|---|{dashes}
 {rows}
 
-The reader of pictures reads {real:.1%} of {real_count} real scenes right, every object, kind and colour; of the first 200 of them
-after the autoencoder {reconstructed}.
+The reader of pictures reads {real:.1%} of {real_count} real scenes right, every object, kind and colour; of the first
+200 of them after the autoencoder {reconstructed}.
 
 Denoising loss on {held_out} real scenes of another seed, the same draw every time: {losses}.
 
@@ -59,9 +59,10 @@ Denoising loss on {held_out} real scenes of another seed, the same draw every ti
 
 {phases}
 
-The logs are `autoencoder.jsonl`, `text.jsonl` and `training.jsonl`. `make testbed-scenes` trains everything from scratch.
-`python -m benchmarks.testbed.scenes.restore --run runs/scenes` begins a run with the weights that are shipped here, and
-`python -m benchmarks.testbed.scenes.transformer --output runs/scenes --tokens 64` goes on from them with another phase.
+The logs are `autoencoder.jsonl`, `text.jsonl` and `training.jsonl`. `make testbed-scenes` trains everything from
+scratch. `python -m benchmarks.testbed.scenes.restore --run runs/scenes` begins a run with the weights that are shipped
+here, and `python -m benchmarks.testbed.scenes.transformer --output runs/scenes --tokens 64` goes on from them with
+another phase.
 """
 
 
@@ -81,7 +82,8 @@ def score_rows(pipe, sizes: list[int], count: int, steps: int) -> tuple[list[str
             interval = f"{values[f'{prompts}.low']:.3f} to {values[f'{prompts}.high']:.3f}"
             score = f"{values[f'{prompts}.score']:.3f}"
             lines.append(
-                f"| {size} | {(size // 8) ** 2} | {prompts.replace('_', '-')} | {score} | {interval} | {' | '.join(cells)} |"
+                f"| {size} | {(size // 8) ** 2} | {prompts.replace('_', '-')} | {score} | {interval} | "
+                f"{' | '.join(cells)} |"
             )
             samples.append(pictures[torch.linspace(0, len(pictures) - 1, min(32, len(pictures))).long()])
     return lines, torch.cat(samples)
