@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from diffusers_graft.cli import verbs
 
 NAMES = {
-    "ablate": "what each start and each stage buys, at equal compute, and the paper's recipe beside ours",
+    "ablate": "the gain from each start and each stage at equal compute, and the paper's recipe beside ours",
     "depth": "half the depth on the testbed: pairs side by side, blocks removed, a model trained from scratch",
-    "families": "what works in which transformer class of diffusers, on tiny models, as Markdown",
+    "families": "operators that run in each transformer class of diffusers, on tiny models, as Markdown",
     "loading": "loading a graft, against reading its bytes and installing its parts",
     "models": "forward latency of a model and of its grafts, in turns, as ratios",
     "operators": "every operator by itself on a CPU: time against softmax, share of a free mixer's speed-up, memory",

@@ -41,7 +41,7 @@ _STOPPED_AFTER_COMPUTING = 12
 
 @dataclass(frozen=True)
 class Load:
-    """What came of one file.
+    """The outcome of one file.
 
     Attributes:
         number: of the file, which with the seed decides everything about it.

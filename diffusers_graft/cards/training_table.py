@@ -1,4 +1,4 @@
-"""The training of a graft as its card shows it: from its history, and from the `training.jsonl` beside it."""
+"""The training of a graft on its card, from its history and from the `training.jsonl` beside it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ CURVES = "training.png"
 
 
 def training_table(
-    history: Sequence[dict[str, Any]], journal: Sequence[dict[str, Any]], hardware: str | None = None
+    history: Sequence[dict[str, Any]], metrics: Sequence[dict[str, Any]], hardware: str | None = None
 ) -> dict[str, Any]:
     """Return the values of the card's section on training.
 
     Args:
         history: of the graft.
-        journal: rows of `training.jsonl`, which add to the history of the last run of each stage.
-        hardware: in a person's words; as it was recorded unless given.
+        metrics: rows of `training.jsonl`, which add to the history of the last run of each stage.
+        hardware: text that a person gave; else the recorded hardware is shown.
     """
     stages = _stages(history)
     # the log holds one run of each stage, the last
     last_runs = {row["stage"]: number for number, row in enumerate(stages)}
     for stage, number in last_runs.items():
-        stages[number] = stage_costs(journal, stage) | stages[number]
+        stages[number] = stage_costs(metrics, stage) | stages[number]
     rows = [_stage_row(row) for row in stages]
     # each machine once, in the order of its use
     recorded = dict.fromkeys(row["hardware"] for row in stages if row.get("hardware"))
@@ -50,8 +50,8 @@ def draw_curves(destination: Path, folder: Path, history: Sequence[dict[str, Any
 
     Args:
         destination: folder to draw into.
-        folder: with the `training.jsonl`.
-        history: of the graft, whose stages are drawn.
+        folder: holds the `training.jsonl`.
+        history: of the graft; its stages are drawn.
 
     Returns None where there is no such file with these stages, or no matplotlib.
     """
@@ -83,7 +83,7 @@ def _stage_row(row: dict[str, Any]) -> dict[str, str]:
         "stage": row["stage"],
         "steps": _format(row.get("steps"), ","),
         "lr": _learning_rate(row.get("lr")),
-        "trained": _trained(row),
+        "trained": _describe_trained(row),
         "samples": _format(row.get("samples"), ","),
         "time": _duration(row.get("seconds")),
         "first": _format(first_loss, ".4g"),
@@ -92,7 +92,7 @@ def _stage_row(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _trained(row: dict[str, Any]) -> str:
+def _describe_trained(row: dict[str, Any]) -> str:
     """Return in words which weights a stage trained."""
     if row["stage"] == "closed form":
         return "output layers, solved"
@@ -123,7 +123,7 @@ def _mean(sites: Sequence[dict[str, Any]], name: str) -> float | None:
 
 
 def _format(value: Any, form: str) -> str:
-    """Return a value in a form of Python's format language; nothing for one that was not recorded."""
+    """Format a value by a format specification of Python; empty for one that was not recorded."""
     return "" if value is None else format(value, form)
 
 

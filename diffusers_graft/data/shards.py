@@ -41,7 +41,7 @@ _ROW = "#"
 class Shards(Dataset):
     """Samples of a folder of shards, each `{"sample": latents, **conditioning}`, read from disk one by one.
 
-    Any `torch.utils.data.DataLoader` makes batches of them, in which conditioning that all samples share is itself.
+    Any `torch.utils.data.DataLoader` makes batches of them; conditioning that all samples share is not repeated there.
 
     Raises `FileError` for a folder that is no such set, or not finished.
     """
@@ -89,12 +89,12 @@ class Shards(Dataset):
 
 
 class _Common:
-    """What all samples of a set have in common.
+    """Values that all samples of a set share, and the layout of the others.
 
     Attributes:
         shared: conditioning that is the same for all samples, by dotted name.
-        rows: axis of the values that are rows of no first axis, None for lists; see `Row`.
-        constants: those of them that are the same for every sample.
+        rows: axis along which a batch joins the values of a name, None for lists; see `Row`.
+        constants: values in `rows` that are the same for every sample.
         lists: names of lists of tensors, each of which has a row for every sample.
     """
 
@@ -124,7 +124,7 @@ class _Common:
         return values | {name: Shared(value) for name, value in self.shared.items()}
 
     def separate(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-        """Return what differs from sample to sample, and remember the rest.
+        """Return the values that differ from sample to sample, and remember the others.
 
         Raises `TrainingError` where it is not the same as in earlier batches.
         """
@@ -140,7 +140,7 @@ class _Common:
                 if all(isinstance(row.value, torch.Tensor) for row in value):
                     columns[name] = [row.value.cpu() for row in value]
                 else:
-                    # Sizes of images and the like, which a set of one size has once.
+                    # Sizes of images, for example, which are stored once for a set.
                     for row in value:
                         self._remember(self.constants, name, row.value)
             else:
@@ -163,8 +163,8 @@ class _Common:
             values[name] = value
         elif not _is_same(values[name], value):
             raise TrainingError(
-                f"The conditioning {name} is of no sample alone and differs from one call of the pipeline to the "
-                "next. Make sets of one size, or make the batches yourself, as dicts of a sample and conditioning."
+                f"The conditioning {name} has no row for each sample, and differs from one call of the pipeline to "
+                "the next. Make sets of one size, or make the batches yourself, as dicts of a sample and conditioning."
             )
 
 
@@ -180,8 +180,8 @@ def write_shards(
     """Make the shards of a set that are not there yet.
 
     Args:
-        samples: in all.
-        made: settings that decide the samples, JSON-able; a set that was made with others is refused.
+        samples: their number.
+        made: settings that decide the samples, JSON-able; a folder with a set of other settings is refused.
         make: yields batches of the samples of these numbers: tensors [B, ...], lists of them, lists of `Row`, or
             `Shared` values.
         progress: show a bar on a terminal.
@@ -195,12 +195,12 @@ def write_shards(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"{folder} cannot be written ({error}). Give a folder.") from error
-    # As it comes back from the file, so that it can be compared with it.
+    # Through JSON, so that it can be compared with what the file gives back.
     facts = {"samples": samples, "shard_size": shard_size, **json.loads(json.dumps(made))}
     if any(folder.glob("samples-*.safetensors")):
         _require_same_settings(folder, facts)
     else:
-        # A call that wrote no shard leaves nothing to differ from, whatever its settings were.
+        # Left by a call that wrote no shard, perhaps with other settings.
         (folder / SHARED).unlink(missing_ok=True)
     write_json(folder / FACTS, facts)
     common = _Common(folder)

@@ -25,7 +25,7 @@ Run = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class OperatorCost:
-    """One operator at one shape.
+    """Measurements of one operator at one shape.
 
     Attributes:
         config: its settings.
@@ -63,12 +63,12 @@ def example_part(config: OperatorConfig, *, width: int, heads: int) -> Operator:
 def example_tensors(operator: Operator, tokens: int, *, seed: int = 0) -> list[torch.Tensor]:
     """Return random inputs of one sample: three of [1, H, N, E] for a mixer, else one of [1, N, D].
 
-    In memory tokens come before heads, as projections leave them: the copies by which an operator undoes that count.
+    In memory tokens come before heads, as projections leave them, so that copies into another order are timed too.
     """
     generator = torch.Generator().manual_seed(seed)
     site = operator.site
-    # attentions with projections and feed-forwards read hidden states
     if not isinstance(operator, Mixer):
+        # attentions with projections and feed-forwards read hidden states
         return [torch.randn(1, tokens, site.width, generator=generator)]
     return [torch.randn(1, tokens, site.heads, site.head_width, generator=generator).transpose(1, 2) for _ in range(3)]
 
@@ -129,10 +129,11 @@ def peak_memory(config: OperatorConfig, grid: Grid, *, width: int, heads: int, b
     operator = example_part(config, width=width, heads=heads)
     inputs = example_tensors(operator, grid.tokens)
     run = run_of(partial(_call, operator, Context(grid=grid)), inputs, backward)
-    run()  # tables that serve all later runs are made in the first
+    # the first run makes tables that all later ones use, so the second is measured
+    run()
     with PeakMemory() as memory:
         run()
-    return memory.peak  # of the second run
+    return memory.peak
 
 
 def _call(operator: Operator, context: Context, *inputs: torch.Tensor) -> torch.Tensor:
@@ -161,9 +162,8 @@ def _baseline(operator: Operator) -> tuple[str, Run]:
     if isinstance(operator, AttentionOperator):
         assert isinstance(site, AttentionSite)
         return "attention", _Attention(site)
-    return "mlp", nn.Sequential(
-        nn.Linear(site.width, site.hidden), nn.GELU("tanh"), nn.Linear(site.hidden, site.width)
-    )
+    mlp = nn.Sequential(nn.Linear(site.width, site.hidden), nn.GELU("tanh"), nn.Linear(site.hidden, site.width))
+    return "mlp", mlp
 
 
 def baseline_flops(operator: Operator, tokens: int) -> int:
@@ -183,12 +183,13 @@ class _Attention(nn.Module):
     def __init__(self, site: AttentionSite):
         super().__init__()
         self.site = site
-        self.parts = nn.ModuleList(nn.Linear(site.width, site.inner_width) for _ in range(3))
+        self.projections = nn.ModuleList(nn.Linear(site.width, site.inner_width) for _ in range(3))
         self.out = nn.Linear(site.inner_width, site.width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        split = (part(hidden_states).unflatten(-1, (self.site.heads, -1)).transpose(1, 2) for part in self.parts)
-        return self.out(F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2))
+        projected = (projection(hidden_states) for projection in self.projections)
+        heads = (tensor.unflatten(-1, (self.site.heads, -1)).transpose(1, 2) for tensor in projected)
+        return self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
 
 
 def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], None]) -> None:
@@ -201,12 +202,14 @@ def list_operators(*, tokens: int, width: int, heads: int, say: Callable[[str], 
         raise GeometryError(f"Costs are measured on a square of tokens; {tokens} is none. Try {max(1, side) ** 2}.")
     if heads < 1 or width < heads or width % heads:
         raise OperatorError(f"{heads} heads do not divide a width of {width}. Try --width {64 * max(1, heads)}.")
-    owners, refusals = _importable()
+    owners, refusals = _import_operators()
     configs = [owner.Config() for owner in owners if not issubclass(owner, BlockOperator)]
     costs = operator_costs(configs, grid=Grid(height=side, width=side), width=width, heads=heads)
     rows = [_cost_row(cost) for cost in costs]
-    # no example is made of a block: its cost is that of the parts it holds
-    rows += [(o.name, ", ".join(o.kinds), "", "", "", "") for o in owners if issubclass(o, BlockOperator)]
+    # not measured: a block costs as much as the parts it holds
+    rows += [
+        (owner.name, ", ".join(owner.kinds), "", "", "", "") for owner in owners if issubclass(owner, BlockOperator)
+    ]
     heading = ("operator", "replaces", "time", "of", "parameters", "MFLOPs")
     say(Table(rows, heading=heading, numbers=(2, 4, 5), is_ruled=True).to_text())
     threads = torch.get_num_threads()
@@ -226,7 +229,7 @@ def _cost_row(cost: OperatorCost) -> tuple[str, ...]:
     return (owner.name, ", ".join(owner.kinds), time, cost.baseline, f"{cost.parameters:,}", flops)
 
 
-def _importable() -> tuple[list[type[Operator]], list[str]]:
+def _import_operators() -> tuple[list[type[Operator]], list[str]]:
     """Return the operators that can be imported, and the errors of those of other packages that cannot."""
     owners = []
     refusals = []

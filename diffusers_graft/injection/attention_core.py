@@ -74,7 +74,7 @@ def mix(
 
 @functools.cache
 def _warn_ignored_backend(name: str) -> None:
-    """Say once for each operator that the model's attention backend does not reach it."""
+    """Warn once for each operator that the model's attention backend does not reach it."""
     logger.warning(
         "%s computes its softmax without the attention backend set on the model: choose its own `backend` setting.",
         name,

@@ -240,8 +240,8 @@ def _with_more(
     if operator.before_rotary:
         if unrotated is None:
             raise OperatorError(
-                f"{operator.name} needs queries and keys before rotary embeddings, and those of {site.path} cannot be "
-                "told from its source. Choose another mixer there."
+                f"{operator.name} needs queries and keys before rotary embeddings, and those of {site.path} "
+                "cannot be read from its source. Choose another mixer there."
             )
         context = replace(context, unrotated=unrotated)
     return context

@@ -31,7 +31,7 @@ Stream = torch.Tensor | None
 
 @dataclass(frozen=True)
 class _BlockCall:
-    """How blocks of one class are called and answer, read once: compiled code could not look it up."""
+    """The call of blocks of one class, its arguments and streams, read once: compiled code could not read it."""
 
     run: Callable[..., Any]
     name: str
@@ -42,7 +42,7 @@ class _BlockCall:
     @classmethod
     def of(cls, block: type) -> _BlockCall:
         streams = streams_of(block)
-        assert streams is not None  # blocks without streams that can be told are no sites
+        assert streams is not None  # blocks whose streams are unknown are no sites
         return cls(block.forward, block.__name__, parameters_of(block), streams.names, streams.several)
 
     def read_streams(self, args: tuple, kwargs: dict[str, Any]) -> list[Stream]:

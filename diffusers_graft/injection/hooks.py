@@ -1,4 +1,4 @@
-"""Hooks of diffusers and accelerate: told apart in refusals, and brought in step with parts that change places."""
+"""Hooks of diffusers and accelerate: which of them are refused, and how the others follow parts that are exchanged."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _fresh_folder(folder: Path) -> str:
 
 
 def skip_layerwise_casting(model: ModelMixin, *, of_grafts: bool) -> None:
-    """Say whether layerwise casting, enabled later, leaves the operators of grafts as they are."""
+    """Set whether layerwise casting, enabled later, leaves the operators of grafts as they are."""
     vars(model).pop(_SKIPPED, None)
     if of_grafts:
         patterns = type(model)._skip_layerwise_casting_patterns or ()

@@ -80,7 +80,7 @@ def disable(model: ModelMixin) -> None:
         return
     if graft.is_standalone:
         raise StateError(
-            "This model was loaded whole: the parts its graft replaced are not in the file. Load the base model."
+            "This model was loaded in full: the parts its graft replaced are not in the file. Load the base model."
         )
     # LoRA that was trained with the graft leaves with it.
     adapted = {}

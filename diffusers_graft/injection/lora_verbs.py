@@ -1,8 +1,8 @@
-"""LoRA verbs of diffusers, made to reach parts that wait off the module tree.
+"""LoRA methods of diffusers, extended to the parts that a graft has exchanged and that wait outside the module tree.
 
 Loading, weighting, disabling, fusing or unloading LoRA walks the modules of a model. A part that waits would miss it
-and come back with LoRA as it was before. So a verb runs twice on a grafted model: on its tree, and on a view that
-holds nothing but the parts that wait, at their own paths.
+and return with its old LoRA. So on a grafted model a method runs twice: on the model, and on a view of it that holds
+only the parts that wait, at their paths.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _CHANGING = (
     "unfuse_lora",
     "unload_lora",
 )
-# Verbs that add layers, which peft refuses, in these words, where it finds none to add to.
+# Verbs that add layers; peft raises a ValueError where no layer of the model is a target of theirs.
 _ADDING = ("load_lora_adapter", "add_adapter")
-_NO_TARGET = "arget modules"
+_NO_TARGET = "arget modules"  # of its messages, which begin with "Target modules" or "No target modules"
 
 
 def attach_lora_verbs() -> None:
@@ -63,7 +63,7 @@ def _reach_waiting(verb: Callable[..., Any]) -> Callable[..., Any]:
         except ValueError as error:
             if not adds or _NO_TARGET not in str(error):
                 raise
-            # Every layer that this LoRA is for may wait.
+            # Perhaps all layers that this LoRA is for are among those that wait.
             missed = error
         reached = _reach_view(verb, self, view, tuple(f"{path}." for path in waiting), args, kwargs)
         if missed is not None and not reached:
@@ -90,7 +90,7 @@ def _reach_view(
     # Hooks hold tensors of the tree, and verbs would register them anew for the view.
     kwargs.pop("_pipeline", None)
     try:
-        # Without a trace in torch's generator: what the tree draws next must not depend on parts that wait.
+        # The generator is put back, since what the model draws next must not depend on parts that wait.
         with without_group_offloading(model), torch.random.fork_rng(devices=[]):
             verb(view, *args, **kwargs)
     except ValueError as error:

@@ -35,15 +35,15 @@ def find_sites(model: ModelMixin, *, blocks: bool = False) -> Sites:
         ModelError: not a diffusers model.
     """
     require_model(model)
-    steps = list(walk(model))
+    entries = list(walk(model))
     # Found first: a feed-forward is known by the attention beside it, which may come later.
     attending: set[int] = set()
-    for step in steps:
-        attending.update(id(module) for module in (step.module, step.parent) if _attends(module))
+    for entry in entries:
+        attending.update(id(module) for module in (entry.module, entry.parent) if _attends(module))
     counts: Counter[str] = Counter()
     sites: list[Site] = []
     inside = None
-    for path, module, parent in steps:
+    for path, module, parent in entries:
         # Attentions and feed-forwards hold no further sites.
         if inside is not None and path.startswith(inside):
             continue

@@ -11,45 +11,46 @@ from torch import nn
 from .source import order_of_use
 
 
-class Step(NamedTuple):
-    """A module on the way: its path, itself, and the module that holds it."""
+class Entry(NamedTuple):
+    """A module of a model, with its path and the module that holds it."""
 
     path: str
     module: nn.Module
     parent: nn.Module | None
 
 
-def walk(model: nn.Module) -> Iterator[Step]:
-    """Go through all modules of a model, itself first; what a graft added is left out."""
-    yield from _walk(Step("", model, None), set())
+def walk(model: nn.Module) -> Iterator[Entry]:
+    """Yield the modules of a model, the model first; those inside a graft's seats are left out."""
+    yield from _walk(Entry("", model, None), set())
 
 
-def _walk(step: Step, seen: set[int]) -> Iterator[Step]:
-    if id(step.module) in seen:
+def _walk(entry: Entry, seen: set[int]) -> Iterator[Entry]:
+    if id(entry.module) in seen:
         return
-    seen.add(id(step.module))
-    yield step
-    if hasattr(step.module, "graft_site"):
+    seen.add(id(entry.module))
+    yield entry
+    if hasattr(entry.module, "graft_site"):
         return
-    for group in _groups(step.module):
-        lists = [list(_entries(name, child, step.module, is_alone=len(group) == 1)) for name, child in group]
+    for group in _groups(entry.module):
+        is_alone = len(group) == 1
+        lists = [list(_entries(name, child, entry.module, is_alone=is_alone)) for name, child in group]
         # Lists that one loop walks together give their first entries, then their second ones.
         for row in zip_longest(*lists):
-            for entry in filter(None, row):
-                path = f"{step.path}.{entry.path}" if step.path else entry.path
-                yield from _walk(entry._replace(path=path), seen)
+            for child in filter(None, row):
+                path = f"{entry.path}.{child.path}" if entry.path else child.path
+                yield from _walk(child._replace(path=path), seen)
 
 
-def _entries(name: str, child: nn.Module, parent: nn.Module, *, is_alone: bool) -> Iterator[Step]:
+def _entries(name: str, child: nn.Module, parent: nn.Module, *, is_alone: bool) -> Iterator[Entry]:
     if is_alone or not isinstance(child, nn.ModuleList):
-        yield Step(name, child, parent)
+        yield Entry(name, child, parent)
         return
     for index, item in child.named_children():
-        yield Step(f"{name}.{index}", item, child)
+        yield Entry(f"{name}.{index}", item, child)
 
 
 def _groups(module: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
-    """Go through the children in order of use, in groups that are walked together.
+    """Yield the children in order of use, in groups of lists that one loop of the forward walks together.
 
     A child that the forward never names follows the one that was defined before it.
     """

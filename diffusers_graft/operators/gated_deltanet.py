@@ -106,7 +106,7 @@ class GatedDeltanet(WithBackends, AttentionOperator):
         return self.project_out(outputs, hidden_states)
 
     def reference(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
-        """The definition: token by token."""
+        """Compute by definition: token by token."""
         parts = self.project(hidden_states)
         outputs = [token_by_token(*parts, backwards=backwards) for backwards in self.directions()]
         return self.project_out(outputs, hidden_states)
@@ -151,7 +151,7 @@ class GatedDeltanet(WithBackends, AttentionOperator):
         return projections + scans + self.uncounted_flops(tokens)
 
     def uncounted_flops(self, tokens: int) -> int:
-        """The triangular systems, which torch's counter does not see, decays between tokens, and elementwise work."""
+        """Count what torch's counter does not see: triangular systems, decays between tokens, elementwise work."""
         padded, chunk = pad_to_chunks(tokens, self.config.chunk)
         systems = padded * chunk * 2 * self.site.inner_width
         decays = 5 * padded * chunk * self.site.heads

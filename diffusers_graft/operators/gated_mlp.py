@@ -74,5 +74,5 @@ class GatedMlp(FeedForwardOperator):
         return 6 * tokens * self.site.width * self.up.out_features + self.uncounted_flops(tokens)
 
     def uncounted_flops(self, tokens: int) -> int:
-        """The gates, which torch's counter does not see."""
+        """Count the gates, which torch's counter does not see."""
         return tokens * self.up.out_features

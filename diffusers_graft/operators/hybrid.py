@@ -24,7 +24,7 @@ class Hybrid(Mixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Mixer.Config):
-        """Which heads go where.
+        """The two mixers, and how the heads are split between them.
 
         Attributes:
             first, second: operators as a rule takes them: a name, a Config, or a dict.
@@ -56,7 +56,7 @@ class Hybrid(Mixer):
             return replace(self, first=self.first.resolved(site), second=self.second.resolved(site))
 
         def heads(self, site: AttentionSite) -> tuple[int, ...]:
-            """The heads of the first mixer. Raises `OperatorError` where the split leaves a mixer without heads."""
+            """Return the heads of the first mixer. Raises `OperatorError` where the split leaves a mixer none."""
             if site.heads < 2:
                 raise OperatorError(
                     f"hybrid: {site.path} has one head, and two mixers need two. Choose one of them there."
@@ -104,11 +104,11 @@ class Hybrid(Mixer):
         return self._join(lambda part: part, query, key, value, context)
 
     def reference(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
-        """Each mixer by its definition."""
+        """Compute each mixer by its definition."""
         return self._join(lambda part: getattr(part, "reference", part), query, key, value, context)
 
     def countable(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
-        """Each mixer as torch's counter sees it best."""
+        """Compute each mixer in the way that torch's counter sees best."""
         return self._join(lambda part: getattr(part, "countable", part), query, key, value, context)
 
     def mix_parts(
@@ -171,7 +171,7 @@ def _select_heads(tensor: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
 
 
 def _context_of(context: Context, heads: tuple[int, ...]) -> Context:
-    """The context for some heads, since a mask may differ from head to head."""
+    """Return the context for some heads, since a mask may differ from head to head."""
     mask = context.mask
     if mask is None or mask.dim() < 3 or mask.shape[-3] == 1:
         return context

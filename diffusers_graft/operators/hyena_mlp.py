@@ -23,7 +23,7 @@ Affine = tuple[torch.Tensor, torch.Tensor]
 
 
 class HyenaMlp(FeedForwardOperator):
-    """Tokens stay by themselves: the convolution runs over the 3 r D features of one token, q before k before v.
+    """Products of convolved features, token by token: the convolution runs over q, k and v, the 3 r D features of one.
 
     The paper's code has one filter for each of 256 token positions, which fixes the length of a sequence. Here the
     positions share the sequence out evenly: where tokens are more, neighbours in raster order share a filter; where
@@ -87,9 +87,9 @@ class HyenaMlp(FeedForwardOperator):
         self.down.bias.copy_(bias)
 
     def _start_as_parabolas(self, original: LinearPair, chosen: torch.Tensor) -> torch.Tensor:
-        """Write q = 1, k = slope + curve * z and v = z, with z = direction * token; returns what is left, [hidden]."""
+        """Write q = 1, k = slope + curve * v and v = direction * token; returns the constants left over, [hidden]."""
         direction, (constant, slope, curve) = polynomials(original, degree=2)
-        constant += curve  # the mean of a parabola, which is all that stays of a neuron that goes
+        constant += curve  # the mean of a parabola: all that is left of a neuron that is not chosen
         constant[chosen] -= curve[chosen]
         direction = direction[chosen]
         slope = slope[chosen]
@@ -101,7 +101,7 @@ class HyenaMlp(FeedForwardOperator):
         return constant
 
     def _start_as_gates(self, original: LinearPair, chosen: torch.Tensor) -> torch.Tensor:
-        """Write q = up(x), k = the gate's nearest line and v = 1; returns what is left, [hidden]."""
+        """Write q = up(x), k = the gate's nearest line and v = 1; returns the constants left over, [hidden]."""
         direction, (constant, slope) = polynomials(original, degree=1)
         up = original.up.double()[chosen]
         up_bias = up.new_zeros(len(chosen))
@@ -110,12 +110,12 @@ class HyenaMlp(FeedForwardOperator):
         key = (slope[chosen, None] * direction[chosen], constant[chosen])
         value = (torch.zeros_like(up), torch.ones_like(up_bias))
         self._write_products((up, up_bias), key, value)
-        _, left = linearize(original)
-        left[chosen] = 0.0
-        return left
+        _, constant = linearize(original)
+        constant[chosen] = 0.0
+        return constant
 
     def _write_products(self, query: Affine, key: Affine, value: Affine) -> None:
-        """Give the first neurons these linear maps."""
+        """Write linear maps into the first neurons; the others keep their random ones, which `down` ignores."""
         parts = (query, key, value)
         for (weight, bias), rows, biases in zip(parts, self.up.weight.chunk(3), self.up.bias.chunk(3), strict=True):
             rows[: len(weight)] = weight
@@ -128,7 +128,7 @@ class HyenaMlp(FeedForwardOperator):
         return self.down(query * key * value)
 
     def reference(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
-        """The definition: the convolution tap by tap."""
+        """Compute by definition: the convolution tap by tap."""
         weight, bias = self._filters(hidden_states.shape[1])
         padded = F.pad(self.up(hidden_states), (self.config.kernel_size - 1, 0))
         taps = padded.unfold(-1, self.config.kernel_size, 1)
@@ -141,8 +141,8 @@ class HyenaMlp(FeedForwardOperator):
         return self.convolution.bias
 
     def _filters(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The filter [N, K] and bias [N] of every token."""
-        # Averages over the positions that fall to a token, or one of them for several tokens.
+        """Return the filter [N, K] and bias [N] of every token."""
+        # A token averages the filters of its positions; where tokens are more, several share one.
         filters = torch.cat([self.convolution.weight[:, 0], self._filter_bias[:, None]], dim=1)
         shared = F.adaptive_avg_pool1d(filters.T, tokens).T
         return shared[:, :-1], shared[:, -1]
@@ -153,5 +153,5 @@ class HyenaMlp(FeedForwardOperator):
         return 8 * tokens * self.site.width * self.hidden + convolution + self.uncounted_flops(tokens)
 
     def uncounted_flops(self, tokens: int) -> int:
-        """The gates, which torch's counter does not see."""
+        """Count the gates, which torch's counter does not see."""
         return 2 * tokens * self.hidden

@@ -96,7 +96,7 @@ class LinearAttention(WithBackends, Mixer):
     def _write(
         self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """v^T phi(k), [B, H, E, features], and the sum of phi(k), [B, H, features, 1]."""
+        """Return v^T phi(k), [B, H, E, features], and the sum of phi(k), [B, H, features, 1]."""
         state: Any = 0
         weight: Any = 0
         keys = _split_tokens(key)
@@ -123,12 +123,12 @@ class LinearAttention(WithBackends, Mixer):
     def _find(
         self, query: torch.Tensor, state: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """phi(q) phi(k)^T v, and what normalises it, [B, H, N, 1]."""
+        """Return phi(q) phi(k)^T v, and its normaliser, [B, H, N, 1]."""
         features = self._features(query, 0).to(state.dtype)
         return features @ state.transpose(-1, -2), (features @ weight).clamp(min=LEAST).reciprocal()
 
     def reference(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
-        """The definition: all N x M weights, normalised row by row; the convolution tap by tap."""
+        """Compute by definition: all N x M weights, normalised row by row; the convolution tap by tap."""
         weights = self._features(query, 0) @ self._features(key, 1).transpose(-1, -2)
         visible = None
         if context.mask is not None:
@@ -140,7 +140,7 @@ class LinearAttention(WithBackends, Mixer):
         return mixed + heads_first(self.value_convolution.by_taps(self._value_image(value, visible, context)), value)
 
     def _value_image(self, value: torch.Tensor, visible: torch.Tensor | None, context: Context) -> torch.Tensor:
-        """[B, H, N, E] -> [B * frames, height, width, D], hidden tokens as zeros."""
+        """Lay [B, H, N, E] out as [B * frames, height, width, D], hidden tokens as zeros."""
         grid = context.require_grid(self.name, value.shape[2])
         if visible is not None:
             # A bias weighs keys in their sum alone; what it hides is gone.
@@ -193,7 +193,7 @@ class EluPlusOne(torch.autograd.Function):
 
 
 def _split_tokens(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Pieces along the last axis but one, where they pay; else the tensor alone."""
+    """Split along the last axis but one where that is faster; else return the tensor alone."""
     if runs_in_pieces(tensor):
         return tensor.split(TOGETHER, dim=-2)
     return (tensor,)

@@ -21,7 +21,7 @@ from .ops.feed_forward import ActivatedConfig, require_ungated
 
 
 class LowRankMlp(FeedForwardOperator):
-    """As many hidden neurons as the original; up to a rank of 0.8 of the width cheaper than an expansion of 4."""
+    """Two low-rank layers of the original's hidden size; cheaper than an expansion of 4 up to a rank of 0.8 D."""
 
     paper = "Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation, arXiv 1404.0736"
     start = "each linear layer is the best approximation of the original's of its rank; biases and activation stay"
@@ -83,7 +83,7 @@ class LowRankMlp(FeedForwardOperator):
 
 @torch.no_grad()
 def _factorise(weight: torch.Tensor, bias: torch.Tensor | None, first: nn.Linear, second: nn.Linear) -> None:
-    """The truncated singular value decomposition of a layer (Eckart and Young), its singular values shared evenly."""
+    """Return a layer's truncated singular value decomposition (Eckart and Young), singular values shared evenly."""
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     rank = first.out_features
     # Shared evenly, so that gradients of both factors are of one size.

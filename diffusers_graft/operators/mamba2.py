@@ -133,7 +133,7 @@ class Mamba2(WithBackends, AttentionOperator):
         return self.run(hidden_states, context, self.scan_chunks)
 
     def reference(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
-        """The definition: token by token."""
+        """Compute by definition: token by token."""
         return self.run(hidden_states, context, self.scan_tokens)
 
     def run(self, hidden_states: torch.Tensor, context: Context, scan: Scan) -> torch.Tensor:
@@ -147,7 +147,7 @@ class Mamba2(WithBackends, AttentionOperator):
         return self.out_proj(mixed[:, order.argsort()])
 
     def _run_block(self, hidden_states: torch.Tensor, scan: Scan) -> torch.Tensor:
-        """The Mamba-2 block up to its output projection, on tokens in the order of the scan."""
+        """Run the Mamba-2 block up to its output projection, on tokens in the order of the scan."""
         # A state in half precision forgets what is small beside it.
         precise = torch.promote_types(hidden_states.dtype, torch.float32)
         state = self.config.state
@@ -220,7 +220,7 @@ class Mamba2(WithBackends, AttentionOperator):
         return projections + convolution + within + across + self.uncounted_flops(tokens)
 
     def uncounted_flops(self, tokens: int) -> int:
-        """Elementwise work: decays between the tokens of a chunk and of states, gates, and the norm."""
+        """Count elementwise work: decays between the tokens of a chunk and of states, gates, and the norm."""
         padded, chunk = pad_to_chunks(tokens, self.config.chunk)
         ways = 1 + self.config.bidirectional
         decays = padded * self.heads * chunk * (2 + ways)

@@ -85,7 +85,7 @@ class MixFfn(FeedForwardOperator):
         return self._mix(hidden_states, context, ShortConvolution.__call__)
 
     def reference(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
-        """The definition: the convolution tap by tap."""
+        """Compute by definition: the convolution tap by tap."""
         return self._mix(hidden_states, context, ShortConvolution.by_taps)
 
     def _mix(
@@ -115,12 +115,12 @@ class MixFfn(FeedForwardOperator):
         return linear + self.convolution.flops(tokens) + self.uncounted_flops(tokens)
 
     def uncounted_flops(self, tokens: int) -> int:
-        """The gates, which torch's counter does not see."""
+        """Count the gates, which torch's counter does not see."""
         return tokens * self.hidden
 
 
 def _open_gate(activation: Activation) -> float:
-    """The input that an activation makes one of, by bisection: all of `ACTIVATIONS` rise through one below two."""
+    """Return the input where an activation is one, by bisection: all of `ACTIVATIONS` rise through one below two."""
     low = 0.0
     high = 2.0
     for _ in range(60):

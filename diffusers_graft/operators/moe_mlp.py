@@ -24,7 +24,7 @@ from .ops.settings import require_count
 
 
 class MoeMlp(FeedForwardOperator):
-    """Every token runs through `top_k` experts only, with weights that sum to one; experts share one output bias.
+    """A mixture of experts: `top_k` for each token, with weights that sum to one; experts share one output bias.
 
     Compiled, or without memory, all experts run on all tokens, to the same result: a graph cannot know how many tokens
     an expert gets. There is no loss that balances experts.
@@ -99,7 +99,7 @@ class MoeMlp(FeedForwardOperator):
             fold_means(self.down_bias, original, missing)
 
     def _deal(self, neurons: int) -> list[torch.Tensor]:
-        """Indices of the neurons that each expert starts with, as many as it has room for."""
+        """Return the indices of the neurons that each expert starts with, as many as it has room for."""
         room = min(self.hidden, neurons)
         return [torch.arange(first, first + room) % neurons for first in range(0, self.config.experts * room, room)]
 
@@ -117,7 +117,7 @@ class MoeMlp(FeedForwardOperator):
         return mixed.view_as(hidden_states)
 
     def reference(self, hidden_states: TokenTensor, context: Context) -> TokenTensor:
-        """The definition: every expert on every token, weighed with zero where it was not chosen."""
+        """Compute by definition: every expert on every token, weighed with zero where it was not chosen."""
         weights, chosen = self._route(hidden_states)
         zeros = torch.zeros_like(hidden_states[..., :1]).repeat_interleave(self.config.experts, dim=-1)
         shares = zeros.scatter(-1, chosen, weights)
@@ -125,7 +125,7 @@ class MoeMlp(FeedForwardOperator):
         return self.down_bias + sum(answers)
 
     def _route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights that sum to one and indices of each token's experts, [..., top_k]; scores in float32 at least."""
+        """Return each token's experts: weights that sum to one, and indices, [..., top_k]; float32 at least."""
         precise = torch.promote_types(tokens.dtype, torch.float32)
         # Rounded scores would send tokens to other experts.
         with torch.autocast(autocast_device(tokens), enabled=False):
@@ -142,12 +142,12 @@ class MoeMlp(FeedForwardOperator):
         return chosen + 2 * tokens * self.site.width * self.config.experts + self.uncounted_flops(tokens)
 
     def uncounted_flops(self, tokens: int) -> int:
-        """The weighing of experts, which torch's counter does not see."""
+        """Count the weighing of experts, which torch's counter does not see."""
         return 2 * tokens * self.site.width * self.config.top_k
 
 
 def _scale(holders: torch.Tensor, experts: int, top_k: int) -> torch.Tensor:
-    """The factor on a neuron that `holders` of the experts hold with which its expected squared error is least.
+    """Return the factor for a neuron that `holders` experts have, with the least expected squared error.
 
     Of `top_k` experts drawn at random, each of weight 1 / top_k, the number that hold it is hypergeometric.
     """

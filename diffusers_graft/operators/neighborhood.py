@@ -128,7 +128,7 @@ class Neighborhood(WithBackends, Mixer):
         return tiled_attention(query, key, value, around, axes, tile=tile, scale=context.scale, mask=context.mask)
 
     def reference(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
-        """The definition: softmax over all tokens under a mask."""
+        """Compute by definition: softmax over all tokens under a mask."""
         axes = self.axes(context.require_grid(self.name, query.shape[2]))
         return dense_attention(query, key, value, around, axes, scale=context.scale, mask=context.mask)
 
@@ -139,7 +139,7 @@ class Neighborhood(WithBackends, Mixer):
         return seen
 
     def axes(self, grid: Grid) -> tuple[tuple[int, int, int], ...]:
-        """Length, kernel and dilation of each axis, as the rule takes them.
+        """Return length, kernel and dilation of each axis, as the rule takes them.
 
         Raises `GeometryError` where the window does not fit the height or width, or is a video's and there is none.
         """
@@ -164,7 +164,7 @@ class Neighborhood(WithBackends, Mixer):
         return tuple(axes)
 
     def _frame_axis(self, frames: int) -> tuple[int, int, int]:
-        """The axis of frames, whose window shrinks to them: short videos have few, whatever their size."""
+        """Return the axis of frames, whose window shrinks to them: short videos have few, whatever their size."""
         kernel = self.config.sides[0]
         dilation = min(self.config.dilation, frames)
         fitting = min(kernel, frames // dilation)
@@ -177,13 +177,13 @@ class Neighborhood(WithBackends, Mixer):
         return 4 * tokens * self._count_keys(tokens) * self.site.inner_width
 
     def uncounted_flops(self, tokens: int) -> int:
-        """Minus the pairs that the reference computes and its mask hides."""
+        """Subtract the pairs that the reference computes and its mask hides."""
         return -4 * tokens * (tokens - self._count_keys(tokens)) * self.site.inner_width
 
     countable = reference
 
     def _count_keys(self, tokens: int) -> int:
-        """Tokens of a window."""
+        """Count the tokens of a window."""
         frames, height, width = self.config.sides
         grid = self.last_grid(tokens)
         if grid is not None and grid.frames > 1:
@@ -195,7 +195,7 @@ class Neighborhood(WithBackends, Mixer):
 
 @functools.cache
 def _say_shrunk(kernel: int, fitting: int, frames: int) -> None:
-    """Say once that a window is as long as the video."""
+    """Warn once that a window is as long as the video."""
     logger.warning(
         "neighborhood: a kernel of %d frames shrinks to %d, since the video has %d.", kernel, fitting, frames
     )

@@ -22,7 +22,7 @@ from .ops.settings import require_count
 
 
 class PooledKeys(Mixer):
-    """Keys and values of stride x stride tokens become one; a video is pooled frame by frame.
+    """Softmax over pooled keys and values, one for stride x stride tokens; a video is pooled frame by frame.
 
     Where the grid does not divide, its last row and column are repeated. A prompt's keys are not pooled: queries see
     them beside the pooled ones, in one softmax.
@@ -77,7 +77,7 @@ class PooledKeys(Mixer):
         return context.attend(query, pooled_key, pooled_value, mask=mask, scale=context.scale)
 
     def _pool(self, name: str, part: torch.Tensor, context: Context) -> torch.Tensor:
-        """[B, H, N, E] -> [B, H, M, E]."""
+        """Pool [B, H, N, E] to [B, H, M, E]."""
         grid = context.require_grid(self.name, part.shape[2])
         stride = self.config.stride
         if stride > max(grid.height, grid.width):
@@ -105,7 +105,7 @@ class PooledKeys(Mixer):
 
 
 def _mask_others(mask: torch.Tensor | None, tokens: int, pooled: int) -> torch.Tensor | None:
-    """The mask of a prompt's keys, with the pooled ones visible before them; the image's own are never hidden."""
+    """Return the mask of a prompt's keys behind that of the image's pooled keys, which are never hidden."""
     if mask is None:
         return None
     visible = True if mask.dtype == torch.bool else 0.0

@@ -152,7 +152,7 @@ def require_available(names: set[str], packages: Any = None) -> None:
     """Raise `UnknownNameError` for the first operator that is not there, naming the package that brings it.
 
     Args:
-        packages: `package_of` by operator's name, as a saved plan tells it; it may come from a stranger.
+        packages: `package_of` by operator's name, as a saved plan has it; it may come from a stranger.
     """
     known = available()
     if not isinstance(packages, Mapping):

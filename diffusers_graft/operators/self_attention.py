@@ -71,7 +71,7 @@ class SelfAttention(Mixer):
 
 
 def regroup_heads(part: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, H, N, E] with the same width in other heads; untouched where they are those."""
+    """Split [B, H, N, E] into another number of heads; unchanged where the number is the same."""
     if part.shape[1] == heads:
         return part
     tokens_first = part.transpose(1, 2).flatten(2)

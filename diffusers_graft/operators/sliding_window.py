@@ -56,7 +56,7 @@ def _flex(operator: SlidingWindow, query, key, value, context: Context) -> torch
 
 
 class SlidingWindow(WithBackends, Mixer):
-    """Needs no grid, so it also serves sequences; on images it never reaches the token above or below."""
+    """Softmax in a band of the raster order, without a grid, so also for sequences; never the token above or below."""
 
     backends = (
         Backend("flash", _flash, "flash_attn"),
@@ -104,11 +104,11 @@ class SlidingWindow(WithBackends, Mixer):
         return tiled_attention(query, key, value, band, self.axes(query), **settings)
 
     def reference(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
-        """The definition: softmax over all tokens under a band mask."""
+        """Compute by definition: softmax over all tokens under a band mask."""
         return dense_attention(query, key, value, band, self.axes(query), scale=context.scale, mask=context.mask)
 
     def axes(self, query: torch.Tensor) -> tuple[tuple[int, int, int], ...]:
-        """The sequence as the rule takes it. Raises `GeometryError` where the window does not fit."""
+        """Return the sequence as one axis. Raises `GeometryError` where the window does not fit."""
         tokens = query.shape[2]
         width = sum(self.config.window) + 1
         if width > tokens:
@@ -125,7 +125,7 @@ class SlidingWindow(WithBackends, Mixer):
         return 4 * self._count_pairs(tokens) * self.site.inner_width
 
     def uncounted_flops(self, tokens: int) -> int:
-        """Minus the pairs that the reference computes and its mask hides."""
+        """Subtract the pairs that the reference computes and its mask hides."""
         return -4 * (tokens**2 - self._count_pairs(tokens)) * self.site.inner_width
 
     countable = reference

@@ -78,7 +78,7 @@ class Ttt(WithBackends, Mixer):
         return inner_model(query, first, second).to(value.dtype)
 
     def reference(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
-        """The definition: autograd's gradient of the inner loss; the convolutions tap by tap."""
+        """Compute by definition: autograd's gradient of the inner loss; the convolutions tap by tap."""
         query, key = self._featurise(query, key, context, ShortConvolution.by_taps)
         # One set of weights a row: a sum over the batch then holds the rows' gradients separate.
         weights = [weight.to(query.dtype).expand(len(query), -1, -1, -1) for weight in (self.first, self.second)]
@@ -98,7 +98,7 @@ class Ttt(WithBackends, Mixer):
         context: Context,
         convolve: Convolve,
     ) -> list[torch.Tensor]:
-        """Queries and keys in float32 at least, the keys of mean zero and variance below one in each channel."""
+        """Return queries and keys in float32 at least; keys have mean zero and variance below one in each channel."""
         precise = torch.promote_types(query.dtype, torch.float32)
         variance, mean = torch.var_mean(key.to(precise), dim=-2, correction=0, keepdim=True)
         parts = [query.to(precise), (key.to(precise) - mean) * (variance + 1).rsqrt()]
@@ -118,7 +118,7 @@ class Ttt(WithBackends, Mixer):
         return products + convolutions + self.uncounted_flops(tokens)
 
     def uncounted_flops(self, tokens: int) -> int:
-        """Elementwise work: the norm of keys, residuals, and in each step SiLU, its slope and the error."""
+        """Count elementwise work: the norm of keys, residuals, and in each step SiLU, its slope and the error."""
         return (8 + 2 * len(self.convolutions) + 12 * self.config.steps) * tokens * self.site.inner_width
 
 

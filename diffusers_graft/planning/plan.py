@@ -1,4 +1,4 @@
-"""Rules become a plan: a list of edits, site by site, that no longer depends on any pattern.
+"""Plans: rules resolved to a list of edits, site by site, without any pattern.
 
 Matching happens once, here. What is saved, shared and replayed is the resolved list, so a model that grows a layer
 cannot silently change what an old plan means.
@@ -90,7 +90,7 @@ class GraftPlan(Tabular):
                     f"This plan has format {data['format']}; this version of diffusers-graft reads up to {FORMAT}. "
                     "Upgrade: pip install -U diffusers-graft"
                 )
-            # Bounded and known before the first edit is read, since a file may come from a stranger.
+            # Bounded and known before the first edit is read, since the file may be hostile.
             _require_edits(data["edits"])
             require_available(names_in(data["edits"]), data.get("packages"))
             edits = tuple(map(_read_edit, data["edits"]))
@@ -121,7 +121,7 @@ class GraftPlan(Tabular):
             raise MismatchError(f"This plan was made for {self.model_class}; the model is a {type(model).__name__}.")
         if sites is None:
             sites = find_sites(model, blocks=any(edit.site.kind in BLOCK_KINDS for edit in self.edits))
-        # By kind too: a block and a run that begins with it have one path.
+        # By kind too, since a block and a run that begins with it have the same path.
         by_place = {(site.kind, site.path): site for site in sites}
         for edit in self.edits:
             found = by_place.get((edit.site.kind, edit.site.path))
@@ -194,7 +194,7 @@ def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:
 
 
 def _in_forward_order(chosen: Iterable[Site], sites: Sites) -> list[Site]:
-    """Return sites as the model has them, and runs of blocks, which it does not list, behind them."""
+    """Return sites as the model has them, and runs of blocks, which it does not list, after them."""
     chosen = set(chosen)
     # Runs are made by a rule, so the model's own list does not have them.
     places = {site.path: place for place, site in enumerate(sites.where(kind="block"))}
@@ -203,7 +203,7 @@ def _in_forward_order(chosen: Iterable[Site], sites: Sites) -> list[Site]:
 
 
 def _select_sites(model: ModelMixin, sites: Sites, key: str, config: OperatorConfig) -> Sites:
-    """Return the sites of a rule; for `block_run`, its blocks in groups."""
+    """Return the sites of a rule; for `block_run`, runs of its blocks."""
     if not (isinstance(key, str) and key.strip().startswith("block")):
         return select(sites, key)
     try:
@@ -219,7 +219,7 @@ def _select_sites(model: ModelMixin, sites: Sites, key: str, config: OperatorCon
 def _group_blocks(model: ModelMixin, blocks: Sites, key: str, config: OperatorConfig) -> Sites:
     """Return runs of as many neighbouring blocks as the operator takes, of all of them where it does not say."""
     size = getattr(config, "group", None) or len(blocks)
-    # Joined, they span neighbours of one list; what was chosen may have gaps or come from several lists.
+    # A joined run spans neighbours of one list, but the chosen blocks may have gaps or come from several lists.
     if join_blocks(blocks).paths != tuple(block.path for block in blocks):
         raise RuleError(f"{key!r} is no run: its blocks are in one list and follow each other, as in block_run[2:6].")
     if len(blocks) % size:
@@ -267,7 +267,7 @@ def _resolve(model: ModelMixin, config: OperatorConfig, site: Site, sites: Sites
     """Return the config as it is for a site. Raises `OperatorError` where it does not fit there."""
     kinds = config.owner.kinds
     seen = site_for(config, site)
-    # Asked first: the settings of a config may need sizes that sites of another kind do not have.
+    # First, since settings may need sizes that sites of another kind do not have.
     if seen.kind not in kinds:
         raise OperatorError(f"{config.owner.name} replaces {' or '.join(kinds)}; {site.path} is {site.address}.")
     config = config.resolved(seen)

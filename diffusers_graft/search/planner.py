@@ -34,7 +34,7 @@ MEASURES = ("latency", "flops", "parameters")
 
 @dataclass(frozen=True)
 class Choice:
-    """One operator at one site, which may be a block.
+    """An operator at a site, which may be a block, with its harm and savings.
 
     Attributes:
         edit: the site and the operator.
@@ -49,7 +49,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Survey(Tabular):
-    """The harm and the savings of every choice: measured once (`dg.survey`), solved for any budget in no time.
+    """The harm and the savings of every choice: measured once (`dg.survey`), then solved for any budget.
 
     Attributes:
         model_class: name of the diffusers class.
@@ -83,7 +83,7 @@ class Survey(Tabular):
         for options in places:
             most += max(0, *(option.saved for option in options))
         if most < needed:
-            # rounded up, so that it can be asked for
+            # rounded up, so that this share itself can be met
             least = math.ceil(10**4 * (1 - most / UNITS)) / 10**4
             raise GraftError(f"No plan leaves {share:g} of the {measure}: with these choices {least} is the least.")
         choices, is_exact = best_plan(places, needed)
@@ -138,7 +138,7 @@ class Survey(Tabular):
                 "dg.survey as before, with its output_dir and resume=True."
             )
         graft = build_graft(model, plan)
-        # for its refusal of edits that were not surveyed
+        # raises for edits that were not surveyed
         self.predicted(plan)
         for judged in self.grafts:
             sites = [edit.site for edit in plan.edits if edit in judged.plan.edits]
@@ -185,7 +185,7 @@ class Survey(Tabular):
             option = Option(round(UNITS * choice.saved[measure]), choice.harm, (choice,))
             places.setdefault(choice.edit.site, []).append(option)
         for block in [site for site in places if site.kind == "block"]:
-            # a block is replaced itself, or some of its parts are: designs of the parts are options of the block, too
+            # a block is replaced as one, or some of its parts are: plans for the parts are options of the block, too
             parts = [site for site in places if site.path.startswith(f"{block.path}.")]
             within = front_of([places.pop(site) for site in parts])
             places[block] += within.options()
@@ -196,6 +196,7 @@ class Survey(Tabular):
         heading = ("site", "operator", "harm", *MEASURES)
         rows = []
         for choice in self.choices:
+            # subtracted, since the negative of zero would be shown as -0.00%
             changes = [f"{0 - choice.saved[measure]:+.2%}" for measure in MEASURES]
             rows.append((choice.edit.site.address, str(choice.edit.config), f"{choice.harm:.2e}", *changes))
         return Table(rows, heading=heading, numbers=range(2, len(heading)))

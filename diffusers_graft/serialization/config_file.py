@@ -125,10 +125,7 @@ def read_plan(data: dict[str, Any], model: ModelMixin) -> GraftPlan:
     modules = sum(1 for _ in model.modules())
     if isinstance(edits, list) and len(edits) > modules:
         raise FileError(f"This plan has {len(edits):,} edits, for a {type(model).__name__} of {modules:,} modules.")
-    plan = GraftPlan.from_dict(data)
-    if len({edit.site.path for edit in plan.edits}) < len(plan.edits):
-        raise FileError("This is not a graft plan: it edits one site twice.")
-    return plan
+    return GraftPlan.from_dict(data)
 
 
 def stale_files(folder: Path, replaced: Iterable[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Limits on what a file may ask for, checked before anything is built or run.
 
-The budget of loading: memory for ten bytes a byte of the files, and 64 MiB besides. A model or an operator that a
+The budget of loading: ten bytes of memory for each byte of the files, and 64 MiB more. A model or an operator that a
 description asks for is first built on the meta device, where tensors take no memory, and building stops as soon as it
 would exceed that budget, or has more parts than the tensors of the file can fill. Work is limited by what an operator
 says it costs: at most a thousand times that of a transformer block of the site's width.
@@ -20,11 +20,11 @@ from torch.nn.modules import module as modules
 from ..errors import FileError, GraftError
 from ..operators import BlockOperator, Operator
 
-_BYTES_A_BYTE = 10
-_BYTES_BESIDES = 64 * 2**20
-_PARTS_A_TENSOR = 4
-_PARTS_BESIDES = 4096
-_DEAREST = 1000
+_BYTES_PER_SAVED_BYTE = 10
+_EXTRA_BYTES = 64 * 2**20
+_PARTS_PER_TENSOR = 4
+_EXTRA_PARTS = 4096
+_MOST_BLOCKS = 1000  # of transformer blocks, whose cost an operator may have
 _TOKENS = 1024  # of the forward that is priced
 
 
@@ -39,7 +39,7 @@ class Budget:
     def of(cls, tensors: dict[str, torch.Tensor]) -> Budget:
         """Return the budget of a file with these tensors."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        return cls(_BYTES_A_BYTE * size + _BYTES_BESIDES, _PARTS_A_TENSOR * len(tensors) + _PARTS_BESIDES)
+        return cls(_BYTES_PER_SAVED_BYTE * size + _EXTRA_BYTES, _PARTS_PER_TENSOR * len(tensors) + _EXTRA_PARTS)
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def building_within(budget: Budget, what: str) -> Iterator[None]:
 
 
 def check_work(operator: Operator, what: str) -> None:
-    """Raise `FileError` for an operator that costs out of proportion to the part it replaces, such as by its steps."""
+    """Raise `FileError` for an operator that costs out of proportion to its site, such as by many steps."""
     if isinstance(operator, BlockOperator):
         return
     width = operator.site.width
@@ -93,8 +93,12 @@ def check_work(operator: Operator, what: str) -> None:
     except GraftError:
         # An operator of another package need not say what it costs, and some need a grid to say it.
         return
-    if not cost <= _DEAREST * block:
-        raise FileError(f"{what} costs {cost / block:,.0f} times a transformer block of its width. Nobody means that.")
+    # Not `>`, which a cost that is no number would pass.
+    if not cost <= _MOST_BLOCKS * block:
+        raise FileError(
+            f"{what} costs {cost / block:,.0f} times a transformer block of its width; up to {_MOST_BLOCKS:,} times "
+            "are loaded."
+        )
 
 
 def first_line(error: BaseException) -> str:

@@ -32,7 +32,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def load() -> DiTTransformer2DModel:
-    """The pretrained testbed model, in evaluation mode."""
+    """Return the pretrained testbed model, in evaluation mode."""
     return DiTTransformer2DModel.from_pretrained(WEIGHTS).eval()
 
 
@@ -44,7 +44,7 @@ NAMES = {"testbed:letters": load, "testbed:scenes": _load_scenes}
 
 
 def load_named(name: str) -> ModelMixin:
-    """The transformer of a testbed, `testbed:letters` or `testbed:scenes`, in evaluation mode.
+    """Return the transformer of a testbed, `testbed:letters` or `testbed:scenes`, in evaluation mode.
 
     Raises `UnknownNameError` for another name.
     """

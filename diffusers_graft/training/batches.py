@@ -204,7 +204,7 @@ class BatchStream:
 
     @property
     def epoch(self) -> float | None:
-        """How often the batches were read, a fraction within an epoch; None where their number is not known."""
+        """Number of times the batches were read, a fraction within an epoch; None where their number is not known."""
         return self.position / len(self.batches) if isinstance(self.batches, Sized) else None
 
     def peek(self) -> Batch:

@@ -1,4 +1,4 @@
-"""`training.jsonl`: a row of losses every few steps, for cards, plots and whoever wants to read it."""
+"""`training.jsonl`: a row of losses every few steps, for cards and plots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LARGEST_LOG = 2**32
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a folder's `training.jsonl`, none without such a file; other lines are left out."""
+    """Return the rows of a folder's `training.jsonl`, or no rows without such a file; other lines are skipped."""
     rows = map(_parse_row, _read_lines(Path(folder)))
     # Another program may have written lines between ours.
     return [row for row in rows if row is not None]

@@ -1,4 +1,4 @@
-"""From clean samples to what a denoiser is trained on: noised inputs and the target of the prediction."""
+"""Noised batches: clean samples become inputs of a denoiser and the target of its prediction."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class NoisedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Noising:
-    """How clean samples become noised ones (paper, Eq. 1 and 2: timesteps and noise are drawn anew every step).
+    """Noising of clean samples (paper, Eq. 1 and 2: timesteps and noise are drawn anew every step).
 
     Attributes:
         scheduler: diffusers' noise scheduler of the model; None where batches are complete model arguments.

@@ -392,7 +392,7 @@ def test_a_mixer_before_rotary_embeddings_is_given_queries_and_keys_without_them
 
 
 def test_a_mixer_whose_needs_a_processor_cannot_meet_is_refused_with_words():
-    with pytest.raises(OperatorError, match="before rotary embeddings, and those of .* cannot be told"):
+    with pytest.raises(OperatorError, match="before rotary embeddings, and those of .* cannot be read"):
         contexts_of(tiny_dit(), None, "self_attention[0]", run=lambda model, _: predict(model), before_rotary=True)
     with pytest.raises(OperatorError, match="needs the hidden states of all tokens it mixes"):
         contexts_of(tiny(FLUX), FLUX, "joint_attention[0]", needs_hidden_states=True)

@@ -80,7 +80,7 @@ def test_a_plugin_that_cannot_be_imported_is_named(install, source, words):
     install("broken", source)
     with pytest.raises(OperatorError, match=f"'broken' of the package broken-plugin .*{words}.*uninstall"):
         dg.operators.get("broken")
-    owners, refusals = operator_costs._importable()
+    owners, refusals = operator_costs._import_operators()
     assert len(owners) == len(dg.operators.available()) - 1
     assert "broken-plugin" in refusals[0]
 

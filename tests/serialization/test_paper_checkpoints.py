@@ -105,7 +105,7 @@ def test_without_the_edit_of_the_frequencies_the_output_is_another(tmp_path):
 
 def test_it_stands_on_its_own(tmp_path):
     model = import_upstream(released_file(tmp_path / "model.pt", reference("hyena_x")), **SIZES)
-    with pytest.raises(StateError, match="loaded whole"):
+    with pytest.raises(StateError, match="loaded in full"):
         model.unset_graft()
     model.save_pretrained(tmp_path / "ours")
     with safe_open(tmp_path / "ours" / "diffusion_pytorch_model.safetensors", "pt") as file:

@@ -23,7 +23,7 @@ def test_whole_models(tmp_path):
     for again in (dg.load_pretrained(tmp_path), DiTTransformer2DModel.from_pretrained(tmp_path)):
         assert type(again) is DiTTransformer2DModel
         assert torch.equal(predict(again), expected)
-        with pytest.raises(StateError, match="loaded whole"):
+        with pytest.raises(StateError, match="loaded in full"):
             again.unset_graft()
     told = json.loads((tmp_path / "graft_config.json").read_text())  # for those who look
     assert told == json.loads((tmp_path / "config.json").read_text())["_graft"][""]

@@ -74,7 +74,7 @@ def answers_at_nouns(scenes: list[Scene]) -> torch.Tensor:
 
 
 def totals_of(scenes: list[Scene]) -> torch.Tensor:
-    """What the scene's end answers: objects of each kind, and of each named colour, [B, 16]."""
+    """Return the targets of the text's last state: objects of each kind, and of each named colour, [B, 16]."""
     totals = torch.zeros(len(scenes), len(KINDS) + len(COLOURS))
     for row, scene in zip(totals, scenes, strict=True):
         for group in scene.groups:

@@ -111,7 +111,7 @@ class Subject:
 
 
 def _other_sites(site: Site) -> list[Site]:
-    """Sites of the same kind whose sizes are other ones, and have nothing in common that an operator could lean on."""
+    """Return sites of the same kind whose sizes differ and have no factor that an operator could rely on."""
     if isinstance(site, AttentionSite):
         # The second is wider inside than outside, as some models are.
         sizes = [{"width": 20, "heads": 5, "head_width": 4}, {"width": 10, "heads": 4, "head_width": 6}]
@@ -183,7 +183,7 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 
 
 def fail(check: str, seen: str) -> NoReturn:
-    """Say which check failed, and on what."""
+    """Raise the error of a check that failed."""
     raise ConformanceError(f"{check}: {seen}")
 
 

@@ -111,7 +111,7 @@ def check_one_instance_on_grids(subject: Subject) -> None:
 
 
 def _halved(grid: Grid) -> Grid:
-    """As many tokens on half the rows, where that is possible."""
+    """Return a grid of as many tokens on half the rows, where that is possible."""
     if grid.height % 2:
         return grid
     return dataclasses.replace(grid, height=grid.height // 2, width=2 * grid.width)

@@ -75,7 +75,7 @@ def check_mask_bias(subject: Subject) -> bool | None:
 
 
 def _odds_of_key(operator: Operator, inputs: list[torch.Tensor], context: Context, *, key: int) -> torch.Tensor:
-    """The weight of a key over that of all others, for every query, [B, H, N, E]: of operators that average values.
+    """Return a key's weight over that of all others, for every query, [B, H, N, E]: of operators that average values.
 
     They are linear in the values, and give the same for equal values at every token; of others there are no odds.
     """
@@ -157,7 +157,7 @@ def check_scale(subject: Subject) -> bool | None:
 
 
 def _odds_of_neighbours(operator: Operator, inputs: list[torch.Tensor], context: Context) -> torch.Tensor:
-    """How much more the first token reads of itself than of the next, in the first channel of each head: [B, H]."""
+    """Return the weight of the first token on itself over that on the next, in each head's first channel: [B, H]."""
     query, key, value = inputs
     weights = []
     for place in (0, 1):
@@ -228,7 +228,7 @@ def _require_declared_field(subject: Subject, tokens: range | tuple[int, ...]) -
 
 
 def _tokens_seen(output: torch.Tensor, inputs: list[torch.Tensor], token: int) -> set[int]:
-    """Tokens of any input that the output at `token` has a gradient for."""
+    """Return the tokens of any input that the output at `token` has a gradient for."""
     if not output.requires_grad:
         return set()
     found = torch.autograd.grad(output[..., token, :].sum(), inputs, retain_graph=True, allow_unused=True)

@@ -30,7 +30,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Backend:
-    """One faster way, with the same results up to rounding.
+    """A faster way to compute an operator, with the same results up to rounding.
 
     Attributes:
         name: what `backend=` takes.
@@ -52,7 +52,7 @@ class Backend:
     casts_inputs: bool = True
 
     def obstacle(self, device: str, dtype: torch.dtype, grad: bool) -> str | None:
-        """Say why it cannot run there, or return None."""
+        """Return the reason why it cannot run there, or None."""
         if device not in self.runs_on:
             return f"it runs on {' and '.join(self.runs_on)}, and the tensors are on {device}"
         if self.dtypes and dtype not in self.dtypes:
@@ -197,7 +197,7 @@ COMPILED = Backend(
 
 
 def _import(backend: Backend, operator: str) -> None:
-    """The exact module it runs, since some packages import without what they need."""
+    """Import the exact module it runs, since some packages import without what they need."""
     try:
         importlib.import_module(backend.module)
     except Exception as error:  # kernels fail in many ways where there is no device or compiler for them
@@ -211,7 +211,7 @@ def _best(config: WithBackends.Config, *case: Any) -> Backend | None:
 
 @functools.cache
 def _find_best(config: WithBackends.Config, width: int, device: str, dtype: torch.dtype, grad: bool) -> Backend | None:
-    """The first backend that is there, allowed and right; said once, since the answer is cached."""
+    """Return the first backend that is there, allowed and right; logged once, since the answer is cached."""
     owner = config.owner
     for backend in owner.backends:
         if device not in backend.pays_on or backend.obstacle(device, dtype, grad):
@@ -235,7 +235,7 @@ def _find_best(config: WithBackends.Config, width: int, device: str, dtype: torc
 def _disagreement(
     backend: Backend, config: WithBackends.Config, width: int, device: str, dtype: torch.dtype, grad: bool
 ) -> float:
-    """The largest relative difference to plain torch, of outputs and, where it is to train, of gradients."""
+    """Return the largest relative difference to plain torch, of outputs and, in training, of gradients."""
     site = AttentionSite(kind="self_attention", index=0, path="example", width=2 * width, heads=2, head_width=width)
     context = Context(grid=Grid(height=48, width=48))
     shape = (1, 48 * 48, 2 * width)

@@ -77,7 +77,7 @@ class ShortConvolution(nn.Conv2d):
         return convolved[:, :, top : top + image.shape[2], left : left + image.shape[3]].permute(0, 2, 3, 1)
 
     def _centre_weight(self, reach: list[int]) -> torch.Tensor:
-        """The filter with as many taps on both sides, the new ones zero."""
+        """Pad the filter with zeros to as many taps on both sides."""
         zeros = []
         for size, before, most in zip(self.kernel_size, self.before, reach, strict=True):
             zeros = [most - before, most - (size - 1 - before), *zeros]  # `pad` takes the last axis first

@@ -198,7 +198,7 @@ def polynomials(original: LinearPair, degree: int) -> tuple[torch.Tensor, torch.
 
 
 def _bias_or_zeros(bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-    """The bias of a layer in float64, [hidden]."""
+    """Return the bias of a layer in float64, or zeros, [hidden]."""
     if bias is None:
         return weight.new_zeros(len(weight))
     return bias.double()

@@ -93,11 +93,11 @@ class GatedConvolution(WithBackends, Mixer):
         return self.gate(query, key, value, context, ShortConvolution.__call__)
 
     def reference(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
-        """The definition: every convolution tap by tap."""
+        """Compute by definition: every convolution tap by tap."""
         return self.gate(query, key, value, context, ShortConvolution.by_taps)
 
     def countable(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
-        """Without the outputs beyond the border that `forward` throws away."""
+        """Compute without the outputs beyond the border, which `forward` drops."""
         return self.gate(query, key, value, context, ShortConvolution.padded)
 
     def gate(
@@ -124,7 +124,7 @@ class GatedConvolution(WithBackends, Mixer):
         return heads_first(_multiply(product, featurise("query", query), in_place=True), query)
 
     def _layout(self, query: torch.Tensor, context: Context) -> tuple[int, int]:
-        """Rows and columns of the image; a sequence has one token a row."""
+        """Return rows and columns of the image; a sequence has one token a row."""
         if not self.needs_grid:
             return query.shape[2], 1
         grid = context.require_grid(self.name, query.shape[2])
@@ -157,7 +157,7 @@ class GatedConvolution(WithBackends, Mixer):
         return operations
 
     def uncounted_flops(self, tokens: int) -> int:
-        """The gates, which torch's counter does not see."""
+        """Count the gates, which torch's counter does not see."""
         return 2 * tokens * self.site.inner_width
 
 

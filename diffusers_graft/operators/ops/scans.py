@@ -91,7 +91,7 @@ class _CarryStates(torch.autograd.Function):
 
 
 def _entering_states(added: torch.Tensor, factor: torch.Tensor, backwards: bool, matrices: bool) -> torch.Tensor:
-    """The state that enters every chunk, by the loop that is faster on this device."""
+    """Return the state that enters every chunk, by the loop that is faster on this device."""
     chunks = specialize(added.shape[1])
     start = torch.zeros_like(added[:, 0])
     has_cheap_steps = added.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -104,7 +104,7 @@ def _entering_states(added: torch.Tensor, factor: torch.Tensor, backwards: bool,
 def _one_by_one(
     added: torch.Tensor, factor: torch.Tensor, state: torch.Tensor, backwards: bool, matrices: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The state that enters every chunk, and the one after all."""
+    """Return the state that enters every chunk, and the one after all."""
     step = torch.baddbmm if matrices else torch.addcmul
     steps = list(zip(added.unbind(1), factor.unbind(1), strict=True))
     if backwards:
@@ -121,7 +121,7 @@ def _one_by_one(
 def _in_groups(
     added: torch.Tensor, factor: torch.Tensor, start: torch.Tensor, size: int, backwards: bool, matrices: bool
 ) -> torch.Tensor:
-    """The state that enters every chunk in some 3 sqrt(T) steps, where each is a kernel to start or to compile.
+    """Return the state that enters every chunk in some 3 sqrt(T) steps, where each is a kernel to start or to compile.
 
     Groups of chunks run side by side: first each group as if it were alone; then from group to group; then each again,
     from the state it is entered with.

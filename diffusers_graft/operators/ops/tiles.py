@@ -135,7 +135,7 @@ _cached_tiling = functools.lru_cache(maxsize=64)(_make_tiling)
 
 
 def _outer(outer: torch.Tensor, inner: torch.Tensor, length: int) -> torch.Tensor:
-    """Raster indices of all pairs of an outer and an inner place, tile by tile."""
+    """Return raster indices of all pairs of an outer and an inner place, tile by tile."""
     combined = outer[:, None, :, None] * length + inner[None, :, None, :]
     return combined.flatten(0, 1).flatten(1)
 
@@ -217,7 +217,7 @@ def _tile_by_tile(
     scale: float | None,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention within one tile after the other, on the tensors as they lie."""
+    """Attend within one tile after the other, on the tensors as they lie."""
     # Without gradients alone: a backward pass would fill a tensor of all tokens for each tile.
     assert cut.mask is not None
     tokens = query.shape[2]
@@ -253,7 +253,7 @@ def _mix_tiles(
     scale: float | None,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention within some tiles: [B, tiles * Q, H * E]."""
+    """Attend within some tiles: [B, tiles * Q, H * E]."""
     assert cut.mask is not None
     queries = cut.queries[piece]
     keys = cut.keys[piece]

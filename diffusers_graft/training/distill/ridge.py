@@ -82,11 +82,11 @@ class _Regression:
         self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def capture_layer(self, layer: nn.Linear, args: tuple, output: torch.Tensor) -> None:
-        """Forward hook of the output layer."""
+        """Store a call of the output layer (a forward hook)."""
         self._captured = (args[0], output)
 
     def capture_original(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        """Forward hook of the old part. Returns None, so the model runs on unchanged."""
+        """Add a call of the old part to the sums (a forward hook); returns None, so the model runs on unchanged."""
         student = self.seat(*args, **kwargs)
         assert self._captured is not None
         features, layer_output = self._captured
@@ -163,7 +163,7 @@ class _Energy:
         self.tokens = 0
 
     def capture_neurons(self, layer: nn.Linear, args: tuple) -> None:
-        """Forward pre-hook of the original's output layer."""
+        """Add the inputs of the original's output layer to the squares (a forward pre-hook)."""
         hidden = args[0].double().flatten(0, -2)
         self.squares = self.squares + hidden.square().sum(0)
         self.tokens += len(hidden)

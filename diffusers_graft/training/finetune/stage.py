@@ -78,7 +78,7 @@ class FinetuneStage(Stage):
         return min(self.held_out_losses, key=lambda evaluation: evaluation[1], default=None)
 
     def begin_step(self) -> None:
-        """Nothing is to be prepared."""
+        """Do nothing: this stage has no groups to go through."""
 
     def train_step(self) -> None:
         """Take one step. Raises `TrainingError` for a loss or a gradient that is not finite."""
