@@ -60,7 +60,7 @@ def select(sites: Sites, key: str) -> Sites:
     unknown kind.
     """
     # Keys come from dicts that people write, so they may be of any type.
-    text = key if isinstance(key, str) else ""  # pyright: ignore[reportUnnecessaryIsInstance]
+    text = key if isinstance(key, str) else ""  # pyright: ignore[reportUnnecessaryIsInstance]  # of untyped callers
     match = re.fullmatch(r"\s*(\w+)\s*\[([^\[\]]+)\]\s*", text)
     if match is None:
         raise RuleError(f'{key!r} is not a rule key. Write a kind and indices, such as "self_attention[1::2]".')

@@ -208,8 +208,7 @@ def _check_budget(budgets: dict[str, Any]) -> tuple[str, float]:
     if len(given) != 1:
         raise GraftError(f"A plan has one budget, such as latency=0.8; got {given or 'none'}.")
     ((measure, share),) = given.items()
-    # Real declares no order for the ints that are compared here, though every number has one.
-    if not isinstance(share, Real) or not 0 < share < 1:  # pyright: ignore[reportOperatorIssue]
+    if not isinstance(share, Real) or not 0 < share < 1:  # pyright: ignore[reportOperatorIssue]  # Real declares no <
         raise GraftError(f"A budget is a share of the original's {measure}, between 0 and 1; got {share!r}.")
     return measure, float(share)
 

@@ -37,7 +37,7 @@ def attach_saving() -> None:
     ModelMixin.save_pretrained = _saving(ModelMixin.save_pretrained)
     ModelMixin.push_to_hub = _pushing(ModelMixin.push_to_hub)
     loading = classmethod(_loading(ModelMixin.from_pretrained.__func__))
-    ModelMixin.from_pretrained = loading  # pyright: ignore[reportAttributeAccessIssue]
+    ModelMixin.from_pretrained = loading  # pyright: ignore[reportAttributeAccessIssue]  # set unbound, read bound
     DiffusionPipeline.save_pretrained = _saving_pipeline(DiffusionPipeline.save_pretrained)
     LOADABLE_CLASSES[_LIBRARY] = {}
 

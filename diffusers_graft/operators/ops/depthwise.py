@@ -118,7 +118,7 @@ class ShortConvolutions(nn.ModuleDict):
     """Convolutions of queries, keys and values by name."""
 
     def __getitem__(self, name: str) -> ShortConvolution:
-        return super().__getitem__(name)  # type: ignore[return-value]  # nothing else is put in
+        return super().__getitem__(name)  # pyright: ignore[reportReturnType]  # nothing else is put in
 
-    def values(self) -> Iterable[ShortConvolution]:  # type: ignore[override]
-        return super().values()  # type: ignore[return-value]
+    def values(self) -> Iterable[ShortConvolution]:  # pyright: ignore[reportIncompatibleMethodOverride]  # as above
+        return super().values()  # pyright: ignore[reportReturnType]  # as above

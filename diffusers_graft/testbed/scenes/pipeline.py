@@ -39,8 +39,8 @@ def _encode_checked_prompt(
     check_pipeline(pipe)
     if prompt is not None:
         warn_of_unknown_words(pipe, [prompt] if isinstance(prompt, str) else prompt)
-    # The pipeline passes None itself, where embeddings are given instead.
-    return PixArtSigmaPipeline.encode_prompt(pipe, prompt, *arguments, **settings)  # pyright: ignore[reportArgumentType]
+    encode = PixArtSigmaPipeline.encode_prompt
+    return encode(pipe, prompt, *arguments, **settings)  # pyright: ignore[reportArgumentType]  # None with embeddings
 
 
 def check_pipeline(pipe: PixArtSigmaPipeline) -> None:
