@@ -59,7 +59,7 @@ def open_regular(path: str | Path) -> Iterator[BinaryIO]:
     # Asked of what was opened: what lies at the path may change meanwhile.
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise FileError(f"{path} is no regular file, and nothing else is read. Put the file itself there.")
+        raise FileError(f"{path} is not a regular file, and nothing else is read. Put the file itself there.")
     with os.fdopen(descriptor, "rb") as file:
         yield file
 
@@ -71,7 +71,7 @@ def require_regular(path: str | Path) -> None:
 
 
 def read_bytes(path: str | Path, *, limit: int = _LARGEST_TEXT) -> bytes:
-    """Read a file of at most `limit` bytes. Raises `FileError` for a larger one, and for what is no regular file."""
+    """Read a file of at most `limit` bytes. Raises `FileError` for a larger one, or one that is not regular."""
     with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -244,7 +244,7 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
 def replace_file(path: str | Path) -> Iterator[Path]:
     """Give a file to write to, which takes the place of `path` when the block ends.
 
-    Raises `FileError` where it cannot be written, and where `path` is no regular file; what was there before is then
+    Raises `FileError` where it cannot be written, or where `path` is not a regular file; what was there before is then
     unchanged.
     """
     path = Path(path)
@@ -364,13 +364,13 @@ def is_plain_name(name: str) -> bool:
 
 
 def _require_replaceable(path: Path) -> None:
-    """Raise `FileError` where something is at `path` that is no regular file; a link is followed."""
+    """Raise `FileError` where something is at `path` that is not a regular file; a link is followed."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISREG(mode):
-        raise FileError(f"{path} is no regular file, and nothing else is written over. Move it away.")
+        raise FileError(f"{path} is not a regular file, and nothing else is written over. Move it away.")
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -452,7 +452,7 @@ def unpack(structure: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if kind in ("tuple", "list"):
         items = [unpack(item, tensors) for item in content]
         return tuple(items) if kind == "tuple" else items
-    raise ValueError(f"{kind!r} is no kind of value")
+    raise ValueError(f"{kind!r} is not a kind of value")
 
 
 def nest(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

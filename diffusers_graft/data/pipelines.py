@@ -109,7 +109,7 @@ def match_latents(latents: Any, recording: Recording, who: str) -> torch.Tensor:
             return candidate.reshape(len(candidate), *wanted)
     raise TrainingError(
         f"{who} gives latents {tuple(getattr(latents, 'shape', ()))}, its denoiser takes "
-        f"{tuple(recording.noisy.shape)}: they are no clean sample of it. You can {BY_HAND}"
+        f"{tuple(recording.noisy.shape)}: they are not a clean sample of it. You can {BY_HAND}"
     )
 
 

@@ -147,7 +147,7 @@ def conditioning_of(recording: Recording, count: int, who: str) -> dict[str, Any
     for name, value in recording.conditioning.items():
         if recording.changing and name in recording.changing:
             raise TrainingError(
-                f"{who} gives its denoiser another {name} in every step, so it is no conditioning of a sample. "
+                f"{who} gives its denoiser another {name} in every step, so it is not conditioning of a sample. "
                 f"You can {BY_HAND}"
             )
         values[name] = _split_rows(value, rows, chosen, name, who)

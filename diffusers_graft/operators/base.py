@@ -167,11 +167,13 @@ def _require_frozen(config: type, operator: str) -> None:
     """Raise `OperatorError` unless a class of settings is a frozen dataclass whose fields are keywords."""
     decorator = "decorate it with @dataclass(frozen=True, kw_only=True)"
     if not issubclass(config, OperatorConfig):
-        raise OperatorError(f"{operator}.Config is no OperatorConfig: derive it from the Config of its base class.")
+        raise OperatorError(
+            f"{operator}.Config is not an OperatorConfig: derive it from the Config of its base class."
+        )
     # Asked of the class alone: inherited parameters are those of the base class, which says nothing of this one.
     parameters = vars(config).get("__dataclass_params__")
     if parameters is None:
-        raise OperatorError(f"{operator}.Config is no dataclass, so its settings are not read: {decorator}.")
+        raise OperatorError(f"{operator}.Config is not a dataclass, so its settings are not read: {decorator}.")
     positional = [field.name for field in dataclasses.fields(config) if field.init and not field.kw_only]
     if not parameters.frozen or positional:
         raise OperatorError(f"{operator}.Config has settings that change, or that are given by position: {decorator}.")

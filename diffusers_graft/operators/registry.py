@@ -38,14 +38,14 @@ def register(operator: OperatorClass) -> OperatorClass:
     The name is the class attribute `name`, by default that of the file, and in a script or notebook that of the class
     (`TokenRoll` becomes `token_roll`). A class may be defined anew, as when the cell of a notebook runs again.
 
-    Raises `OperatorError` for what is no operator, and for a name that another operator has.
+    Raises `OperatorError` for what is not an operator, and for a name that another operator has.
 
     >>> @register  # doctest: +SKIP
     ... class TokenRoll(Mixer):
     ...     name = "token_roll"
     """
     if not (isinstance(operator, type) and issubclass(operator, Operator)):
-        raise OperatorError(f"{operator!r} is no operator: derive a class from Mixer, or another of the bases.")
+        raise OperatorError(f"{operator!r} is not an operator: derive a class from Mixer, or another of the bases.")
     name = operator.name
     if not name.isidentifier():
         raise OperatorError(f"The name of an operator is a word such as token_roll; {operator.__name__} has {name!r}.")
@@ -98,7 +98,7 @@ def get(name: str) -> type[Operator]:
     """Return the operator class of a name.
 
     Raises `UnknownNameError` with the nearest name, and `OperatorError` for one of another package that cannot be
-    imported or that is no operator of that name.
+    imported or that is not an operator of that name.
     """
     if name in _registered:
         return _registered[name]

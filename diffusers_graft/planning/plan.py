@@ -98,7 +98,7 @@ class GraftPlan(Tabular):
         except (KeyError, TypeError, AttributeError) as error:
             raise FileError(f"This is not a graft plan: {error!r}. A plan is what GraftPlan.save wrote.") from error
         if not isinstance(model_class, str):
-            raise FileError("This is not a graft plan: the name of its model's class is no text.")
+            raise FileError("This is not a graft plan: the name of its model's class is not text.")
         return cls(model_class, edits)
 
     def save(self, path: str | Path) -> None:
@@ -145,7 +145,7 @@ class GraftPlan(Tabular):
 def _require_edits(edits: Any) -> None:
     """Raise `FileError` for edits that no plan has, before any of them is read."""
     if not isinstance(edits, list):
-        raise FileError("This is not a graft plan: its edits are no list.")
+        raise FileError("This is not a graft plan: its edits are not a list.")
     if len(edits) > _MOST_EDITS:
         raise FileError(f"This is not a graft plan: it has {len(edits):,} edits, and no model has so many sites.")
     paths = [edit["site"]["path"] for edit in edits]
@@ -221,7 +221,9 @@ def _group_blocks(model: ModelMixin, blocks: Sites, key: str, config: OperatorCo
     size = getattr(config, "group", None) or len(blocks)
     # A joined run spans neighbours of one list, but the chosen blocks may have gaps or come from several lists.
     if join_blocks(blocks).paths != tuple(block.path for block in blocks):
-        raise RuleError(f"{key!r} is no run: its blocks are in one list and follow each other, as in block_run[2:6].")
+        raise RuleError(
+            f"{key!r} is not a run: its blocks are in one list and follow each other, as in block_run[2:6]."
+        )
     if len(blocks) % size:
         raise RuleError(f"{key!r} names {len(blocks)} blocks, which do not divide into groups of {size}.")
     runs = Sites(join_blocks(blocks[start : start + size]) for start in range(0, len(blocks), size))

@@ -170,7 +170,7 @@ class Survey(Tabular):
             return cls(model_class, tuple(choices), dict(data["protocol"]))
         except (GraftError, KeyError, TypeError, ValueError) as error:
             raise FileError(
-                f"{path} is no survey that can be read: {error!r}. A survey is what Survey.save wrote."
+                f"{path} is not a survey that can be read: {error!r}. A survey is what Survey.save wrote."
             ) from error
 
     def _places(self, measure: str) -> list[list[Option]]:

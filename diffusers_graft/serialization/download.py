@@ -91,7 +91,7 @@ def file_in(folder: Path, name: Any) -> Path:
     """
     if not isinstance(name, str) or not is_plain_name(name):
         raise FileError(
-            f"{folder} names the file {name!r}, which is no plain file name. Nothing outside the folder is read."
+            f"{folder} names the file {name!r}, which is not a plain file name. Nothing outside the folder is read."
         )
     try:
         target = (folder / name).resolve()

@@ -184,7 +184,7 @@ def _checked_plan(
             raise FileError(f"The weights in {folder} do not fit the model and its graft: {name} is missing.")
     for name in tensors.keys() - expected.keys():
         if not name.startswith(seats):
-            raise FileError(f"The weights in {folder} do not fit the model and its graft: {name} is no part of it.")
+            raise FileError(f"The weights in {folder} do not fit the model and its graft: {name} is not part of it.")
     check_operators(plan, tensors, folder)
     return plan
 

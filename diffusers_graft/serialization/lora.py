@@ -165,7 +165,7 @@ def _read_config(described: Any, tensors: dict[str, torch.Tensor]) -> tuple[Lora
 def _check_layer(path: str, row: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Raise `ValueError` for a layer whose rank, numbers or name cannot be; nothing is built of the rank before."""
     if not re.fullmatch(r"[\w.]+", path):
-        raise ValueError(f"{path!r} is no path of a layer")
+        raise ValueError(f"{path!r} is not the path of a layer")
     rank = row["r"]
     if type(rank) is not int or not 0 < rank < _LARGEST_RANK:
         raise ValueError(f"the rank of {path} is none")

@@ -165,7 +165,7 @@ def _read_config(tensors: Tensors, heads: int, sample_size: int, path: Path) -> 
         # the last row is that of no label
         labels = tensors["y_embedder.embedding_table.weight"].shape[0] - 1
     except (KeyError, ValueError) as error:
-        raise FileError(f"{path} is no checkpoint of a DiT in the original naming: {error!r}.") from error
+        raise FileError(f"{path} is not a checkpoint of a DiT in the original naming: {error!r}.") from error
     if width % heads:
         raise FileError(f"{path} is {width} wide, which {heads} heads do not divide. Give num_attention_heads.")
     blocks = set()

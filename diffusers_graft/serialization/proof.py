@@ -122,7 +122,7 @@ def replay(model: ModelMixin, path: Path) -> None:
         logger.warning(f"{path.parent} carries no proof; its outputs were not checked.")
         return
     if "output" not in saved:
-        raise FileError(f"{path} is no proof: it holds {sorted(saved)[:9]}, and no output.")
+        raise FileError(f"{path} is not a proof: it holds {sorted(saved)[:9]}, and no output.")
     require_finite(saved, path)
     try:
         inputs = _saved_inputs(model, saved, path)
@@ -157,7 +157,7 @@ def _saved_inputs(model: ModelMixin, saved: Tensors, path: Path) -> dict[str, An
     # Of the shapes that our proof would have: a forward over a huge input may never end.
     structure, tensors = pack(inputs, "inputs")
     if not given.keys() <= tensors.keys():
-        raise FileError(f"{path} is no proof for this model: it holds {sorted(given)[:9]}, not {sorted(tensors)}.")
+        raise FileError(f"{path} is not a proof for this model: it holds {sorted(given)[:9]}, not {sorted(tensors)}.")
     for name, tensor in given.items():
         like = tensors[name]
         if tensor.shape != like.shape:
@@ -180,6 +180,6 @@ def _unpack_recorded(model: ModelMixin, saved: Tensors, given: Tensors, path: Pa
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(f"{path} is damaged: its inputs cannot be put together: {error!r}") from error
     if not isinstance(inputs, dict):
-        raise FileError(f"{path} is damaged: its inputs are no arguments.")
+        raise FileError(f"{path} is damaged: its inputs are not arguments.")
     _require_small(model, inputs, here)
     return inputs

@@ -75,7 +75,7 @@ def disk_full(*arguments):
 def test_reading_anything_but_a_regular_file_is_refused_without_waiting(reader, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # names of sockets are short
     SPECIAL[kind](Path("special"))
-    with pytest.raises(FileError, match="special (is no regular file|cannot be read)"):
+    with pytest.raises(FileError, match="special (is not a regular file|cannot be read)"):
         reader("special")
 
 
@@ -83,11 +83,11 @@ def test_reading_anything_but_a_regular_file_is_refused_without_waiting(reader, 
 def test_nothing_but_regular_files_is_written_over(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     SPECIAL[kind](Path("special"))
-    with pytest.raises(FileError, match="special is no regular file"):
+    with pytest.raises(FileError, match="special is not a regular file"):
         write_json("special", {})
-    with pytest.raises(FileError, match="special is no regular file"):
+    with pytest.raises(FileError, match="special is not a regular file"):
         append_text("special", "a line")
-    with pytest.raises(FileError, match="special is no regular file"):
+    with pytest.raises(FileError, match="special is not a regular file"):
         save(Path(), "new", name="special")
     assert [path.name for path in Path().iterdir()] == ["special"]
 

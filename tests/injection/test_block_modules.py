@@ -117,7 +117,7 @@ def test_a_plan_of_blocks_comes_back_from_its_file(tmp_path):
     [
         ("block_pair[0]=parallel; block[1]=remove", RuleError, "Two edits replace transformer_blocks.1"),
         ("self_attention[1]=hyena_x; block[1]=remove", RuleError, "lies inside"),
-        ("block_run[0,2]=parallel", RuleError, "is no run"),
+        ("block_run[0,2]=parallel", RuleError, "is not a run"),
         ("block_run[0:3]=parallel(group=2)", RuleError, "do not divide"),
         ("block_run[1:2]=parallel", OperatorError, r"two blocks or more side by side; block_run\[1:2\] is one"),
         ("block[0]=parallel", OperatorError, "is one"),

@@ -66,7 +66,9 @@ def test_settings_that_nothing_would_read_are_refused():
     class Config(Mixer.Config):
         shift: int = 1
 
-    with pytest.raises(OperatorError, match="Roll.Config is no dataclass, so its settings are not read: decorate it"):
+    with pytest.raises(
+        OperatorError, match="Roll.Config is not a dataclass, so its settings are not read: decorate it"
+    ):
         define_with(Config)
 
 
@@ -74,7 +76,7 @@ def test_a_config_without_new_settings_needs_the_decorator_too():
     class Config(Mixer.Config):
         init = "random"
 
-    with pytest.raises(OperatorError, match="Roll.Config is no dataclass"):
+    with pytest.raises(OperatorError, match="Roll.Config is not a dataclass"):
         define_with(Config)
 
 
@@ -85,7 +87,7 @@ def test_a_config_is_frozen_and_its_settings_are_keywords():
 
     with pytest.raises(OperatorError, match="given by position: decorate it"):
         define_with(ByPosition)
-    with pytest.raises(OperatorError, match="Roll.Config is no OperatorConfig"):
+    with pytest.raises(OperatorError, match="Roll.Config is not an OperatorConfig"):
         define_with(dict)
 
 

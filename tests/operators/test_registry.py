@@ -114,7 +114,7 @@ def test_a_name_belongs_to_one_operator(name):
 
 @pytest.mark.parametrize("value", [3, int, "mlp", ValueOnly.Config])
 def test_what_is_no_operator_is_not_registered(value):
-    with pytest.raises(OperatorError, match="is no operator"):
+    with pytest.raises(OperatorError, match="is not an operator"):
         register(value)
 
 

@@ -212,7 +212,7 @@ def test_a_plan_file_that_edits_a_site_twice_is_refused():
 @pytest.mark.parametrize("name", [3, None, ["DiT"]])
 def test_a_plan_file_names_its_class_of_models_by_text(name):
     data = dg.plan_graft(MODEL, {"self_attention[0]": "hyena_x"}).to_dict()
-    with pytest.raises(FileError, match="the name of its model's class is no text"):
+    with pytest.raises(FileError, match="the name of its model's class is not text"):
         dg.GraftPlan.from_dict({**data, "model_class": name})
 
 

@@ -141,8 +141,8 @@ def test_a_save_that_fails_leaves_what_is_there(surveyed, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[]", "is no survey"),
-        ("{}", "is no survey"),
+        ("[]", "is not a survey"),
+        ("{}", "is not a survey"),
         ("no json", "is not JSON"),
         (None, "There is no survey"),
         ('{"format": 1, "model_class": "A", "edits": []}', "KeyError"),
@@ -170,7 +170,7 @@ def test_a_survey_that_is_damaged(surveyed, tmp_path, there, instead):
     text, count = re.subn(there, instead, (tmp_path / "survey.json").read_text(encoding="utf-8"))
     (tmp_path / "survey.json").write_text(text, encoding="utf-8")
     assert count
-    with pytest.raises(FileError, match=r"survey\.json is no survey"):
+    with pytest.raises(FileError, match=r"survey\.json is not a survey"):
         Survey.load(tmp_path / "survey.json")
 
 

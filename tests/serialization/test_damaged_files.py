@@ -155,7 +155,7 @@ DAMAGE = {
     "header description is no JSON": (with_plan("import os"), "not JSON"),
     "header description is nested deep": (with_plan('{"a":' * 100 + "1" + "}" * 100), "nested deeper"),
     "proof is a pickle": (lambda f: torch.save({"output": torch.zeros(1)}, f / PROOF), "damaged"),
-    "proof without output": (proof(x=torch.zeros(1)), "is no proof"),
+    "proof without output": (proof(x=torch.zeros(1)), "is not a proof"),
     "proof of other outputs": (proof(output=torch.zeros(2)), "output of shape"),
     "proof of inputs that do not fit": (
         proof(**{"output": torch.zeros(2), "inputs.hidden_states": torch.zeros(3)}),

@@ -154,7 +154,7 @@ def check_output_layer(subject: Subject) -> bool | None:
         return False
     layer = dict(operator.named_modules()).get(operator.output_layer)
     if not isinstance(layer, nn.Linear):
-        fail("output_layer", f"output_layer is {operator.output_layer!r}, which is no linear layer of the operator")
+        fail("output_layer", f"output_layer is {operator.output_layer!r}, which is not a linear layer of the operator")
     # A solved layer must be the last step, or its solution is not one of the output.
     results = []
     with layer.register_forward_hook(lambda _, inputs, output: results.append(output)):
