@@ -58,7 +58,7 @@ def test_a_pipeline_whose_model_takes_more_than_latents_is_refused(tmp_path):
     forward = pipe.transformer.forward
     pipe.transformer.forward = lambda hidden_states, **kwargs: forward(hidden_states[:, :4], **kwargs)
     pipe.scheduler.scale_model_input = lambda latents, timestep: torch.cat([latents, latents], dim=1)
-    with pytest.raises(TrainingError, match="no clean sample"):
+    with pytest.raises(TrainingError, match="not a clean sample"):
         dg.data.from_pipeline(pipe, ["one"], 1, tmp_path, height=8, width=8, use_resolution_binning=False, **SETTINGS)
 
 

@@ -87,7 +87,7 @@ def test_files_of_one_variant_stay_when_another_is_saved_again(tmp_path):
 
 def test_a_card_that_is_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "README.md")
-    with pytest.raises(FileError, match="no regular file"):
+    with pytest.raises(FileError, match="not a regular file"):
         grafted(OTHER).save_graft(tmp_path)
 
 

@@ -316,10 +316,10 @@ def setting(**row):
 
 TIME = "transformer_blocks.0.norm1.emb.time_proj"
 WHOLE_DAMAGE = {
-    "index leaves upwards": (elsewhere("../outside.safetensors"), "no plain file name"),
-    "index is absolute": (elsewhere("/etc/passwd"), "no plain file name"),
-    "index names something hidden": (elsewhere(".saved"), "no plain file name"),
-    "index names a number": (elsewhere(5), "no plain file name"),
+    "index leaves upwards": (elsewhere("../outside.safetensors"), "not a plain file name"),
+    "index is absolute": (elsewhere("/etc/passwd"), "not a plain file name"),
+    "index names something hidden": (elsewhere(".saved"), "not a plain file name"),
+    "index names a number": (elsewhere(5), "not a plain file name"),
     "index names a missing file": (elsewhere("other.safetensors"), "There is no other"),
     "index names a link that leaves": (linked_out, "leads out of the folder"),
     "index lacks a tensor": (indexed(lambda mapped: mapped.pop("proj_out_1.weight")), "does not fit the files"),

@@ -132,7 +132,7 @@ DAMAGE = {
     "no pickle": (lambda path: path.write_bytes(b"x" * 100), r"holds more than tensors, or is damaged\.$"),
     "empty": (lambda path: path.write_bytes(b""), "damaged"),
     "a list": (lambda path: torch.save([1, 2], path), "no 'ema' of tensors"),
-    "other tensors": (lambda path: torch.save({"ema": {"x": torch.zeros(2)}}, path), "no checkpoint of a DiT"),
+    "other tensors": (lambda path: torch.save({"ema": {"x": torch.zeros(2)}}, path), "not a checkpoint of a DiT"),
     "a missing block": (
         damaged(lambda s: [s.pop(name) for name in list(s) if name.startswith("blocks.1.")]),
         "lacks blocks",
