@@ -75,6 +75,9 @@ def save_graft(
     folder = Path(folder)
     config_name, weights_name, proof_name = names(variant)
     _require_saveable(model, graft)
+    # What a person mistyped is refused before the model runs for its proof.
+    scores = check_scores(scores)
+    about = check_about(about)
     base = base_tensors(model)
     tensors = graft.tensors(model)
     adapters = adapter_tensors(model, graft)
@@ -96,8 +99,8 @@ def save_graft(
         "checksum": checksum(stored),
         "compressed": compressed,
         "code": describe_code(code),
-        "scores": check_scores(scores),
-        "about": check_about(about),
+        "scores": scores,
+        "about": about,
     }
     with replace_files(folder, stale=stale_files(folder, [config_name])) as temporary:
         for name, source in code.items():
