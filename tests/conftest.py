@@ -12,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+from diffusers_graft.operators import registry
+
 
 def _is_local(family, address):
     if family not in (socket.AF_INET, socket.AF_INET6):
@@ -44,3 +46,12 @@ def network_attempts(monkeypatch):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _registered_operators():
+    """Forget the operators that a test registered: a process started by another test does not know them."""
+    before = dict(registry._registered)
+    yield
+    registry._registered.clear()
+    registry._registered.update(before)

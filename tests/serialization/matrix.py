@@ -28,8 +28,6 @@ def serving(kind):
     self-attention.
     """
     known = {name: dg.operators.get(name) for name in dg.operators.available()}
-    # Operators that other tests registered are unknown to a new process.
-    known = {name: operator for name, operator in known.items() if operator.__module__.startswith("diffusers_graft.")}
     if kind == "joint_attention":
         return [
             name
