@@ -215,9 +215,10 @@ def _report(ablation: Ablation, rows: list[dict[str, Any]]) -> str:
     price = ", ".join(f"{name} {value:.3f} s" for name, value in head["seconds"].items())
     count = len({row["arm"]["seed"] for row in runs})
     return (
-        f"# What starts and stages buy\n\n{_facts(ablation)}\n\n```\n{format_rows(lines)}\n```\n\nMean +- standard "
-        f"deviation over {count} seeds. Compute 1 is what {ablation.steps} steps of stage two cost; steps are of "
-        f"stage one + stage two. Prices of a step, measured in turns: {price} (torch {head['torch']}).\n\n"
+        f"# The gain from starts and stages at equal compute\n\n{_facts(ablation)}\n\n"
+        f"```\n{format_rows(lines)}\n```\n\n"
+        f"Mean +- standard deviation over {count} seeds. Compute 1 is what {ablation.steps} steps of stage two cost; "
+        f"steps are of stage one + stage two. Price of a step, measured in turns: {price} (torch {head['torch']}).\n\n"
         f"{_bought(ablation, by_arm)}\n\n{_verdict(ablation, by_arm)}\n"
     )
 

@@ -18,7 +18,7 @@ from diffusers_graft.cli.verbs import say
 from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.benchmark import compare, with_graft
-from diffusers_graft.evaluation.operator_costs import example_part, operator_costs, peak_memory, run_of
+from diffusers_graft.evaluation.operator_costs import build_example, make_run, operator_costs, peak_memory
 from diffusers_graft.injection.attention_core import mix_with_others
 from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.inspection import example_inputs
@@ -194,7 +194,7 @@ def _scans(target: float, grid: Grid, heads: int, rounds: int, *, backward: bool
     # for.
     wide = f"head_width={WIDTH}, chunk=64"
     for name in ("mamba2", f"mamba2({wide})", f"mamba2({wide}, expand=1)"):
-        operator = example_part(parse_operator(name), width=heads * WIDTH, heads=heads)
+        operator = build_example(parse_operator(name), width=heads * WIDTH, heads=heads)
         state = operator.config.state
         heads_of = (operator.heads, operator.config.head_width)
         shapes = heads_of, (state,), (state,), (operator.heads,)
@@ -203,8 +203,8 @@ def _scans(target: float, grid: Grid, heads: int, rounds: int, *, backward: bool
         )
         inputs.append(F.softplus(step + operator.dt_bias.detach()))  # as they are at the start
         runs = {
-            "softmax": run_of(F.scaled_dot_product_attention, list(softmax), backward),
-            "scan": run_of(operator.scan_chunks, inputs, backward),
+            "softmax": make_run(F.scaled_dot_product_attention, list(softmax), backward),
+            "scan": make_run(operator.scan_chunks, inputs, backward),
         }
         timing = compare(runs, rounds=rounds)[1]
         met = f"{target:g} {'met' if timing.ratio <= target else 'missed'}"
@@ -252,12 +252,12 @@ def _with_text(grid: Grid, heads: int, rounds: int) -> list[list[str]]:
     inputs = list(torch.randn(shape, generator=torch.Generator().manual_seed(0)).transpose(2, 3))
     calls = {"softmax": F.scaled_dot_product_attention}
     for config in _configs(WITH_TEXT):
-        operator = example_part(config, width=heads * WIDTH, heads=heads)
+        operator = build_example(config, width=heads * WIDTH, heads=heads)
         calls[str(config)] = partial(
             mix_with_others, operator, context=Context(grid=grid), start=TEXT, image=grid.tokens
         )
     forward, training = (
-        compare({name: run_of(call, inputs, backward) for name, call in calls.items()}, rounds=rounds)[1:]
+        compare({name: make_run(call, inputs, backward) for name, call in calls.items()}, rounds=rounds)[1:]
         for backward in (False, True)
     )
     rows = [["operator", "forward", "quartiles", "forward + backward", "quartiles"]]

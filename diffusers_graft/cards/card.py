@@ -56,7 +56,7 @@ def write_card(
         is_full_model=is_full_model,
         picture=_picture_in(folder),
         curves=draw_curves(destination, folder, graft.history),
-        journal=folder,
+        training_folder=folder,
     )
     text = add_note(fresh)
     if present is not None:
@@ -88,7 +88,7 @@ def render_card(
     is_full_model: bool,
     picture: str | None = None,
     curves: str | None = None,
-    journal: str | Path | None = None,
+    training_folder: str | Path | None = None,
 ) -> str:
     """Return the card as text, without the note by which later edits of a person are found.
 
@@ -97,7 +97,7 @@ def render_card(
         source: the repository or folder that the lines on loading name.
         is_full_model: the card is of a full model, not of a graft for a base.
         picture, curves: file names of sample pictures and of training curves beside the card.
-        journal: folder of a training run, whose `training.jsonl` adds to the graft's history.
+        training_folder: folder of a training run, whose `training.jsonl` adds to the graft's history.
     """
     about = config.get("about") or {}
     imported = config.get("imported")
@@ -107,7 +107,7 @@ def render_card(
     counted_over, rows = edit_rows(model, graft, is_imported=bool(imported))
     metadata = front_matter(model, config, operators, is_full_model=is_full_model, source=source, picture=picture)
     # what was logged may be more than what the history holds
-    metrics = [] if journal is None else read_metrics(journal)
+    metrics = [] if training_folder is None else read_metrics(training_folder)
     title = type(model).__name__
     if operators:
         title += f" with {' and '.join(operators)}"
@@ -186,7 +186,7 @@ def _base(model: ModelMixin, config: dict[str, Any]) -> dict[str, Any]:
     # a class of a person's cannot be imported from diffusers
     if not hasattr(diffusers, model_class):
         return {"words": f"`{name}`", "arguments": None, "model_class": model_class}
-    # quoted as JSON, which Python reads, too: names may come from a stranger's description
+    # quoted as JSON, which Python reads, too: names may come from an untrusted description
     arguments = json.dumps(name)
     if described.get("subfolder"):
         arguments += f", subfolder={json.dumps(described['subfolder'])}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import MissingDependencyError
 from ..evaluation.plots import draw_training
-from ..training.metrics_log import read_metrics, stage_costs
+from ..training.metrics_log import read_metrics, sum_stage_costs
 
 CURVES = "training.png"
 
@@ -29,7 +29,7 @@ def training_table(
     # the log holds one run of each stage, the last
     last_runs = {row["stage"]: number for number, row in enumerate(stages)}
     for stage, number in last_runs.items():
-        stages[number] = stage_costs(metrics, stage) | stages[number]
+        stages[number] = sum_stage_costs(metrics, stage) | stages[number]
     rows = [_stage_row(row) for row in stages]
     # each machine once, in the order of its use
     recorded = dict.fromkeys(row["hardware"] for row in stages if row.get("hardware"))

@@ -84,7 +84,7 @@ class Site:
             raise FileError(
                 f"A site lacks entries, or has them of another type than they are written with: {', '.join(wrong)}."
             )
-        # Sizes come from files of strangers too, and operators are built from them.
+        # Sizes come from untrusted files, too, and operators are built from them.
         large = [name for name, kind in types.items() if kind is int and not 0 <= data[name] <= _LARGEST_SIZE]
         if large:
             raise FileError(f"A site has sizes that no model has: {', '.join(large)}.")

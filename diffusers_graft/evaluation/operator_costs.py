@@ -50,7 +50,7 @@ class OperatorCost:
     refusal: str = ""
 
 
-def example_part(config: OperatorConfig, *, width: int, heads: int) -> Operator:
+def build_example(config: OperatorConfig, *, width: int, heads: int) -> Operator:
     """Build an operator with random weights, on a site of the first kind it replaces."""
     kind = config.owner.kinds[0]
     attention = {"heads": heads, "head_width": width // heads}
@@ -97,11 +97,11 @@ def operator_costs(
     require_rounds(rounds)
     rows = []
     for config in tqdm(list(configs), desc="operators", unit="operator", disable=None if progress else True):
-        operator = example_part(config, width=width, heads=heads)
+        operator = build_example(config, width=width, heads=heads)
         name, baseline = _baseline(operator)
         inputs = example_tensors(operator, grid.tokens)
         call = partial(_call, operator, Context(grid=grid))
-        runs = {name: run_of(baseline, inputs, backward), "operator": run_of(call, inputs, backward)}
+        runs = {name: make_run(baseline, inputs, backward), "operator": make_run(call, inputs, backward)}
         try:
             timing = compare(runs, rounds=rounds)[1]
         except GraftError as error:
@@ -126,9 +126,9 @@ def operator_costs(
 
 def peak_memory(config: OperatorConfig, grid: Grid, *, width: int, heads: int, backward: bool = False) -> int:
     """Measure the bytes of tensors alive at once above the inputs, in one run on one sample."""
-    operator = example_part(config, width=width, heads=heads)
+    operator = build_example(config, width=width, heads=heads)
     inputs = example_tensors(operator, grid.tokens)
-    run = run_of(partial(_call, operator, Context(grid=grid)), inputs, backward)
+    run = make_run(partial(_call, operator, Context(grid=grid)), inputs, backward)
     # the first run makes tables that all later ones use, so the second is measured
     run()
     with PeakMemory() as memory:
@@ -140,7 +140,7 @@ def _call(operator: Operator, context: Context, *inputs: torch.Tensor) -> torch.
     return operator(*inputs, context)
 
 
-def run_of(call: Run, inputs: list[torch.Tensor], backward: bool) -> Callable[[], None]:
+def make_run(call: Run, inputs: list[torch.Tensor], backward: bool) -> Callable[[], None]:
     """Return the call that is timed: one forward, or one forward and backward to every input."""
 
     def forward() -> None:

@@ -40,9 +40,12 @@ def register(operator: OperatorClass) -> OperatorClass:
 
     Raises `OperatorError` for what is not an operator, and for a name that another operator has.
 
-    >>> @register  # doctest: +SKIP
+    >>> from diffusers_graft.operators import Mixer
+    >>> @register
     ... class TokenRoll(Mixer):
     ...     name = "token_roll"
+    >>> get("token_roll")
+    <class 'diffusers_graft.operators.registry.TokenRoll'>
     """
     if not (isinstance(operator, type) and issubclass(operator, Operator)):
         raise OperatorError(f"{operator!r} is not an operator: derive a class from Mixer, or another of the bases.")
@@ -152,7 +155,7 @@ def require_available(names: set[str], packages: Any = None) -> None:
     """Raise `UnknownNameError` for the first operator that is not there, naming the package that brings it.
 
     Args:
-        packages: `package_of` by operator's name, as a saved plan has it; it may come from a stranger.
+        packages: `package_of` by operator's name, as a saved plan has it; it may come from an untrusted file.
     """
     known = available()
     if not isinstance(packages, Mapping):
@@ -165,7 +168,7 @@ def require_available(names: set[str], packages: Any = None) -> None:
 def _advice(package: Any) -> str:
     if isinstance(package, Mapping):
         values = [package.get("name"), package.get("version")]
-        # Text of a stranger that is repeated in advice may be a name and nothing more.
+        # Untrusted text that is repeated in advice may be a name and nothing more.
         if all(isinstance(value, str) and _PACKAGE_NAME.fullmatch(value) for value in values):
             return f"It was saved with the package {values[0]} {values[1]}, which is not installed here."
     return "An operator written in a script or a notebook is known after @dg.operators.register."

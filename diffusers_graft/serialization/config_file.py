@@ -28,7 +28,7 @@ ORIGIN = "_graft_origin"
 ALL_WEIGHTS = "graft_model*.safetensors"  # of all variants
 
 
-def names(variant: str | None = None) -> tuple[str, str, str]:
+def file_names(variant: str | None = None) -> tuple[str, str, str]:
     """Return the names of a graft's files: its description, its weights, its proof."""
     infix = infix_of(variant)
     return f"graft_config{infix}.json", f"graft_model{infix}.safetensors", f"graft_proof{infix}.safetensors"
@@ -44,7 +44,7 @@ def infix_of(variant: str | None) -> str:
     return f".{variant}"
 
 
-CONFIG, WEIGHTS, PROOF = names()
+CONFIG, WEIGHTS, PROOF = file_names()
 
 
 def holds_graft(folder: Path) -> bool:
@@ -78,7 +78,7 @@ def to_text(config: dict[str, Any]) -> str:
 
 def read_description(folder: Path, variant: str | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read the description and the tensors of a saved graft. Raises `FileError` for anything unsound."""
-    config_name, weights_name, _ = names(variant)
+    config_name, weights_name, _ = file_names(variant)
     path = folder / weights_name
     text = read_header(path).get(KEY)
     if text is None:

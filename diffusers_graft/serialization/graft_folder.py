@@ -23,7 +23,7 @@ from ..injection.graft import Graft, base_tensors, is_enabled
 from ..injection.install import check_processors, install, require_graft, uninstall
 from .compression import compress as compress_tensors
 from .compression import restore
-from .config_file import KEY, is_adapter, names, read_description, read_plan, stale_files, to_text
+from .config_file import KEY, file_names, is_adapter, read_description, read_plan, stale_files, to_text
 from .describe import describe_base, describe_graft
 from .download import local_folder
 from .empty_graft import (
@@ -73,7 +73,7 @@ def save_graft(
     """
     graft = require_graft(model)
     folder = Path(folder)
-    config_name, weights_name, proof_name = names(variant)
+    config_name, weights_name, proof_name = file_names(variant)
     _require_saveable(model, graft)
     # What a person mistyped is refused before the model runs for its proof.
     scores = check_scores(scores)
@@ -107,7 +107,7 @@ def save_graft(
             write_text(temporary / name, source)
         write_card(temporary, folder, model, graft, config)
         # The next save removes what is listed here, and nothing else.
-        config["files"] = sorted({path.name for path in temporary.iterdir()} | {*names(variant)})
+        config["files"] = sorted({path.name for path in temporary.iterdir()} | {*file_names(variant)})
         text = to_text(config)
         write_tensors(temporary / proof_name, proof)
         write_tensors(temporary / weights_name, stored, {KEY: text})
@@ -180,7 +180,7 @@ def load_graft(
     require_dtype(dtype)
     require_dtype(torch_dtype)
     require_device(device)
-    wanted = [*names(variant), *_BESIDES]
+    wanted = [*file_names(variant), *_BESIDES]
     folder = local_folder(source, wanted, subfolder=subfolder, revision=revision, **hub_arguments)
     config, saved = read_graft(folder, variant)
     register_trusted(config, folder, trust=trust_remote_code, pinned=is_pinned(source, revision))
@@ -202,7 +202,7 @@ def load_graft(
             _require_finite_casts(graft.tensors(model), tensors, folder)
             load_adapters(model, graft, config.get("lora"), adapters)
             if verify:
-                replay(model, folder / names(variant)[2])
+                replay(model, folder / file_names(variant)[2])
     return graft
 
 
@@ -249,7 +249,7 @@ def read_graft(folder: Path, variant: str | None = None) -> tuple[dict[str, Any]
     config, tensors = read_description(folder, variant)
     if checksum(tensors) != config["checksum"]:
         raise FileError(
-            f"{folder / names(variant)[1]} was edited or damaged: its tensors are not those that were saved."
+            f"{folder / file_names(variant)[1]} was edited or damaged: its tensors are not those that were saved."
         )
     require_finite(tensors, folder)
     return config, tensors

@@ -20,7 +20,7 @@ def card(
     *,
     source: str = "user/name",
     scores: dict[str, Any] | None = None,
-    journal: str | Path | None = None,
+    training_folder: str | Path | None = None,
     **about: Any,
 ) -> str:
     """Return the card of a grafted model as text; values that were neither given nor measured are left out.
@@ -29,7 +29,7 @@ def card(
         source: the repository or folder that the lines on loading name.
         scores: measured results by row, as `dg.evaluate` gives them; several rows are compared in one table. A row
             named `original` is the ungrafted model's; the last of the others is the graft's, which the Hub shows.
-        journal: the folder of a training run; its `training.jsonl` adds to what the graft's history says.
+        training_folder: the folder of a training run; its `training.jsonl` adds to what the graft's history says.
         about: `license`, which is that of the base's card unless given, `datasets` and `hardware` of the training,
             `pipeline_tag`, `limits` in words, and `speed`, the rows of `evaluation.benchmark.benchmark`.
 
@@ -43,5 +43,7 @@ def card(
     config["scores"] = check_scores(scores) or config["scores"]
     config["about"] = check_about(about)
     return add_note(
-        render_card(model, graft, config, source=source, is_full_model=graft.is_standalone, journal=journal)
+        render_card(
+            model, graft, config, source=source, is_full_model=graft.is_standalone, training_folder=training_folder
+        )
     )

@@ -50,7 +50,7 @@ def copy_metrics(source: str | Path, folder: str | Path) -> None:
             shutil.copyfile(path, temporary)
 
 
-def stage_costs(rows: Iterable[dict[str, Any]], stage: str) -> dict[str, Any]:
+def sum_stage_costs(rows: Iterable[dict[str, Any]], stage: str) -> dict[str, Any]:
     """Return samples, seconds and hardware of a stage, as its rows have them; nothing without rows."""
     of_stage = [row for row in rows if row["stage"] == stage]
     if not of_stage:

@@ -1,4 +1,4 @@
-"""What a card tells of training: measured, from the graft's history and the journal of the run."""
+"""What a card tells of training: measured, from the graft's history and the log of the run."""
 
 import re
 import sys
@@ -8,7 +8,7 @@ import pytest
 import diffusers_graft as dg
 from diffusers_graft.cards.training_table import training_table
 from diffusers_graft.serialization.model_card import card
-from diffusers_graft.training.metrics_log import COST_FIELDS, drop_rows_after, read_metrics, stage_costs
+from diffusers_graft.training.metrics_log import COST_FIELDS, drop_rows_after, read_metrics, sum_stage_costs
 
 from ..models import SCHEDULER, batches, tiny_dit
 from ..test_trainer import trainer
@@ -40,13 +40,14 @@ def rows_of(text, start):
 
 def test_the_card_shows_the_cost_of_the_run(run):
     one, folder = run
-    text, journal = training_of(folder), read_metrics(folder)
+    text = training_of(folder)
+    metrics = read_metrics(folder)
     for stage, row in zip(("one", "two"), one.graft.history, strict=True):
-        told = stage_costs(journal, stage)
-        assert told == {name: row[name] for name in COST_FIELDS}
-        assert told["samples"] == STEPS * BATCH
+        costs = sum_stage_costs(metrics, stage)
+        assert costs == {name: row[name] for name in COST_FIELDS}
+        assert costs["samples"] == STEPS * BATCH
         ((_, steps, lr, _, samples, time, _, last, held_out),) = rows_of(text, stage)[:1]
-        assert (steps, lr, samples, time) == (str(STEPS), "0.001", str(STEPS * BATCH), f"{told['seconds']:.3g} s")
+        assert (steps, lr, samples, time) == (str(STEPS), "0.001", str(STEPS * BATCH), f"{costs['seconds']:.3g} s")
         assert last
         assert bool(held_out) == (stage == "one")  # stage two looks at no held-out batches
     looks = [site["held_out_loss"] for site in one.graft.history[0]["sites"]]
@@ -65,7 +66,7 @@ def test_what_was_measured_goes_along(run, tmp_path):
     assert (tmp_path / "copy" / "training.png").exists()
     fresh = tiny_dit()
     fresh.load_graft(tmp_path / "copy")
-    fresh.save_graft(tmp_path / "again")  # without the journal
+    fresh.save_graft(tmp_path / "again")  # without the log
     assert not (tmp_path / "again" / "training.png").exists()
     assert training_of(tmp_path / "again") == training_of(folder).replace(
         "![Losses over the steps](training.png)\n\n", ""
@@ -80,7 +81,7 @@ def test_the_log_adds_to_the_history(run):
             for name in COST_FIELDS:
                 del row[name]
         assert "Hardware" not in card(one.model)
-        text = card(one.model, journal=folder)
+        text = card(one.model, training_folder=folder)
     finally:
         one.graft.history[:] = before
     assert text == card(one.model)

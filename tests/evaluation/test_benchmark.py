@@ -45,14 +45,14 @@ def test_ratios_are_those_of_one_round(monkeypatch):
     clock = [0.0]
     durations = {"a": iter((9, 1, 2, 4)), "b": iter((9, 2, 2, 12))}  # the first round warms up
 
-    def run_of(name):
+    def make_run(name):
         def run():
             clock[0] += next(durations[name])
 
         return run
 
     monkeypatch.setattr("diffusers_graft.evaluation.benchmark._now", lambda: clock[0])
-    _, row = compare({name: run_of(name) for name in durations}, rounds=3)
+    _, row = compare({name: make_run(name) for name in durations}, rounds=3)
     assert (row.seconds, row.ratio, row.low, row.high) == (2, 2, 1.5, 2.5)
 
 

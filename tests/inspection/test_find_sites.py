@@ -208,7 +208,7 @@ class StrangeBlock(torch.nn.Module):
         return states + self.thinks(states)
 
 
-def test_a_model_of_a_stranger_takes_grafts_too():
+def test_a_model_class_of_another_package_takes_grafts_too():
     torch.manual_seed(0)
     model, states = Stranger().eval(), torch.randn(2, 9, 8)
     sites = dg.find_sites(model)

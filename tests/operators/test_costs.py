@@ -17,7 +17,7 @@ from benchmarks.pixart import CONTENDERS, LAYERS, bench_pixart, compiled, pixart
 from diffusers_graft.cli.main import main
 from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.errors import GraftError
-from diffusers_graft.evaluation.operator_costs import example_part, example_tensors, operator_costs, peak_memory
+from diffusers_graft.evaluation.operator_costs import build_example, example_tensors, operator_costs, peak_memory
 from diffusers_graft.operators import configure
 from diffusers_graft.operators.base import BlockOperator
 from diffusers_graft.operators.ops import backends as _backends
@@ -147,7 +147,7 @@ class Written(TorchDispatchMode):
 
 
 def count_written(name, side):
-    operator = example_part(dg.operators.parse_operator(name), width=64, heads=2)
+    operator = build_example(dg.operators.parse_operator(name), width=64, heads=2)
     inputs = [tensor.requires_grad_() for tensor in example_tensors(operator, side * side)]
     with Written() as written:
         operator(*inputs, Context(grid=Grid(height=side, width=side))).sum().backward()

@@ -148,7 +148,7 @@ def test_a_missing_operator_is_named_with_its_package():
 
 
 @pytest.mark.parametrize("row", [None, 3, {}, {"name": "x; rm -rf ~", "version": "1"}, {"name": 3, "version": "1"}])
-def test_what_a_stranger_writes_in_place_of_a_package_is_not_repeated(row):
+def test_untrusted_text_in_place_of_a_package_is_not_repeated(row):
     with pytest.raises(UnknownNameError, match="There is no operator 'passing'") as caught:
         require_available({"passing"}, {"passing": row})
     assert "rm -rf" not in str(caught.value)

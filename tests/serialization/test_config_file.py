@@ -65,7 +65,7 @@ def test_a_description_lists_the_files_of_its_save(tmp_path):
     assert set(listed) == {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_description_of_a_stranger_has_no_file_of_mine_removed(tmp_path):
+def test_an_untrusted_description_has_no_other_file_removed(tmp_path):
     (tmp_path / "graft").mkdir()
     for name in ("../mine.txt", "notes.txt", ".profile", "data.safetensors"):
         (tmp_path / "graft" / name).write_text("mine")

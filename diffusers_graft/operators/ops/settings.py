@@ -11,7 +11,7 @@ from ...errors import OperatorError
 def require_count(who: str, name: str, value: Any, *, least: int = 1, most: int | None = None, example: int) -> None:
     """Raise `OperatorError` unless `value` is a whole number from `least` to `most`.
 
-    Settings that cost time or memory without a tensor of their size have a `most`: a few bytes of a stranger's file
+    Settings that cost time or memory without a tensor of their size have a `most`: a few bytes of an untrusted file
     must not buy endless work.
     """
     # Exactly int: True is a whole number to Python, and no count.
