@@ -16,7 +16,7 @@ from .inspection import find_sites
 from .model_mixin import GraftableModel, attach_verbs, set_graft
 from .operators.conformance.suite import check_operator
 from .planning.plan import GraftPlan, plan_graft
-from .planning.rules import interleaved
+from .planning.rules import deep, interleaved, low_local, top_local
 from .search.planner import Survey
 from .search.survey import survey
 from .serialization.load_model import load_pretrained
@@ -52,6 +52,7 @@ __all__ = [
     "check_operator",
     "closed_form",
     "data",
+    "deep",
     "distill",
     "evaluate",
     "find_sites",
@@ -59,10 +60,12 @@ __all__ = [
     "import_upstream",
     "interleaved",
     "load_pretrained",
+    "low_local",
     "operators",
     "plan_graft",
     "set_graft",
     "survey",
+    "top_local",
 ]
 
 attach_verbs()

@@ -1,6 +1,8 @@
 """Keys and text of rules: which sites they name, and what is refused."""
 
 from fractions import Fraction
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,15 @@ import diffusers_graft as dg
 from diffusers_graft.core.sites import AttentionSite, Sites
 from diffusers_graft.errors import GraftError, RuleError
 from diffusers_graft.planning.rules import parse_rules, select
+
+# Two are equal, and go by their place.
+LOCALITY = {
+    "self_attention[0]": 0.2,
+    "self_attention[1]": 0.6,
+    "self_attention[2]": 0.3,
+    "self_attention[3]": 0.3,
+    "joint_attention[0]": 0.9,
+}
 
 
 def attentions(count):
@@ -30,6 +41,8 @@ def attentions(count):
         ("self_attention[100%]", list(range(8))),
         (" self_attention [ : ] ", list(range(8))),
         ("self_attention[::-3]", [1, 4, 7]),
+        ("self_attention[last 50%]", [4, 5, 6, 7]),
+        ("self_attention[last 30%, 0]", [0, 6, 7]),
     ],
 )
 def test_selectors(key, expected):
@@ -90,6 +103,51 @@ def test_any_text_as_rules_is_read_or_refused(text):
 
 
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.5, "0.5", None])
-def test_ratios_lie_between_none_and_all(ratio):
+@pytest.mark.parametrize(
+    "choose",
+    [
+        partial(dg.interleaved, "self_attention"),
+        partial(dg.deep, "self_attention"),
+        partial(dg.top_local, LOCALITY),
+        partial(dg.low_local, LOCALITY),
+    ],
+)
+def test_ratios_lie_between_none_and_all(choose, ratio):
     with pytest.raises(RuleError):
-        dg.interleaved("self_attention", ratio)
+        choose(ratio)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1 / 3, 1])
+def test_all_choices_of_a_ratio_have_as_many_sites(ratio):
+    shares = {site.address: 1 / (1 + site.index) for site in attentions(9)}
+    keys = [
+        dg.interleaved("self_attention", ratio),
+        dg.deep("self_attention", ratio),
+        dg.top_local(shares, ratio),
+        dg.low_local(shares, ratio),
+    ]
+    chosen = [[site.index for site in select(attentions(9), key)] for key in keys]
+    count = len(chosen[0])
+    assert chosen[1] == chosen[3] == list(range(9 - count, 9))
+    assert chosen[2] == list(range(count))
+
+
+def test_the_most_and_the_least_local_are_chosen_within_one_kind():
+    measured = SimpleNamespace(locality=LOCALITY)
+    assert dg.top_local(measured, 0.5) == "self_attention[1,2]"
+    assert dg.low_local(measured, 0.5) == "self_attention[0,2]"
+    assert dg.top_local(measured, 1, kind="joint_attention") == "joint_attention[0]"
+
+
+@pytest.mark.parametrize(
+    ("measured", "settings", "words"),
+    [
+        (LOCALITY, {"ratio": 0.2}, "20% of 4 self_attention sites is none. Ask for 0.25 or more"),
+        (LOCALITY, {"kind": "cross_attention"}, "measured was joint_attention, self_attention"),
+        ({}, {}, "measured was nothing"),
+        ("self_attention", {}, "dg.analyze"),
+    ],
+)
+def test_choices_without_a_measurement_are_refused(measured, settings, words):
+    with pytest.raises(RuleError, match=words):
+        dg.top_local(measured, **{"ratio": 0.5, **settings})
