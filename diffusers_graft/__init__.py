@@ -10,7 +10,8 @@ from .core.context import Context, Grid
 from .core.sites import Site, Sites
 from .errors import GraftError
 from .evaluation.benchmark import benchmark
-from .evaluation.evaluate import Scores, evaluate
+from .evaluation.evaluate import evaluate
+from .evaluation.scores import Scores
 from .injection.graft import Graft, build_graft
 from .inspection import find_sites
 from .model_mixin import GraftableModel, attach_verbs, set_graft

@@ -14,7 +14,8 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from .data.collation import BatchMaker
 from .errors import GraftError, StateError, TrainingError
-from .evaluation.evaluate import Scores, evaluate
+from .evaluation.evaluate import evaluate
+from .evaluation.scores import Scores
 from .injection.graft import Graft, build_graft, get_graft, is_enabled
 from .injection.install import disable, enable, install
 from .planning.plan import GraftPlan, plan_graft

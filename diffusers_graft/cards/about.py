@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ..errors import GraftError, UnknownNameError
-from ..evaluation.evaluate import Scores
+from ..evaluation.scores import Scores, require_one_protocol
 from .hub_metadata import check_license, check_task
 
 ENTRIES = (
@@ -25,13 +25,17 @@ _SPEED_COLUMNS = ("tokens", "name", "milliseconds", "ratio", "low", "high")
 
 
 def check_scores(scores: Any) -> dict[str, Any]:
-    """Return measured results by row, as data. Raises `GraftError` for anything but `Scores` by name."""
+    """Return measured results by row, as data.
+
+    Raises `GraftError` for anything but `Scores` by name, and `MismatchError` for rows of different protocols.
+    """
     rows = {} if scores is None else scores
     is_table = isinstance(rows, dict) and all(isinstance(name, str) for name in rows)
     if not is_table or not all(isinstance(row, Scores) for row in rows.values()):
         raise GraftError(
             f'The scores of a card are rows by name, such as {{"grafted": dg.evaluate(...)}}; got {scores!r}.'
         )
+    require_one_protocol(rows)
     return {name: row.to_dict() for name, row in rows.items()}
 
 

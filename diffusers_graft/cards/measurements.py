@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..evaluation.benchmark import ORIGINAL
+from ..evaluation.protocol import describe_protocol
 
 
 def score_table(scores: dict[str, Any]) -> dict[str, Any]:
@@ -20,11 +21,10 @@ def score_table(scores: dict[str, Any]) -> dict[str, Any]:
     for name, row in scores.items():
         values = [_format_score(row["values"].get(column, "")) for column in columns]
         rows.append({"name": escape_cell(name), "values": values})
-    # rows of one card were measured in one way
-    protocol = next(iter(scores.values())).get("protocol") or {}
-    words = ", ".join(f"{name} {value}" for name, value in protocol.items())
+    # rows of one card were measured in one way, though not all of them by every metric
+    protocol = {name: value for row in scores.values() for name, value in (row.get("protocol") or {}).items()}
     headings = [escape_cell(column.replace("_", " ")) for column in columns]
-    return {"scores": rows, "columns": headings, "protocol": words}
+    return {"scores": rows, "columns": headings, "protocol": describe_protocol(protocol)}
 
 
 def _format_score(value: float | str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -17,26 +15,12 @@ from ..inspection import evaluating, predict, require_model
 from ..training.batches import Batch
 from ..training.finetune.objective import denoising_loss
 from ..training.noised_batch import Noising
+from .protocol import describe_computation, describe_metric
+from .scores import Scores
+
+__all__ = ["Metric", "Scores", "evaluate"]
 
 Metric = Callable[[ModelMixin], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Measured values by name, with the protocol that made them; values that were not measured are absent."""
-
-    values: dict[str, float]
-    protocol: dict[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> float:
-        return self.values[name]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the scores as JSON-able data; numbers that are not finite, which JSON lacks, as text."""
-        return json.loads(json.dumps(asdict(self), default=str), parse_constant=str)
-
-    def __str__(self) -> str:
-        return "  ".join(f"{name} {value:.4g}" for name, value in self.values.items())
 
 
 @torch.no_grad()
@@ -67,14 +51,12 @@ def evaluate(
     with evaluating(model):
         loss, samples = _mean_loss(model, batches, noise_scheduler, seed, progress)
         values = {"denoising_loss": loss}
-        protocol: dict[str, Any] = {"samples": samples, "seed": seed}
+        protocol: dict[str, Any] = {"samples": samples, "seed": seed, **describe_computation(model)}
         if noise_scheduler is not None:
             protocol["noise_scheduler"] = type(noise_scheduler).__name__
         for metric in metrics:
             values.update(metric(model))
-            # the fields of a metric are its protocol
-            if is_dataclass(metric) and not isinstance(metric, type):
-                protocol.update({f"{type(metric).__name__}.{name}": value for name, value in asdict(metric).items()})
+            protocol.update(describe_metric(metric))
     return Scores(values, protocol)
 
 

@@ -19,9 +19,9 @@ from ..core.tables import Table
 from ..errors import GraftError
 from ..evaluation.benchmark import ORIGINAL, compare
 from ..evaluation.cost import count_flops, count_parameters
-from ..evaluation.evaluate import Scores
 from ..evaluation.locality import locality
 from ..evaluation.plots import draw_locality
+from ..evaluation.scores import Scores
 from ..injection.graft import Graft, build_graft
 from ..injection.install import install, uninstall
 from ..inspection import evaluating, predict

@@ -13,9 +13,10 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, Mo
 from tqdm.auto import tqdm
 
 from ..errors import GraftError
-from ..evaluation.evaluate import Scores, evaluate
+from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics.frechet_distance import FeatureStatistics, frechet_distance
 from ..evaluation.plots import new_figure
+from ..evaluation.scores import Scores
 from ..inspection import evaluating, predict
 from .classifier import load_classifier
 from .letters import HELD_OUT_FONTS, IMAGE_SIZE, LETTERS, balanced_labels, draw_letters

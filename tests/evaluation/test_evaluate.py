@@ -1,6 +1,7 @@
 """Scores of models, with the protocol that made them."""
 
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from diffusers_graft.errors import TrainingError
 from diffusers_graft.evaluation.locality import locality
 
 from ..models import SCHEDULER, batches, tiny_dit
+
+LIBRARIES = ("torch", "diffusers", "transformers", "diffusers-graft")
 
 
 @dataclass
@@ -25,7 +28,10 @@ def test_scores_as_data():
     scores = dg.evaluate(tiny_dit(), batches(1), noise_scheduler=SCHEDULER, metrics=[Answer()])
     assert scores["answer"] == 42
     assert set(scores.to_dict()) == {"values", "protocol"}
-    assert scores.protocol == {"samples": 8, "seed": 0, "noise_scheduler": "DDPMScheduler", "Answer.samples": 7}
+    numerics = {"dtype": "float32", "tf32": "off"}
+    versions = {name.replace("-", "_"): version(name).partition("+")[0] for name in LIBRARIES}
+    measured = {"samples": 8, "seed": 0, "noise_scheduler": "DDPMScheduler", "Answer.samples": 7}
+    assert scores.protocol == {**measured, **numerics, **versions}
     assert "answer 42" in str(scores)
 
 
@@ -38,7 +44,8 @@ def test_the_denoising_loss_is_the_mean_over_samples():
     )
     with torch.no_grad():
         assert scores["denoising_loss"] == pytest.approx(F.mse_loss(model(**inputs).sample, batch["target"]).item())
-    assert scores.protocol == {"samples": 3, "seed": 0}
+    assert scores.protocol["samples"] == 3
+    assert "noise_scheduler" not in scores.protocol
 
 
 @pytest.mark.parametrize("measure", [dg.evaluate, locality])
