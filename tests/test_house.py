@@ -31,7 +31,7 @@ FLOORS = [
     {"search", "cards"},
     {"serialization"},
     {"model_mixin", "trainer", "testbed"},
-    {"testbed.quickstart"},
+    {"testbed.quickstart", "recipes"},
     {"cli"},
     {"__main__"},
 ]
@@ -48,7 +48,9 @@ HOMES = {
     "jaxtyping": {"core.shapes"},
     "jinja2": {"cards"},
     "rich": {"core.tables"},
-    "yaml": {"cards"},
+    "yaml": {"cards", "recipes"},
+    "pydantic": {"recipes"},  # checks recipes
+    "filelock": {"recipes"},
     "matplotlib": {"evaluation.plots", "testbed.sampling"},
     "PIL": {"testbed"},  # renders the letters
     **dict.fromkeys(("flash_attn", "natten", "causal_conv1d", "mamba_ssm", "fla"), {"operators"}),  # backends

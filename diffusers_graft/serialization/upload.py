@@ -22,7 +22,7 @@ from .load_model import STEM, weight_files
 from .remote_code.pack import FILE
 
 _SHOWN = [CARD, "training.png", "samples.png", "locality.png"]
-_GRAFT_FILES = [
+GRAFT_FILES = [
     "graft_config*.json",
     ALL_WEIGHTS,
     "graft_proof*.safetensors",
@@ -53,7 +53,7 @@ def push_graft(folder: str | Path, repo_id: str, **hub_arguments: Any) -> str:
     # a damaged graft is found before anything is uploaded
     for variant in variants or [""]:
         read_graft(folder, variant)
-    return _push(folder, repo_id, _GRAFT_FILES, **hub_arguments)
+    return _push(folder, repo_id, GRAFT_FILES, **hub_arguments)
 
 
 def push_model(folder: Path, repo_id: str, *, variant: str | None = None, **hub_arguments: Any) -> str:

@@ -1,0 +1,328 @@
+"""A recipe from its model to a shared graft, stage by stage; what is done already is not done again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+from filelock import FileLock, Timeout
+
+from ..core.storage import read_json, write_json
+from ..errors import FileError, StateError, UnknownNameError
+from ..evaluation.benchmark import benchmark
+from ..evaluation.evaluate import Scores, evaluate
+from ..injection.install import uninstall
+from ..planning.plan import GraftPlan, plan_graft
+from ..search.planner import Survey
+from ..search.survey import survey
+from ..serialization.upload import push_graft
+from ..testbed.sampling import SampleQuality
+from ..testbed.scenes import SceneScore
+from ..trainer import GraftTrainer, GraftTrainingArguments
+from ..training.distributed import is_main_process, wait_for_all
+from .data import Data, make_data, require_data
+from .reading import RECIPE, load_recipe, save_recipe
+from .schema import Recipe
+from .sources import Source, load_source, require_dtype
+
+PLAN = "plan.json"
+SCORES = "scores.json"
+BENCHMARK = "benchmark.json"
+SURVEY = "survey.json"
+_LOCK = ".lock"
+
+STAGES = ("plan", "distill", "finetune", "evaluate", "benchmark", "report", "share")
+METRICS: dict[str, type] = {"sample_quality": SampleQuality, "scene_score": SceneScore}
+
+# Keys that may change from one start of a run to the next: what they decide comes after the training.
+_CHANGEABLE = ("evaluate", "benchmark", "report", "samples", "share", "output")
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Run:
+    """A recipe that is under way.
+
+    Attributes:
+        recipe: of the run.
+        source: its model.
+        data: its data.
+        trainer: of both stages.
+        scores: measured so far, by the state of the model.
+        say: receives each line of the report.
+    """
+
+    recipe: Recipe
+    source: Source
+    data: Data
+    trainer: GraftTrainer
+    scores: dict[str, Scores] = field(default_factory=dict)
+    say: Say = lambda text: None
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.recipe.output)
+
+
+def run_recipe(recipe: Recipe, *, last: str = "share", say: Say = lambda text: None) -> Path:
+    """Run a recipe, or go on where an earlier run of it was stopped.
+
+    Args:
+        last: the last of the `STAGES` to run.
+        say: receives each line of the report.
+
+    Returns the output folder.
+
+    Raises:
+        StateError: the output folder is in use, or holds a run of another recipe.
+        FileError: a model, data, or a folder that is not there.
+        GraftError: settings that do not fit each other, the model or the device; before anything is trained.
+    """
+    if last not in STAGES:
+        raise UnknownNameError("stage", last, STAGES)
+    wanted = STAGES[: STAGES.index(last) + 1]
+    require_ready(recipe)
+    with _claim_folder(Path(recipe.output)):
+        run = _start(recipe, say)
+        if "distill" in wanted:
+            _train(run, wanted)
+        if "benchmark" in wanted and recipe.benchmark is not None:
+            _benchmark(run)
+        if "share" in wanted and recipe.share is not None:
+            _share(run)
+    return run.folder
+
+
+def require_ready(recipe: Recipe) -> None:
+    """Raise an error for what cannot run, before anything is downloaded or trained."""
+    require_data(recipe)
+    require_dtype(recipe.model)
+    if recipe.evaluate is not None:
+        _make_metrics(recipe)
+    folder = Path(recipe.output)
+    if folder.exists() and not folder.is_dir():
+        raise FileError(f"{folder} is a file, and the output is a folder. Give another output.")
+    if (folder / RECIPE).exists():
+        _require_same(recipe, load_recipe(folder / RECIPE), folder)
+
+
+def _require_same(recipe: Recipe, there: Recipe, folder: Path) -> None:
+    """Raise `StateError` where a folder holds a run whose training another recipe decided."""
+    for one in dataclasses.fields(Recipe):
+        if one.name in _CHANGEABLE:
+            continue
+        wanted = getattr(recipe, one.name)
+        found = getattr(there, one.name)
+        if wanted != found:
+            key, was, now = _find_difference(one.name, found, wanted)
+            raise StateError(
+                f"{folder} holds a run with {key} {was!r}, and this recipe has {now!r}. Give another output, or "
+                "delete that folder."
+            )
+
+
+def _find_difference(name: str, there: Any, wanted: Any) -> tuple[str, Any, Any]:
+    """Return the innermost key that differs, with both values."""
+    if dataclasses.is_dataclass(there) and type(there) is type(wanted):
+        for one in dataclasses.fields(there):
+            values = getattr(there, one.name), getattr(wanted, one.name)
+            if values[0] != values[1]:
+                return _find_difference(f"{name}.{one.name}", *values)
+    return name, there, wanted
+
+
+@contextlib.contextmanager
+def _claim_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder inside; the system forgets the claim of a process that was killed.
+
+    Raises `StateError` where another run has it, and `FileError` where it cannot be written.
+    """
+    if not is_main_process():
+        yield
+        return
+    lock = FileLock(folder / _LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StateError(f"{folder} is in use by another run. Wait for it, or give another output.") from error
+    except OSError as error:
+        raise FileError(f"{folder} cannot be written ({error}). Give another output.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _start(recipe: Recipe, say: Say) -> Run:
+    """Load the model, choose the plan, open the data."""
+    folder = Path(recipe.output)
+    source = load_source(recipe.model)
+    plan = None
+    if recipe.plan is not None:
+        # Before data are drawn: rules may not fit the model.
+        plan = resolve_plan(source.model, recipe.plan)
+    if is_main_process():
+        save_recipe(recipe, folder)
+    say(f"{type(source.model).__name__} of {recipe.model.name}")
+    data = make_data(recipe, source)
+    if plan is None:
+        plan = _search(recipe, source, data, folder)
+    if is_main_process():
+        plan.save(folder / PLAN)
+    say(f"{plan}\n")
+    trainer = GraftTrainer(
+        source.model,
+        plan,
+        _training_arguments(recipe),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        noise_scheduler=source.noise_scheduler,
+        null_prompt=data.null_prompt,
+        data_collator=data.collate,
+    )
+    return Run(recipe, source, data, trainer, _read_scores(folder), say)
+
+
+def resolve_plan(model: ModelMixin, plan: Mapping[str, Any] | str) -> GraftPlan:
+    """Return the plan of rules, of rules as text, or of a `plan.json`. Raises `MismatchError` for another model's."""
+    if not (isinstance(plan, str) and plan.endswith(".json")):
+        return plan_graft(model, plan)
+    loaded = GraftPlan.load(plan)
+    loaded.check(model)
+    return loaded
+
+
+def _search(recipe: Recipe, source: Source, data: Data, folder: Path) -> GraftPlan:
+    """Survey the candidates, unless that was done, and solve for the budget."""
+    settings = recipe.search
+    assert settings is not None
+    path = folder / SURVEY
+    if path.exists():
+        return Survey.load(path).plan(**settings.budget)
+    arguments: dict[str, Any] = {}
+    if settings.distill is not None:
+        arguments = {"batches": data.train, "config": settings.distill, "output_dir": folder, "resume": True}
+    measured = survey(
+        source.model,
+        settings.candidates,
+        _take(data.held_out, settings.samples),
+        noise_scheduler=source.noise_scheduler,
+        rounds=settings.rounds,
+        seed=recipe.seed,
+        **arguments,
+    )
+    measured.save(path)
+    return measured.plan(**settings.budget)
+
+
+def _take(batches: list[Any], samples: int) -> list[Any]:
+    """Return as many batches as hold a number of samples, or all of them."""
+    chosen = []
+    count = 0
+    for batch in batches:
+        if count >= samples:
+            break
+        chosen.append(batch)
+        count += len(batch["sample"])
+    return chosen
+
+
+def _training_arguments(recipe: Recipe) -> GraftTrainingArguments:
+    return GraftTrainingArguments(
+        output_dir=recipe.output,
+        distill=recipe.distill,
+        finetune=recipe.finetune,
+        per_device_train_batch_size=recipe.data.batch_size,
+        dataloader_num_workers=recipe.data.workers,
+        seed=recipe.seed,
+    )
+
+
+def _train(run: Run, wanted: tuple[str, ...]) -> None:
+    """Run the stages that are wanted, each measured after it where that is wanted, too."""
+    is_measured = "evaluate" in wanted and run.recipe.evaluate is not None
+    trainer = run.trainer
+    if is_measured:
+        _measure(run, "original")
+    trainer.distill(resume_from_checkpoint=True)
+    # Parts without weights have no stage one.
+    if is_measured and run.recipe.distill is not None:
+        _measure(run, "after stage one")
+    if "finetune" in wanted:
+        trainer.finetune(resume_from_checkpoint=True)
+    if is_measured and run.recipe.finetune is not None:
+        _measure(run, "after stage two")
+    if is_measured:
+        # The last row is the graft's on its card.
+        order = ("original", "after stage one", "after stage two")
+        trainer.scores = {name: run.scores[name] for name in order if name in run.scores}
+        trainer.save_model()
+
+
+def _measure(run: Run, name: str) -> None:
+    """Measure the model as it is, unless that was done, and store the scores at once."""
+    settings = run.recipe.evaluate
+    assert settings is not None
+    if name not in run.scores:
+        run.scores[name] = evaluate(
+            run.source.model,
+            run.data.held_out,
+            noise_scheduler=run.source.noise_scheduler,
+            metrics=_make_metrics(run.recipe),
+            seed=settings.seed,
+        )
+        if is_main_process():
+            write_json(run.folder / SCORES, {state: one.to_dict() for state, one in run.scores.items()})
+        wait_for_all()
+    run.say(f"{name}: {run.scores[name]}")
+
+
+def _read_scores(folder: Path) -> dict[str, Scores]:
+    if not (folder / SCORES).exists():
+        return {}
+    rows = read_json(folder / SCORES)
+    return {state: Scores(row["values"], row["protocol"]) for state, row in rows.items()}
+
+
+def _make_metrics(recipe: Recipe) -> list[Any]:
+    """Return the metrics of a recipe. Raises `UnknownNameError` for one that there is not."""
+    assert recipe.evaluate is not None
+    metrics = []
+    for name, settings in recipe.evaluate.metrics.items():
+        if name not in METRICS:
+            raise UnknownNameError("metric", name, METRICS)
+        metrics.append(METRICS[name](**settings))
+    return metrics
+
+
+def _benchmark(run: Run) -> None:
+    """Measure the cost of a forward, unless that was done."""
+    settings = run.recipe.benchmark
+    assert settings is not None
+    if (run.folder / BENCHMARK).exists() or not is_main_process():
+        return
+    plan = run.trainer.plan
+    uninstall(run.source.model)
+    rules = {"graft": {edit.site.address: edit.config for edit in plan.edits}}
+    sizes = settings.sizes or (int(run.source.model.config.sample_size),)
+    rows = benchmark(run.source.model, rules, sizes, rounds=settings.rounds)
+    write_json(run.folder / BENCHMARK, {"rows": rows})
+    for row in rows:
+        run.say(f"{row['name']} at {row['tokens']} tokens: {row['milliseconds']:.1f} ms, ratio {row['ratio']:.2f}")
+
+
+def _share(run: Run) -> None:
+    """Push the graft to its repository."""
+    settings = run.recipe.share
+    assert settings is not None
+    if is_main_process():
+        address = push_graft(run.folder, settings.repository, private=settings.private)
+        run.say(f"Shared: {address}")
