@@ -4,7 +4,7 @@ Importing gives every diffusers model the methods set_graft, unset_graft, enable
 load_graft, and the property graft.
 """
 
-from . import data, operators
+from . import data, hub, operators
 from ._version import __version__
 from .core.context import Context, Grid
 from .core.sites import Site, Sites
@@ -58,6 +58,7 @@ __all__ = [
     "evaluate",
     "find_sites",
     "finetune",
+    "hub",
     "import_upstream",
     "interleaved",
     "load_pretrained",

@@ -62,7 +62,10 @@ class TrainingError(GraftError, RuntimeError):
 
 
 class MissingDependencyError(GraftError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """A package is not installed; the message names the extra that brings it, or the package itself."""
 
-    def __init__(self, what: str, needs: str, *, extra: str):
-        super().__init__(f'{what} needs {needs}, which is not installed. Run: pip install "diffusers-graft[{extra}]"')
+    def __init__(self, what: str, needs: str, *, extra: str | None = None):
+        wanted = needs.replace(" ", "==")
+        if extra is not None:
+            wanted = f"diffusers-graft[{extra}]"
+        super().__init__(f'{what} needs {needs}, which is not installed. Run: pip install "{wanted}"')

@@ -30,7 +30,7 @@ FLOORS = [
     {"evaluation", "data"},
     {"search", "cards"},
     {"serialization"},
-    {"model_mixin", "trainer", "testbed"},
+    {"model_mixin", "trainer", "testbed", "hub"},
     {"testbed.quickstart", "recipes"},
     {"cli"},
     {"__main__"},
@@ -44,7 +44,7 @@ HOMES = {
     "peft": {"training.finetune", "serialization.lora"},  # stage two injects it, the hub stores its tensors
     "accelerate": {"training"},
     "safetensors": {"core.storage", "serialization", "testbed", "training.checkpoint", "data"},
-    "huggingface_hub": {"serialization", "cards"},
+    "huggingface_hub": {"serialization", "cards", "hub"},
     "jaxtyping": {"core.shapes"},
     "jinja2": {"cards"},
     "rich": {"core.tables"},
@@ -53,7 +53,7 @@ HOMES = {
     "filelock": {"recipes"},
     "matplotlib": {"evaluation.plots", "testbed.sampling"},
     "PIL": {"testbed"},  # renders the letters
-    **dict.fromkeys(("flash_attn", "natten", "causal_conv1d", "mamba_ssm", "fla"), {"operators"}),  # backends
+    **dict.fromkeys(("flash_attn", "natten", "causal_conv1d", "mamba_ssm", "fla", "kernels"), {"operators"}),
 }
 OPTIONAL = {
     "matplotlib",
@@ -63,6 +63,7 @@ OPTIONAL = {
     "causal_conv1d",
     "mamba_ssm",
     "fla",
+    "kernels",
 }  # of an extra: imported where they are used, never with the module
 
 

@@ -120,6 +120,7 @@ def render_card(
         edits=rows,
         has_code=is_full_model and bool(config.get("code")),
         packages=_packages(config),
+        repositories=_repositories(config),
         flops_at=counted_over,
         layers=draw_layers(graft),
         is_full_model=is_full_model,
@@ -198,9 +199,22 @@ def _base(model: ModelMixin, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _packages(config: dict[str, Any]) -> list[str]:
-    """Return the packages that the graft's operators come from, beside this library."""
+    """Return the packages that the graft's operators come from, beside this library, with their versions."""
     rows = (config.get("plan") or {}).get("packages") or {}
-    return sorted({row["name"] for row in rows.values() if row.get("name")})
+    return sorted({f"{row['name']}=={row['version']}" for row in rows.values() if row.get("name")})
+
+
+def _repositories(config: dict[str, Any]) -> list[str]:
+    """Return the lines that load the operators which came from the Hub one by one."""
+    rows = (config.get("plan") or {}).get("packages") or {}
+    lines = []
+    for row in rows.values():
+        if row.get("repository"):
+            arguments = f"{json.dumps(row['repository'])}, revision={json.dumps(row['revision'])}"
+            lines.append(
+                f"dg.operators.get({arguments}, trust_remote_code=True)  # code that runs here: read it first"
+            )
+    return sorted(set(lines))
 
 
 def _summary(graft: Graft) -> str:

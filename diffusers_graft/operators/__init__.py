@@ -15,6 +15,7 @@ from .base import (
     OperatorConfig,
     Projections,
 )
+from .ops.hub_kernels import load_hub_kernel
 from .registry import available, configure, get, parse_operator, register
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "available",
     "configure",
     "get",
+    "load_hub_kernel",
     "parse_operator",
     "register",
 ]

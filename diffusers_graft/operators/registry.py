@@ -1,8 +1,8 @@
 """The one door by which operators come in, and the configs that rules and saved plans name.
 
 An operator of this library is found by its file name, one of another package through the entry point group
-`diffusers_graft.operators`, one of a script, a notebook or a trusted repository after `register`. Whichever way it
-came, `get` knows it by its name from then on.
+`diffusers_graft.operators`, one of a script, a notebook or a trusted repository after `register`, one that lies on
+the Hub by itself through `get("user/name")`. Whichever way it came, `get` knows it by its name from then on.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import logging
 import pkgutil
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, packages_distributions, version
 from types import ModuleType
 from typing import Any, TypeVar
@@ -21,15 +22,20 @@ from typing import Any, TypeVar
 from ..errors import OperatorError, RuleError, UnknownNameError
 from .base import Operator, OperatorConfig
 
+logger = logging.getLogger(__name__)
+
 OperatorClass = TypeVar("OperatorClass", bound=type[Operator])
 
 _OPERATORS = __name__.rpartition(".")[0]
 _LIBRARY = __name__.partition(".")[0]
 _GROUP = "diffusers_graft.operators"
 _NO_OPERATORS = ("base", "registry")
-_PACKAGE_NAME = re.compile(r"[A-Za-z0-9]([\w.-]{0,98}[A-Za-z0-9])?")
+_PACKAGE_NAME = re.compile(r"[A-Za-z0-9]([\w.+-]{0,98}[A-Za-z0-9])?")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 _registered: dict[str, type[Operator]] = {}
+_repositories: dict[str, dict[str, str]] = {}  # the repository and the commit of operators that came from the Hub
+_readers: list[Callable[..., type[Operator]]] = []
 
 
 def register(operator: OperatorClass) -> OperatorClass:
@@ -97,12 +103,22 @@ def available() -> tuple[str, ...]:
     return tuple(sorted({*_file_names(), *_entry_points(), *_registered}))
 
 
-def get(name: str) -> type[Operator]:
-    """Return the operator class of a name.
+def get(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> type[Operator]:
+    """Return the operator class of a name, or that of a Hub repository, which is known by its name from then on.
 
-    Raises `UnknownNameError` with the nearest name, and `OperatorError` for one of another package that cannot be
-    imported or that is not an operator of that name.
+    Args:
+        name: of an operator; or a repository `user/name`, or a folder, that `dg.hub.push_operator` filled.
+        revision: of a repository, the full id of a commit.
+        trust_remote_code: run the code of the repository. Read it first.
+
+    Raises `UnknownNameError` with the nearest name, `OperatorError` for one of another package that cannot be
+    imported or that is not an operator of that name, and `FileError` for a repository that is not trusted, not pinned,
+    or holds no operator.
     """
+    if "/" in name and _readers:
+        return _readers[0](name, revision=revision, trust_remote_code=trust_remote_code)
+    if revision is not None or trust_remote_code:
+        raise OperatorError(f"revision and trust_remote_code are for a repository user/name; {name!r} is a name.")
     if name in _registered:
         return _registered[name]
     if name in _file_names():
@@ -135,8 +151,23 @@ def _only_operator_in(module: ModuleType) -> type[Operator]:
     return found[0]
 
 
+def read_repositories_with(reader: Callable[..., type[Operator]]) -> None:
+    """Let `get` read repositories: what downloads stands on a floor above this one."""
+    _readers[:] = [reader]
+
+
+def note_repository(operator: type[Operator], repository: str, revision: str) -> None:
+    """Remember the commit that an operator came from, which grafts then name."""
+    _repositories[operator.name] = {"repository": repository, "revision": revision}
+
+
 def package_of(operator: type[Operator]) -> dict[str, str] | None:
-    """Return `name` and `version` of the package that brings an operator; None for this library and for scripts."""
+    """Return what brings an operator: `name` and `version` of a package, or `repository` and `revision` on the Hub.
+
+    None for this library and for scripts.
+    """
+    if _registered.get(operator.name) is operator and operator.name in _repositories:
+        return _repositories[operator.name]
     top = operator.__module__.partition(".")[0]
     if top == _LIBRARY:
         return None
@@ -154,6 +185,8 @@ def package_of(operator: type[Operator]) -> dict[str, str] | None:
 def require_available(names: set[str], packages: Any = None) -> None:
     """Raise `UnknownNameError` for the first operator that is not there, naming the package that brings it.
 
+    A package of another version than the one that was saved is logged as a warning.
+
     Args:
         packages: `package_of` by operator's name, as a saved plan has it; it may come from an untrusted file.
     """
@@ -163,14 +196,47 @@ def require_available(names: set[str], packages: Any = None) -> None:
     for name in sorted(names):
         if name not in known:
             raise UnknownNameError("operator", name, known, advice=_advice(packages.get(name)))
+        _warn_of_another_version(name, _requirement(packages.get(name)))
+
+
+def _warn_of_another_version(name: str, saved: list[str] | None) -> None:
+    if saved is None:
+        return
+    for point in entry_points(group=_GROUP, name=name):
+        if point.dist and [point.dist.name, point.dist.version] != saved:
+            logger.warning(
+                f"The operator {name!r} was saved with {saved[0]} {saved[1]}; here it comes from {point.dist.name} "
+                f'{point.dist.version}. Where outputs differ: pip install "{saved[0]}=={saved[1]}"'
+            )
+
+
+def _requirement(package: Any) -> list[str] | None:
+    """Return name and version of a package as a saved plan has them, None for anything else."""
+    if not isinstance(package, Mapping):
+        return None
+    values = [package.get("name"), package.get("version")]
+    # Untrusted text that is repeated in advice may be a name and nothing more.
+    if all(isinstance(value, str) and _PACKAGE_NAME.fullmatch(value) for value in values):
+        return values
+    return None
 
 
 def _advice(package: Any) -> str:
+    required = _requirement(package)
+    if required:
+        name, number = required
+        return (
+            f"It was saved with the package {name} {number}, which is not installed here. If you trust that package: "
+            f'pip install "{name}=={number}"'
+        )
     if isinstance(package, Mapping):
-        values = [package.get("name"), package.get("version")]
-        # Untrusted text that is repeated in advice may be a name and nothing more.
-        if all(isinstance(value, str) and _PACKAGE_NAME.fullmatch(value) for value in values):
-            return f"It was saved with the package {values[0]} {values[1]}, which is not installed here."
+        repository = str(package.get("repository"))
+        revision = str(package.get("revision"))
+        if _REPOSITORY.fullmatch(repository) and re.fullmatch(r"[0-9a-f]{40}", revision):
+            return (
+                f'It came from the Hub. Read its code there, then: dg.operators.get("{repository}", '
+                f'revision="{revision}", trust_remote_code=True)'
+            )
     return "An operator written in a script or a notebook is known after @dg.operators.register."
 
 

@@ -51,6 +51,8 @@ def local_folder(source: str | Path, patterns: list[str], *, subfolder: str | No
         folder = Path(source) / subfolder
     else:
         folder = _downloaded(source, patterns, subfolder, hub_arguments)
+    if not folder.is_dir() and not subfolder:
+        raise FileError(f"{source} holds none of the files {', '.join(patterns)}.")
     if not folder.is_dir():
         raise FileError(f"There is no folder {subfolder} in {source}.")
     # A save that was interrupted after its decision is the newer one.

@@ -46,8 +46,12 @@ _SECRET = re.compile(r"(hf_|api_org_)[A-Za-z0-9]{10,}|Bearer\s+\S+")
 
 
 @contextlib.contextmanager
-def explain_hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Raise `FileError` in place of every error of the Hub or of its client inside the block."""
+def explain_hub_errors(repo_id: str | None, revision: str | None = None) -> Iterator[None]:
+    """Raise `FileError` in place of every error of the Hub or of its client inside the block.
+
+    Args:
+        repo_id: the repository that is asked for, None where the whole Hub is searched.
+    """
     try:
         yield
     except GraftError:
@@ -58,9 +62,10 @@ def explain_hub_errors(repo_id: str, revision: str | None = None) -> Iterator[No
         raise explain(error, repo_id, revision) from cause
 
 
-def explain(error: Exception, repo_id: str, revision: str | None = None) -> FileError:
+def explain(error: Exception, repo_id: str | None, revision: str | None = None) -> FileError:
     """Return an error of the Hub as one of ours."""
-    return FileError(_without_secrets(f"The Hub repository {repo_id} {_reason(error, revision)}"))
+    what = "The Hub" if repo_id is None else f"The Hub repository {repo_id}"
+    return FileError(_without_secrets(f"{what} {_reason(error, revision)}"))
 
 
 def clean_token(token: Any) -> Any:

@@ -53,7 +53,7 @@ def push_graft(folder: str | Path, repo_id: str, **hub_arguments: Any) -> str:
     # a damaged graft is found before anything is uploaded
     for variant in variants or [""]:
         read_graft(folder, variant)
-    return _push(folder, repo_id, GRAFT_FILES, **hub_arguments)
+    return push_files(folder, repo_id, GRAFT_FILES, **hub_arguments)
 
 
 def push_model(folder: Path, repo_id: str, *, variant: str | None = None, **hub_arguments: Any) -> str:
@@ -64,7 +64,7 @@ def push_model(folder: Path, repo_id: str, *, variant: str | None = None, **hub_
     files = list(_MODEL_FILES)
     if not _has_graft(repo_id, hub_arguments.get("token")):
         files.append(CONFIG)
-    return _push(folder, repo_id, files, stale=weight_files(variant), **hub_arguments)
+    return push_files(folder, repo_id, files, stale=weight_files(variant), **hub_arguments)
 
 
 def _has_graft(repo_id: str, token: Any) -> bool:
@@ -81,7 +81,7 @@ def download_config(repo_id: str, folder: str, token: Any) -> None:
         hf_hub_download(repo_id, "config.json", local_dir=folder, token=clean_token(token))
 
 
-def _push(
+def push_files(
     folder: Path,
     repo_id: str,
     patterns: list[str],
@@ -93,7 +93,10 @@ def _push(
     create_pr: bool = False,
     revision: str | None = None,
 ) -> str:
-    """Upload the files of a folder whose names match patterns, and delete stale ones, in one commit."""
+    """Upload the files of a folder whose names match patterns, and delete stale ones, in one commit.
+
+    Returns the address of the commit or pull request. Raises `FileError` where the Hub refuses.
+    """
     api = HfApi(token=clean_token(token))
     settings = {"commit_message": commit_message, "create_pr": create_pr, "revision": revision}
     with explain_hub_errors(repo_id, revision):

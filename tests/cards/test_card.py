@@ -192,4 +192,4 @@ def test_packages_of_operators_are_installed_with_the_library(monkeypatch):
     monkeypatch.setattr(plan, "package_of", lambda operator: {"name": "grid-tools", "version": "2.0"})
     model = tiny_dit(2)
     model.set_graft(RULES)
-    assert "pip install diffusers-graft grid-tools\n" in card(model)
+    assert "pip install diffusers-graft grid-tools==2.0\n" in card(model)

@@ -101,12 +101,17 @@ def test_a_plugin_that_cannot_be_built_fails_the_check_of_building(install):
         dg.check_operator("forgetful")
 
 
-def test_what_is_saved_names_the_package_that_brings_an_operator(install, tmp_path, monkeypatch):
+def test_what_is_saved_names_the_package_that_brings_an_operator(install, tmp_path, monkeypatch, caplog):
     install("passing_by", "from diffusers_graft.operators import Mixer\n\nclass PassingBy(Mixer): ...\n")
     plan = dg.plan_graft(tiny_dit(), {"self_attention[0]": "passing_by"})
     assert plan.to_dict()["packages"] == {"passing_by": {"name": "passing_by-plugin", "version": "1.0"}}
     plan.save(tmp_path / "plan.json")
     assert dg.GraftPlan.load(tmp_path / "plan.json") == plan
+    assert not caplog.text
+    newer = tmp_path / "passing_by_plugin-1.0.dist-info"
+    (newer / "METADATA").write_text("Metadata-Version: 2.1\nName: passing_by-plugin\nVersion: 2.0\n")
+    dg.GraftPlan.load(tmp_path / "plan.json")
+    assert "saved with passing_by-plugin 1.0; here it comes from passing_by-plugin 2.0" in caplog.text
     monkeypatch.undo()
-    with pytest.raises(UnknownNameError, match="with the package passing_by-plugin 1.0, which is not installed"):
+    with pytest.raises(UnknownNameError, match=r'with the package passing_by-plugin 1\.0.*"passing_by-plugin==1\.0"'):
         dg.GraftPlan.load(tmp_path / "plan.json")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 USERS = {"hf_owner": "owner", "hf_guest": "guest", "hf_paper": "grafting"}
 
 
@@ -50,7 +52,7 @@ class FakeHub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self):
         self.server.shutdown()
@@ -252,6 +254,17 @@ class _Handler(BaseHTTPRequestHandler):
             },
         )
 
+    def search(self):
+        """List the models whose cards have every tag that is asked for; a base and a license are tags, too."""
+        found = []
+        for repo_id, repo in self.hub.repos.items():
+            card = repo.commits[repo.refs["main"]].get("README.md", b"").decode()
+            data = yaml.safe_load(card.split("---")[1]) if card.startswith("---") else {}
+            tags = [*data.get("tags", []), data.get("library_name"), f"base_model:{data.get('base_model')}"]
+            if not repo.private and set(self.query.get("filter", [])) <= set(tags):
+                found.append({"id": repo_id, "sha": repo.refs["main"], "downloads": 7, "tags": tags, "cardData": data})
+        self.answer(200, found)
+
     def tree(self, repo_id, revision):
         repo = self.repo(repo_id)
         files = repo.commits[self.commit_of(repo, revision)]
@@ -297,5 +310,6 @@ ROUTES = {
     ("GET", f"/api/models/{REPO}/tree/{REVISION}"): _Handler.tree,
     ("GET", f"/api/models/{REPO}/revision/{REVISION}"): _Handler.info,
     ("GET", f"/api/models/{REPO}"): _Handler.info,
+    ("GET", "/api/models"): _Handler.search,
     ("GET", f"/{REPO}/resolve/{REVISION}/(.+)"): _Handler.resolve,
 }

@@ -38,7 +38,7 @@ def file_of(name: str) -> str:
     return f"graft_operator_{name}.py"
 
 
-def source_text(operator: type[Operator]) -> str:
+def source_text(operator: type[Operator], *, may_need_packages: bool = False) -> str:
     """Return the source of one operator: of ours its file, of one that came as code what came, else its extract."""
     if is_ours(operator):
         return (_PACKAGE / "operators" / f"{operator.name}.py").read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def source_text(operator: type[Operator]) -> str:
         return loaded
     from .source_text import source_of  # not among the modules that a self-contained model carries
 
-    return source_of(operator)
+    return source_of(operator, may_need_packages=may_need_packages)
 
 
 def is_ours(operator: type[Operator]) -> bool:
@@ -86,29 +86,34 @@ def register_trusted(config: dict[str, Any], folder: Path, *, trust: bool, pinne
         if name not in here:
             if not (trust and pinned):
                 raise FileError(_refusal(name, folder, trust=trust, pinned=pinned))
-            register(_operator(name, code[name], folder))
-        elif _hash_of(name) not in (None, code[name]["sha256"]):
+            register(run_operator(name, code[name], folder))
+        elif hash_of(name) not in (None, code[name]["sha256"]):
             raise FileError(f"Another operator {name!r} is loaded already. Load this one in a new process.")
 
 
-def _hash_of(name: str) -> str | None:
+def hash_of(name: str) -> str | None:
     """Return the hash of an operator that came as code into this process, before."""
     return getattr(sys.modules.get(f"{operators.__name__}.{name}"), _HASH, None)
 
 
 def _refusal(name: str, folder: Path, *, trust: bool, pinned: bool) -> str:
+    return (
+        f"{folder} brings the operator {name!r} as code that would run on this machine. Read {file_of(name)} first; "
+        f"to run it pass {missing_permission(trust=trust, pinned=pinned)}."
+    )
+
+
+def missing_permission(*, trust: bool, pinned: bool) -> str:
+    """Return in words the arguments that running code from a repository still needs."""
     missing = []
     if not trust:
         missing.append("trust_remote_code=True")
     if not pinned:
         missing.append("revision=, the full id of a commit")
-    return (
-        f"{folder} brings the operator {name!r} as code that would run on this machine. Read {file_of(name)} first; "
-        f"to run it pass {' and '.join(missing)}."
-    )
+    return " and ".join(missing)
 
 
-def _operator(name: str, row: dict[str, str], folder: Path) -> type[Operator]:
+def run_operator(name: str, row: dict[str, str], folder: Path) -> type[Operator]:
     """Run the source of an operator. Raises `FileError` where it is not the very text that the description names."""
     if not name.isidentifier():
         raise FileError(f"The code of the operator {name!r} in {folder} is not described as ours is.")

@@ -13,6 +13,7 @@ import linecache
 import symtable
 import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions, version
 from types import ModuleType
 from typing import Any
 
@@ -26,19 +27,42 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _IMPORTS = (ast.Import, ast.ImportFrom)
 
 
-def source_of(operator: type[Operator]) -> str:
+def source_of(operator: type[Operator], *, may_need_packages: bool = False) -> str:
     """Return the source of a module that defines an operator and nothing that the operator does not need.
+
+    Args:
+        may_need_packages: it may import installed packages, which `packages_of` then names.
 
     Raises `FileError` where the operator cannot be separated from its module, or needs another file.
     """
-    return _Module(operator).extract()
+    return _Module(operator, may_need_packages).extract()
+
+
+def packages_of(source: str) -> dict[str, str]:
+    """Return name and version of the packages that a source imports, beside those that whoever has this library has.
+
+    Those imported inside a `try` are left out: the source can do without them.
+    """
+    names: set[str] = set()
+    for node in _unguarded_imports(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+        else:
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+    installed = packages_distributions()
+    packages = {}
+    for name in sorted(names - {*AVAILABLE, *sys.stdlib_module_names}):
+        package = next(iter(installed.get(name, [])), name)
+        packages[package] = version(package)
+    return packages
 
 
 class _Module:
     """The module that an operator was written in."""
 
-    def __init__(self, operator: type[Operator]):
+    def __init__(self, operator: type[Operator], may_need_packages: bool):
         self.operator = operator
+        self.may_need_packages = may_need_packages
         self.text = _text_of(operator)
         self.tree = ast.parse(self.text)
         self.globals = vars(sys.modules[operator.__module__])
@@ -102,6 +126,8 @@ class _Module:
             names = [node.module or ""]
         for name in names:
             package = name.split(".")[0]
+            if self.may_need_packages and not level and package in packages_distributions():
+                continue
             if level or not (package in AVAILABLE or package in sys.stdlib_module_names):
                 raise self._refusal(f"it imports {'.' * level}{name}, which does not come along")
         if any(alias.name == "*" for alias in node.names):
