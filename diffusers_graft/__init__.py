@@ -18,6 +18,7 @@ from .model_mixin import GraftableModel, attach_verbs, set_graft
 from .operators.conformance.suite import check_operator
 from .planning.plan import GraftPlan, plan_graft
 from .planning.rules import deep, interleaved, low_local, top_local
+from .reporting.report import report
 from .search.planner import Survey
 from .search.survey import survey
 from .serialization.load_model import load_pretrained
@@ -65,6 +66,7 @@ __all__ = [
     "low_local",
     "operators",
     "plan_graft",
+    "report",
     "set_graft",
     "survey",
     "top_local",

@@ -19,6 +19,7 @@ from .evaluation.scores import Scores
 from .injection.graft import Graft, build_graft, get_graft, is_enabled
 from .injection.install import disable, enable, install
 from .planning.plan import GraftPlan, plan_graft
+from .reporting.report import try_report
 from .serialization.graft_folder import save_graft
 from .serialization.upload import push_graft
 from .training import distributed as processes
@@ -42,8 +43,8 @@ class GraftTrainingArguments:
     """Settings of a `GraftTrainer`.
 
     Attributes:
-        output_dir: after each stage the graft is saved there, all files or none; checkpoints, `training.jsonl` and the
-            logs of trackers lie beside it.
+        output_dir: after each stage the graft is saved there, all files or none; checkpoints, `training.jsonl`, the
+            logs of trackers and `report.html` lie beside it.
         distill, finetune: settings of the stages; None leaves a stage out.
         per_device_train_batch_size: samples of a step on each process, where the dataset holds single samples.
         per_device_eval_batch_size: the same of the evaluation; None is that of the training.
@@ -228,6 +229,7 @@ class GraftTrainer:
                 **self._common_arguments(resume_from_checkpoint),
             )
         self._save_and_push()
+        self._write_report()
         return losses
 
     def evaluate(self, name: str = "grafted") -> Scores:
@@ -244,6 +246,7 @@ class GraftTrainer:
         arguments = CallbackArguments(config, str(self.args.output_dir), has_evaluation=True)
         callbacks = Callbacks(self.callbacks, arguments, RunState("evaluation", config.steps), model=self.model)
         callbacks.call("on_evaluate", metrics=dict(self.scores[name].values))
+        self._write_report()
         return self.scores[name]
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
@@ -311,6 +314,10 @@ class GraftTrainer:
             except GraftError as error:
                 # Hours of training are not lost for a network that is down.
                 logger.warning("The graft is saved in %s and was not pushed: %s", self.args.output_dir, error)
+
+    def _write_report(self) -> None:
+        if processes.is_main_process():
+            try_report(self.args.output_dir)
 
     def _common_arguments(self, resume: bool | str | Path) -> dict[str, Any]:
         """Return the arguments that both stages take."""

@@ -44,6 +44,14 @@ def network_attempts(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def _no_reports(request, monkeypatch):
+    """Leave out the reports that runs end with, which take longer than most tests; `tests/reporting` writes them."""
+    if "reporting" not in request.path.parts:
+        for module in ("trainer", "search.survey"):
+            monkeypatch.setattr(f"diffusers_graft.{module}.try_report", lambda folder: None)
+
+
+@pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
 

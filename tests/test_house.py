@@ -30,7 +30,8 @@ FLOORS = [
     {"evaluation", "data"},
     {"search", "cards"},
     {"serialization"},
-    {"model_mixin", "trainer", "testbed", "hub"},
+    {"reporting"},
+    {"model_mixin", "trainer", "testbed", "hub", "search.survey"},
     {"testbed.quickstart", "recipes"},
     {"cli"},
     {"__main__"},
@@ -46,13 +47,13 @@ HOMES = {
     "safetensors": {"core.storage", "serialization", "testbed", "training.checkpoint", "data"},
     "huggingface_hub": {"serialization", "cards", "hub"},
     "jaxtyping": {"core.shapes"},
-    "jinja2": {"cards"},
+    "jinja2": {"cards", "reporting"},
     "rich": {"core.tables"},
     "yaml": {"cards", "recipes"},
     "pydantic": {"recipes"},  # checks recipes
     "filelock": {"recipes"},
-    "matplotlib": {"evaluation.plots", "testbed.sampling"},
-    "PIL": {"testbed"},  # renders the letters
+    "matplotlib": {"evaluation.plots", "testbed.sampling", "reporting.charts"},
+    "PIL": {"testbed", "reporting.samples"},  # renders the letters; writes and reads samples
     **dict.fromkeys(("flash_attn", "natten", "causal_conv1d", "mamba_ssm", "fla", "kernels"), {"operators"}),
 }
 OPTIONAL = {

@@ -21,9 +21,12 @@ from ..evaluation.cost import count_flops, count_parameters
 from ..injection.graft import Graft, build_graft, get_graft
 from ..inspection import evaluating, predict
 from ..planning.plan import Edit, GraftPlan, plan_graft
+from ..reporting.report import try_report
+from ..reporting.run_folder import SURVEY
 from ..training.batches import Batch
 from ..training.distill.config import DistillConfig
 from ..training.distill.distill import distill
+from ..training.distributed import is_main_process
 from ..training.finetune.objective import mean_of
 from ..training.noised_batch import Noising
 from .planner import Choice, Survey
@@ -57,7 +60,8 @@ def survey(
         batches, config: of stage one, which the first candidates of all sites go through, then the second, and so on.
             Without them parts are judged as they start, which favours those that start close to the original.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
-        output_dir, resume: of stage one, as in `dg.distill`, a folder in it for each turn of candidates.
+        output_dir, resume: of stage one, as in `dg.distill`, a folder in it for each turn of candidates; `survey.json`
+            and `report.html` are written there, too.
         rounds: timed runs of each operator, at all sites that are alike together; two or more.
         seed: of random starts and of the noise that parts are judged under.
         progress: show bars, on a terminal.
@@ -94,7 +98,12 @@ def survey(
         "torch": torch.__version__,
         "stage one": config and config.to_dict(),
     }
-    return Survey(type(model).__name__, _usable(choices), protocol, tuple(grafts))
+    result = Survey(type(model).__name__, _usable(choices), protocol, tuple(grafts))
+    if output_dir is not None and is_main_process():
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        result.save(Path(output_dir) / SURVEY)
+        try_report(output_dir)
+    return result
 
 
 def _require_ready(

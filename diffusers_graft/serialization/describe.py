@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -52,6 +53,7 @@ def describe_graft(model: ModelMixin, graft: Graft, base: Tensors) -> dict[str, 
         "versions": versions(),
         "base": _base(model, graft, base),
         "plan": graft.plan.to_dict(),
+        "layers": _count_layers(graft),
         "lora": describe_adapters(model, graft),
         "compressed": {},
         "checksum": "",
@@ -59,6 +61,12 @@ def describe_graft(model: ModelMixin, graft: Graft, base: Tensors) -> dict[str, 
         "scores": {},
         "about": {},
     }
+
+
+def _count_layers(graft: Graft) -> dict[str, int]:
+    """Return the number of sites of each kind, so that the edits can be drawn without the model."""
+    # pairs are the blocks once more
+    return dict(Counter(site.kind for site in graft.sites if site.kind != "block_pair"))
 
 
 def describe_model(model: ModelMixin, graft: Graft) -> dict[str, Any]:

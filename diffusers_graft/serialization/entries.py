@@ -94,7 +94,7 @@ _CODE = DictOf(Record({"file": str, "sha256": str}))
 _COMPRESSED = DictOf(Record({"method": str}, {"error": NUMBER, "bytes_before": int, "bytes_after": int}))
 _GRAFT = Record(
     {**_COMMON, "base": _BASE, "checksum": str, "compressed": _COMPRESSED, "scores": _SCORES, "about": _ABOUT},
-    {"files": ListOf(str), "code": _CODE, "lora": dict},
+    {"files": ListOf(str), "code": _CODE, "lora": dict, "layers": DictOf(int)},
 )
 _FULL_MODEL = Record(
     _COMMON,

@@ -5,37 +5,47 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
 
 from .. import testbed
+from ..core.storage import write_json
 from ..core.tables import Table
 from ..errors import GraftError
-from ..evaluation.benchmark import ORIGINAL, compare
+from ..evaluation.benchmark import ORIGINAL, Timing, compare
 from ..evaluation.cost import count_flops, count_parameters
 from ..evaluation.locality import locality
 from ..evaluation.plots import draw_locality
 from ..evaluation.scores import Scores
 from ..injection.graft import Graft, build_graft
 from ..injection.install import install, uninstall
-from ..inspection import evaluating, predict
+from ..inspection import evaluating, example_inputs, predict, read_context
 from ..operators import OperatorConfig
 from ..planning.plan import Edit, GraftPlan, plan_graft
+from ..reporting.report import try_report
+from ..reporting.samples import save_samples
 from ..serialization.graft_folder import load_graft, save_graft
 from ..serialization.tensors import checksum
 from ..training.distill.config import DistillConfig
 from ..training.distill.distill import distill
 from ..training.finetune.config import FinetuneConfig
 from ..training.finetune.finetune import finetune
+from ..training.metrics_log import copy_metrics
+from .letters import LETTERS
 from .sampling import SampleQuality, measure, sample, save_sample_grid, scheduler
 
 LETTERS_SHOWN = 40
+
+_GRAFTED = "grafted"
+_TIMED_SAMPLES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,7 @@ class Run:
         seed: of data, noise and random starts.
         scores, costs: measured, by name of the stage.
         seconds: that each stage took.
+        logs: folder for the log of the training; nothing is written without it.
     """
 
     model: DiTTransformer2DModel
@@ -67,6 +78,7 @@ class Run:
     scores: dict[str, Scores] = field(default_factory=dict)
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    logs: Path | None = None
 
     def measure(self, name: str) -> Scores:
         """Record scores and cost of the model as it is now, and return the scores."""
@@ -94,12 +106,14 @@ class Run:
     def distill(self, graft: Graft) -> None:
         """Run stage one."""
         with self.clock("after stage one"):
-            distill(self.model, graft, self.batches(), self.budget.distill, noise_scheduler=scheduler())
+            settings: dict[str, Any] = {"noise_scheduler": scheduler(), "output_dir": self.logs}
+            distill(self.model, graft, self.batches(), self.budget.distill, **settings)
 
     def finetune(self) -> None:
         """Run stage two."""
         with self.clock("after stage two"):
-            finetune(self.model, self.batches(), self.budget.finetune, noise_scheduler=scheduler())
+            settings: dict[str, Any] = {"noise_scheduler": scheduler(), "output_dir": self.logs}
+            finetune(self.model, self.batches(), self.budget.finetune, **settings)
 
     def stages(self, plan: GraftPlan) -> Graft:
         """Build a graft and train it in both stages, measured after each; the graft is installed at the end."""
@@ -137,7 +151,7 @@ def quickstart(
     Args:
         operator: operator for the chosen sites, by name or as a config.
         sites: a rule key, such as `self_attention[1::2]`.
-        output: folder for the graft, its card, `samples.png` and `locality.png`.
+        output: folder for the graft, its card, `samples.png`, `locality.png` and `report.html`.
         budget: steps and samples.
         seed: of data, noise and random starts.
         say: receives each line of the report.
@@ -157,11 +171,23 @@ def quickstart(
         install(model, build_graft(model, random_start(plan), seed=seed))
     run.measure("random start")
     uninstall(model)
-    graft = run.stages(plan)
-    save_sample_grid(output / "samples.png", {"original": original_images, "grafted": _sample_letters(model)})
+    # checkpoints, which the run writes beside its log, are not part of the result
+    with tempfile.TemporaryDirectory() as logs:
+        run.logs = Path(logs)
+        run.stages(plan)
+        copy_metrics(logs, output)
+    images = _sample_letters(model)
+    save_sample_grid(output / "samples.png", {"original": original_images, "grafted": images})
+    letters = [LETTERS[label] for label in testbed.balanced_labels(LETTERS_SHOWN).tolist()]
+    save_samples(output, run.budget.finetune.steps, original_images, images, conditions=letters)
     save_graft(model, output, scores=_ordered_scores(run))
-    say(f"\n{_table(run, _latency(model, graft))}\n")
+    timings = _compare_speed(model)
+    write_json(output / "benchmark.json", {"rows": _cost_rows(run, timings)})
+    say(f"\n{_table(run, timings)}\n")
     _check_reload(model, output)
+    page = try_report(output)
+    if page is not None:
+        say(f"All of it with pictures, for a browser: {page}")
     seconds = time.perf_counter() - started
     say(f"A new process loaded {output} and gave bit-equal outputs. {seconds:.0f} s in all.")
     return run
@@ -179,12 +205,12 @@ def _sample_letters(model: DiTTransformer2DModel) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _latency(model: DiTTransformer2DModel, graft: Graft) -> dict[str, float]:
-    """Return milliseconds of one forward of 64 samples, original and grafted in turns."""
+def _compare_speed(model: DiTTransformer2DModel) -> list[Timing]:
+    """Time one forward of 64 samples, original and grafted in turns."""
     inputs = {
-        "hidden_states": torch.zeros(64, 1, 16, 16),
-        "timestep": torch.full((64,), 500.0),
-        "class_labels": testbed.balanced_labels(64),
+        "hidden_states": torch.zeros(_TIMED_SAMPLES, 1, 16, 16),
+        "timestep": torch.full((_TIMED_SAMPLES,), 500.0),
+        "class_labels": testbed.balanced_labels(_TIMED_SAMPLES),
     }
 
     def original() -> None:
@@ -196,8 +222,28 @@ def _latency(model: DiTTransformer2DModel, graft: Graft) -> dict[str, float]:
         predict(model, inputs)
 
     with evaluating(model):
-        rows = compare({ORIGINAL: original, "grafted": grafted}, rounds=9)
-    return {row.name: 1000 * row.seconds for row in rows}
+        return compare({ORIGINAL: original, _GRAFTED: grafted}, rounds=9)
+
+
+def _cost_rows(run: Run, timings: list[Timing]) -> list[dict[str, Any]]:
+    """Return the rows of `benchmark.json`: those of `dg.benchmark`, for the batch that was timed."""
+    grid = read_context(run.model, (), example_inputs(run.model)).grid
+    assert grid is not None  # the testbed draws images
+    states = {ORIGINAL: ORIGINAL, _GRAFTED: "after stage two"}
+    rows = []
+    for timing in timings:
+        row = {
+            "tokens": grid.tokens,
+            "name": timing.name,
+            "batch_size": _TIMED_SAMPLES,
+            **run.costs[states[timing.name]],
+            "milliseconds": 1000 * timing.seconds,
+            "ratio": timing.ratio,
+            "low": timing.low,
+            "high": timing.high,
+        }
+        rows.append(row)
+    return rows
 
 
 def _ordered_scores(run: Run) -> dict[str, Scores]:
@@ -206,7 +252,8 @@ def _ordered_scores(run: Run) -> dict[str, Scores]:
     return {name: run.scores[name] for name in names if name in run.scores}
 
 
-def _table(run: Run, milliseconds: dict[str, float]) -> str:
+def _table(run: Run, timings: list[Timing]) -> str:
+    milliseconds = {timing.name: 1000 * timing.seconds for timing in timings}
     heading = ("", "denoising loss", "Frechet distance", "accuracy", "parameters", "MFLOPs", "ms", "seconds")
     rows = []
     for name, scores in _ordered_scores(run).items():

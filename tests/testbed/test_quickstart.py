@@ -34,7 +34,12 @@ def test_the_quick_start_at_tiny_size(tmp_path):
         "README.md",
         "samples.png",
         "locality.png",
+        "training.jsonl",
+        "benchmark.json",
+        "report.html",
     }
+    sections = re.findall('<section id="(.*?)"', (tmp_path / "report.html").read_text())
+    assert sections == ["edits", "samples", "quality", "cost", "training", "protocol"]
     report = "\n".join(lines)
     for words in (
         "random start",

@@ -1,0 +1,333 @@
+"""Sections of a report: training, quality, cost, search, analysis; each is None where its file is not there."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..core.storage import read_json
+from ..evaluation.benchmark import ORIGINAL
+from ..search.planner import MEASURES, Survey
+from ..training.metrics_log import METRICS_LOG
+from .charts import draw_bars, draw_front, draw_losses, draw_ratios, draw_site_errors
+from .run_folder import ANALYSIS, BENCHMARK, GRAFT, SCORES, SURVEY, RunFolder, explained
+
+# Of the measures that a run may have, the one that people quote first.
+_FIRST_MEASURES = ("fid", "frechet_distance", "geneval", "denoising_loss")
+_MOST_CHOICES = 40
+
+
+def describe_training(run: RunFolder) -> dict[str, Any] | None:
+    """Return the curves of both stages and the error that was left at every site; None without any."""
+    with explained(run, METRICS_LOG):
+        stage_one = [row for row in run.metrics if row["stage"] == "one" and row.get("sites")]
+        stage_two = [row for row in run.metrics if row["stage"] == "two" and "loss" in row]
+        charts = {}
+        if stage_one:
+            charts["sites"] = draw_site_errors(_by_site(stage_one), _held_out_by_site(stage_one))
+        if stage_two:
+            losses = [(row["step"], row["loss"]) for row in stage_two]
+            charts["losses"] = draw_losses(losses, _distinct(row.get("held_out") for row in stage_two))
+    with explained(run, GRAFT):
+        sites = _site_errors(run.description.get("history") or [])
+    if not charts and not sites:
+        return None
+    has_held_out = any("held_out" in row for row in stage_two)
+    return {**charts, "errors": sites, "has_held_out": has_held_out, "costs": _costs(run)}
+
+
+def _by_site(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for site, values in row["sites"].items():
+            errors.setdefault(site, []).append((row["step"], values["error"]))
+    return errors
+
+
+def _held_out_by_site(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    sites = dict.fromkeys(site for row in rows for site in row["sites"])
+    held_out = {}
+    for site in sites:
+        values = [row["sites"][site].get("held_out") for row in rows if site in row["sites"]]
+        held_out[site] = _distinct(values, name="error")
+    return held_out
+
+
+def _distinct(evaluations: Iterable[dict[str, Any] | None], name: str = "loss") -> list[tuple[float, float]]:
+    """Return (step, value) of evaluations: one is repeated in every row until the next."""
+    by_step = {one["step"]: one[name] for one in evaluations if one}
+    return list(by_step.items())
+
+
+def _site_errors(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the error that stage one left at every site, with its share of the largest one."""
+    errors: dict[str, tuple[float, bool]] = {}
+    for stage in history:
+        for row in stage.get("sites") or []:
+            is_held_out = row.get("held_out_error") is not None
+            error = row["held_out_error"] if is_held_out else row["relative_error"]
+            errors[row["site"]] = (error, is_held_out)
+    largest = max((error for error, _ in errors.values()), default=0) or 1
+    rows = []
+    for site, (error, is_held_out) in errors.items():
+        rows.append({"site": site, "error": error, "share": error / largest, "is_held_out": is_held_out})
+    return rows
+
+
+def _costs(run: RunFolder) -> list[dict[str, Any]]:
+    """Return steps, samples and time of each stage, the last run of each."""
+    rows = {}
+    for stage in run.description.get("history") or []:
+        if "stage" in stage:
+            names = ("stage", "steps", "samples", "seconds", "hardware")
+            rows[stage["stage"]] = {name: stage.get(name) for name in names}
+    return list(rows.values())
+
+
+def describe_scores(run: RunFolder) -> dict[str, Any] | None:
+    """Return the table of scores; None without any."""
+    with explained(run, SCORES):
+        states = run.scores
+        if not states:
+            return None
+        columns = list(dict.fromkeys(name for row in states.values() for name in row["values"]))
+        rows = []
+        for name, row in states.items():
+            values = [_number(row["values"].get(column)) for column in columns]
+            rows.append({"name": name, "values": values, "is_original": name == ORIGINAL})
+        return {"columns": [column.replace("_", " ") for column in columns], "rows": rows}
+
+
+def describe_protocols(run: RunFolder) -> list[dict[str, Any]]:
+    """Return each protocol of the scores with the states that it was measured by, settings under dotted names."""
+    protocols: list[dict[str, Any]] = []
+    with explained(run, SCORES):
+        for name, row in run.scores.items():
+            settings = _flatten(row.get("protocol") or {})
+            known = next((one for one in protocols if one["settings"] == settings), None)
+            if known is not None:
+                known["names"].append(name)
+            elif settings:
+                protocols.append({"names": [name], "settings": settings})
+    return protocols
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = str(value)
+    return flat
+
+
+def describe_costs(run: RunFolder) -> dict[str, Any] | None:
+    """Return the table of costs, its break-even in words and the ratios over several sizes; None without any."""
+    path = run.find(BENCHMARK)
+    if path is None:
+        return None
+    data = read_json(path)
+    with explained(run, BENCHMARK):
+        rows = [_cost_row(row) for row in data["rows"]]
+        ratios: dict[str, list[tuple[float, float, float, float]]] = {}
+        for row in data["rows"]:
+            # one line a graft: the smallest batch, run as it stands
+            is_plain = row.get("batch_size", 1) == data["rows"][0].get("batch_size", 1) and not row.get("compiled")
+            if row["name"] != ORIGINAL and is_plain:
+                point = (row["tokens"], row["ratio"], row["low"], row["high"])
+                ratios.setdefault(row["name"], []).append(point)
+        has_sizes = any(len(points) > 1 for points in ratios.values())
+        return {
+            "rows": rows,
+            "break_even": [_sentence(one) for one in data.get("break_even") or []],
+            "chart": draw_ratios(ratios) if has_sizes else None,
+            "protocol": _flatten(data.get("protocol") or {}),
+            "has_memory": any(row["memory"] for row in rows),
+            "has_batches": len({row["batch_size"] for row in rows}) > 1,
+            "has_compiled": len({row["compiled"] for row in rows}) > 1,
+        }
+
+
+def _cost_row(row: dict[str, Any]) -> dict[str, Any]:
+    memory = row.get("peak_memory")
+    return {
+        "tokens": f"{row['tokens']:,}",
+        "name": row["name"],
+        "is_original": row["name"] == ORIGINAL,
+        "batch_size": row.get("batch_size", 1),
+        "compiled": "compiled" if row.get("compiled") else "eager",
+        "parameters": _count(row["parameters"]),
+        "flops": _count(row["flops"]),
+        "milliseconds": f"{row['milliseconds']:.4g}",
+        "ratio": f"{row['ratio']:.2f}",
+        "spread": f"{row['low']:.2f} to {row['high']:.2f}",
+        "memory": "" if memory is None else f"{memory / 2**20:,.0f} MiB",
+    }
+
+
+def _sentence(value: Any) -> str:
+    """Return one line of the break-even, whatever form it was written in."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name.replace('_', ' ')} {_number(one)}" for name, one in value.items())
+    return str(value)
+
+
+def describe_survey(run: RunFolder) -> dict[str, Any] | None:
+    """Return the front of harm against each measure, with the plan that was made; None without a survey."""
+    path = run.find(SURVEY)
+    if path is None:
+        return None
+    survey = Survey.load(path)
+    chosen = _predicted(run, survey)
+    charts = []
+    for measure in ("latency", "flops"):
+        choices = [(1 - choice.saved[measure], choice.harm) for choice in survey.choices]
+        # a measure that no choice changes has no front
+        if all(abs(share - 1) < 1e-9 for share, _ in choices):
+            continue
+        point = None if chosen is None else (chosen[measure], chosen["harm"])
+        words = "FLOPs" if measure == "flops" else measure
+        charts.append({"measure": words, "chart": draw_front(survey.front(measure), choices, point, words)})
+    table = survey.to_table()
+    return {
+        "charts": charts,
+        "heading": table.heading,
+        "rows": table.rows[:_MOST_CHOICES],
+        "count": len(table.rows),
+        "chosen": None if chosen is None else {name: _number(value) for name, value in chosen.items()},
+    }
+
+
+def _predicted(run: RunFolder, survey: Survey) -> dict[str, float] | None:
+    """Return what the survey says of the plan that was made, None where that has other edits."""
+    by_row = {(choice.edit.site.path, choice.edit.config.owner.name): choice for choice in survey.choices}
+    edits = run.plan.get("edits") or []
+    chosen = []
+    for edit in edits:
+        choice = by_row.get((edit["site"]["path"], edit["operator"]))
+        if choice is None:
+            return None
+        chosen.append(choice)
+    if not chosen:
+        return None
+    predicted = {"harm": sum(choice.harm for choice in chosen)}
+    for measure in MEASURES:
+        predicted[measure] = 1 - sum(choice.saved[measure] for choice in chosen)
+    return predicted
+
+
+def describe_analysis(run: RunFolder) -> dict[str, Any] | None:
+    """Return charts of locality, of the activations' variance and of what blocks change; None without an analysis."""
+    path = run.find(ANALYSIS)
+    if path is None:
+        return None
+    data = read_json(path)
+    with explained(run, ANALYSIS):
+        charts = []
+        localities = data.get("localities") or []
+        for name, words in (("band", "a band of the raster order"), ("neighborhood", "a window of the grid")):
+            shares = [_mean_of(row[name]) for row in localities]
+            if shares:
+                caption = f"Share of each attention's mass within {words}. Dashed: if attention were uniform."
+                names = [_layer_of(row["site"]) for row in localities]
+                uniform = localities[0][f"uniform_{name}"]
+                charts.append(
+                    {"caption": caption, "chart": draw_bars(shares, names, reference=uniform, label="attention")}
+                )
+        activations = [row for row in data.get("activations") or [] if any(row["buckets"])]
+        # of one kind, since the scales of attentions and feed-forwards differ
+        of_kind = [row for row in activations if row["site"].startswith(activations[0]["site"].partition("[")[0])]
+        if of_kind:
+            variances = [_mean_of([bucket and bucket["variance"] for bucket in row["buckets"]]) for row in of_kind]
+            names = [_layer_of(row["site"]) for row in of_kind]
+            kind = of_kind[0]["site"].partition("[")[0].replace("_", " ")
+            chart = draw_bars(variances, names, reference=None, label=kind)
+            charts.append({"caption": f"Variance of what each {kind} gives.", "chart": chart})
+        blocks = [row for row in data.get("blocks") or [] if any(one is not None for one in row["similarity"])]
+        if blocks:
+            changes = [1 - _mean_of(row["similarity"]) for row in blocks]
+            chart = draw_bars(changes, list(map(str, range(len(blocks)))), reference=None, label="block")
+            charts.append({"caption": "How far each block turns its input: 1 - cosine similarity.", "chart": chart})
+        return {"charts": charts} if charts else None
+
+
+def _layer_of(site: str) -> str:
+    return site.partition("[")[2].rstrip("]")
+
+
+def _mean_of(values: Any) -> float:
+    """Return the mean over timestep buckets, and heads in them, of those that were measured."""
+    flat: list[float] = []
+    for value in values:
+        if isinstance(value, list):
+            flat += value
+        elif value is not None:
+            flat.append(value)
+    return statistics.fmean(flat)
+
+
+def key_figures(run: RunFolder, edits: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Return what the report shows in large figures at its top."""
+    figures = []
+    if edits is not None:
+        layers = sum(row["layers"] for row in edits["rows"] if row["replaced"])
+        replaced = sum(row["replaced"] for row in edits["rows"])
+        kinds = " and ".join(row["kind"] for row in edits["rows"] if row["replaced"])
+        figures.append({"value": f"{replaced} of {layers}", "words": f"{kinds} replaced"})
+    figures += _quality_figures(run) + _cost_figures(run)
+    return figures
+
+
+def _quality_figures(run: RunFolder) -> list[dict[str, str]]:
+    """Return the first measure of the grafted model, beside the original's."""
+    with explained(run, SCORES):
+        original = run.scores.get(ORIGINAL, {}).get("values", {})
+        grafted = [row["values"] for name, row in run.scores.items() if name != ORIGINAL]
+        if not grafted:
+            return []
+        names = [name for name in (*_FIRST_MEASURES, *grafted[-1]) if name in grafted[-1]]
+        if not names:
+            return []
+        words = names[0].replace("_", " ")
+        if names[0] in original:
+            words += f", original {_number(original[names[0]])}"
+        return [{"value": _number(grafted[-1][names[0]]), "words": words}]
+
+
+def _cost_figures(run: RunFolder) -> list[dict[str, str]]:
+    """Return time and FLOPs of the last graft at the largest size, relative to the original's."""
+    path = run.find(BENCHMARK)
+    if path is None:
+        return []
+    with explained(run, BENCHMARK):
+        rows = read_json(path)["rows"]
+        grafted = [row for row in rows if row["name"] != ORIGINAL]
+        if not grafted:
+            return []
+        row = max(grafted, key=lambda one: one["tokens"])
+        figures = [{"value": f"{row['ratio']:.2f}×", "words": f"the original's time at {row['tokens']:,} tokens"}]
+        originals = [one for one in rows if one["name"] == ORIGINAL and one["tokens"] == row["tokens"]]
+        if originals and originals[0]["flops"]:
+            figures.append({"value": f"{row['flops'] / originals[0]['flops']:.2f}×", "words": "the original's FLOPs"})
+        return figures
+
+
+def _count(value: float) -> str:
+    """Return a large number with the prefix of its size."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.4g} {prefix}"
+    return f"{value:.4g}"
+
+
+def _number(value: Any) -> str:
+    """Return a cell: four digits of a number, nothing for what was not measured."""
+    if value is None:
+        return ""
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}"
