@@ -24,7 +24,7 @@ from .serialization.graft_folder import save_graft
 from .serialization.upload import push_graft
 from .training import distributed as processes
 from .training.argument_names import require_known_settings
-from .training.batches import Batch, Collate
+from .training.batches import Batch, Collate, Share
 from .training.callbacks import CallbackArguments, Callbacks, RunState, make_callback
 from .training.config import TrainingConfig
 from .training.distill.config import DistillConfig
@@ -207,7 +207,7 @@ class GraftTrainer:
             reports = distill(
                 self.model,
                 self.graft,
-                self._make_batches(self.train_dataset, self.args.per_device_train_batch_size),
+                self._make_train_batches(),
                 self.args.distill,
                 **self._common_arguments(resume_from_checkpoint),
             )
@@ -224,7 +224,7 @@ class GraftTrainer:
         if self.args.finetune is not None:
             losses = finetune(
                 self.model,
-                self._make_batches(self.train_dataset, self.args.per_device_train_batch_size),
+                self._make_train_batches(),
                 self.args.finetune,
                 **self._common_arguments(resume_from_checkpoint),
             )
@@ -335,8 +335,12 @@ class GraftTrainer:
 
     def _read_held_out(self) -> list[Batch]:
         size = self.args.per_device_eval_batch_size or self.args.per_device_train_batch_size
-        return list(itertools.islice(self._make_batches(self.eval_dataset, size), self.args.eval_batches))
+        count = processes.process_state().num_processes
+        batches = self._batch_maker.make_batches(self.eval_dataset, size * count, is_endless=False)
+        chosen = itertools.islice(batches, self.args.eval_batches)
+        # Evaluations are few and their batches are read over and over, so each process has all of them.
+        return [processes.join_shares(batch) if isinstance(batch, Share) else batch for batch in chosen]
 
-    def _make_batches(self, dataset: Any, batch_size: int) -> Iterable[Batch]:
-        # Every process reads the same batches and takes its part of each.
-        return self._batch_maker.make_batches(dataset, batch_size * processes.process_state().num_processes)
+    def _make_train_batches(self) -> Iterable[Batch]:
+        size = self.args.per_device_train_batch_size * processes.process_state().num_processes
+        return self._batch_maker.make_batches(self.train_dataset, size)

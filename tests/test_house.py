@@ -53,12 +53,15 @@ HOMES = {
     "pydantic": {"recipes"},  # checks recipes
     "filelock": {"recipes"},
     "matplotlib": {"evaluation.plots", "testbed.sampling", "reporting.charts"},
-    "PIL": {"testbed", "reporting.samples"},  # renders the letters; writes and reads samples
+    # renders the letters; opens pictures; writes and reads samples
+    "PIL": {"testbed", "data.folders", "reporting.samples"},
+    "datasets": {"data.folders"},
     **dict.fromkeys(("flash_attn", "natten", "causal_conv1d", "mamba_ssm", "fla", "kernels"), {"operators"}),
 }
 OPTIONAL = {
     "matplotlib",
     "PIL",
+    "datasets",
     "flash_attn",
     "natten",
     "causal_conv1d",
@@ -345,7 +348,7 @@ def test_everything_the_tests_need_is_pinned():
         line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
     )
     extras = PROJECT["project"]["optional-dependencies"]
-    requirements = [*PROJECT["project"]["dependencies"], *extras["eval"], *extras["dev"]]
+    requirements = [*PROJECT["project"]["dependencies"], *extras["eval"], *extras["data"], *extras["dev"]]
     assert {name_of(requirement) for requirement in requirements} - {"diffusers-graft"} <= {
         name_of(name) for name in pins
     }
@@ -366,7 +369,7 @@ def test_every_ignore_has_its_reason():
 def test_importing_needs_no_extra_and_no_gpu():
     code = (
         "import sys\n"
-        "for name in ('matplotlib', 'flash_attn', 'scipy', 'tensorboard', 'pytest', 'hypothesis'): sys.modules[name] = None\n"
+        "for name in ('matplotlib', 'datasets', 'flash_attn', 'scipy', 'tensorboard', 'pytest', 'hypothesis'): sys.modules[name] = None\n"
         "import diffusers_graft as dg\n"
         "assert 'neighborhood' in dg.operators.available()\n"
         "import torch; assert not torch.cuda.is_initialized()\n"

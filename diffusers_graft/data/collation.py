@@ -16,6 +16,7 @@ from ..inspection import example_inputs
 from ..inspection.families import argument_names
 from ..training.batches import Batch, Collate, Sample, SequentialBatches, ShuffledBatches, is_map_style
 from .encoding import is_picture
+from .streams import Stream, StreamBatches, is_stream
 
 logger = logging.getLogger(__name__)
 
@@ -46,24 +47,33 @@ class BatchMaker:
         self.collate = collate
         self.columns = ColumnFilter(model, is_active=drop_columns)
 
-    def make_batches(self, dataset: Iterable, batch_size: int) -> Iterable[Batch]:
+    def make_batches(self, dataset: Any, batch_size: int, *, is_endless: bool = True) -> Iterable[Batch]:
         """Return batches of a dataset.
 
         Args:
-            dataset: a map-style dataset or a list of single samples, which is shuffled anew every epoch; any other
-                iterable of single samples, in its own order; or an iterable of batches, passed on as they come.
-            batch_size: of single samples.
+            dataset: a map-style dataset or a list of single samples, which is shuffled anew every epoch; a `Stream`,
+                or a streamed data set of `datasets`; any other iterable of single samples, in its own order; or an
+                iterable of batches, passed on as they come.
+            batch_size: of single samples, those of all processes together.
+            is_endless: False reads a stream once, for an evaluation.
 
-        Raises `TrainingError` for an empty dataset, and for pictures without a function that encodes them.
+        Raises `TrainingError` for an empty dataset, for pictures without a function that encodes them, and for batches
+            that processes cannot divide evenly.
         """
         if is_map_style(dataset):
             return self._shuffle(dataset, batch_size)
+        stream = None
+        if isinstance(dataset, Stream) or is_stream(dataset):
+            stream = dataset if isinstance(dataset, Stream) else Stream(dataset)
+            dataset = stream.dataset
         first, dataset = _peek(dataset)
         if first is None or not holds_single_sample(self.model, first):
             return FilteredBatches(dataset, self.columns) if self.columns.is_active else dataset
         if isinstance(dataset, list | tuple):
             return self._shuffle(dataset, batch_size)
         self._require_collatable(first)
+        if stream is not None and is_endless:
+            return StreamBatches(stream, batch_size, self.join)
         return SequentialBatches(dataset, batch_size, workers=self.workers, collate=self.join)
 
     def join(self, samples: list[Sample]) -> Batch:

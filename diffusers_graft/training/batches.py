@@ -3,11 +3,15 @@
 A batch is a dict. With a `sample` (latents [B, C, ...]) the rest are conditioning arguments under the names of the
 model, and a noise scheduler noises the sample afresh each time. Without, or with a `timestep`, it is a set of model
 arguments used as it is, with the `target` of stage two among them.
+
+Batches that are given whole are read by every process, which then takes its part of each. Where batches are made of
+single samples, each process reads its own samples of a batch alone: with `n` processes, every `n`-th one (`Share`).
 """
 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +21,34 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ..errors import TrainingError
+from .distributed import process_state
 
 Batch = Mapping[str, Any]
 Sample = Mapping[str, Any]
 Collate = Callable[[list[Any]], Batch]
+
+
+class Share(dict):
+    """Part of a batch that this process has read alone: samples r, r + n, r + 2 n, ... for process r of n."""
+
+
+def own_part(samples: Any) -> Any:
+    """Return this process's part of a whole batch, a sequence or a tensor: every n-th sample of n processes."""
+    state = process_state()
+    return samples[state.process_index :: state.num_processes]
+
+
+def make_share(samples: list[Any], collate: Collate) -> Batch:
+    """Make this process's batch of its samples; it is whole where there is one process."""
+    batch = collate(samples)
+    return batch if process_state().num_processes == 1 else Share(batch)
+
+
+def require_divisible(batch_size: int) -> None:
+    """Raise `TrainingError` for batches that processes cannot divide evenly."""
+    count = process_state().num_processes
+    if batch_size % count:
+        raise TrainingError(f"A batch of {batch_size} samples cannot be divided evenly among {count} processes.")
 
 
 @dataclass(frozen=True)
@@ -66,6 +94,7 @@ class ShuffledBatches:
     The order depends on `seed` alone, so a run that is resumed reads no sample of those it has had.
 
     Args:
+        batch_size: samples of a batch, of all processes together.
         workers: processes that read the dataset.
         collate: makes a batch of a list of samples; `default_collate` unless given.
 
@@ -77,11 +106,12 @@ class ShuffledBatches:
             raise TrainingError(
                 f"A batch has one sample or more; got batches of {batch_size} out of {len(dataset)} samples."
             )
+        require_divisible(batch_size)
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
         self.workers = workers
-        self.collate = collate
+        self.collate = collate or default_collate
         self._start = 0
 
     def start_at(self, batch: int) -> None:
@@ -98,9 +128,12 @@ class ShuffledBatches:
             self.dataset,
             batch_sampler=self._indices(self._start),
             num_workers=self.workers,
-            collate_fn=self.collate,
+            collate_fn=self._collate,
             generator=generator,
         )
+
+    def _collate(self, samples: list[Any]) -> Batch:
+        return make_share(samples, self.collate)
 
     def _indices(self, start: int) -> Iterator[list[int]]:
         # From the number of a batch alone, so that seeking reads nothing.
@@ -109,7 +142,7 @@ class ShuffledBatches:
             generator = torch.Generator().manual_seed(self.seed + epoch)
             order = torch.randperm(len(self.dataset), generator=generator).tolist()
             for first in range(skipped, len(self)):
-                yield order[first * self.batch_size : (first + 1) * self.batch_size]
+                yield own_part(order[first * self.batch_size : (first + 1) * self.batch_size])
             epoch += 1
             skipped = 0
 
@@ -120,8 +153,12 @@ class SequentialBatches:
     Streams of the `datasets` library, which shuffle by epoch (`set_epoch`), are read in another order every time.
 
     Args:
+        batch_size: samples of a batch, of all processes together.
         workers: processes that read a torch `IterableDataset`, which has to divide its samples among them itself.
         collate: makes a batch of a list of samples; `default_collate` unless given.
+
+    Attributes:
+        is_skipping: batches are passed over, so none is made of the samples.
     """
 
     def __init__(
@@ -129,10 +166,12 @@ class SequentialBatches:
     ):
         if batch_size < 1:
             raise TrainingError(f"A batch has one sample or more; got batches of {batch_size}.")
+        require_divisible(batch_size)
         self.samples = samples
         self.batch_size = batch_size
         self.workers = workers
         self.collate = collate or default_collate
+        self.is_skipping = False
         self._epoch = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -147,7 +186,7 @@ class SequentialBatches:
                 batch_size=self.batch_size,
                 drop_last=True,
                 num_workers=self.workers,
-                collate_fn=self.collate,
+                collate_fn=self._collate,
                 generator=torch.Generator().manual_seed(0),
             )
             return
@@ -157,7 +196,10 @@ class SequentialBatches:
             # A smaller batch could not be shared evenly by several processes.
             if len(chunk) < self.batch_size:
                 return
-            yield self.collate(chunk)
+            yield {} if self.is_skipping else self._collate(chunk)
+
+    def _collate(self, samples: list[Sample]) -> Batch:
+        return make_share(own_part(samples), self.collate)
 
 
 def make_batches(dataset: Any, batch_size: int | None, seed: int = 0, *, workers: int = 0) -> Iterable[Batch]:
@@ -182,6 +224,26 @@ def is_map_style(dataset: Any) -> bool:
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
 
 
+class PlacedBatches(ABC):
+    """Endless batches that know where they are in their data, so that a resumed run goes on there at once."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches without end, from where they are."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return where this process is in its part of the data, JSON-able; dicts of all processes are united."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to the place that `state_dict` returned, on as many processes as there are now."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return what decides the order of the samples, JSON-able."""
+
+
 class BatchStream:
     """Batches one after the other, over and over, counted.
 
@@ -192,13 +254,16 @@ class BatchStream:
     def __init__(self, batches: Iterable[Batch]):
         self.batches = make_batches(batches, None)
         self.position = 0
-        self._next = repeat_batches(batches)
+        self._place = self._read_place()
+        # Batches that were looked at, each with the place after it.
+        self._peeked: list[tuple[Batch, dict[str, Any]]] = []
+        self._next = repeat_batches(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._next)
+        batch, self._place = self._peeked.pop() if self._peeked else self._read()
         self.position += 1
         return batch
 
@@ -209,20 +274,59 @@ class BatchStream:
 
     def peek(self) -> Batch:
         """Return the next batch without counting it as read."""
-        # Put back, since an iterator gives it once.
-        batch = next(self._next)
-        self._next = itertools.chain([batch], self._next)
-        return batch
+        if not self._peeked:
+            self._peeked.append(self._read())
+        return self._peeked[0][0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where this process is, for `load_state_dict`."""
+        return {"position": self.position, **self._place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another stream was, at once where the batches know places, else by reading those before it."""
+        if not isinstance(self.batches, PlacedBatches):
+            self.seek(state["position"])
+            return
+        self.batches.load_state_dict(state)
+        self._restart(state["position"])
 
     def seek(self, position: int) -> None:
         """Go on to a later batch: at once where the batches have `start_at`, else by reading those before it."""
         start_at = getattr(self.batches, "start_at", None)
         if start_at is not None:
             start_at(position)
-            self._next = repeat_batches(self.batches)
-            self.position = position
+            self._restart(position)
+        if isinstance(self.batches, SequentialBatches):
+            # The samples are read, and not encoded.
+            self.batches.is_skipping = True
         while self.position < position:
             next(self)
+        if isinstance(self.batches, SequentialBatches):
+            self.batches.is_skipping = False
+
+    def _restart(self, position: int) -> None:
+        self._next = repeat_batches(self.batches)
+        self._peeked = []
+        self._place = self._read_place()
+        self.position = position
+
+    def _read(self) -> tuple[Batch, dict[str, Any]]:
+        batch = next(self._next)
+        return batch, self._read_place()
+
+    def _read_place(self) -> dict[str, Any]:
+        # Of others, the number of batches says it all.
+        return self.batches.state_dict() if isinstance(self.batches, PlacedBatches) else {}
+
+
+def merge_places(places: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return where a stream is in the data, from what the `state_dict` of every process says of its own part."""
+    merged = dict(places[0])
+    for place in places[1:]:
+        for name, value in place.items():
+            if isinstance(value, Mapping):
+                merged[name] = {**merged[name], **value}
+    return merged
 
 
 def read_first(batches: Iterable[Batch], count: int) -> list[Batch]:

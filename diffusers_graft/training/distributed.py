@@ -1,4 +1,4 @@
-"""Several processes as one: every process reads the same batches and computes its share of each.
+"""Several processes as one: each computes its share of every batch.
 
 Noise is drawn for the whole batch before it is divided, so a run does not depend on the number of processes, and one
 that began on four may be resumed on one.
@@ -12,9 +12,10 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, parse_flag_from_env, reduce
+from accelerate.utils import gather, gather_object, parse_flag_from_env, reduce
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from ..errors import TrainingError
 
@@ -85,6 +86,33 @@ def min_over_processes(value: int) -> int:
         return value
     values = cast(torch.Tensor, gather(torch.tensor([value], device=state.device)))
     return int(values.min())
+
+
+def gather_values(value: Any) -> list[Any]:
+    """Return the value of every process, in their order; tensors on the host alone."""
+    if process_state().num_processes == 1:
+        return [value]
+    return gather_object([value])
+
+
+def join_shares(share: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the whole batch of which every process has read every n-th sample; others of its values are for all.
+
+    Raises `TrainingError` for samples of different sizes.
+    """
+    shares = gather_values(tree_map_only(torch.Tensor, torch.Tensor.cpu, dict(share)))
+    try:
+        return {name: _interleave([one[name] for one in shares]) for name in share}
+    except RuntimeError as error:
+        raise TrainingError(f"Samples of several processes do not make one batch: {error}.") from error
+
+
+def _interleave(values: list[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        return {name: _interleave([value[name] for value in values]) for name in values[0]}
+    if not isinstance(values[0], torch.Tensor):
+        return values[0]
+    return torch.stack(values, dim=1).flatten(0, 1)
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

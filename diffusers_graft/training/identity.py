@@ -14,7 +14,7 @@ import torch
 from diffusers import ModelMixin
 
 from ..injection.graft import Graft, base_tensors
-from .batches import Batch, BatchStream, ShuffledBatches
+from .batches import Batch, BatchStream, PlacedBatches, SequentialBatches, ShuffledBatches
 from .config import TrainingConfig
 from .noised_batch import Noising
 from .random_state import seeded
@@ -139,4 +139,10 @@ def _describe_data(stream: BatchStream) -> tuple[dict[str, Any], dict[str, Any]]
     if isinstance(batches, list | tuple) and batches:
         content = digest([batches[0], batches[len(batches) // 2], batches[-1]])
         return {"batches": len(batches), "content": content}, {}
-    return {}, {"first batch": digest(stream.peek())}
+    first = stream.peek()
+    if not isinstance(batches, PlacedBatches | SequentialBatches):
+        return {}, {"first batch": digest(first)}
+    # The first process reads the first sample, whatever their number; what else it reads depends on that.
+    sample = {name: value[:1] for name, value in first.items() if isinstance(value, torch.Tensor)}
+    facts = batches.describe() if isinstance(batches, PlacedBatches) else {"batch size": batches.batch_size}
+    return facts, {"first sample": digest(sample)}

@@ -12,7 +12,8 @@ from diffusers import ModelMixin
 
 from ..errors import TrainingError
 from ..injection.graft import Graft
-from .batches import Batch, BatchStream
+from . import distributed as processes
+from .batches import Batch, BatchStream, merge_places
 from .config import TrainingConfig
 from .noised_batch import NoisedBatch, Noising
 from .random_state import get_random_state, seeded, set_random_state
@@ -122,15 +123,18 @@ class Stage(ABC):
     def mark_resume_point(self) -> None:
         """Remember where the data and all random numbers are."""
         random = get_random_state(self.generator, self.model.device)
-        self.resume_point = {"position": self.stream.position, "random": random}
+        self.resume_point = {"data": self.stream.state_dict(), "random": random}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything from which a run goes on."""
-        return {"step": self.step, **self.resume_point}
+        # Each process knows where it is in its own part of the data.
+        places = processes.gather_values(self.resume_point["data"])
+        return {"step": self.step, **self.resume_point, "data": merge_places(places)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""
-        self.stream.seek(state["position"])
+        # Checkpoints of earlier versions hold the number of batches alone.
+        self.stream.load_state_dict(state.get("data") or {"position": state["position"]})
         set_random_state(state["random"], self.generator, self.model.device)
 
 

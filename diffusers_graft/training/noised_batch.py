@@ -13,9 +13,9 @@ from diffusers.models.embeddings import LabelEmbedding
 
 from ..errors import TrainingError, UnknownNameError
 from ..inspection.families import argument_names
-from .batches import Batch, Shared
+from .batches import Batch, Share, Shared, own_part
 from .config import TrainingConfig
-from .distributed import local_share
+from .distributed import local_share, process_state
 from .noise import (
     DENSITIES,
     add_noise,
@@ -38,6 +38,7 @@ class NoisedBatch:
         timestep: as the scheduler counts, which may differ from what the model is given; None where the batch held
             model arguments.
         shared: names of arguments that are the same for all samples.
+        is_share: these are the samples of this process alone.
     """
 
     inputs: dict[str, Any]
@@ -45,6 +46,7 @@ class NoisedBatch:
     sample: torch.Tensor | None = None
     timestep: torch.Tensor | None = None
     shared: frozenset[str] = frozenset()
+    is_share: bool = False
 
     @property
     def noisy(self) -> torch.Tensor:
@@ -53,11 +55,15 @@ class NoisedBatch:
 
     @property
     def count(self) -> int:
-        """Samples in the batch."""
+        """Samples in the batch, of all processes together."""
+        if self.is_share:
+            return len(self.noisy) * process_state().num_processes
         return len(self.noisy)
 
     def local_share(self) -> NoisedBatch:
         """Return the samples of this process. Raises `TrainingError` where they cannot be divided evenly."""
+        if self.is_share:
+            return self
         inputs = {}
         for name, value in self.inputs.items():
             # As many tokens as samples are no reason to divide the positions of tokens.
@@ -129,18 +135,28 @@ class Noising:
         inputs = {name: _move(value, model) for name, value in batch.items()}
         shared = frozenset(name for name, value in batch.items() if isinstance(value, Shared))
         noisy_name = argument_names(type(model))[0]
+        is_share = isinstance(batch, Share)
         if not _is_clean(model, batch):
             target = inputs.pop("target", None)
-            return NoisedBatch({noisy_name: inputs.pop(noisy_name), **inputs}, target, shared=shared)
+            return NoisedBatch(
+                {noisy_name: inputs.pop(noisy_name), **inputs}, target, shared=shared, is_share=is_share
+            )
         sample = inputs.pop("sample")
         # The order of these draws is part of what a seed means: a run that is resumed repeats it. They are on the CPU,
         # whose numbers are the same on every machine.
-        epsilon = torch.randn(sample.shape, generator=generator).to(sample)
-        share = draw_shares(model, self.scheduler, len(sample), generator, self.timesteps)
+        count = _count_all(sample, is_share)
+        epsilon = torch.randn((count, *sample.shape[1:]), generator=generator)
+        share = draw_shares(model, self.scheduler, count, generator, self.timesteps)
+        if is_share:
+            # Drawn for the whole batch all the same, so that a run does not depend on the number of processes.
+            epsilon = own_part(epsilon)
+            share = own_part(share)
+        epsilon = epsilon.to(sample)
         if self.drop_labels and "class_labels" in inputs:
-            inputs["class_labels"] = drop_class_labels(model, inputs["class_labels"], generator)
+            labels = inputs["class_labels"]
+            inputs["class_labels"] = drop_class_labels(model, labels, generator, is_share=is_share)
         if self.null_prompt is not None and self.prompt_dropout:
-            dropped = torch.rand(len(sample), generator=generator) < self.prompt_dropout
+            dropped = _draw_dropped(sample, self.prompt_dropout, generator, is_share)
             for name, null in self.null_prompt.items():
                 inputs[name] = _replace_dropped(name, inputs[name], null, dropped)
         shift = find_shift(model, self.scheduler)
@@ -150,7 +166,7 @@ class Noising:
         if find_convention(model).takes_list:
             noised = list(noised)
         arguments = {noisy_name: noised, find_timestep_name(model): model_time, **inputs}
-        return NoisedBatch(arguments, model_target, sample, timestep, shared)
+        return NoisedBatch(arguments, model_target, sample, timestep, shared, is_share)
 
     def require_usable(self, model: ModelMixin, *batches: Batch) -> None:
         """Raise `TrainingError` for batches that the model could not be called with, once they are noised."""
@@ -189,7 +205,9 @@ def find_timestep_name(model: ModelMixin) -> str:
     return next((name for name in argument_names(type(model)) if name in ("timesteps", "t")), "timestep")
 
 
-def drop_class_labels(model: ModelMixin, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def drop_class_labels(
+    model: ModelMixin, labels: torch.Tensor, generator: torch.Generator, *, is_share: bool = False
+) -> torch.Tensor:
     """Return labels of which some are replaced by the null label, at the rate of the model.
 
     diffusers' DiT would draw anew in every block in training mode, which trains no unconditional model.
@@ -198,8 +216,21 @@ def drop_class_labels(model: ModelMixin, labels: torch.Tensor, generator: torch.
     # Without dropout in training there is no null label in the table.
     if embedding is None or not embedding.dropout_prob:
         return labels
-    dropped = torch.rand(len(labels), generator=generator) < embedding.dropout_prob
+    dropped = _draw_dropped(labels, embedding.dropout_prob, generator, is_share)
     return labels.masked_fill(dropped.to(labels.device), embedding.num_classes)
+
+
+def _draw_dropped(values: torch.Tensor, rate: float, generator: torch.Generator, is_share: bool) -> torch.Tensor:
+    """Return which samples lose their conditioning: [B], on CPU."""
+    dropped = torch.rand(_count_all(values, is_share), generator=generator) < rate
+    return own_part(dropped) if is_share else dropped
+
+
+def _count_all(values: torch.Tensor, is_share: bool) -> int:
+    """Return the number of samples of a whole batch, from this process's values."""
+    if is_share:
+        return len(values) * process_state().num_processes
+    return len(values)
 
 
 def _is_clean(model: ModelMixin, batch: Batch) -> bool:

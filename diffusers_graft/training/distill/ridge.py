@@ -26,7 +26,8 @@ from ...injection.install import ContextReader, require_built_beside
 from ...inspection import evaluating, linear_pair, predict
 from ...operators import Mixer, Operator
 from ...planning.plan import Edit
-from ..batches import Batch, BatchStream
+from .. import distributed as processes
+from ..batches import Batch, BatchStream, Share
 from ..config import config_or_default
 from ..noised_batch import Noising
 from ..random_state import seeded
@@ -246,6 +247,9 @@ def _make_runner(
     def run(name: str) -> None:
         with tqdm(total=config.steps, desc=name, unit="step", disable=None if config.progress else True) as bar:
             for _, batch in zip(range(config.steps), stream, strict=False):
+                # Every process solves the same equations, so each needs all samples.
+                if isinstance(batch, Share):
+                    batch = processes.join_shares(batch)
                 predict(model, noising(model, batch, generator).inputs)
                 bar.update()
 
