@@ -112,6 +112,7 @@ def draw_bars(values: Sequence[float], names: Sequence[str], *, reference: float
     """Return a chart of a bar for every layer, with a dashed line at a value to compare with."""
     figure, axis = _new_chart()
     places = list(range(len(values)))
+    # every layer has a bar, and about every eighth a name
     axis.bar(places, values, width=0.7, color=ACCENT)
     if reference is not None:
         axis.axhline(reference, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
@@ -152,8 +153,8 @@ def _label_ends(axis: Axes, lines: Lines) -> None:
     gap = (high - low) * 0.075
     heights: list[float] = []
     for height, _ in ends:
-        lowest = heights[-1] + gap if heights else height
-        heights.append(max(height, lowest))
+        # each name at its line's end, or just above the name below
+        heights.append(max([height, *(lower + gap for lower in heights[-1:])]))
     right = max(points[-1][0] for points in lines.values())
     for (_, name), height in zip(ends, heights, strict=True):
         axis.annotate(
@@ -179,6 +180,7 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
 
 def _thin(points: Points) -> Points:
     """Return at most so many points as a chart can show, the last among them."""
+    # rounded up, so that no more points are left than the limit
     stride = -(-len(points) // _MOST_POINTS) or 1
     return list(points[::-1][::stride])[::-1]
 

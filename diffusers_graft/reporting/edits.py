@@ -13,7 +13,11 @@ from .run_folder import GRAFT, PLAN, RunFolder, explained
 
 def describe_edits(run: RunFolder) -> dict[str, Any] | None:
     """Return the rows of layers and the operators in them; None without a plan."""
-    with explained(run, GRAFT if run.description else PLAN):
+    # the description of a graft holds its plan, too
+    source = PLAN
+    if run.description:
+        source = GRAFT
+    with explained(run, source):
         edits = run.plan.get("edits") or []
         if not edits:
             return None
@@ -47,7 +51,10 @@ def _layer_rows(run: RunFolder, edits: list[dict[str, Any]], marks: dict[str, st
     by_row: dict[str, list[dict[str, Any]]] = {}
     for edit in edits:
         kind = edit["site"]["kind"]
-        by_row.setdefault("block" if kind in BLOCK_KINDS else kind, []).append(edit)
+        # pairs and runs are drawn in the row of single blocks
+        if kind in BLOCK_KINDS:
+            kind = "block"
+        by_row.setdefault(kind, []).append(edit)
     rows = []
     for kind in dict.fromkeys([*counts, *by_row]):
         of_kind = by_row.get(kind, [])
@@ -56,7 +63,10 @@ def _layer_rows(run: RunFolder, edits: list[dict[str, Any]], marks: dict[str, st
             continue
         cells = _replaced_cells(of_kind, marks)
         last = max((cell["layer"] + cell["span"] for cell in cells), default=0)
-        replaced = {layer for cell in cells for layer in range(cell["layer"], cell["layer"] + cell["span"])}
+        replaced: set[int] = set()
+        for cell in cells:
+            replaced.update(range(cell["layer"], cell["layer"] + cell["span"]))
+        # a graft that was saved before the number of layers was noted shows them up to its last edit
         layers = max(counts.get(kind, 0), last)
         for layer in set(range(layers)) - replaced:
             cells.append({"layer": layer, "span": 1, "mark": "", "title": f"{kind}[{layer}]", "is_new": False})

@@ -71,6 +71,9 @@ def _contents(run: RunFolder) -> dict[str, Any]:
     """Return the values of the page's template."""
     edits = describe_edits(run)
     recipe = run.find(_RECIPE)
+    text = None
+    if recipe is not None:
+        text = read_text(recipe)
     with explained(run, GRAFT):
         model_class = str(run.plan.get("model_class") or run.description.get("model_class") or "")
         base = run.description.get("base") or {}
@@ -88,7 +91,7 @@ def _contents(run: RunFolder) -> dict[str, Any]:
             "training": describe_training(run),
             "analysis": describe_analysis(run),
             "protocols": describe_protocols(run),
-            "recipe": None if recipe is None else read_text(recipe),
+            "recipe": text,
             "versions": versions,
         }
 

@@ -78,7 +78,10 @@ def save_samples(
 def describe_samples(run: RunFolder) -> dict[str, Any] | None:
     """Return the pairs of pictures of the last step, or one grid of them; None without pictures."""
     root = run.find(SAMPLES)
-    folders = [] if root is None else sorted(path for path in root.glob("step_*") if path.is_dir())
+    folders: list[Path] = []
+    if root is not None:
+        # names have leading zeros, so their order is that of the steps
+        folders = sorted(path for path in root.glob("step_*") if path.is_dir())
     if not folders:
         return _sample_grid(run)
     pictures = sorted(folders[-1].glob(f"{ORIGINAL}_*.png"))
@@ -91,9 +94,9 @@ def describe_samples(run: RunFolder) -> dict[str, Any] | None:
     largest = max(difference.max().item() for _, _, difference in shown)
     captions = _captions(run, folders[-1])
     rows = []
-    for number, (original, graft, difference) in enumerate(shown):
+    for (original, graft, difference), caption in itertools.zip_longest(shown, captions[: len(shown)], fillvalue=""):
         row = {
-            "caption": captions[number] if number < len(captions) else "",
+            "caption": caption,
             "difference": f"{difference.mean().item():.1%}",
             "is_small": max(original.size) < _SMALL_SIDE,
             "pictures": [
@@ -128,7 +131,9 @@ def _captions(run: RunFolder, folder: Path) -> list[str]:
         seeds = rows[-1].get("seeds") or []
         captions = []
         for condition, seed in itertools.zip_longest(conditions, seeds):
-            words = [str(condition)] if condition is not None else []
+            words = []
+            if condition is not None:
+                words.append(str(condition))
             if seed is not None:
                 words.append(f"seed {seed}")
             captions.append(" · ".join(words))

@@ -46,12 +46,11 @@ def _by_site(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]
 
 
 def _held_out_by_site(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    sites = dict.fromkeys(site for row in rows for site in row["sites"])
-    held_out = {}
-    for site in sites:
-        values = [row["sites"][site].get("held_out") for row in rows if site in row["sites"]]
-        held_out[site] = _distinct(values, name="error")
-    return held_out
+    evaluations: dict[str, list[dict[str, Any] | None]] = {}
+    for row in rows:
+        for site, values in row["sites"].items():
+            evaluations.setdefault(site, []).append(values.get("held_out"))
+    return {site: _distinct(values, name="error") for site, values in evaluations.items()}
 
 
 def _distinct(evaluations: Iterable[dict[str, Any] | None], name: str = "loss") -> list[tuple[float, float]]:
@@ -65,9 +64,11 @@ def _site_errors(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     errors: dict[str, tuple[float, bool]] = {}
     for stage in history:
         for row in stage.get("sites") or []:
-            is_held_out = row.get("held_out_error") is not None
-            error = row["held_out_error"] if is_held_out else row["relative_error"]
-            errors[row["site"]] = (error, is_held_out)
+            # what a part has not learned from says more than what it has
+            held_out = row.get("held_out_error")
+            errors[row["site"]] = (row["relative_error"], False)
+            if held_out is not None:
+                errors[row["site"]] = (held_out, True)
     largest = max((error for error, _ in errors.values()), default=0) or 1
     rows = []
     for site, (error, is_held_out) in errors.items():
@@ -91,7 +92,10 @@ def describe_scores(run: RunFolder) -> dict[str, Any] | None:
         states = run.scores
         if not states:
             return None
-        columns = list(dict.fromkeys(name for row in states.values() for name in row["values"]))
+        # states may have been measured by different metrics, at different times
+        columns: dict[str, None] = {}
+        for row in states.values():
+            columns |= dict.fromkeys(row["values"])
         rows = []
         for name, row in states.items():
             values = [_number(row["values"].get(column)) for column in columns]
@@ -105,9 +109,10 @@ def describe_protocols(run: RunFolder) -> list[dict[str, Any]]:
     with explained(run, SCORES):
         for name, row in run.scores.items():
             settings = _flatten(row.get("protocol") or {})
-            known = next((one for one in protocols if one["settings"] == settings), None)
-            if known is not None:
-                known["names"].append(name)
+            # most states of one run share their protocol, which is shown once
+            known = [one for one in protocols if one["settings"] == settings]
+            if known:
+                known[0]["names"].append(name)
             elif settings:
                 protocols.append({"names": [name], "settings": settings})
     return protocols
@@ -138,11 +143,14 @@ def describe_costs(run: RunFolder) -> dict[str, Any] | None:
             if row["name"] != ORIGINAL and is_plain:
                 point = (row["tokens"], row["ratio"], row["low"], row["high"])
                 ratios.setdefault(row["name"], []).append(point)
-        has_sizes = any(len(points) > 1 for points in ratios.values())
+        chart = None
+        # a single size is a number, and the table has it
+        if any(len(points) > 1 for points in ratios.values()):
+            chart = draw_ratios(ratios)
         return {
             "rows": rows,
             "break_even": [_sentence(one) for one in data.get("break_even") or []],
-            "chart": draw_ratios(ratios) if has_sizes else None,
+            "chart": chart,
             "protocol": _flatten(data.get("protocol") or {}),
             "has_memory": any(row["memory"] for row in rows),
             "has_batches": len({row["batch_size"] for row in rows}) > 1,
@@ -151,19 +159,25 @@ def describe_costs(run: RunFolder) -> dict[str, Any] | None:
 
 
 def _cost_row(row: dict[str, Any]) -> dict[str, Any]:
-    memory = row.get("peak_memory")
+    # older rows, and those of a CPU, say nothing of some columns
+    memory = ""
+    if row.get("peak_memory") is not None:
+        memory = f"{row['peak_memory'] / 2**20:,.0f} MiB"
+    compiled = "eager"
+    if row.get("compiled"):
+        compiled = "compiled"
     return {
         "tokens": f"{row['tokens']:,}",
         "name": row["name"],
         "is_original": row["name"] == ORIGINAL,
         "batch_size": row.get("batch_size", 1),
-        "compiled": "compiled" if row.get("compiled") else "eager",
+        "compiled": compiled,
         "parameters": _count(row["parameters"]),
         "flops": _count(row["flops"]),
         "milliseconds": f"{row['milliseconds']:.4g}",
         "ratio": f"{row['ratio']:.2f}",
         "spread": f"{row['low']:.2f} to {row['high']:.2f}",
-        "memory": "" if memory is None else f"{memory / 2**20:,.0f} MiB",
+        "memory": memory,
     }
 
 
@@ -181,14 +195,18 @@ def describe_survey(run: RunFolder) -> dict[str, Any] | None:
         return None
     survey = Survey.load(path)
     chosen = _predicted(run, survey)
+    figures = None
+    if chosen is not None:
+        figures = {name: _number(value) for name, value in chosen.items()}
     charts = []
-    for measure in ("latency", "flops"):
+    for measure, words in (("latency", "latency"), ("flops", "FLOPs")):
         choices = [(1 - choice.saved[measure], choice.harm) for choice in survey.choices]
         # a measure that no choice changes has no front
         if all(abs(share - 1) < 1e-9 for share, _ in choices):
             continue
-        point = None if chosen is None else (chosen[measure], chosen["harm"])
-        words = "FLOPs" if measure == "flops" else measure
+        point = None
+        if chosen is not None:
+            point = (chosen[measure], chosen["harm"])
         charts.append({"measure": words, "chart": draw_front(survey.front(measure), choices, point, words)})
     table = survey.to_table()
     return {
@@ -196,7 +214,7 @@ def describe_survey(run: RunFolder) -> dict[str, Any] | None:
         "heading": table.heading,
         "rows": table.rows[:_MOST_CHOICES],
         "count": len(table.rows),
-        "chosen": None if chosen is None else {name: _number(value) for name, value in chosen.items()},
+        "chosen": figures,
     }
 
 
@@ -240,17 +258,27 @@ def describe_analysis(run: RunFolder) -> dict[str, Any] | None:
         # of one kind, since the scales of attentions and feed-forwards differ
         of_kind = [row for row in activations if row["site"].startswith(activations[0]["site"].partition("[")[0])]
         if of_kind:
-            variances = [_mean_of([bucket and bucket["variance"] for bucket in row["buckets"]]) for row in of_kind]
+            variances = []
+            for row in of_kind:
+                # a bucket of timesteps that no sample fell into is empty
+                measured = [bucket["variance"] for bucket in row["buckets"] if bucket]
+                variances.append(statistics.fmean(measured))
             names = [_layer_of(row["site"]) for row in of_kind]
             kind = of_kind[0]["site"].partition("[")[0].replace("_", " ")
             chart = draw_bars(variances, names, reference=None, label=kind)
             charts.append({"caption": f"Variance of what each {kind} gives.", "chart": chart})
-        blocks = [row for row in data.get("blocks") or [] if any(one is not None for one in row["similarity"])]
+        blocks = []
+        for row in data.get("blocks") or []:
+            if any(one is not None for one in row["similarity"]):
+                blocks.append(row)
         if blocks:
             changes = [1 - _mean_of(row["similarity"]) for row in blocks]
             chart = draw_bars(changes, list(map(str, range(len(blocks)))), reference=None, label="block")
             charts.append({"caption": "How far each block turns its input: 1 - cosine similarity.", "chart": chart})
-        return {"charts": charts} if charts else None
+        # an analysis of a model without such parts measures nothing
+        if not charts:
+            return None
+        return {"charts": charts}
 
 
 def _layer_of(site: str) -> str:
@@ -316,6 +344,7 @@ def _cost_figures(run: RunFolder) -> list[dict[str, str]]:
 
 def _count(value: float) -> str:
     """Return a large number with the prefix of its size."""
+    # four digits and a prefix are read faster than nine digits
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.4g} {prefix}"
