@@ -42,6 +42,7 @@ MIXERS = [
     ("hyena_x(layout='2d', kernel_size=3)", None, None),
     ("ttt", None, None),
     ("pooled_keys", None, None),
+    ("block_sparse(keep=0.1)", 0.20, None),
     ("hybrid", None, None),
     ("identity", None, None),
 ]

@@ -30,7 +30,7 @@ import math
 import random
 from collections.abc import Collection
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,7 @@ def mix_with_others(
     if tokens < image:
         return _softmax(query, key, value, context, slice(0, tokens))
     queries = slice(start, start + image) if tokens == keys else slice(0, image)
-    image_context = replace(context, mask=_rows(context.mask, queries))
+    image_context = _context_of_image(context, queries, tokens)
     # Each part of a hybrid shares attention with the text by its own rule, as it would alone.
     mix_part = functools.partial(_mix_image, start=start)
     mixed = operator.mix_parts(mix_part, query[:, :, queries], key, value, image_context)
@@ -146,6 +146,23 @@ def mix_with_others(
     before = _softmax(query, key, value, context, slice(0, queries.start))
     after = _softmax(query, key, value, context, slice(queries.stop, tokens))
     return torch.cat([before, mixed, after], dim=2)
+
+
+def _context_of_image(context: Context, image: slice, tokens: int) -> Context:
+    """Return the context of the image's queries, whose places among `tokens` are `image`."""
+
+    def select(part: torch.Tensor, dim: int) -> torch.Tensor:
+        # What a processor gives may be of the image alone already.
+        if part.shape[dim] != tokens:
+            return part
+        return part.narrow(dim, image.start, image.stop - image.start)
+
+    more: dict[str, Any] = {"mask": _rows(context.mask, image)}
+    if context.hidden_states is not None:
+        more["hidden_states"] = select(context.hidden_states, 1)
+    if context.unrotated is not None:
+        more["unrotated"] = tuple(select(part, 2) for part in context.unrotated)
+    return replace(context, **more)
 
 
 def _softmax(

@@ -113,8 +113,11 @@ class _Grafted:
             attn_mask = attn_mask.expand(*attn_mask.shape[:-1], keys)
         context = operator.slot.with_attention(mask=attn_mask, scale=scale, causal=is_causal, softmax=softmax)
         context = context.at(site, tokens)
-        context = _with_more(context, operator, site, stream, unrotated, tokens)
         image = self._image_tokens(site, context, stream.shape[-2], tokens, keys)
+        mixed_tokens = tokens
+        if image is not None and not operator.is_plain_softmax:
+            mixed_tokens = image
+        context = _with_more(context, operator, site, stream, unrotated, tokens, mixed_tokens)
         if image is None or operator.is_plain_softmax:
             return mix(operator, query, key, value, context)
         # The processor itself joins text and image of joint attention; elsewhere the model does.
@@ -224,21 +227,32 @@ class _Grafted:
 
 
 def _with_more(
-    context: Context, operator: Mixer, site: Site, stream: torch.Tensor, unrotated: Unrotated, tokens: int
+    context: Context,
+    operator: Mixer,
+    site: Site,
+    stream: torch.Tensor,
+    unrotated: Unrotated,
+    tokens: int,
+    mixed_tokens: int,
 ) -> Context:
     """Add to a context what an operator declares that it needs besides queries, keys and values.
+
+    Args:
+        tokens: of the whole attention.
+        mixed_tokens: of the image alone, where the operator mixes no others.
 
     Raises `OperatorError` where this processor cannot give it.
     """
     if operator.needs_hidden_states:
-        if stream.dim() != 3 or stream.shape[1] != tokens:
+        # The stream holds the whole sequence, or the image alone where the processor joins the prompt to it.
+        if stream.dim() != 3 or stream.shape[1] not in (tokens, mixed_tokens):
             raise OperatorError(
                 f"{operator.name} needs the hidden states of all tokens it mixes, and {site.path} mixes {tokens} "
                 f"tokens, with hidden states of shape {tuple(stream.shape)} for them. Choose another mixer there."
             )
         context = replace(context, hidden_states=stream)
     if operator.before_rotary:
-        if unrotated is None:
+        if unrotated is None or unrotated[0].shape[2] not in (tokens, mixed_tokens):
             raise OperatorError(
                 f"{operator.name} needs queries and keys before rotary embeddings, and those of {site.path} "
                 "cannot be read from its source. Choose another mixer there."

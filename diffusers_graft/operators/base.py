@@ -197,6 +197,7 @@ class Operator(nn.Module, Generic[ConfigT, SiteT]):
         honours_causal: whether it is causal where the replaced attention was, as the context says.
         causal_operator: whether a token never sees tokens after it.
         is_plain_softmax: whether it is the replaced softmax itself, which a prompt's tokens may run through as well.
+        chooses_tokens: whether the tokens that it reads depend on the data; `receptive_field` names all that it may.
         ignores_attention_backend: whether it uses softmax, but not by the backend that `set_attention_backend` chose.
         paper: title and arXiv id of where it comes from.
         start: one sentence on what a warm start keeps; printed on cards.
@@ -227,6 +228,7 @@ class Operator(nn.Module, Generic[ConfigT, SiteT]):
     honours_causal: bool = False
     causal_operator: bool = False
     is_plain_softmax: bool = False
+    chooses_tokens: bool = False
     ignores_attention_backend: bool = False
     uses_energy: bool = False
     unused_inputs: tuple[str, ...] = ()
@@ -313,12 +315,15 @@ class Mixer(Operator[ConfigT, AttentionSite]):
     `forward(query, key, value, context)` takes [B, H, N, E], [B, H, M, E] twice, and returns [B, H, N, E].
 
     Attributes:
-        needs_hidden_states: whether it reads `context.hidden_states`, the input of the attention.
+        needs_hidden_states: whether it reads `context.hidden_states`, [B, N, D]: the input of the attention, of the
+            tokens whose queries it is given.
         before_rotary: whether it reads `context.unrotated`, queries and keys before rotary embeddings.
+
+    An attention whose processor cannot give what is declared refuses the operator in words.
     """
 
-    needs_hidden_states: ClassVar[bool] = False
-    before_rotary: ClassVar[bool] = False
+    needs_hidden_states: bool = False
+    before_rotary: bool = False
     kinds = ("self_attention",)
     start = "queries, keys, values and output projection keep their pretrained weights"
 

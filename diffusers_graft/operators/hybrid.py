@@ -82,7 +82,8 @@ class Hybrid(Mixer):
         self.first = config.first.build(replace(site, heads=len(first)))
         self.second = config.second.build(replace(site, heads=len(second)))
         # It needs what either needs, and honours what both honour.
-        self.needs_grid = any(part.needs_grid for part in self.parts)
+        for name in ("needs_grid", "needs_hidden_states", "before_rotary", "chooses_tokens"):
+            setattr(self, name, any(getattr(part, name) for part in self.parts))
         for name in ("honours_mask", "honours_others", "honours_causal", "causal_operator"):
             setattr(self, name, all(getattr(part, name) for part in self.parts))
         self.unused_inputs = tuple(name for name in self.first.unused_inputs if name in self.second.unused_inputs)
@@ -172,6 +173,9 @@ def _select_heads(tensor: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
 
 def _context_of(context: Context, heads: tuple[int, ...]) -> Context:
     """Return the context for some heads, since a mask may differ from head to head."""
+    if context.unrotated is not None:
+        query, key = context.unrotated
+        context = replace(context, unrotated=(_select_heads(query, heads), _select_heads(key, heads)))
     mask = context.mask
     if mask is None or mask.dim() < 3 or mask.shape[-3] == 1:
         return context

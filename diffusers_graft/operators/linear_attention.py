@@ -20,6 +20,7 @@ from ..errors import OperatorError, UnknownNameError
 from .base import Mixer
 from .ops.backends import COMPILED, WithBackends, runs_in_pieces
 from .ops.depthwise import ShortConvolution, heads_first, tokens_last
+from .ops.masks import key_weights
 from .ops.settings import require_odd
 
 FEATURE_MAPS = ("elu", "relu", "softmax")
@@ -86,7 +87,7 @@ class LinearAttention(WithBackends, Mixer):
         precise = torch.promote_types(query.dtype, torch.float32)
         visible = None
         if context.mask is not None:
-            visible = key_weights(context.mask, key.shape[2], precise)
+            visible = key_weights(self.name, context.mask, key.shape[2], precise)
         state, weight = self._write(key, value.to(precise), visible)
         mixed = self._read(query, state, weight).to(value.dtype)
         if self.value_convolution is None:
@@ -132,7 +133,7 @@ class LinearAttention(WithBackends, Mixer):
         weights = self._features(query, 0) @ self._features(key, 1).transpose(-1, -2)
         visible = None
         if context.mask is not None:
-            visible = key_weights(context.mask, key.shape[2], key.dtype)
+            visible = key_weights(self.name, context.mask, key.shape[2], key.dtype)
             weights = weights * visible.transpose(-1, -2)
         mixed = (weights / weights.sum(-1, keepdim=True).clamp(min=LEAST)) @ value
         if self.value_convolution is None:
@@ -197,21 +198,3 @@ def _split_tokens(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if runs_in_pieces(tensor):
         return tensor.split(TOGETHER, dim=-2)
     return (tensor,)
-
-
-def key_weights(mask: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """Turn a mask into a factor on each key, [B, 1 or H, M, 1]: 0 or 1, or of an additive mask its exponential.
-
-    Keys are summed once for all queries. Raises `OperatorError` where a mask differs from query to query, and where
-    compiled code, which cannot compare values, is given one that may.
-    """
-    row = mask[..., :1, :]
-    if mask.shape[-2] > 1 and (torch.compiler.is_compiling() or not torch.equal(mask, row.expand_as(mask))):
-        raise OperatorError(
-            f"linear_attention was given an attention mask of shape {tuple(mask.shape)}: it sums keys once for all "
-            "queries, so a mask must hide the same keys from each. Give it as [..., 1, keys], or keep softmax here."
-        )
-    row = row.transpose(-1, -2).expand(*row.shape[:-2], keys, 1).to(dtype)
-    if mask.dtype == torch.bool:
-        return row
-    return row.exp()

@@ -396,3 +396,20 @@ def test_a_mixer_whose_needs_a_processor_cannot_meet_is_refused_with_words():
         contexts_of(tiny_dit(), None, "self_attention[0]", run=lambda model, _: predict(model), before_rotary=True)
     with pytest.raises(OperatorError, match="needs the hidden states of all tokens it mixes"):
         contexts_of(tiny(FLUX), FLUX, "joint_attention[0]", needs_hidden_states=True)
+
+
+@pytest.mark.parametrize(("site", "block"), [("joint_attention[0]", 0), ("self_attention[0]", 1)])
+def test_a_mixer_beside_text_is_given_the_hidden_states_of_the_image_alone(site, block):
+    model, given = tiny(FLUX), []
+    blocks = [model.transformer_blocks[0], model.single_transformer_blocks[0]]
+    blocks[block].attn.to_q.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    model.set_graft({site: "block_sparse(block=1, keep=1, gate='token')"})
+    (operator,) = model.graft.operators().values()
+    contexts = []
+    forward = operator.forward
+    operator.forward = lambda *inputs: contexts.append(inputs[-1]) or forward(*inputs)
+    predict_in_zoo(model, FLUX)
+    image = contexts[0].grid.tokens
+    assert contexts[0].hidden_states.shape[1] == image
+    # A single stream holds text before the image, a joint attention is given the image's stream alone.
+    assert torch.equal(contexts[0].hidden_states, given[0][:, -image:])

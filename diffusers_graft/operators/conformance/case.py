@@ -79,12 +79,19 @@ class Subject:
         return operator
 
     def inputs(self, seed: int = 1, batch: int = 2, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-        """Draw the inputs of a forward, on the grid."""
+        """Draw the inputs of a forward, on the grid.
+
+        Behind queries, keys and values come those that a mixer declares to read in its context (see `in_context`).
+        """
         generator = torch.Generator().manual_seed(seed)
         site = self.site
         if issubclass(self.config.owner, Mixer):
             assert isinstance(site, AttentionSite)
-            shapes = [(batch, site.heads, self.grid.tokens, site.head_width)] * 3
+            heads = (batch, site.heads, self.grid.tokens, site.head_width)
+            needs_hidden_states, before_rotary = _declared_needs(self.config, site)
+            shapes = [heads] * 3
+            shapes += [(batch, self.grid.tokens, site.width)] * needs_hidden_states
+            shapes += [heads] * 2 * before_rotary
         else:
             blocks = site.blocks if isinstance(site, BlockSite) else 0
             shapes = [(batch, self.grid.tokens, site.width)] * (1 + blocks)
@@ -187,9 +194,30 @@ def fail(check: str, seen: str) -> NoReturn:
     raise ConformanceError(f"{check}: {seen}")
 
 
+@functools.lru_cache(maxsize=64)
+def _declared_needs(config: OperatorConfig, site: Site) -> tuple[bool, bool]:
+    """Return whether a mixer needs hidden states, and whether it comes before rotary embeddings."""
+    # Declared by the instance, since it may depend on settings; no memory for weights is needed to ask.
+    with torch.device("meta"):
+        operator: Any = config.resolved(site).build(site)
+    return operator.needs_hidden_states, operator.before_rotary
+
+
+def in_context(operator: Operator, inputs: list[torch.Tensor], context: Context) -> tuple[Any, ...]:
+    """Return the arguments of a forward, with the inputs that a mixer reads in its context moved there."""
+    if not isinstance(operator, Mixer):
+        return (*inputs, context)
+    query, key, value, *more = inputs
+    if operator.needs_hidden_states:
+        context = dataclasses.replace(context, hidden_states=more.pop(0))
+    if operator.before_rotary:
+        context = dataclasses.replace(context, unrotated=tuple(more))
+    return query, key, value, context
+
+
 def run(operator: Operator, inputs: list[torch.Tensor], context: Context) -> torch.Tensor:
     """Compute the operator's output."""
-    return operator(*inputs, context)
+    return operator(*in_context(operator, inputs, context))
 
 
 def gradients(
@@ -197,7 +225,7 @@ def gradients(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
     """Compute the output of `call`, and gradients of a weighting of it to inputs and parameters, None if unused."""
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    output = call(*inputs, context)
+    output = call(*in_context(operator, inputs, context))
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(output)
     wanted = [*inputs, *operator.parameters()]
     # An output that depends on nothing has no graph to ask.

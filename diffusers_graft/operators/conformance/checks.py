@@ -18,7 +18,7 @@ from ...errors import GeometryError, GraftError
 from .. import available, configure
 from ..base import Operator
 from ..registry import configure_class
-from .case import Subject, fail, gradients, run
+from .case import Subject, fail, gradients, in_context, run
 from .visibility_checks import (
     check_honours_mask,
     check_honours_others,
@@ -286,7 +286,7 @@ def check_compiles(subject: Subject) -> None:
     for grad in (True, False):
         try:
             with torch.set_grad_enabled(grad):
-                output = compiled(*inputs, subject.context)
+                output = compiled(*in_context(operator, inputs, subject.context))
         except TorchDynamoException as error:
             first_line = str(error).splitlines()[0]
             fail("compiles", f"torch.compile(fullgraph=True) gave {type(error).__name__}: {first_line}")
@@ -360,7 +360,8 @@ def check_flops(subject: Subject) -> None:
         counter = FlopCounterMode(display=False)
         # The counter does not know the softmax kernel of CPUs.
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
-            getattr(operator, "countable", operator)(*there.inputs(batch=1), there.context)
+            arguments = in_context(operator, there.inputs(batch=1), there.context)
+            getattr(operator, "countable", operator)(*arguments)
         expected = counter.get_total_flops() + operator.uncounted_flops(tokens)
         if abs(declared - expected) > 0.01 * max(expected, 1):
             fail(

@@ -116,8 +116,8 @@ def _make_tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, dev
                 # Frames that see themselves alone have nothing in common to gather.
                 side = 1
             cut = _cut(rule, axis, side)
-            queries = _outer(queries, cut.queries, axis[0])
-            keys = _outer(keys, cut.keys, axis[0])
+            queries = outer_places(queries, cut.queries, axis[0])
+            keys = outer_places(keys, cut.keys, axis[0])
             mask = _outer_mask(mask, cut.mask)
         inverse = torch.empty(tokens, dtype=torch.long)
         inverse[queries.flatten()] = torch.arange(queries.numel())
@@ -134,7 +134,7 @@ def _make_tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, dev
 _cached_tiling = functools.lru_cache(maxsize=64)(_make_tiling)
 
 
-def _outer(outer: torch.Tensor, inner: torch.Tensor, length: int) -> torch.Tensor:
+def outer_places(outer: torch.Tensor, inner: torch.Tensor, length: int) -> torch.Tensor:
     """Return raster indices of all pairs of an outer and an inner place, tile by tile."""
     combined = outer[:, None, :, None] * length + inner[None, :, None, :]
     return combined.flatten(0, 1).flatten(1)
@@ -311,7 +311,20 @@ def dense_attention(
             sees[place, list(seen)] = True
         window = (window[:, None, :, None] & sees[None, :, None, :]).flatten(0, 1).flatten(1)
     window = F.pad(window, (0, key.shape[2] - query.shape[2]), value=True)
-    hidden = ~window.to(query.device)
+    return masked_softmax(query, key, value, window.to(query.device), scale=scale, mask=mask)
+
+
+def masked_softmax(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    scale: float | None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute softmax attention over the pairs that are visible, [..., N, M], by definition; quadratic."""
+    hidden = ~visible
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query @ key.transpose(-1, -2)) * factor
     if mask is not None and mask.dtype == torch.bool:
