@@ -137,9 +137,9 @@ class Survey(Tabular):
                 "A survey from a file holds no parts: call dg.build_graft(model, plan) and distil the graft, or "
                 "dg.survey as before, with its output_dir and resume=True."
             )
-        graft = build_graft(model, plan)
-        # raises for edits that were not surveyed
+        # Raises for edits that were not surveyed, before anything is built.
         self.predicted(plan)
+        graft = build_graft(model, plan)
         for judged in self.grafts:
             sites = [edit.site for edit in plan.edits if edit in judged.plan.edits]
             for site in sites:
