@@ -246,6 +246,8 @@ class GraftTrainer:
         arguments = CallbackArguments(config, str(self.args.output_dir), has_evaluation=True)
         callbacks = Callbacks(self.callbacks, arguments, RunState("evaluation", config.steps), model=self.model)
         callbacks.call("on_evaluate", metrics=dict(self.scores[name].values))
+        if processes.is_main_process():
+            self.scores[name].save(Path(self.args.output_dir) / "scores.json", name)
         self._write_report()
         return self.scores[name]
 

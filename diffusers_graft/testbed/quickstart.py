@@ -181,6 +181,8 @@ def quickstart(
     letters = [LETTERS[label] for label in testbed.balanced_labels(LETTERS_SHOWN).tolist()]
     save_samples(output, run.budget.finetune.steps, original_images, images, conditions=letters)
     save_graft(model, output, scores=_ordered_scores(run))
+    for name, scores in _ordered_scores(run).items():
+        scores.save(output / "scores.json", name)
     timings = _compare_speed(model)
     write_json(output / "benchmark.json", {"rows": _cost_rows(run, timings)})
     say(f"\n{_table(run, timings)}\n")

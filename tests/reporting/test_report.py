@@ -209,7 +209,10 @@ def test_training_and_surveys_end_with_their_report(tmp_path):
     one = trainer(tmp_path / "trained")
     one.train()
     assert Page((tmp_path / "trained" / "report.html").read_text()).sections == ["edits", "training"]
-    one.evaluate()
+    one.evaluate("after stage two")
+    text = (tmp_path / "trained" / "report.html").read_text()
+    assert Page(text).sections == ["edits", "quality", "training", "protocol"]
+    assert "after stage two" in text
     model = tiny_dit()
     held_out = list(batches(1, size=2))
     dg.survey(
