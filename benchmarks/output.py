@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,14 @@ def format_rows(rows: Sequence[Sequence[str]]) -> str:
     """Return rows as text with aligned columns, the first row as heading."""
     heading, *others = rows
     return Table(others, heading=heading, numbers=range(1, len(heading)), is_ruled=True).to_text()
+
+
+def format_spread(values: Sequence[float], digits: int) -> str:
+    """Return mean +- standard deviation as text; a value alone, or equal ones, without a deviation."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    if not spread:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} +- {spread:.{digits}f}"
 
 
 def require_writable(output: Path | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers_graft.evaluation.plots import draw_front
 
-from .output import format_rows
+from .output import format_rows, format_spread
 
 PLANNED = "planned"
 CHANCE = "chance"
@@ -31,7 +31,7 @@ def report_of(
         latency: rows of plans under a budget of latency.
         seeds: the rows.
     """
-    original = _spread([row["original"] for row in seeds], 4)
+    original = format_spread([row["original"] for row in seeds], 4)
     text = f"# Plans under a budget\n\n{facts} The original has {original}. "
     text += f"Mean +- standard deviation over {len(seeds)} seeds.\n\n"
     for budget in budgets:
@@ -55,7 +55,7 @@ def _table(seeds: list[dict[str, Any]], budget: float) -> str:
         counts = sorted({design["edits"] for design in same})
         columns = []
         for key, digits in (("flops", 3), ("predicted", 4), ("harm", 4), ("before", 4), ("after", 4)):
-            columns.append(_spread([design[key] for design in same], digits))
+            columns.append(format_spread([design[key] for design in same], digits))
         lines.append([name, " ".join(map(str, counts)), *columns])
     return format_rows(lines)
 
@@ -108,8 +108,3 @@ def _by_name(seeds: list[dict[str, Any]], budget: float) -> dict[str, list[dict[
     for design in (design for row in seeds for design in row["designs"] if design["budget"] == budget):
         by_name.setdefault(design["name"], []).append(design)
     return by_name
-
-
-def _spread(values: list[float], digits: int) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} +- {spread:.{digits}f}" if spread else f"{values[0]:.{digits}f}"

@@ -9,6 +9,8 @@ from ._version import __version__
 from .core.context import Context, Grid
 from .core.sites import Site, Sites
 from .errors import GraftError
+from .evaluation.analysis import Analysis
+from .evaluation.analyze import analyze
 from .evaluation.benchmark import benchmark
 from .evaluation.evaluate import evaluate
 from .evaluation.scores import Scores
@@ -32,6 +34,7 @@ from .training.finetune.config import FinetuneConfig
 from .training.finetune.finetune import finetune
 
 __all__ = [
+    "Analysis",
     "ClosedFormConfig",
     "Context",
     "DistillConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "Sites",
     "Survey",
     "__version__",
+    "analyze",
     "benchmark",
     "build_graft",
     "card",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import GraftError, MissingDependencyError
 from .locality import Locality
@@ -57,6 +57,53 @@ def _draw_shares(axis: Axes, shares: Sequence[Any], uniform: float, colour: str)
         axis.plot([layer] * len(heads), heads.tolist(), ".", **dots, label="head" if layer == 0 else None)
     axis.axhline(uniform, color=GREY, linestyle="--", linewidth=1, label="uniform attention")
     axis.set(xlabel="self-attention", xticks=layers, ylim=(0, 1))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_analysis(
+    path: str | Path | IO[bytes],
+    bands: Sequence[Sequence[float]],
+    uniform: Sequence[float],
+    variances: Mapping[str, Sequence[float]],
+    alignment: Sequence[Sequence[float]],
+) -> None:
+    """Draw what `dg.analyze` found: locality and variance by depth, and the alignment of blocks where it is known.
+
+    Args:
+        bands: share of attention mass in the band, of each attention's heads.
+        uniform: these shares if attention were uniform, one each.
+        variances: of outputs in forward order, by kind of part.
+        alignment: CKA of all pairs of blocks.
+    """
+    panels = bool(bands) + bool(variances) + bool(alignment)
+    figure = new_figure("Drawing an analysis", 4.5 * max(1, panels), 3.4)
+    axes = iter(figure.subplots(1, max(1, panels), squeeze=False)[0])
+    if bands:
+        _draw_bands(next(axes), bands, uniform)
+    if variances:
+        axis = next(axes)
+        for (kind, values), colour in zip(variances.items(), (BLUE, ORANGE, GREEN, BLACK), strict=False):
+            axis.plot(values, "o-", color=colour, markersize=4, linewidth=1, label=kind)
+        axis.set(title="variance of outputs", xlabel="part, in forward order", yscale="log")
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    if alignment:
+        axis = next(axes)
+        picture = axis.imshow(alignment, vmin=0, vmax=1, cmap="viridis")
+        axis.set(title="CKA of block outputs", xlabel="block", ylabel="block")
+        figure.colorbar(picture, ax=axis)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_bands(axis: Axes, bands: Sequence[Sequence[float]], uniform: Sequence[float]) -> None:
+    """Draw a bar for each attention, a dot for each of its heads, a dash where uniform attention would be."""
+    places = list(range(len(bands)))
+    axis.bar(places, [sum(heads) / len(heads) for heads in bands], color=BLUE, alpha=0.75, label="attention")
+    for place, heads in enumerate(bands):
+        axis.plot([place] * len(heads), heads, ".", color=BLACK, markersize=4, label="head" if place == 0 else None)
+    axis.plot(places, uniform, "_", color=GREY, markersize=12, label="uniform attention")
+    axis.set(title="attention mass in the band", xlabel="attention", ylim=(0, 1))
+    axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -6,7 +6,7 @@ import torch
 from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.core.sites import Site
 from diffusers_graft.errors import GraftError, StateError
-from diffusers_graft.evaluation.locality import _Probe, locality, near_tokens
+from diffusers_graft.evaluation.locality import LocalityProbe, locality, near_tokens
 from diffusers_graft.evaluation.plots import draw_locality
 
 from ..inspection.models import inputs_of, tiny
@@ -24,13 +24,13 @@ def test_near_tokens():
 @pytest.mark.parametrize("additive", [False, True])
 def test_the_probe_is_softmax_under_masks_and_scales(additive):
     site = Site(kind="self_attention", index=0, path="", width=8, heads=2, head_width=4)
-    probe, (query, key, value) = _Probe.Config(band=0, kernel=1).build(site), torch.randn(3, 2, 2, 9, 4)
+    probe, (query, key, value) = LocalityProbe.Config(band=0, kernel=1).build(site), torch.randn(3, 2, 2, 9, 4)
     hidden = torch.arange(9) == 8
     mask = torch.zeros(9).masked_fill(hidden, -torch.inf) if additive else ~hidden
     mixed = probe(query, key, value, Context(grid=Grid(height=3, width=3), mask=mask.expand(9, 9), scale=0.1))
     mass = (0.1 * query @ key.transpose(-1, -2)).masked_fill(hidden, -torch.inf).softmax(-1)
     torch.testing.assert_close(mixed, mass @ value)
-    torch.testing.assert_close(probe.shares[0], mass.diagonal(dim1=-2, dim2=-1).mean(-1).expand(2, 2, 2))
+    torch.testing.assert_close(probe.masses[0].shares, mass.diagonal(dim1=-2, dim2=-1).mean(-1).expand(2, 2, 2))
 
 
 def test_locality_against_attention_by_hand(tmp_path):
