@@ -183,8 +183,9 @@ def _facts(budget: Budget) -> str:
         f"testbed, {budget.stage_one} steps of stage one and {budget.stage_two} of stage two in batches of "
         f"{budget.batch_size}, peak learning rates {budget.lr[0]:g} and {budget.lr[1]:g}, for every selection alike. "
         "L_k is the share of attention mass within two rows, as the paper's k = 32 is on 16 x 16 tokens; "
-        f"each seed analyses {budget.analysed * budget.batch_size} samples of its own. "
-        f"Losses are on {budget.held_out} samples of held-out fonts, distances and accuracies on {budget.samples} samples of {budget.sampling_steps} steps."
+        f"each seed analyses {budget.analysed * budget.batch_size} samples of its own. Losses are on "
+        f"{budget.held_out} samples of held-out fonts, distances and accuracies on {budget.samples} samples of "
+        f"{budget.sampling_steps} steps."
     )
 
 

@@ -63,10 +63,10 @@ def analyze(
     places = TimestepBuckets(buckets)
     noising = Noising(scheduler=noise_scheduler, timesteps="uniform", drop_labels=False)
     generator = torch.Generator().manual_seed(seed)
-    localities: dict[Site, _Sums] = {}
     with ExitStack() as stack:
         probes = stack.enter_context(probing(model, _PROBED, band=band, kernel=kernel))
         stack.enter_context(evaluating(model))
+        localities = {site: _Sums(places) for site in probes}
         activations, blocks = _watch(model, sites, places, stack)
         alignment = Alignment(len(blocks))
         for batch in tqdm(batches, desc="analysis", unit="batch", disable=None if progress else True):
@@ -74,8 +74,8 @@ def analyze(
             noised = noising(model, batch, generator)
             places.enter(model, noised, noise_scheduler)
             predict(model, noised.inputs)
-            for probe in probes:
-                _drain(probe, localities.setdefault(probe.site, _Sums(places)))
+            for site, probe in probes.items():
+                localities[site].drain(probe)
             alignment.add([block.output for block in blocks])
     if not any(places.samples):
         raise TrainingError("There were no batches to analyse.")
@@ -150,6 +150,12 @@ class _Sums:
             self._rows[bucket] += 1
         self.last = mass
 
+    def drain(self, probe: LocalityProbe) -> None:
+        """Move what a probe recorded in one forward to the sums."""
+        for mass in probe.masses:
+            self.add(mass)
+        probe.masses.clear()
+
     def row(self, site: Site) -> SiteLocality:
         """Return the means."""
         assert self.last is not None
@@ -175,10 +181,3 @@ class _Sums:
             uniform_band=self.last.uniform[0],
             uniform_neighborhood=self.last.uniform[1],
         )
-
-
-def _drain(probe: LocalityProbe, sums: _Sums) -> None:
-    """Move what a probe recorded in one forward to the sums."""
-    for mass in probe.masses:
-        sums.add(mass)
-    probe.masses.clear()

@@ -191,8 +191,12 @@ def papers_band(grid: Grid) -> int:
 @contextmanager
 def probing(
     model: ModelMixin, kinds: Iterable[str], *, band: int | None, kernel: int
-) -> Iterator[list[LocalityProbe]]:
+) -> Iterator[dict[Site, LocalityProbe]]:
     """Watch the attentions of a model inside the block, by a graft whose operators do what the original does.
+
+    Args:
+        kinds: of attention.
+        band, kernel: see `locality`; two rows of the grid where no band is given.
 
     Raises:
         StateError: a grafted model.
@@ -206,7 +210,8 @@ def probing(
     operators = graft.operators()
     install(model, graft)
     try:
-        yield [cast(LocalityProbe, operators[edit.site.path]) for edit in edits]
+        # By the model's own site: to a mixer, image tokens of joint attention are those of self-attention.
+        yield {edit.site: cast(LocalityProbe, operators[edit.site.path]) for edit in edits}
     finally:
         uninstall(model)
 
@@ -238,7 +243,7 @@ def locality(
     with probing(model, {"self_attention"}, band=band, kernel=kernel) as probes, evaluating(model):
         for batch in batches:
             predict(model, noising(model, batch, generator).inputs)
-    rows = [_average(probe) for probe in probes if probe.masses]
+    rows = [_average(probe) for probe in probes.values() if probe.masses]
     if not rows:
         raise GraftError(
             f"There is no locality to measure: no batches, or no self-attention of {type(model).__name__} ran on all "
