@@ -43,6 +43,7 @@ MIXERS = [
     ("ttt", None, None),
     ("pooled_keys", None, None),
     ("block_sparse(keep=0.1)", 0.20, None),
+    ("sparse_linear(keep=0.1)", None, None),
     ("hybrid", None, None),
     ("identity", None, None),
 ]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..core.context import Context
@@ -20,13 +19,11 @@ from ..errors import OperatorError, UnknownNameError
 from .base import Mixer
 from .ops.backends import COMPILED, WithBackends, runs_in_pieces
 from .ops.depthwise import ShortConvolution, heads_first, tokens_last
+from .ops.features import LEAST, features_of
 from .ops.masks import key_weights
 from .ops.settings import require_odd
 
 FEATURE_MAPS = ("elu", "relu", "softmax")
-
-# Least sum of weights: below what features of e^-40 make, and its inverse square, which gradients take, is a float32.
-LEAST = 1e-18
 
 # Tokens at a time where nothing is saved for a backward pass: as many as stay in cache.
 TOGETHER = 128
@@ -149,12 +146,8 @@ class LinearAttention(WithBackends, Mixer):
         return tokens_last(value, grid.height, grid.width)
 
     def _features(self, tensor: torch.Tensor, which: int) -> torch.Tensor:
-        if self.config.feature_map == "elu":
-            # Outside autograd its plain function saves a step.
-            return EluPlusOne.apply(tensor) if torch.is_grad_enabled() else EluPlusOne.forward(tensor)
-        if self.config.feature_map == "relu":
-            return F.relu(tensor) + 1e-3
-        assert self.feature_weight is not None
+        if self.feature_weight is None:
+            return features_of(self.config.feature_map, tensor)
         mapped = tensor @ self.feature_weight[which]
         return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1)
 
@@ -169,28 +162,6 @@ class LinearAttention(WithBackends, Mixer):
         if self.value_convolution is not None:
             operations += self.value_convolution.flops(tokens)
         return operations + tokens * self.site.heads * (4 * features * width + 2 * features)
-
-
-class EluPlusOne(torch.autograd.Function):
-    """elu(x) + 1 without the slow part of elu, exp(x) - 1.
-
-    Its slope, exp(x) up to zero and 1 from there on, is read off the result, which products need anyway: nothing more
-    is saved.
-    """
-
-    @staticmethod
-    def forward(tensor: torch.Tensor) -> torch.Tensor:
-        above = F.relu(tensor)
-        return (tensor - above).exp().add_(above)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        (output,) = ctx.saved_tensors
-        return grad * output.clamp(max=1)
 
 
 def _split_tokens(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

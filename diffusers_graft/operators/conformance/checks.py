@@ -178,17 +178,23 @@ def check_needs_grid(subject: Subject) -> None:
 
 
 def check_gradients_reach_everything(subject: Subject) -> None:
-    """Every input and parameter gets a gradient, unless `unused_inputs` names it."""
+    """Every input and parameter gets a gradient on some grid, unless `unused_inputs` names it."""
     # In each precision, since an operator may take another way in one of them.
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        operator = subject.build().to(dtype)
-        inputs = subject.inputs(dtype=dtype)
-        _, found = gradients(operator, operator, inputs, subject.context)
-        names = [f"input {n}" for n in range(len(inputs))] + [name for name, _ in operator.named_parameters()]
-        dead = {name for name, gradient in zip(names, found, strict=True) if not _is_useful(gradient)}
-        dead = sorted(dead - set(operator.unused_inputs))
+        dead: set[str] | None = None
+        # On a small grid there may be nothing for a parameter to do, such as blocks that are left out.
+        for there in subject.accepted():
+            operator = there.build().to(dtype)
+            inputs = there.inputs(dtype=dtype)
+            _, found = gradients(operator, operator, inputs, there.context)
+            names = [f"input {n}" for n in range(len(inputs))] + [name for name, _ in operator.named_parameters()]
+            missing = {name for name, gradient in zip(names, found, strict=True) if not _is_useful(gradient)}
+            missing -= set(operator.unused_inputs)
+            dead = missing if dead is None else dead & missing
+            if not dead:
+                break
         if dead:
-            fail("gradients_reach_everything", f"no useful gradient for {', '.join(dead)} in {dtype}")
+            fail("gradients_reach_everything", f"no useful gradient for {', '.join(sorted(dead))} in {dtype}")
 
 
 def _is_useful(gradient: torch.Tensor | None) -> bool:

@@ -352,6 +352,25 @@ def _gather_bias(cut: Cut, rows: torch.Tensor, dropped: torch.Tensor | None) -> 
     return added.flatten(1)
 
 
+def nearest_blocks(config: BlockConfig, grid: Grid, kept: int, device: torch.device) -> torch.Tensor:
+    """Return the `kept` blocks nearest to each on the grid of blocks, itself among them, [n, kept]."""
+    axes = []
+    for length, side in zip((grid.frames, grid.height, grid.width), config.sides_on(grid), strict=True):
+        axes.append(torch.arange(-(-length // side), device=device))
+    places = torch.cartesian_prod(*axes)
+    distance = (places[:, None] - places[None]).square().sum(-1)
+    # Of blocks as far away as each other the first; whole numbers, so that no rounding decides.
+    count = len(places)
+    order = distance * count + torch.arange(count, device=device)
+    return order.topk(kept, dim=-1, largest=False).indices
+
+
+def chosen_pairs(chosen: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Return whether a block of keys is chosen for one of queries, [..., n, n], from those chosen, [..., n, K]."""
+    pairs = torch.zeros(*chosen.shape[:-1], blocks, dtype=torch.bool, device=chosen.device)
+    return pairs.scatter(-1, chosen, True)
+
+
 def pairs_of_tokens(chosen: torch.Tensor, blocks: Blocks, others: int) -> torch.Tensor:
     """Return which pairs of tokens are in chosen pairs of blocks, for definitions: quadratic.
 

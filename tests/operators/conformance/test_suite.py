@@ -49,6 +49,9 @@ CASES = [
     {"operator": "block_sparse", "block": 4, "keep": 1.0, "mass": 0.5},
     {"operator": "block_sparse", "block": 3, "keep": 0.3, "gate": "channel"},
     {"operator": "block_sparse", "block": 3, "keep": 0.5, "gate": "token"},
+    "sparse_linear",
+    {"operator": "sparse_linear", "block": (2, 3, 4), "keep": 2, "feature_map": "relu"},
+    {"operator": "sparse_linear", "block": 3, "keep": 0.4, "choose": "nearest", "feature_map": "elu"},
     "hybrid",
     {
         "operator": "hybrid",
