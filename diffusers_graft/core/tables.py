@@ -62,16 +62,22 @@ class Table:
 
     def to_html(self) -> str:
         """Return the table as HTML."""
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in self.heading)
+        cells = [self._html_cell("th", column, name) for column, name in enumerate(self.heading)]
+        head = "".join(cells)
+        # a plan has no heading, and an empty one would be drawn as a line
+        if head:
+            head = f"<thead><tr>{head}</tr></thead>"
         body = "".join(self._html_row(row) for row in self.rows)
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
+        return f"<table>{head}<tbody>{body}</tbody></table>{notes}"
 
     def _html_row(self, row: Sequence[str]) -> str:
-        cells: list[str] = []
-        for column, text in enumerate(row):
-            cells.append(f'<td style="text-align: {self._side_of(column)}">{html.escape(text)}</td>')
+        cells = [self._html_cell("td", column, text) for column, text in enumerate(row)]
         return f"<tr>{''.join(cells)}</tr>"
+
+    def _html_cell(self, tag: str, column: int, text: str) -> str:
+        # said at every cell, since Jupyter aligns all of them to the right
+        return f'<{tag} style="text-align: {self._side_of(column)}">{html.escape(text)}</{tag}>'
 
     def _side_of(self, column: int) -> Literal["left", "right"]:
         return "right" if column in self.numbers else "left"

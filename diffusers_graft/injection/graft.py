@@ -18,6 +18,7 @@ from torch import nn
 
 from ..core.context import ContextSlot
 from ..core.sites import AttentionSite, BlockSite, FeedForwardSite, Sites
+from ..core.tables import Table, Tabular
 from ..errors import OperatorError, RuleError
 from ..inspection import find_sites, linear_pair, projections
 from ..inspection.source import is_causal
@@ -31,9 +32,9 @@ from .modules import AttentionSeat, FeedForwardSeat, SkippableFeedForwardSeat
 from .waiting_parts import anchor_of
 
 
-@dataclass(eq=False)
-class Graft:
-    """A plan and its weights.
+@dataclass(eq=False, repr=False)
+class Graft(Tabular):
+    """A plan and its weights; `str(graft)` is a table.
 
     Attributes:
         plan: the resolved edits.
@@ -59,6 +60,29 @@ class Graft:
     adapter_config: Any = None
     history: list[dict[str, Any]] = field(default_factory=list)
     is_standalone: bool = False
+
+    def to_table(self) -> Table:
+        """Return the table that `str` shows: every new part, its parameters, and the error that stage one left."""
+        errors: dict[str, float] = {}
+        for stage in self.history:
+            # written by other verbs, too, and read from files
+            for row in stage.get("sites") or []:
+                errors[row["site"]] = row.get("held_out_error", row["relative_error"])
+        # a graft without edits has nothing to head
+        if not self.plan.edits:
+            return Table([])
+        rows = []
+        for edit in self.plan.edits:
+            shown = ""
+            if edit.site.address in errors:
+                shown = f"{errors[edit.site.address]:.1%}"
+            count = sum(tensor.numel() for tensor in self.tensors_of(edit.site.path).values())
+            rows.append((edit.site.address, str(edit.config), f"{count:,}", shown))
+        heading = ("site", "operator", "parameters of its own", "error after stage one")
+        return Table(rows, heading=heading, numbers=(2, 3))
+
+    def __repr__(self) -> str:
+        return f"Graft({len(self.plan.edits)})\n{self}"
 
     def operators(self) -> dict[str, Operator]:
         """Return the new parts by the path of their site, in forward order."""
@@ -98,12 +122,6 @@ class Graft:
     def untie(self, path: str, children: set[str] | None = None) -> None:
         """Copy the children (all, unless named) that a seat shares with the original, so that they can be trained."""
         untie(self.seats[path], self.originals[path], children, frozenset(self._inner_paths(path)))
-
-    def __str__(self) -> str:
-        return str(self.plan)
-
-    def __repr__(self) -> str:
-        return f"Graft({len(self.plan.edits)})\n{self}"
 
 
 def get_graft(model: ModelMixin) -> Graft | None:

@@ -39,7 +39,8 @@ def test_a_table_without_rows_is_its_heading_and_notes():
 
 def test_cells_of_html_are_escaped_and_numbers_stand_right():
     text = TABLE.to_html()
-    assert "<th>share</th>" in text
+    assert '<th style="text-align: right">share</th></tr></thead>' in text
+    assert "thead" not in Table([("no", "heading")]).to_html()
     assert "<td>" not in text
     assert '<td style="text-align: left">:smile: &lt;b&gt;</td><td style="text-align: right">12.25</td>' in text
     assert text.endswith("<p>one inline</p>")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ...core.tables import Table, Tabular
 from ...errors import GraftError, OperatorError
 from .. import configure
 from ..base import OperatorConfig
@@ -21,11 +22,15 @@ __all__ = ["ConformanceError", "Report", "check_operator", "example_site"]
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Tabular):
     """The checks an operator passed; `str(report)` is a table of them."""
 
     config: OperatorConfig
     passed: tuple[str, ...]
+
+    def to_table(self) -> Table:
+        """Return the checks with what each of them proves."""
+        return Table([(name, _PROMISES[name]) for name in self.passed], heading=("passed", "what it proves"))
 
     def __str__(self) -> str:
         width = max(map(len, self.passed), default=0)
