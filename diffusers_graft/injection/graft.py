@@ -34,7 +34,7 @@ from .waiting_parts import anchor_of
 
 @dataclass(eq=False, repr=False)
 class Graft(Tabular):
-    """A plan and its weights; `str(graft)` is a table.
+    """A plan and its weights.
 
     Attributes:
         plan: the resolved edits.
@@ -62,15 +62,12 @@ class Graft(Tabular):
     is_standalone: bool = False
 
     def to_table(self) -> Table:
-        """Return the table that `str` shows: every new part, its parameters, and the error that stage one left."""
+        """Return what notebooks show: every new part, its parameters, and the error that stage one left."""
         errors: dict[str, float] = {}
         for stage in self.history:
             # written by other verbs, too, and read from files
             for row in stage.get("sites") or []:
                 errors[row["site"]] = row.get("held_out_error", row["relative_error"])
-        # a graft without edits has nothing to head
-        if not self.plan.edits:
-            return Table([])
         rows = []
         for edit in self.plan.edits:
             shown = ""
@@ -80,6 +77,9 @@ class Graft(Tabular):
             rows.append((edit.site.address, str(edit.config), f"{count:,}", shown))
         heading = ("site", "operator", "parameters of its own", "error after stage one")
         return Table(rows, heading=heading, numbers=(2, 3))
+
+    def __str__(self) -> str:
+        return str(self.plan)
 
     def __repr__(self) -> str:
         return f"Graft({len(self.plan.edits)})\n{self}"
