@@ -21,6 +21,7 @@ from .operators.conformance.suite import check_operator
 from .planning.plan import GraftPlan, plan_graft
 from .planning.rules import deep, interleaved, low_local, top_local
 from .reporting.report import report
+from .samples import SampleConfig, Samples
 from .search.planner import Survey
 from .search.survey import survey
 from .serialization.load_model import load_pretrained
@@ -46,6 +47,8 @@ __all__ = [
     "GraftTrainingArguments",
     "GraftableModel",
     "Grid",
+    "SampleConfig",
+    "Samples",
     "Scores",
     "Site",
     "Sites",

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
-from .data.collation import BatchMaker
+from .background_push import BackgroundPush
+from .data.collation import BatchMaker, holds_pictures
+from .data.encoding import SampleEncoder, default_size
+from .data.recording import find_denoiser
 from .errors import GraftError, StateError, TrainingError
 from .evaluation.evaluate import evaluate
 from .evaluation.scores import Scores
@@ -20,22 +23,26 @@ from .injection.graft import Graft, build_graft, get_graft, is_enabled
 from .injection.install import disable, enable, install
 from .planning.plan import GraftPlan, plan_graft
 from .reporting.report import try_report
+from .samples import SampleConfig, Samples
 from .serialization.graft_folder import save_graft
 from .serialization.upload import push_graft
 from .training import distributed as processes
 from .training.argument_names import require_known_settings
 from .training.batches import Batch, Collate, Share
 from .training.callbacks import CallbackArguments, Callbacks, RunState, make_callback
-from .training.config import TrainingConfig
+from .training.config import TrainingConfig, require_one_of
 from .training.distill.config import DistillConfig
 from .training.distill.distill import SiteReport, distill
 from .training.finetune.config import FinetuneConfig
 from .training.finetune.finetune import finetune
 from .training.fsdp import fsdp_plugin, shard
 from .training.metrics_log import copy_metrics
-from .training.session import has_checkpoint
+from .training.previews import Preview
+from .training.session import has_checkpoint, log_scores
 
 logger = logging.getLogger(__name__)
+
+HUB_STRATEGIES = ("stage", "end", "every_save")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +61,12 @@ class GraftTrainingArguments:
         seed: of random starts and of the order of the data.
         save_steps, save_total_limit, logging_steps, eval_steps, gradient_accumulation_steps, report_to, disable_tqdm,
             bf16, fp16: as in `transformers.TrainingArguments`, for both stages; None leaves what each stage says.
-        push_to_hub, hub_model_id, hub_private_repo: push the graft after each stage, to this repository.
+        push_to_hub, hub_model_id, hub_private_repo: push the graft, to this repository.
+        hub_strategy: when; `"stage"` after each stage, `"end"` after the last one, `"every_save"` after each stage and
+            in the background after every checkpoint.
+        resolution: height and width in pixels to which the trainer's pipeline encodes pictures; None is that of the
+            model.
+        samples: pictures drawn by the trainer's pipeline while it trains.
 
     Raises `TrainingError` for counts below one, and for settings that belong elsewhere, with the place; and
     `UnknownNameError` for others.
@@ -81,6 +93,9 @@ class GraftTrainingArguments:
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
+    hub_strategy: str = "stage"
+    resolution: int | tuple[int, int] | None = None
+    samples: SampleConfig | None = None
 
     def __new__(cls, *args: Any, **settings: Any):
         require_known_settings(cls, settings)
@@ -94,6 +109,7 @@ class GraftTrainingArguments:
             raise TrainingError(f"Batches have one sample or more, an evaluation one batch or more; got {self}.")
         if self.push_to_hub and not self.hub_model_id:
             raise TrainingError('push_to_hub=True needs a repository: give hub_model_id="user/name".')
+        require_one_of("hub_strategy", self.hub_strategy, HUB_STRATEGIES)
         overrides = self._stage_overrides()
         # The arguments are frozen, as all settings are; this is still their making.
         for name in ("distill", "finetune"):
@@ -140,8 +156,12 @@ class GraftTrainer:
         null_prompt: conditioning of no prompt; prompts are dropped where it is given.
         callbacks: of transformers, or objects with some of their methods; see
             `diffusers_graft.training.callbacks.Callbacks`.
-        data_collator: makes a batch of a list of single samples; `dg.data.SampleEncoder(pipe)` encodes pictures and
-            captions.
+        data_collator: makes a batch of a list of single samples; `dg.data.SampleEncoder(pipe, size=...)` encodes
+            pictures and captions.
+        pipeline: of the model; encodes pictures and captions where there is no `data_collator`, and draws samples.
+        previews: see `diffusers_graft.training.previews.Preview`; `dg.Samples` among them.
+
+    Raises `TrainingError` for a pipeline of another model, and for samples without a pipeline.
     """
 
     def __init__(
@@ -156,7 +176,13 @@ class GraftTrainer:
         null_prompt: Mapping[str, Any] | None = None,
         callbacks: Iterable[Any] = (),
         data_collator: Collate | None = None,
+        pipeline: DiffusionPipeline | None = None,
+        previews: Iterable[Preview] = (),
     ):
+        if pipeline is not None and find_denoiser(pipeline) is not model:
+            raise TrainingError(
+                "The pipeline has another model than the one to train: give pipe.transformer as model."
+            )
         self.model = model
         self.args = args
         self.callbacks = [make_callback(callback) for callback in callbacks]
@@ -165,6 +191,14 @@ class GraftTrainer:
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.scores: dict[str, Scores] = {}
+        self.previews = [*previews, *self._make_samples(pipeline)]
+        self._background_push: BackgroundPush | None = None
+        if args.push_to_hub and args.hub_model_id and args.hub_strategy == "every_save":
+            self._background_push = BackgroundPush(args.output_dir, args.hub_model_id, private=args.hub_private_repo)
+            self.previews.append(self._background_push)
+            self.callbacks.append(self._background_push)
+        if data_collator is None and pipeline is not None and holds_pictures(train_dataset):
+            data_collator = SampleEncoder(pipeline, size=args.resolution or default_size(pipeline))
         self._batch_maker = BatchMaker(
             model,
             seed=args.seed,
@@ -214,7 +248,7 @@ class GraftTrainer:
         self._install_graft()
         # Where stage two had begun, its graft is in the folder, which is worth more than that of stage one.
         if not (resume_from_checkpoint and has_checkpoint(self.args.output_dir, "two")):
-            self._save_and_push()
+            self._save_and_push(is_last=self.args.finetune is None)
         return reports
 
     def finetune(self, resume_from_checkpoint: bool | str | Path = False) -> list[float]:
@@ -228,7 +262,7 @@ class GraftTrainer:
                 self.args.finetune,
                 **self._common_arguments(resume_from_checkpoint),
             )
-        self._save_and_push()
+        self._save_and_push(is_last=True)
         self._write_report()
         return losses
 
@@ -248,6 +282,7 @@ class GraftTrainer:
         callbacks.call("on_evaluate", metrics=dict(self.scores[name].values))
         if processes.is_main_process():
             self.scores[name].save(Path(self.args.output_dir) / "scores.json", name)
+            log_scores(config, Path(self.args.output_dir), name, self.scores[name].values)
         self._write_report()
         return self.scores[name]
 
@@ -307,10 +342,21 @@ class GraftTrainer:
         else:
             install(self.model, self.graft)
 
-    def _save_and_push(self) -> None:
+    def _make_samples(self, pipeline: DiffusionPipeline | None) -> list[Preview]:
+        if self.args.samples is None:
+            return []
+        if pipeline is None:
+            raise TrainingError("Samples are drawn by the model's pipeline: give the trainer pipeline=pipe.")
+        return [Samples(pipeline, self.args.samples, self.args.output_dir)]
+
+    def _save_and_push(self, *, is_last: bool) -> None:
         self.save_model()
+        if self._background_push is not None:
+            # The newer push is to be the last commit.
+            self._background_push.wait()
         repo_id = self.args.hub_model_id
-        if self.args.push_to_hub and repo_id and processes.is_main_process():
+        is_wanted = self.args.push_to_hub and (is_last or self.args.hub_strategy != "end")
+        if is_wanted and repo_id and processes.is_main_process():
             try:
                 self._push(repo_id, {})
             except GraftError as error:
@@ -333,6 +379,7 @@ class GraftTrainer:
             "output_dir": self.args.output_dir,
             "resume": resume,
             "callbacks": self.callbacks,
+            "previews": self.previews,
         }
 
     def _read_held_out(self) -> list[Batch]:

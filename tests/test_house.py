@@ -31,6 +31,7 @@ FLOORS = [
     {"search", "cards"},
     {"serialization"},
     {"reporting"},
+    {"samples", "background_push"},
     {"model_mixin", "trainer", "testbed", "hub", "search.survey"},
     {"testbed.quickstart", "recipes"},
     {"cli"},
@@ -56,12 +57,14 @@ HOMES = {
     # renders the letters; opens pictures; writes and reads samples
     "PIL": {"testbed", "data.folders", "reporting.samples"},
     "datasets": {"data.folders"},
+    "trackio": {"samples"},
     **dict.fromkeys(("flash_attn", "natten", "causal_conv1d", "mamba_ssm", "fla", "kernels"), {"operators"}),
 }
 OPTIONAL = {
     "matplotlib",
     "PIL",
     "datasets",
+    "trackio",
     "flash_attn",
     "natten",
     "causal_conv1d",

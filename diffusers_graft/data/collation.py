@@ -154,6 +154,16 @@ def holds_single_sample(model: ModelMixin, item: Any) -> bool:
     return any(value.ndim == 0 for value in item.values() if isinstance(value, torch.Tensor))
 
 
+def holds_pictures(dataset: Any) -> bool:
+    """Return whether the samples of a dataset hold pictures of PIL; an iterator is not read for that."""
+    if isinstance(dataset, Iterator):
+        return False
+    if isinstance(dataset, Stream):
+        dataset = dataset.dataset
+    first = dataset[0] if is_map_style(dataset) else next(iter(dataset), None)
+    return isinstance(first, Mapping) and any(map(is_picture, first.values()))
+
+
 def _count_axes(model: ModelMixin, noisy_name: str) -> int | None:
     """Return the number of axes of a batch of noised samples, None where it is not known."""
     try:

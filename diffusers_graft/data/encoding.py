@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 from ..errors import TrainingError
 from ..training.batches import Row
 from .pipelines import TextEncoder, match_latents, record_prompts
-from .recording import conditioning_of, scale_latents
+from .recording import conditioning_of, find_denoiser, scale_latents
 from .shards import Shards, write_shards
 
 
@@ -149,6 +149,21 @@ class SampleEncoder:
                 "samples out."
             )
         return name
+
+
+def default_size(pipe: DiffusionPipeline) -> int:
+    """Return the height and width in pixels that a pipeline's model was made for.
+
+    Raises `TrainingError` where its configuration does not say.
+    """
+    latent_size = getattr(pipe, "default_sample_size", None) or find_denoiser(pipe).config.get("sample_size")
+    scale = getattr(pipe, "vae_scale_factor", None)
+    if scale is None:
+        # Every block of the autoencoder but the last one halves the picture.
+        scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    if not isinstance(latent_size, int):
+        raise TrainingError(f"{type(pipe).__name__} does not say how large its pictures are: give a size in pixels.")
+    return latent_size * scale
 
 
 def _is_label(value: Any) -> bool:

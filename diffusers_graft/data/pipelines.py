@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..errors import TrainingError
-from .recording import BY_HAND, Recording, conditioning_of, record_call
+from .recording import BY_HAND, Recording, conditioning_of, hide_progress, record_call
 from .shards import Shards, write_shards
 
 Conditions = Sequence[str] | Sequence[int] | torch.Tensor
@@ -152,6 +152,37 @@ def record_prompts(pipe: DiffusionPipeline, prompts: list[str], arguments: Mappi
         generator = torch.Generator().manual_seed(0)
         _call(pipe, prompt=prompts, output_type="latent", generator=generator, **arguments)
     return recording
+
+
+@torch.no_grad()
+def draw_pictures(pipe: Any, conditions: Sequence[str] | Sequence[int], *, seed: int, **arguments: Any) -> Any:
+    """Return pictures [B, 3, H, W] in [-1, 1] of prompts or class labels; of a video its first frame.
+
+    Args:
+        arguments: of the pipeline's call.
+
+    Raises `TrainingError` for conditions that the pipeline does not take.
+    """
+    name = require_conditions(pipe, conditions)
+    generator = torch.Generator().manual_seed(seed)
+    with hide_progress(pipe):
+        result = pipe(**{name: list(conditions), "generator": generator, "output_type": "np", **arguments})
+    values = torch.as_tensor(result[0])
+    if values.ndim == 5:
+        values = values[:, 0]
+    return values.permute(0, 3, 1, 2) * 2 - 1
+
+
+def require_conditions(pipe: DiffusionPipeline, conditions: Sequence[Any]) -> str:
+    """Return the argument that takes these conditions. Raises `TrainingError` where the pipeline takes others."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    name = "prompt" if isinstance(conditions[0], str) else "class_labels"
+    if name not in parameters:
+        takes = ", ".join(one for one in ("prompt", "class_labels") if one in parameters) or "neither"
+        raise TrainingError(
+            f"{type(pipe).__name__} takes no {name}, which {conditions[0]!r} would be; it takes {takes}."
+        )
+    return name
 
 
 def _call(pipe: Any, **arguments: Any) -> Any:

@@ -121,7 +121,7 @@ def record_call(pipe: DiffusionPipeline, *, stop: bool = False) -> Iterator[Reco
         with (
             _observe(getattr(pipe, "vae", None), "decode", record_latents),
             _observe(pipe, "encode_prompt", record_embeddings),
-            _hide_progress(pipe),
+            hide_progress(pipe),
         ):
             yield recording
     except _DenoiserReachedError:
@@ -286,7 +286,7 @@ def _observe(owner: Any, name: str, record: Callable[[tuple, Any], None]) -> Ite
 
 
 @contextmanager
-def _hide_progress(pipe: DiffusionPipeline) -> Iterator[None]:
+def hide_progress(pipe: DiffusionPipeline) -> Iterator[None]:
     """Hide the pipeline's progress bars inside the block: there would be one a call."""
     before = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**before, "disable": True})

@@ -50,6 +50,7 @@ _ADVICE = {
     "fsdp_config": "launch with accelerate launch --use_fsdp --fsdp_version 2",
     "deepspeed": "launch with accelerate launch --use_fsdp --fsdp_version 2, which does the same",
     "use_cpu": "launch with accelerate launch --cpu",
+    "hub_always_push": 'hub_strategy="every_save" pushes after every checkpoint, unless a push is under way',
     "hub_token": "log in with huggingface-cli, or pass token to push_to_hub",
 }
 

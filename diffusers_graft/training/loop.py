@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -120,6 +121,21 @@ class Stage(ABC):
         with seeded(seed, self.model.device):
             return self.evaluate_batches(noising(self.model, batch, generator) for batch in self.held_out)
 
+    @abstractmethod
+    def showing_result(self) -> AbstractContextManager[None]:
+        """Graft the model with the weights reached so far inside, in evaluation mode; undo it afterwards."""
+
+    @torch.no_grad()
+    def show(self, session: Session) -> None:
+        """Let the previews that are due see the model."""
+        due = session.find_due_previews()
+        if not due:
+            return
+        device = self.model.device
+        # Whatever is drawn here moves no draw of the training.
+        with seeded(self.config.seed, device), torch.autocast(device.type, enabled=False), self.showing_result():
+            session.show(due, self.model)
+
     def mark_resume_point(self) -> None:
         """Remember where the data and all random numbers are."""
         random = get_random_state(self.generator, self.model.device)
@@ -168,6 +184,7 @@ def train(stage: Stage, session: Session) -> dict[str, Any]:
                     session.log(stage.metrics())
                 if session.is_save_due and stage.is_resumable:
                     session.save(stage.state_dict, is_complete=stage.is_finished)
+                stage.show(session)
                 if session.control.should_training_stop and stage.is_resumable:
                     break
             session.save(stage.state_dict, is_complete=stage.is_finished)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
 from ..errors import FileError, StateError
@@ -20,8 +21,10 @@ from .callbacks import CallbackArguments, Callbacks, RunControl, RunState
 from .checkpoint import CHECKPOINTS, Checkpoints, find_checkpoints, load_checkpoint, set_run_aside
 from .config import TrainingConfig, require_one_of
 from .distributed import describe_hardware, is_main_process, min_over_processes
+from .fsdp import fsdp_plugin
 from .identity import UNVERIFIED, find_differences, flatten
 from .metrics_log import COST_FIELDS, append_row, drop_rows_after
+from .previews import Preview
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class Session:
         resume: whether to go on from the newest checkpoint of `folder`, or the path of a checkpoint.
         callbacks: see `diffusers_graft.training.callbacks.Callbacks`.
         model, held_out: given to callbacks.
+        previews: see `diffusers_graft.training.previews.Preview`.
 
     Attributes:
         checkpoint: state of the stage to resume from, None where it starts anew.
@@ -65,6 +69,7 @@ class Session:
         callbacks: Iterable[Any] = (),
         model: torch.nn.Module | None = None,
         held_out: Sequence[Any] | None = None,
+        previews: Iterable[Preview] = (),
     ):
         self.config = config
         # As it comes back from a checkpoint, where tuples are lists.
@@ -81,6 +86,7 @@ class Session:
         self.state = RunState(stage, config.steps)
         arguments = CallbackArguments(config, output_dir, has_evaluation=held_out is not None)
         self.callbacks = Callbacks(callbacks, arguments, self.state, model=model, eval_dataloader=held_out)
+        self.previews = list(previews)
         self.trackers: list[Any] = []
         self._began = time.perf_counter()
         self._first_step = 0
@@ -255,6 +261,21 @@ class Session:
         if losses is not None:
             self.callbacks.report_evaluation(losses)
 
+    def find_due_previews(self) -> list[Preview]:
+        """Return the previews whose time it is; none where weights are sharded."""
+        due = [preview for preview in self.previews if preview.is_due(self.state)]
+        if due and fsdp_plugin() is not None:
+            self.previews = []
+            if is_main_process():
+                logger.warning("Weights are sharded over processes: nothing is drawn or pushed before a stage ends.")
+            return []
+        return due
+
+    def show(self, previews: Iterable[Preview], model: ModelMixin) -> None:
+        """Show the grafted model to previews."""
+        for preview in previews:
+            preview.show(model, self.state, self.trackers)
+
     def costs(self) -> dict[str, Any]:
         """Return samples, seconds and hardware so far."""
         values = (self.state.samples, round(self.state.seconds, 2), self.hardware)
@@ -310,6 +331,14 @@ class Session:
 def has_checkpoint(folder: str | Path | None, stage: str) -> bool:
     """Return whether a folder holds a checkpoint of a stage."""
     return folder is not None and bool(find_checkpoints(True, folder, stage))
+
+
+def log_scores(config: TrainingConfig, folder: Path, name: str, values: Mapping[str, float]) -> None:
+    """Log scores of a model to the trackers of a stage, under the name of the model's state."""
+    for kind in _choose_trackers(config):
+        tracker = _make_tracker(kind, config, folder, "evaluation")
+        tracker.log({f"evaluation/{name}/{metric}": value for metric, value in values.items()}, step=0)
+        tracker.finish()
 
 
 def _choose_trackers(config: TrainingConfig) -> list[str]:

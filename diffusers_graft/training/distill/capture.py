@@ -85,6 +85,11 @@ class Capture:
             predict(self.model, inputs)
         self._order_is_known = True
 
+    def pause(self) -> None:
+        """Let forwards of others go by until the next `run`."""
+        self._paths = set()
+        self._last = None
+
     @contextmanager
     def hooks(self, *, gated: bool = False) -> Iterator[None]:
         """Install the hooks inside, and remove them afterwards.

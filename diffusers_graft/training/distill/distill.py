@@ -26,6 +26,7 @@ from ..fsdp import seats_beside, shard
 from ..identity import describe_run
 from ..loop import train
 from ..noised_batch import Noising
+from ..previews import Preview
 from ..session import Session
 from .config import ClosedFormConfig, DistillConfig
 from .ridge import closed_form, output_layer
@@ -46,6 +47,7 @@ def distill(
     output_dir: str | Path | None = None,
     resume: bool | str | Path = False,
     callbacks: Iterable[Any] = (),
+    previews: Iterable[Preview] = (),
 ) -> dict[str, SiteReport]:
     """Train every part of a graft to do what the part it replaces does.
 
@@ -65,6 +67,7 @@ def distill(
         resume: continue exactly from the newest checkpoint in `output_dir`, or from the checkpoint at this path; a run
             that has finished may be resumed with more steps. Starts anew where True finds no checkpoint.
         callbacks: see `diffusers_graft.training.callbacks.Callbacks`.
+        previews: see `diffusers_graft.training.previews.Preview`; `dg.Samples` draws pictures.
 
     Returns:
         A report for every site that was trained, by address.
@@ -96,6 +99,7 @@ def distill(
         callbacks=callbacks,
         model=model,
         held_out=evaluated,
+        previews=previews,
     )
     # Dropout of the teacher would be noise in what the students imitate.
     with evaluating(model), shard(model, graft.sites) as teacher, seats_beside(graft, model, teacher):

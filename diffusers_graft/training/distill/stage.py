@@ -14,7 +14,8 @@ from torch import nn
 
 from ...core.sites import Site
 from ...errors import StateError, TrainingError
-from ...injection.graft import Graft, is_enabled
+from ...injection.graft import Graft, get_graft, is_enabled
+from ...injection.install import disable, enable, install, uninstall
 from ...inspection import evaluating
 from .. import distributed as processes
 from ..batches import Batch, BatchStream
@@ -317,6 +318,22 @@ class DistillStage(Stage):
             "loss": sum(evaluation.loss for evaluation in evaluations) / len(evaluations),
             "error": sum(evaluation.error for evaluation in evaluations) / len(evaluations),
         }
+
+    @contextmanager
+    def showing_result(self) -> Iterator[None]:
+        self.capture.pause()
+        was_installed = get_graft(self.model) is self.graft
+        if was_installed:
+            enable(self.model)
+        else:
+            install(self.model, self.graft)
+        try:
+            with evaluating(self.model):
+                yield
+        finally:
+            disable(self.model)
+            if not was_installed:
+                uninstall(self.model)
 
     def metrics(self) -> dict[str, Any]:
         """Return means over sites and steps since the last row, and the row of every site."""

@@ -24,6 +24,7 @@ from ..fsdp import fsdp_plugin, shard, shard_original
 from ..identity import describe_run
 from ..loop import train
 from ..noised_batch import Noising
+from ..previews import Preview
 from ..session import Session
 from .config import FinetuneConfig
 from .lora import add_lora, refuse_foreign_lora, remove_lora
@@ -44,6 +45,7 @@ def finetune(
     output_dir: str | Path | None = None,
     resume: bool | str | Path = False,
     callbacks: Iterable[Any] = (),
+    previews: Iterable[Preview] = (),
 ) -> list[float]:
     """Finetune a grafted model in place, on its own denoising objective.
 
@@ -65,6 +67,7 @@ def finetune(
             model prepared as the first time; a run that has finished may be resumed with more steps. Starts anew where
             True finds no checkpoint.
         callbacks: see `diffusers_graft.training.callbacks.Callbacks`.
+        previews: see `diffusers_graft.training.previews.Preview`; `dg.Samples` draws pictures.
 
     Returns:
         The loss of every step.
@@ -93,6 +96,7 @@ def finetune(
         callbacks=callbacks,
         model=model,
         held_out=evaluated,
+        previews=previews,
     )
     losses: list[float] = []
     with _prepared(model, graft, config, losses, bool(resume)), shard(model, graft.sites, trained=True) as student:

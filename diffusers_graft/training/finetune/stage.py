@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -164,6 +165,11 @@ class FinetuneStage(Stage):
             # Copies, since training goes on in the same tensors.
             self.best = [tensor.detach().clone() for tensor in self.optimizer.result()]
         return {"loss": loss}
+
+    @contextmanager
+    def showing_result(self) -> Iterator[None]:
+        with self.optimizer.using_result(), evaluating(self.model):
+            yield
 
     def metrics(self) -> dict[str, Any]:
         recent = self.losses[-self.config.log_every :]
