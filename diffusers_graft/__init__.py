@@ -9,10 +9,12 @@ from ._version import __version__
 from .core.context import Context, Grid
 from .core.sites import Site, Sites
 from .errors import GraftError
+from .evaluation import metrics
 from .evaluation.analysis import Analysis
 from .evaluation.analyze import analyze
 from .evaluation.benchmark import benchmark
 from .evaluation.evaluate import evaluate
+from .evaluation.sampling import Sampling
 from .evaluation.scores import Scores
 from .injection.graft import Graft, build_graft
 from .inspection import find_sites
@@ -49,6 +51,7 @@ __all__ = [
     "Grid",
     "SampleConfig",
     "Samples",
+    "Sampling",
     "Scores",
     "Site",
     "Sites",
@@ -70,6 +73,7 @@ __all__ = [
     "import_upstream",
     "interleaved",
     "load_pretrained",
+    "metrics",
     "low_local",
     "operators",
     "plan_graft",

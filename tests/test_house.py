@@ -55,16 +55,25 @@ HOMES = {
     "filelock": {"recipes"},
     "matplotlib": {"evaluation.plots", "testbed.sampling", "reporting.charts"},
     # renders the letters; opens pictures; writes and reads samples
-    "PIL": {"testbed", "data.folders", "reporting.samples"},
+    "PIL": {"testbed", "data.folders", "reporting.samples", "evaluation"},
     "datasets": {"data.folders"},
     "trackio": {"samples"},
     **dict.fromkeys(("flash_attn", "natten", "causal_conv1d", "mamba_ssm", "fla", "kernels"), {"operators"}),
+    "numpy": {"evaluation"},  # npz files
+    "transformers": {"evaluation"},  # networks that judge pictures
+    **dict.fromkeys(("torchmetrics", "torch_fidelity", "lpips", "ImageReward", "hpsv2"), {"evaluation.metrics"}),
 }
 OPTIONAL = {
     "matplotlib",
     "PIL",
     "datasets",
     "trackio",
+    "transformers",
+    "torchmetrics",
+    "torch_fidelity",
+    "lpips",
+    "ImageReward",
+    "hpsv2",
     "flash_attn",
     "natten",
     "causal_conv1d",

@@ -6,6 +6,9 @@ and removing are the same exchange in both directions, so what was put in can al
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from diffusers import ModelMixin
 from torch import nn
@@ -90,6 +93,18 @@ def disable(model: ModelMixin) -> None:
     _remove_reader(model)
     vars(model)[_ENABLED] = False
     skip_layerwise_casting(model, of_grafts=False)
+
+
+@contextlib.contextmanager
+def original_running(model: ModelMixin) -> Iterator[None]:
+    """Run the original parts inside. Raises `StateError` where they cannot take their places."""
+    was_enabled = is_enabled(model)
+    disable(model)
+    try:
+        yield
+    finally:
+        if was_enabled:
+            enable(model)
 
 
 def require_graft(model: ModelMixin) -> Graft:

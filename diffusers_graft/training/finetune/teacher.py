@@ -17,7 +17,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ...errors import TrainingError
-from ...injection.install import disable, enable, require_graft
+from ...injection.install import original_running, require_graft
 from ...inspection import evaluating, predict
 from ..fsdp import find_blocks
 
@@ -71,11 +71,8 @@ class Teacher:
             yield self.original
             return
         # Both graft and original are in memory anyway, so exchanging them costs no copy.
-        disable(self.model)
-        try:
+        with original_running(self.model):
             yield self.model
-        finally:
-            enable(self.model)
 
     @contextmanager
     def capture_features(self, model: ModelMixin) -> Iterator[None]:
