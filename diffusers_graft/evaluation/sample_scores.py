@@ -16,7 +16,8 @@ from ..errors import GraftError
 from ..injection.install import original_running
 from ..training.distributed import gather_objects, is_main_process, process_state, wait_for_all
 from ..training.identity import digest
-from .metrics.base import FeatureMetric, PictureMetric, SampleMetric, run_extractor, select_output
+from .metrics.base import FeatureMetric, PictureMetric, SampleMetric
+from .metrics.extractors import run_extractor, select_output
 from .metrics.frechet_distance import RunningStatistics
 from .metrics.prediction_error import require_teacher
 from .metrics.reference import require_absent, write_images
@@ -49,7 +50,10 @@ def score_samples(
     model = model_of(pipeline)
     check_conditions(pipeline, conditions, sampling)
     repeated = [condition for condition in conditions for _ in range(sampling.samples_per_condition)]
-    for metric in metrics:
+    for number, metric in enumerate(metrics):
+        name = type(metric).__name__
+        if name in [type(other).__name__ for other in metrics[:number]]:
+            raise GraftError(f"{name} is given twice, and both values would have one name. Evaluate by each alone.")
         metric.check(repeated)
     needs_teacher = any(metric.needs_teacher for metric in metrics)
     if needs_teacher:
@@ -65,6 +69,7 @@ def score_samples(
     }
     for metric in metrics:
         protocol |= describe_metric(metric)
+    # Metrics do not change pictures, so that others may measure the same folder later.
     drawn_by = {name: value for name, value in protocol.items() if "." not in name}
     with _folder(output) as path:
         folder = open_folder(
@@ -78,6 +83,7 @@ def score_samples(
             _check_first(metrics, images)
 
         draw_samples(pipeline, folder, sampling, seed=seed, progress=progress, check=check)
+        # Drawn after all of the student's, as exchanging the parts for every batch would be slower.
         teacher_folder = None
         if needs_teacher:
             with original_running(model):
@@ -143,6 +149,7 @@ def measure_folder(
         teacher_pictures = None if teacher_folder is None else teacher_folder.read(indices)
         for metric, seen in zip(of_pictures, numbers, strict=True):
             seen.append((indices, metric.measure(pictures, conditions, teacher_pictures)))
+    # Every process computes the same values, which is simpler than sending them.
     values: dict[str, float] = {}
     for metric in of_features:
         values |= metric.compute(table.gather(metric))
@@ -179,6 +186,7 @@ class _FeatureTable:
 
     def update(self, indices: Sequence[int], pictures: torch.Tensor) -> None:
         for extractor, outputs in self.extractors.items():
+            # Once for all metrics: the network is what takes time.
             found = run_extractor(extractor, pictures)
             for output in outputs:
                 place = (extractor, output)

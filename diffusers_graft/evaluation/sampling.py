@@ -97,6 +97,7 @@ def describe_sampling(pipeline: Any, sampling: Sampling) -> dict[str, Any]:
     protocol["guided_channels"] = sampling.guided_channels or "all"
     protocol |= {name: value for name, value in {**sizes, **sampling.arguments}.items() if value is not None}
     scheduler = getattr(pipeline, "scheduler", None)
+    # Of a scheduler the settings count too: its steps may be spaced, or its noise scaled, in another way.
     if scheduler is not None:
         protocol["scheduler"] = f"{type(scheduler).__name__} {digest(_settings_of(scheduler))}"
     autoencoder = getattr(pipeline, "vae", None)
@@ -181,7 +182,9 @@ def open_folder(path: Path, conditions: Sequence[Any], per_condition: int, recor
     Raises `FileError` for a folder with samples of something else.
     """
     folder = SampleFolder(path, [one for one in conditions for _ in range(per_condition)], per_condition)
+    # As it will be read again, so that both can be compared.
     written = json.loads(json.dumps({**record, "conditions": list(conditions)}, default=str))
+    # One process makes the folder; the others see it complete.
     if is_main_process():
         _record(folder, written, conditions)
     wait_for_all()
@@ -228,6 +231,7 @@ def draw_samples(
     state = process_state()
     missing = []
     for number, batch in enumerate(folder.batches(sampling.batch_size)):
+        # Batches keep their places in a run that is continued, also by another number of processes.
         is_ours = number % state.num_processes == state.process_index
         if is_ours and not all(folder.file_of(index).exists() for index in batch):
             missing.append(batch)
@@ -254,6 +258,7 @@ def draw_samples(
 
 def make_generator(seed: int, index: int) -> torch.Generator:
     """Return the source of a sample's noise, on the CPU; it depends on the seed and the sample's place."""
+    # Hashed, since seeds that are near each other give generators some of whose numbers are alike.
     text = hashlib.sha256(f"{seed} {index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(text[:7], "big"))
 
@@ -286,7 +291,7 @@ def check_conditions(pipeline: Any, conditions: Sequence[Any], sampling: Samplin
         return
     arguments = inspect.signature(type(pipeline).__call__).parameters
     takes_labels = "class_labels" in arguments
-    if not takes_labels and "prompt" not in arguments:
+    if not isinstance(pipeline, DiffusionPipeline) or not (takes_labels or "prompt" in arguments):
         raise ModelError(
             f"{type(pipeline).__name__} takes neither prompts nor class labels. Say how it draws: Sampling(draw=...)."
         )
@@ -322,10 +327,12 @@ def draw_with_pipeline(
         "width": sampling.width,
     }
     arguments |= {name: value for name, value in named.items() if value is not None}
+    # One bar for all samples says more than one for the steps of each batch.
     bar_settings = getattr(pipeline, "_progress_bar_config", None)
     pipeline.set_progress_bar_config(disable=True)
     try:
         with _seeded_steps(call.scheduler, generators), _guided(call, sampling):
+            # As tensors, since pictures would have been rounded already.
             return call(generator=list(generators), output_type="pt", **arguments).images.float()
     finally:
         pipeline.set_progress_bar_config(**(bar_settings or {}))
@@ -369,6 +376,7 @@ def _guided(pipeline: Any, sampling: Sampling) -> Iterator[None]:
         unconditional[:, channels:latents] = conditional[:, channels:latents]
         return type(output)(sample=torch.cat([conditional, unconditional]))
 
+    # A hook, since the pipeline mixes both halves between this call and the step.
     handle = pipeline.transformer.register_forward_hook(leave_unguided)
     try:
         yield

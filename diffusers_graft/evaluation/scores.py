@@ -48,6 +48,7 @@ class Scores(Tabular):
 
         Raises `FileError` for a file that cannot be written, or holds something else.
         """
+        # A damaged file is not written over: it may hold scores that took hours.
         rows = load_scores(path) if Path(path).exists() else {}
         rows[name] = self
         write_json(path, {row: scores.to_dict() for row, scores in rows.items()})
@@ -99,6 +100,7 @@ def compare_scores(rows: Mapping[str, Scores]) -> Table:
     """
     require_one_protocol(rows)
     columns = list(dict.fromkeys(name for scores in rows.values() for name in scores.values))
+    # Rows agree where they share a setting, so that none hides another.
     protocol = {name: value for scores in rows.values() for name, value in scores.protocol.items()}
     cells = []
     for row, scores in rows.items():

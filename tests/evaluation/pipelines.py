@@ -4,7 +4,13 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline
 from torch import nn
 
+from diffusers_graft.evaluation import metrics
+from diffusers_graft.evaluation.sampling import Sampling
+
 from ..models import tiny_dit
+
+SAMPLING = Sampling(steps=2, guidance=2.0, batch_size=4)
+LABELS = list(range(10))
 
 
 def tiny_autoencoder(channels=4):
@@ -30,10 +36,21 @@ def tiny_pipeline(**settings):
 class Judge(nn.Module):
     """Six features of pictures: means of the channels and of their squares."""
 
-    def __init__(self):
+    def __init__(self, scale=1.0):
         super().__init__()
-        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("scale", torch.tensor(scale))
 
     def forward(self, images):
         images = images * self.scale
         return torch.cat([images.mean((2, 3)), images.square().mean((2, 3))], 1)
+
+
+def judged_by(reference):
+    """Metrics of all kinds that share one network."""
+    judge = Judge()
+    return [
+        metrics.FID(reference=reference, extractor=judge),
+        metrics.KID(reference=reference, extractor=judge, subsets=2, subset_size=10),
+        metrics.PrecisionRecall(reference=reference, extractor=judge),
+        metrics.InceptionScore(extractor=judge),
+    ]

@@ -6,7 +6,6 @@ first sample is drawn. Metrics of features compare distributions; metrics of pic
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -14,13 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ...errors import GraftError, ModelError
-from ...inspection import evaluating
+from ...errors import GraftError
+from .extractors import FEATURES, describe_network
 from .frechet_distance import FeatureStatistics
-
-FEATURES = "features"
-SPATIAL = "spatial"
-LOGITS = "logits"
+from .inception import open_inception
 
 
 class SampleMetric:
@@ -58,9 +54,6 @@ class FeatureMetric(SampleMetric):
         """Return the extractor. Raises `MissingDependencyError` or `FileError` where the default one cannot be had."""
         if self.extractor is not None:
             return self.extractor
-        # Imported here, as its library is optional.
-        from .inception import open_inception
-
         return open_inception()
 
     def protocol(self) -> dict[str, Any]:
@@ -95,51 +88,6 @@ class PictureMetric(SampleMetric):
     def summarize(self, numbers: dict[str, torch.Tensor], conditions: Sequence[Any]) -> dict[str, float]:
         """Return the scores from the numbers [N] of all pictures."""
         return {name: values.double().mean().item() for name, values in numbers.items()}
-
-
-@torch.no_grad()
-def extract(extractor: nn.Module, images: torch.Tensor, output: str) -> torch.Tensor:
-    """Return one output of an extractor, as float32 on the CPU.
-
-    Args:
-        images: [B, C, H, W] in [0, 1].
-        output: name of one of several outputs; a network with one output gives that for any name.
-
-    Raises `ModelError` for an output that the network has not, or that is no table [B, F] of finite numbers.
-    """
-    return select_output(run_extractor(extractor, images), output, extractor, len(images))
-
-
-@torch.no_grad()
-def run_extractor(extractor: nn.Module, images: torch.Tensor) -> Any:
-    """Return all outputs of an extractor, which is in evaluation mode meanwhile."""
-    tensor = next(iter([*extractor.parameters(), *extractor.buffers()]), torch.empty(0))
-    with evaluating(extractor):
-        return extractor(images.to(tensor.device))
-
-
-def select_output(outputs: Any, output: str, extractor: nn.Module, count: int) -> torch.Tensor:
-    """Return one output by name, as `extract` does."""
-    name = type(extractor).__name__
-    if isinstance(outputs, dict):
-        if output not in outputs:
-            raise ModelError(f"{name} gives {', '.join(outputs)}; the metric needs {output!r}.")
-        outputs = outputs[output]
-    if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or len(outputs) != count:
-        shape = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise ModelError(f"An extractor gives features [B, F] for B images; {name} gave {shape} for {count}.")
-    if not outputs.isfinite().all():
-        raise ModelError(f"{name} gives features that are not finite. Check its weights and the images.")
-    return outputs.detach().float().cpu()
-
-
-def describe_network(network: nn.Module) -> str:
-    """Return class and weights of a network in words that tell one network from another."""
-    hasher = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        hasher.update(f"{name} {tuple(tensor.shape)}".encode())
-        hasher.update(tensor.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{type(network).__name__} {hasher.hexdigest()[:12]}"
 
 
 def require_enough(statistics: FeatureStatistics, samples: int, name: str, allow_singular: bool) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import PictureMetric, describe_network
+from .base import PictureMetric
+from .extractors import describe_network
 from .prompts import texts_of
+from .transformers_models import open_clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +28,6 @@ class CLIPScore(PictureMetric):
     def _open_clip(self) -> Any:
         if self.clip is not None:
             return self.clip
-        # Imported here, as transformers takes seconds to import.
-        from .transformers_models import open_clip
-
         return open_clip("openai/clip-vit-large-patch14")
 
     def check(self, conditions: Sequence[Any]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...errors import GraftError
 from .reference import ReferenceMetric
+from .transformers_models import open_clip
 
 _SCALE = 1000
 _SIGMA = 10
@@ -28,9 +29,6 @@ class CMMD(ReferenceMetric):
     def open_extractor(self) -> nn.Module:
         if self.extractor is not None:
             return self.extractor
-        # Imported here, as transformers takes seconds to import.
-        from .transformers_models import open_clip
-
         return open_clip("openai/clip-vit-large-patch14-336")
 
     def check(self, conditions: Sequence[Any]) -> None:
@@ -46,6 +44,7 @@ class CMMD(ReferenceMetric):
 
 def mean_kernel(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the mean of exp(-|x - y|^2 / (2 sigma^2)) over all pairs of [N, F] and [M, F], in blocks of rows."""
+    # All pairs of 50,000 images would not fit into memory.
     total = 0.0
     for rows in one.split(_ROWS):
         squares = rows.square().sum(1)[:, None] + other.square().sum(1) - 2 * rows @ other.T

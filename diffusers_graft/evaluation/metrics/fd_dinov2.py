@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from .fid import FID
+from .transformers_models import open_dino
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,4 @@ class FDDINOv2(FID):
     def open_extractor(self) -> nn.Module:
         if self.extractor is not None:
             return self.extractor
-        # Imported here, as transformers takes seconds to import.
-        from .transformers_models import open_dino
-
         return open_dino()

@@ -45,6 +45,7 @@ class RunningStatistics:
             raise GraftError(f"Statistics need features [n, F]; got shape {tuple(features.shape)}.")
         if not features.isfinite().all():
             raise GraftError("Some features are not finite: check the images they were made from.")
+        # Centred before it is squared: the square of a large mean would swallow the variance.
         batch = RunningStatistics()
         features = features.double()
         batch.count = len(features)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...core.storage import open_regular
 from ...errors import FileError, MissingDependencyError, ModelError
-from .base import FEATURES, LOGITS, SPATIAL
+from .extractors import FEATURES, LOGITS, SPATIAL
 
 _FILE = "weights-inception-2015-12-05-6726825d.pth"
 _URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_FILE}"
@@ -47,6 +47,7 @@ class Inception(nn.Module):
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         )
+        # TensorFlow counts this block as the seventh from 0; "conv" is its first branch after the ReLU.
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         self.spatial = torch.empty(0)
 
@@ -56,6 +57,7 @@ class Inception(nn.Module):
     def forward(self, images: torch.Tensor) -> dict[str, Any]:
         if images.shape[1] != 3:
             raise ModelError(f"Inception takes images of 3 channels; got {images.shape[1]}. Give another extractor.")
+        # The network takes rounded pixels, as its authors saved samples before they measured them.
         features, logits = self.network((images * 255).round().byte())
         return {FEATURES: features, SPATIAL: self.spatial, LOGITS: logits}
 

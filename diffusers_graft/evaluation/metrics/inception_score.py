@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from ...errors import GraftError
-from .base import LOGITS, FeatureMetric
+from .base import FeatureMetric
+from .extractors import LOGITS
 
 
 @dataclass(frozen=True, kw_only=True)

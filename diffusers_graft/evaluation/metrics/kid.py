@@ -38,6 +38,7 @@ class KID(ReferenceMetric):
         generator = torch.Generator().manual_seed(self.seed)
         distances = []
         for _ in range(self.subsets):
+            # Without replacement: a point that is there twice would look like agreement.
             chosen = torch.randperm(len(features), generator=generator)[: self.subset_size]
             others = torch.randperm(len(reference), generator=generator)[: self.subset_size]
             distances.append(kernel_distance(features[chosen].double(), reference[others].double()))
@@ -49,6 +50,7 @@ def kernel_distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return the unbiased squared discrepancy of features [n, F] and [n, F]; it may lie below zero."""
     within = 0.0
     for features in (one, other):
+        # A point and itself are no pair, which is what makes the estimate unbiased.
         kernel = _kernel(features, features)
         count = len(features)
         within += (kernel.sum() - kernel.trace()) / (count * (count - 1))

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import FileError, MissingDependencyError, UnknownNameError
-from .base import FEATURES, PictureMetric, extract
+from .base import PictureMetric
+from .extractors import FEATURES, extract
 
 _LPIPS = ("alex", "vgg", "squeeze")
 

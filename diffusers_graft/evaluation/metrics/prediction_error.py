@@ -58,6 +58,7 @@ class PredictionError:
             generators = [make_generator(seed, index) for index in batch]
             with original_running(model), _recording(model, calls):
                 draw(pipeline, [conditions[index] for index in batch], generators, sampling)
+            # Both see the same inputs, so that errors do not add up along the way.
             for inputs, target in calls:
                 errors.add(inputs, predict(model, inputs), target)
         return errors.result()
@@ -85,6 +86,7 @@ class Errors:
             raise GraftError("Errors are gathered by timestep, and this model is called without one.")
         prediction = prediction.flatten(1).double()
         target = target.flatten(1).double()
+        # Relative, since the size of a prediction depends on the timestep.
         error = (prediction - target).square().sum(1) / target.square().sum(1)
         timestep = torch.as_tensor(timestep).double().reshape(-1).expand(len(error))
         self.timesteps.append(timestep.cpu())

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from ...core.storage import open_regular, replace_file
 from ...errors import FileError, MismatchError
-from .base import FEATURES, SPATIAL, FeatureMetric, describe_network, extract, run_extractor, select_output
+from .base import FeatureMetric
+from .extractors import FEATURES, SPATIAL, describe_network, extract, run_extractor, select_output
 from .frechet_distance import FeatureStatistics, RunningStatistics
 
 _IMAGES = "arr_0"
@@ -62,6 +63,7 @@ class Reference:
         Raises `MismatchError` for statistics of other features, and `FileError` where the file has none.
         """
         self._require_same_features(extractor)
+        # Statistics without a name are those of Inception, as ADM's; images say more to any other network.
         mean, covariance = _STATISTICS.get(output, ("", ""))
         if mean in self.names and (self._is_labelled or _is_inception(extractor) or _IMAGES not in self.names):
             return FeatureStatistics(_as_tensor(self.arrays[mean]), _as_tensor(self.arrays[covariance]))
@@ -170,6 +172,7 @@ def save_reference(
     """
     require_absent(path)
     running = {name: RunningStatistics() for name in _STATISTICS}
+    # Kernels and nearest neighbours need features themselves, of a sample of the images.
     kept: list[torch.Tensor] = []
     count = 0
     for batch in images:
@@ -214,6 +217,7 @@ def read_images(path: str | Path, batch_size: int = _BATCH) -> Iterator[torch.Te
         size = int(np.prod(shape[1:]))
         for start in range(0, shape[0], batch_size):
             count = min(batch_size, shape[0] - start)
+            # Only this batch is in memory: the file of ADM has two gigabytes.
             data = bytearray(file.read(count * size))
             if len(data) < count * size:
                 raise FileError(f"{path} ends after {start:,} of {shape[0]:,} images. Download or save it again.")
@@ -234,6 +238,7 @@ def write_images(path: str | Path, batches: Iterable[torch.Tensor], count: int) 
         file = stack.enter_context(archive.open(f"{_IMAGES}.npy", "w", force_zip64=True))
         for number, images in enumerate(batches):
             pixels = as_pixels(images)
+            # The shape is known with the first images, and stands at the head of the file.
             if number == 0:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (count, *pixels.shape[1:])}
                 np.lib.format.write_array_header_1_0(file, header)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import SPATIAL
+from .extractors import SPATIAL
 from .fid import FID
 
 

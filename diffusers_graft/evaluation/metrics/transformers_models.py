@@ -111,6 +111,7 @@ class DinoModel(_TransformersModel):
 
         who = "DINOv2"
         model = load_pretrained_part(AutoModel.from_pretrained, name, who)
+        # No crop: its authors show the network whole pictures.
         settings = {"size": {"height": 224, "width": 224}, "do_center_crop": False}
         super().__init__(model, load_image_processor(name, who), settings)
 
