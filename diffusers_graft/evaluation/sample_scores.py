@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..errors import GraftError
 from ..injection.install import original_running
-from ..training.distributed import gather_objects, is_main_process, process_state, wait_for_all
+from ..training.distributed import gather_values, is_main_process, process_state, wait_for_all
 from ..training.identity import digest
 from .metrics.base import FeatureMetric, PictureMetric, SampleMetric
 from .metrics.extractors import run_extractor, select_output
@@ -160,7 +160,8 @@ def measure_folder(
 
 def _in_order(seen: Sequence[tuple[Sequence[int], dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
     """Return numbers of all samples in their order, from the batches of all processes."""
-    gathered = sorted(gather_objects(list(seen)), key=lambda batch: batch[0][0])
+    shares = gather_values(list(seen))
+    gathered = sorted((batch for share in shares for batch in share), key=lambda batch: batch[0][0])
     names = gathered[0][1]
     return {name: torch.cat([numbers[name] for _, numbers in gathered]) for name in names}
 
@@ -202,6 +203,6 @@ class _FeatureTable:
         if not metric.takes_statistics:
             return _in_order(self.kept[place])[metric.output]
         total = RunningStatistics()
-        for running in gather_objects([self.running[place]]):
+        for running in gather_values(self.running[place]):
             total.merge(running)
         return total.result()
