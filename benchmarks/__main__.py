@@ -17,6 +17,7 @@ NAMES = {
     "ablate": "the gain from each start and each stage at equal compute, and the paper's recipe beside ours",
     "depth": "half the depth on the testbed: pairs side by side, blocks removed, a model trained from scratch",
     "families": "operators that run in each transformer class of diffusers, on tiny models, as Markdown",
+    "imports": "what importing this package adds to importing diffusers and its ModelMixin",
     "loading": "loading a graft, against reading its bytes and installing its parts",
     "models": "forward latency of a model and of its grafts, in turns, as ratios",
     "operators": "every operator by itself on a CPU: time against softmax, share of a free mixer's speed-up, memory",

@@ -389,6 +389,26 @@ def test_importing_needs_no_extra_and_no_gpu():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_importing_leaves_what_is_heavy_to_those_who_use_it():
+    """Beside `ModelMixin`; `python -m benchmarks imports` measures what importing costs."""
+    code = (
+        "import sys, diffusers\n"
+        "from diffusers import ModelMixin\n"
+        "before = set(sys.modules)\n"
+        "import diffusers_graft\n"
+        "heavy = ('peft', 'matplotlib', 'scipy', 'pydantic', 'rich', 'datasets', 'pandas', 'sklearn', 'torchvision',\n"
+        "         'transformers.modeling_utils', 'diffusers.hooks', 'diffusers.models.transformers',\n"
+        "         'diffusers.pipelines.pipeline_utils', 'diffusers.training_utils')\n"
+        "print([name for name in heavy if name in set(sys.modules) - before])\n"
+        # What was left out is extended as it is imported.
+        "from diffusers import DiffusionPipeline\n"
+        "from diffusers.loaders.peft import PeftAdapterMixin\n"
+        "print([hasattr(verb, '__wrapped__') for verb in (DiffusionPipeline.save_pretrained, PeftAdapterMixin.fuse_lora)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[]", "[True, True]"]
+
+
 def test_the_contracts_public_names_are_there():
     import diffusers_graft as dg
 

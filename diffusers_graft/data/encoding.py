@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from torch.utils.data import default_collate
 
 from ..errors import TrainingError
@@ -16,6 +16,9 @@ from ..training.batches import Row
 from .pipelines import TextEncoder, match_latents, record_prompts
 from .recording import conditioning_of, find_denoiser, scale_latents
 from .shards import Shards, write_shards
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @torch.no_grad()

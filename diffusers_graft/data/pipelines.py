@@ -6,14 +6,16 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from ..errors import TrainingError
 from .recording import BY_HAND, Recording, conditioning_of, hide_progress, record_call
 from .shards import Shards, write_shards
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Conditions = Sequence[str] | Sequence[int] | torch.Tensor
 TextEncoder = Callable[[list[str]], Mapping[str, Any]]

@@ -8,16 +8,19 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import TrainingError
 from ..inspection.families import argument_names, bind_arguments
 from ..training.batches import Row, Shared
 from ..training.noised_batch import find_timestep_name
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 BY_HAND = "make the batches yourself, as dicts of a sample and conditioning."
 

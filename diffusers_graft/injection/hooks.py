@@ -1,4 +1,7 @@
-"""Hooks of diffusers and accelerate: which of them are refused, and how the others follow parts that are exchanged."""
+"""Hooks of diffusers and accelerate: which of them are refused, and how the others follow parts that are exchanged.
+
+diffusers.hooks imports peft, which takes longer than all of this package; so functions here import it.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusers import ModelMixin
-from diffusers.hooks import HookRegistry, group_offloading
-from diffusers.hooks._common import _FEEDFORWARD_CLASSES
-from diffusers.hooks._helpers import AttentionProcessorRegistry, TransformerBlockRegistry
 from torch import nn
 
 from ..core.sites import Site
@@ -69,6 +69,8 @@ def _hook_names(module: nn.Module) -> set[str]:
 
 def is_skippable(feed_forward: nn.Module) -> bool:
     """Return whether hooks of diffusers that skip feed-forwards find this one."""
+    from diffusers.hooks._common import _FEEDFORWARD_CLASSES
+
     return isinstance(feed_forward, _FEEDFORWARD_CLASSES)
 
 
@@ -77,12 +79,16 @@ def register_processor(cls: type, original: type) -> None:
 
     Where diffusers does not know the original either, nothing is done.
     """
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
     with contextlib.suppress(ValueError):
         AttentionProcessorRegistry.register(cls, AttentionProcessorRegistry.get(original))
 
 
 def register_block(cls: type, original: type) -> None:
     """Let hooks, which look blocks up by their exact class, know one as the original."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
     with contextlib.suppress(ValueError):
         metadata = copy.copy(TransformerBlockRegistry.get(original))
         TransformerBlockRegistry.register(cls, metadata)
@@ -108,6 +114,8 @@ def without_group_offloading(model: ModelMixin, *, from_disk_only: bool = False)
         model: offloaded or not.
         from_disk_only: leave weights that wait in memory where they are.
     """
+    from diffusers.hooks import HookRegistry, group_offloading
+
     # Older releases of diffusers cannot register anew.
     find = getattr(group_offloading, "_get_top_level_group_offload_hook", lambda model: None)
     config = getattr(find(model), "config", None)

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.loaders.peft import PeftAdapterMixin
 from torch import nn
 
+from ..core.post_import import when_imported
 from .graft import get_graft, is_enabled
 from .hooks import without_group_offloading
 from .module_copy import copy_shallow
 from .waiting_parts import base_layer
+
+if TYPE_CHECKING:
+    from diffusers.loaders.lora_base import LoraBaseMixin
 
 # Verbs that change the LoRA layers that are there.
 _CHANGING = (
@@ -41,9 +43,21 @@ _NO_TARGET = "arget modules"  # of its messages, which begin with "Target module
 
 
 def attach_lora_verbs() -> None:
-    """Make the verbs reach parts that wait. Called once, by `import diffusers_graft`."""
+    """Make the verbs reach parts that wait, once diffusers imports them. Called once, by `import diffusers_graft`."""
+    when_imported("diffusers.loaders.peft", _attach_to_models)
+    when_imported("diffusers.loaders.lora_base", _attach_to_pipelines)
+
+
+def _attach_to_models() -> None:
+    from diffusers.loaders.peft import PeftAdapterMixin
+
     for name in (*_CHANGING, *_ADDING):
         setattr(PeftAdapterMixin, name, _reach_waiting(getattr(PeftAdapterMixin, name)))
+
+
+def _attach_to_pipelines() -> None:
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
     LoraBaseMixin.unfuse_lora = _unfuse_waiting(LoraBaseMixin.unfuse_lora)
 
 
@@ -109,6 +123,8 @@ def _unfuse_waiting(verb: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(verb)
     def unfuse_lora(self: LoraBaseMixin, components: Sequence[str] | None = None, **kwargs: Any) -> None:
+        from diffusers.loaders.peft import PeftAdapterMixin
+
         verb(self, components, **kwargs)
         for name in components or self._lora_loadable_modules:
             model: Any = getattr(self, name, None)

@@ -6,6 +6,7 @@ and text, which parts run on the prompt alone, and which axis of the latents is 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModelMixin
-from diffusers.models import transformers
 
 from ..core.context import Context, Grid
 from . import grids
@@ -124,8 +124,12 @@ _ROWS: dict[str, Family] = {
 }
 
 
+@functools.cache
 def _rows_by_class() -> dict[type, Family]:
     """Return the rows by class object, since names repeat inside diffusers; older versions lack some classes."""
+    # Imported with the first model that is asked about: it takes seconds.
+    from diffusers.models import transformers
+
     rows = {}
     for name, row in _ROWS.items():
         cls = getattr(transformers, name, None) or getattr(diffusers, name, None)
@@ -134,12 +138,10 @@ def _rows_by_class() -> dict[type, Family]:
     return rows
 
 
-_FAMILIES = _rows_by_class()
-
-
 def family_of(model: ModelMixin) -> Family:
     """Return the row of a model's class or its nearest base; one without entries where there is none."""
-    return next((_FAMILIES[cls] for cls in type(model).__mro__ if cls in _FAMILIES), Family())
+    rows = _rows_by_class()
+    return next((rows[cls] for cls in type(model).__mro__ if cls in rows), Family())
 
 
 def read_context(model: ModelMixin, args: tuple, kwargs: Inputs) -> Context:

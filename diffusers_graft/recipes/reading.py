@@ -16,9 +16,13 @@ from pydantic import TypeAdapter, ValidationError
 from .._version import __version__
 from ..core.storage import read_text, write_text
 from ..errors import FileError, GraftError, UnknownNameError
+from ..training.finetune.config import resolve_annotations
 from .schema import Recipe
 
 RECIPE = "recipe.yaml"
+
+# A recipe is checked by the annotations of our classes.
+resolve_annotations()
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers import ModelMixin
 
+from ..core.post_import import when_imported
 from ..core.storage import require_regular
 from ..errors import StateError, UnknownNameError
 from ..injection.graft import get_graft, is_enabled
@@ -38,6 +38,14 @@ def attach_saving() -> None:
     ModelMixin.push_to_hub = _pushing(ModelMixin.push_to_hub)
     loading = classmethod(_loading(ModelMixin.from_pretrained.__func__))
     ModelMixin.from_pretrained = loading  # pyright: ignore[reportAttributeAccessIssue]  # set unbound, read bound
+    # Pipelines are imported by those who use them: they bring transformers and peft.
+    when_imported("diffusers.pipelines.pipeline_utils", _attach_to_pipelines)
+
+
+def _attach_to_pipelines() -> None:
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
     DiffusionPipeline.save_pretrained = _saving_pipeline(DiffusionPipeline.save_pretrained)
     LOADABLE_CLASSES[_LIBRARY] = {}
 

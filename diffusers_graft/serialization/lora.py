@@ -6,16 +6,18 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ModelMixin
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 
 from ..errors import FileError, StateError
 from ..injection.graft import Graft
 from ..training.finetune.lora import add_lora, refuse_foreign_lora, remove_lora
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 _SHARED = {"lora_dropout": float, "use_rslora": bool, "use_dora": bool, "fan_in_fan_out": bool}
 _ADAPTER = "default"
@@ -62,6 +64,8 @@ def adapter_tensors(model: ModelMixin, graft: Graft) -> dict[str, torch.Tensor]:
         _require_plain_state(path, layer)
     if not layers:
         return {}
+    from peft import get_peft_model_state_dict
+
     return get_peft_model_state_dict(model)
 
 
@@ -79,6 +83,8 @@ def require_unfused(model: ModelMixin, graft: Graft) -> None:
 
 
 def _layers(model: ModelMixin) -> dict[str, LoraLayer]:
+    from peft.tuners.lora import LoraLayer
+
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
@@ -107,6 +113,8 @@ def load_adapters(model: ModelMixin, graft: Graft, described: Any, tensors: dict
     """
     if described is None and not tensors:
         return
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
     config, scalings = _read_config(described, tensors)
     paths = set(config.target_modules or ())
     refuse_foreign_lora(model, graft)
@@ -135,6 +143,8 @@ def _read_config(described: Any, tensors: dict[str, torch.Tensor]) -> tuple[Lora
 
     Only numbers and names are read, since some of peft's settings name code to import.
     """
+    from peft import LoraConfig
+
     try:
         layers: dict[str, dict[str, Any]] = dict(described["layers"])
         settings = {name: described[name] for name in _SHARED}

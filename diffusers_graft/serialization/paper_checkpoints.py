@@ -12,10 +12,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiTTransformer2DModel
 from diffusers.models.modeling_utils import no_init_weights
 
 from ..cards.hub_metadata import check_license
@@ -32,6 +31,9 @@ from .download import local_folder, require_source
 from .empty_graft import build_empty_graft
 from .load_model import assign_tensors
 from .settings import apply_settings, frequency_settings
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel
 
 Tensors = dict[str, torch.Tensor]
 
@@ -67,6 +69,8 @@ def import_upstream(
         FileError: anything that is no such checkpoint.
         UnknownNameError: a license that the Hub does not know.
     """
+    from diffusers import DiTTransformer2DModel
+
     check_license(license)
     path = _find_file(source, hub_arguments)
     tensors = _read_tensors(path, weights)
@@ -120,7 +124,7 @@ def _graft(model: DiTTransformer2DModel, parts: list[_Part]) -> None:
         if part.operator is not None:
             edits.append(Edit(part.site, configure(part.operator).resolved(part.site)))
     with no_init_weights():
-        install(model, build_empty_graft(model, GraftPlan(DiTTransformer2DModel.__name__, tuple(edits))))
+        install(model, build_empty_graft(model, GraftPlan(type(model).__name__, tuple(edits))))
 
 
 def _find_file(source: str | Path, hub_arguments: dict[str, Any]) -> Path:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import nn
 
 from ..errors import TrainingError
 from .config import TrainingConfig
 from .distributed import average_gradients
 from .fsdp import full_tensor, gather_state, shard_like, shard_optimizer_state
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 
 def mixed_precision(device: torch.device, precision: str | None) -> torch.autocast:
@@ -62,6 +64,8 @@ class StageOptimizer:
         self.optimizer = config.make_optimizer(self.masters, self.lr)
         self.average: EMAModel | None = None
         if ema_decay:
+            from diffusers.training_utils import EMAModel  # brings all models of diffusers
+
             self.average = EMAModel(self.masters, decay=ema_decay, foreach=True)
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=config.precision == "fp16")
 

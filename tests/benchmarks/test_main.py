@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
         (["models", "--rounds", "1"], "got 1"),
         (["operators", "--rounds", "0"], "got 0"),
         (["operators", "--only", "nothing"], "No table begins with"),
+        (["imports", "--rounds", "0"], "got 0"),
         (["ablate", "--steps", "0"], "counts its steps from 1"),
         (["ablate", "--seeds", "0"], "counts its seeds from 1"),
     ],

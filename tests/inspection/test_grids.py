@@ -185,7 +185,7 @@ STREAMS = {"ErnieImageTransformer2DModel", "Lumina2Transformer2DModel", "Krea2Tr
 @pytest.mark.parametrize("name", sorted(STREAMS & set(exported())))
 def test_a_wrong_order_in_a_stream_would_be_noticed(name, monkeypatch):
     row = families.family_of(tiny(name))
-    monkeypatch.setitem(families._FAMILIES, exported()[name], replace(row, text_first=not row.text_first))
+    monkeypatch.setitem(families._rows_by_class(), exported()[name], replace(row, text_first=not row.text_first))
     site = dg.find_sites(tiny(name)).where(kind="self_attention")[-1]
     monkeypatch.setattr("tests.inspection.test_grids.main_sites", lambda model: [site])
     with pytest.raises(AssertionError):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
-
-from peft import LoraConfig
+from typing import TYPE_CHECKING, Any
 
 from ...errors import TrainingError
 from ..config import TrainingConfig, require_one_of
 from .lora import lora_settings
 from .objective import VARIANCES
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 TRAINABLE = ("operators", "operators+lora", "all")
 
@@ -58,6 +59,8 @@ class FinetuneConfig(TrainingConfig):
         require_one_of("set of weights to train", self.train, TRAINABLE)
         require_one_of("treatment of predicted variances", self.variance, VARIANCES)
         if self.train == "operators+lora" and self.lora is None:
+            from peft import LoraConfig
+
             object.__setattr__(self, "lora", LoraConfig(r=64, lora_alpha=64, target_modules="all-linear"))
         if not 0 <= self.ema_decay < 1 or min(self.distill_output, self.distill_features) < 0:
             raise TrainingError(f"A decay lies from 0 up to 1, weights are not negative; got {self}.")
@@ -77,3 +80,10 @@ class FinetuneConfig(TrainingConfig):
         if self.lora is not None:
             settings["lora"] = lora_settings(self.lora)
         return settings
+
+
+def resolve_annotations() -> None:
+    """Import what annotations here name, for those who read them: peft takes longer to import than this package."""
+    from peft import LoraConfig
+
+    globals()["LoraConfig"] = LoraConfig

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ModelMixin
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ...errors import StateError, TrainingError
 from ...injection.graft import Graft
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # Settings that may differ from peft's: they neither change the weights under a layer nor add to a saved graft.
 _SAVED_SETTINGS = {
@@ -62,6 +63,8 @@ def add_lora(model: ModelMixin, graft: Graft, config: LoraConfig, *, resume: boo
         torch.manual_seed(seed)
         try:
             # A copy, since peft shortens long lists of targets in place.
+            from peft import inject_adapter_in_model
+
             inject_adapter_in_model(copy.deepcopy(config), model)
         except ValueError as error:
             raise TrainingError(f"This LoRA does not fit {type(model).__name__}: {error}") from error
@@ -94,7 +97,7 @@ def refuse_foreign_lora(model: ModelMixin, graft: Graft) -> None:
 
 def lora_settings(config: LoraConfig) -> dict[str, Any]:
     """Return the settings that differ from peft's defaults, JSON-able."""
-    defaults = LoraConfig().to_dict()
+    defaults = type(config)().to_dict()
     chosen = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
     for name, value in chosen.items():
         # Sets have no order, which JSON and comparisons need.
@@ -126,4 +129,6 @@ def _with_defaults(config: LoraConfig, graft: Graft) -> LoraConfig:
 
 
 def _find_layers(model: ModelMixin) -> dict[str, Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}

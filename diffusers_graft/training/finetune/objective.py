@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 import torch
-from diffusers.training_utils import compute_snr
 
 from ...errors import TrainingError, UnknownNameError
 from ..noise import is_flow
@@ -94,6 +93,8 @@ def snr_weight(scheduler: Any, timestep: torch.Tensor, gamma: float) -> torch.Te
     if is_flow(scheduler):
         sigma = (timestep.float() / scheduler.config.num_train_timesteps).clamp(1e-4, 1)
         return ((1 - sigma) / sigma).square().clamp(max=gamma) * sigma.square()
+    from diffusers.training_utils import compute_snr  # brings all models of diffusers
+
     snr = compute_snr(scheduler, timestep)
     # Error of the clean sample for an error of one in the prediction.
     factors = {"epsilon": 1 / snr, "sample": torch.ones_like(snr), "v_prediction": 1 / (snr + 1)}
