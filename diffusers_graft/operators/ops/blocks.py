@@ -21,7 +21,7 @@ from ..base import Mixer
 from .backends import autocast_device, runs_in_pieces, specialize
 from .masks import key_bias
 from .settings import require_count
-from .tiles import GATHERED_TOKENS, outer_places
+from .tiles import GATHERED, outer_places
 
 logger = logging.getLogger(__name__)
 
@@ -336,7 +336,7 @@ def _pieces(like: torch.Tensor, rows: int, keys: int) -> list[slice]:
     """Cut rows into pieces whose keys stay in cache, where that is faster."""
     step = rows
     if runs_in_pieces(like):
-        step = max(1, GATHERED_TOKENS // keys)
+        step = max(1, GATHERED // (keys * like.shape[-1]))
     return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 

@@ -7,6 +7,7 @@ mask serves all tiles. Which keys a query sees is said for each axis of the grid
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +21,17 @@ from .backends import compute_dtype, runs_in_pieces, specialize
 Axis = tuple[int, ...]
 Rule = Callable[..., list[range]]
 
+# First place and length along each axis.
+Box = tuple[tuple[int, int], ...]
+
 # Up to here one masked softmax over all tokens beats gathering; the mask has at most 256 x 256 entries.
 DENSE_TOKENS = 256
 
-# Keys gathered at a time where nothing is saved for a backward pass.
-GATHERED_TOKENS = 2048
+# Numbers of keys gathered at a time where nothing is saved for a backward pass: as many as stay in cache.
+GATHERED = 2**18
+
+# Channels of all heads, and samples, from which on a tile is work enough to be one call.
+WIDE = 512
 
 
 @dataclass(frozen=True)
@@ -36,14 +43,15 @@ class Tiling:
         keys: [tiles, K]; in the end those that every query sees.
         mask: [tiles, 1, Q, K], true where a query sees a key; None where every query sees all.
         inverse: place of every token in the flattened tiles, [N].
-        starts: first query and first key of each tile where both are runs of a sequence, else none.
+        boxes: those of the queries of each tile, and those of its halo, where both are runs along every axis; else
+            none.
     """
 
     queries: torch.Tensor
     keys: torch.Tensor
     mask: torch.Tensor | None
     inverse: torch.Tensor
-    starts: list[tuple[int, int]]
+    boxes: tuple[list[Box], list[Box]]
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ def _make_tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, dev
         queries = torch.zeros(1, 1, dtype=torch.long)
         keys = torch.zeros(1, 1, dtype=torch.long)
         mask = torch.ones(1, 1, 1, dtype=torch.bool)
+        runs = []
         for axis in axes:
             side = tile
             if sees_more and tile < tokens and all(len(row) == 1 for row in rule(*axis)):
@@ -119,6 +128,7 @@ def _make_tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, dev
             queries = outer_places(queries, cut.queries, axis[0])
             keys = outer_places(keys, cut.keys, axis[0])
             mask = _outer_mask(mask, cut.mask)
+            runs.append((cut.starts, cut.queries.size(1), cut.keys.size(1)))
         inverse = torch.empty(tokens, dtype=torch.long)
         inverse[queries.flatten()] = torch.arange(queries.numel())
         keys = torch.cat([keys, torch.arange(tokens, tokens + others).expand(len(keys), -1)], dim=1)
@@ -126,9 +136,18 @@ def _make_tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, dev
         if sees_all:
             # Kernels are faster without a mask than with one that hides nothing.
             mask = None
-        # Only the tiles of a sequence are runs of tokens.
-        starts = cut.starts if len(axes) == 1 else []
-        return Tiling(queries.to(device), keys.to(device), mask, inverse.to(device), starts)
+        return Tiling(queries.to(device), keys.to(device), mask, inverse.to(device), _boxes_of(runs))
+
+
+def _boxes_of(runs: list[tuple[list[tuple[int, int]], int, int]]) -> tuple[list[Box], list[Box]]:
+    """Return the boxes of queries and of halos, in the order of tiles.
+
+    Args:
+        runs: for each axis the first query and first key of its tiles, and how many there are of each.
+    """
+    queries = [[(first, count) for first, _ in starts] for starts, count, _ in runs]
+    halos = [[(low, count) for _, low in starts] for starts, _, count in runs]
+    return list(itertools.product(*queries)), list(itertools.product(*halos))
 
 
 _cached_tiling = functools.lru_cache(maxsize=64)(_make_tiling)
@@ -191,14 +210,16 @@ def tiled_attention(
     tiles = cut.queries.size(0)
     if tiles == 1:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=_combine(cut.mask, mask), scale=scale)
-    if cut.starts and runs_in_pieces(query):
-        return _tile_by_tile(query, key, value, cut, others, scale, mask)
+    is_wide = len(axes) == 1 or len(query) * query.shape[1] * query.shape[3] >= WIDE
+    if is_wide and cut.boxes[0] and runs_in_pieces(query):
+        lengths = tuple(axis[0] for axis in axes)
+        return _tile_by_tile(query, key, value, cut, lengths, scale, mask)
     # Tokens of all heads [B, N, H * E] are gathered fastest, and without gradients a few tiles at a time, which stay
     # in cache.
     parts = tuple(part.transpose(1, 2).flatten(2) for part in (query, key, value))
     step = tiles
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        step = max(1, GATHERED_TOKENS // cut.keys.size(1))
+        step = max(1, GATHERED // (cut.keys.size(1) * parts[0].shape[2]))
     pieces = [slice(start, start + step) for start in range(0, tiles, step)]
     mixed = [_mix_tiles(parts, cut, piece, query.shape[1], scale, mask) for piece in pieces]
     joined = mixed[0]
@@ -213,36 +234,41 @@ def _tile_by_tile(
     key: torch.Tensor,
     value: torch.Tensor,
     cut: Tiling,
-    others: int,
+    lengths: tuple[int, ...],
     scale: float | None,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attend within one tile after the other, on the tensors as they lie."""
+    """Attend within one tile after the other, whose tokens and halo are boxes of the grid, cut out of it as slices."""
     # Without gradients alone: a backward pass would fill a tensor of all tokens for each tile.
     assert cut.mask is not None
-    tokens = query.shape[2]
-    queries = cut.queries.shape[1]
-    keys = cut.keys.shape[1] - others
-
-    def take_halo(part: torch.Tensor, dim: int, low: int) -> torch.Tensor:
-        near = part.narrow(dim, low, keys)
-        if not others:
-            return near
-        return torch.cat([near, part.narrow(dim, tokens, others)], dim)
-
     batch, heads, _, width = value.shape
-    mixed = value.new_empty(batch, tokens, heads, width, dtype=compute_dtype(value))
-    for (first, low), window in zip(cut.starts, cut.mask[:, 0], strict=True):
-        rows = slice(first, first + queries)
-        visible = window
+    tokens = query.shape[2]
+    # Tokens before heads, so that a row of a box is one piece of memory.
+    images = [part.transpose(1, 2)[:, :tokens].unflatten(1, lengths) for part in (query, key, value)]
+    others = [part[:, :, tokens:] for part in (key, value)]
+    mixed = value.new_empty(batch, *lengths, heads, width, dtype=compute_dtype(value))
+    if mask is not None and mask.shape[2] == 1:
+        mask = mask.expand(*mask.shape[:2], tokens, mask.shape[3])
+    for number, (rows, halo) in enumerate(zip(cut.boxes[0], cut.boxes[1], strict=True)):
+        near = [_select_box(image, halo) for image in images[1:]]
+        if others[0].shape[2]:
+            near = [torch.cat(pair, dim=2) for pair in zip(near, others, strict=True)]
+        visible = cut.mask[number, 0]
         if mask is not None:
-            mask_rows = mask
-            if mask.shape[2] > 1:
-                mask_rows = mask[:, :, rows]
-            visible = _combine(window, take_halo(mask_rows, 3, low))
-        inputs = query[:, :, rows], take_halo(key, 2, low), take_halo(value, 2, low)
-        mixed[:, rows] = F.scaled_dot_product_attention(*inputs, attn_mask=visible, scale=scale).transpose(1, 2)
-    return mixed.transpose(1, 2)
+            visible = _combine(visible, mask[:, :, cut.queries[number]][..., cut.keys[number]])
+        inputs = _select_box(images[0], rows), *near
+        attended = F.scaled_dot_product_attention(*inputs, attn_mask=visible, scale=scale).transpose(1, 2)
+        place = mixed[(slice(None), *(slice(start, start + length) for start, length in rows))]
+        place.copy_(attended.unflatten(1, place.shape[1:-2]))
+    return mixed.flatten(1, -3).transpose(1, 2)
+
+
+def _select_box(image: torch.Tensor, box: Box) -> torch.Tensor:
+    """Cut a box of places out of [B, ..., H, E]: [B, H, K, E]."""
+    for axis, (start, length) in enumerate(box):
+        image = image.narrow(axis + 1, start, length)
+    # One axis alone stays a view.
+    return image.flatten(1, -3).transpose(1, 2)
 
 
 def _mix_tiles(
