@@ -30,10 +30,10 @@ from .output import format_rows, publish, require_writable
 # (operator, most of softmax's time it should take: forward at 4,096 tokens, forward and backward at 16,384)
 MIXERS = [
     ("sliding_window(window=(64, 64))", None, None),
-    ("sliding_window(window=(128, 128))", 0.08, None),
+    ("sliding_window(window=(128, 128))", 0.10, None),
     ("sliding_window(window=(256, 256))", 0.13, 0.035),
     ("neighborhood(kernel=3)", None, None),
-    ("neighborhood(kernel=7)", 0.20, None),
+    ("neighborhood(kernel=7)", 0.09, None),
     ("linear_attention", 0.05, 0.015),
     ("linear_attention(feature_map='relu')", None, None),
     ("hyena_x", 0.012, 0.004),

@@ -24,6 +24,11 @@ ConfigT = TypeVar("ConfigT", bound="OperatorConfig")
 SiteT = TypeVar("SiteT", bound=Site)
 
 
+def rare(default: Any) -> Any:
+    """Make a field of settings that nearly everybody leaves at its default, and whose text then leaves it out."""
+    return dataclasses.field(default=default, metadata={"is_rare": True})
+
+
 @dataclass(frozen=True, kw_only=True)
 class OperatorConfig:
     """Settings of an operator: frozen, keyword-only, JSON-able, and never a model size.
@@ -60,8 +65,11 @@ class OperatorConfig:
 
     def __str__(self) -> str:
         """Return the text that rules take, without settings that have their usual value; `init` comes last."""
-        # Written where they differ alone: nearly every config has these two.
-        usual = {"init": "warm", "backend": "torch"}
+        # Written where they differ alone: nearly every config has the first two.
+        usual: dict[str, Any] = {"init": "warm", "backend": "torch"}
+        for field in dataclasses.fields(self):
+            if field.metadata.get("is_rare"):
+                usual[field.name] = field.default
         names = [field.name for field in dataclasses.fields(self) if field.name != "init"]
         settings = []
         for name in [*names, "init"]:

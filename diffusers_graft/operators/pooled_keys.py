@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..core.context import Context
@@ -17,7 +16,8 @@ from ..core.shapes import HeadTensor, KeyTensor
 from ..core.sites import AttentionSite
 from ..errors import GeometryError
 from .base import Mixer
-from .ops.depthwise import tokens_last
+from .ops.depthwise import count_pooled, pool_tokens
+from .ops.masks import mask_others
 from .ops.settings import require_count
 
 
@@ -71,7 +71,7 @@ class PooledKeys(Mixer):
         pooled_value = self._pool("value", value[:, :, :tokens], context)
         mask = None
         if key.shape[2] > tokens:
-            mask = _mask_others(context.mask, tokens, pooled_key.shape[2])
+            mask = mask_others(context.mask, tokens, pooled_key.shape[2])
             pooled_key = torch.cat([pooled_key, key[:, :, tokens:]], dim=2)
             pooled_value = torch.cat([pooled_value, value[:, :, tokens:]], dim=2)
         return context.attend(query, pooled_key, pooled_value, mask=mask, scale=context.scale)
@@ -84,29 +84,10 @@ class PooledKeys(Mixer):
             raise GeometryError(
                 f"pooled_keys: stride {stride} is beyond the grid, which is {grid}. Choose a smaller one."
             )
-        _, heads, _, width = part.shape
-        image = tokens_last(part, grid.height, grid.width).permute(0, 3, 1, 2)
-        right = -grid.width % stride
-        below = -grid.height % stride
-        if right or below:
-            image = F.pad(image, (0, right, 0, below), mode="replicate").contiguous(memory_format=torch.channels_last)
-        pooled = self.convolutions[name](image).permute(0, 2, 3, 1)
-        tokens_first = pooled.unflatten(0, (-1, grid.frames)).flatten(1, 3)
-        return tokens_first.unflatten(2, (heads, width)).transpose(1, 2)
+        return pool_tokens(part, grid, stride, self.convolutions[name])
 
     def flops(self, tokens: int) -> int:
         """Price softmax over the pooled keys and two convolutions, on the last forward's grid or one that divides."""
-        grid = self.last_grid(tokens)
         stride = self.config.stride
-        keys = tokens // stride**2
-        if grid is not None:
-            keys = grid.frames * -(-grid.height // stride) * -(-grid.width // stride)
+        keys = count_pooled(self.last_grid(tokens), tokens, stride)
         return 4 * keys * (tokens + stride**2) * self.site.inner_width
-
-
-def _mask_others(mask: torch.Tensor | None, tokens: int, pooled: int) -> torch.Tensor | None:
-    """Return the mask of a prompt's keys behind that of the image's pooled keys, which are never hidden."""
-    if mask is None:
-        return None
-    visible = True if mask.dtype == torch.bool else 0.0
-    return F.pad(mask[..., tokens:], (pooled, 0), value=visible)

@@ -99,7 +99,7 @@ class SlidingWindow(WithBackends, Mixer):
         # Short tiles compare fewer pairs in vain; a backward pass pays for every halo, and prefers fewer.
         reach = max(self.config.window)
         if not torch.is_grad_enabled():
-            reach = reach // 2
+            reach = reach // 4
         settings = {"tile": max(32, reach), "scale": context.scale, "mask": context.mask}
         return tiled_attention(query, key, value, band, self.axes(query), **settings)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...core.context import Grid
 from .backends import compute_dtype
 
 # Convolves an image of tokens with one of an operator's convolutions: fast, padded or tap by tap.
@@ -26,6 +27,33 @@ def heads_first(image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Turn an image back into heads: [images, height, width, H * E] -> [B, H, N, E] as `like`."""
     batch, heads, tokens, width = like.shape
     return image.reshape(batch, tokens, heads, width).transpose(1, 2)
+
+
+def pool_tokens(
+    part: torch.Tensor, grid: Grid, stride: int, convolve: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Pool squares of tokens, frame by frame: [B, H, N, E] -> [B, H, M, E].
+
+    Args:
+        stride: side of a square; where the grid does not divide, its last row and column are repeated.
+        convolve: a convolution of that stride, [images, D, rows, columns] in and out, channels last in memory.
+    """
+    _, heads, _, width = part.shape
+    image = tokens_last(part, grid.height, grid.width).permute(0, 3, 1, 2)
+    right = -grid.width % stride
+    below = -grid.height % stride
+    if right or below:
+        image = F.pad(image, (0, right, 0, below), mode="replicate").contiguous(memory_format=torch.channels_last)
+    pooled = convolve(image).permute(0, 2, 3, 1)
+    tokens_first = pooled.unflatten(0, (-1, grid.frames)).flatten(1, 3)
+    return tokens_first.unflatten(2, (heads, width)).transpose(1, 2)
+
+
+def count_pooled(grid: Grid | None, tokens: int, stride: int) -> int:
+    """Count the tokens that are left; of an unknown grid, as many as of one that divides."""
+    if grid is None:
+        return tokens // stride**2
+    return grid.frames * -(-grid.height // stride) * -(-grid.width // stride)
 
 
 class ShortConvolution(nn.Conv2d):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ...errors import OperatorError
 
@@ -42,3 +43,11 @@ def key_bias(who: str, mask: torch.Tensor, keys: int, dtype: torch.dtype) -> tor
     if mask.dtype != torch.bool:
         return row.to(dtype)
     return torch.zeros(row.shape, dtype=dtype, device=row.device).masked_fill(~row, float("-inf"))
+
+
+def mask_others(mask: torch.Tensor | None, tokens: int, pooled: int) -> torch.Tensor | None:
+    """Return the mask of a prompt's keys behind that of the image's pooled keys, which are never hidden."""
+    if mask is None:
+        return None
+    visible = True if mask.dtype == torch.bool else 0.0
+    return F.pad(mask[..., tokens:], (pooled, 0), value=visible)

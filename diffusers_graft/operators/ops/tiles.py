@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,10 @@ from .backends import compute_dtype, runs_in_pieces, specialize
 # An axis is its length and the settings of a rule; the rule lists, for each place, the places it sees.
 Axis = tuple[int, ...]
 Rule = Callable[..., list[range]]
+
+# What queries see besides is not said axis by axis: a function of the lengths of the axes, raster indices of queries
+# and of keys, and settings, which come behind it.
+Pairs = tuple[Any, ...]
 
 # First place and length along each axis.
 Box = tuple[tuple[int, int], ...]
@@ -107,11 +112,13 @@ def _cut(rule: Rule, axis: Axis, tile: int) -> _Cut:
     return _Cut(torch.tensor([list(places) for places in tiles]), keys, mask, starts)
 
 
-def _make_tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, device: torch.device) -> Tiling:
+def _make_tiling(
+    rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, device: torch.device, pairs: Pairs | None = None
+) -> Tiling:
     # A tiling outlives the mode it is made in: inference tensors, for one, could never be trained with.
     with torch.inference_mode(False), torch.device("cpu"):
         tokens = math.prod(axis[0] for axis in axes)
-        sees_all = all(len(row) == axis[0] for axis in axes for row in rule(*axis))
+        sees_all = pairs is None and all(len(row) == axis[0] for axis in axes for row in rule(*axis))
         sees_more = any(len(row) > 1 for axis in axes for row in rule(*axis))
         if sees_all or tokens <= DENSE_TOKENS:
             tile = tokens
@@ -131,12 +138,19 @@ def _make_tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, dev
             runs.append((cut.starts, cut.queries.size(1), cut.keys.size(1)))
         inverse = torch.empty(tokens, dtype=torch.long)
         inverse[queries.flatten()] = torch.arange(queries.numel())
+        if pairs is not None:
+            mask = mask & _sees_pair(pairs, axes, queries[:, :, None], keys[:, None])
         keys = torch.cat([keys, torch.arange(tokens, tokens + others).expand(len(keys), -1)], dim=1)
         mask = F.pad(mask[:, None], (0, others), value=True).to(device)
         if sees_all:
             # Kernels are faster without a mask than with one that hides nothing.
             mask = None
         return Tiling(queries.to(device), keys.to(device), mask, inverse.to(device), _boxes_of(runs))
+
+
+def _sees_pair(pairs: Pairs, axes: tuple[Axis, ...], queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    sees, *settings = pairs
+    return sees(tuple(axis[0] for axis in axes), queries, keys, *settings)
 
 
 def _boxes_of(runs: list[tuple[list[tuple[int, int]], int, int]]) -> tuple[list[Box], list[Box]]:
@@ -165,12 +179,14 @@ def _outer_mask(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
 
 
 @torch.compiler.assume_constant_result
-def tiling(rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, device: torch.device) -> Tiling:
+def tiling(
+    rule: Rule, axes: tuple[Axis, ...], tile: int, others: int, device: torch.device, pairs: Pairs | None = None
+) -> Tiling:
     """Return the tiling of a grid, made once for each geometry and device.
 
     All queries see `others` keys besides, after the grid's.
     """
-    return _cached_tiling(rule, axes, tile, others, device)
+    return _cached_tiling(rule, axes, tile, others, device, pairs)
 
 
 def tiled_attention(
@@ -183,6 +199,7 @@ def tiled_attention(
     tile: int,
     scale: float | None,
     mask: torch.Tensor | None = None,
+    pairs: Pairs | None = None,
 ) -> torch.Tensor:
     """Compute softmax attention of each query over the keys it sees: [B, H, N, E] and twice [B, H, M, E].
 
@@ -194,6 +211,7 @@ def tiled_attention(
         scale: factor on query-key products; None means 1 / sqrt(E).
         mask: as `scaled_dot_product_attention` takes it, broadcastable to [B, H, N, M]; each tile gathers its part. A
             query all of whose keys are hidden gives zeros.
+        pairs: which of the pairs that `rule` lets see each other do.
 
     Returns: [B, H, N, E].
     """
@@ -203,7 +221,7 @@ def tiled_attention(
     tile = max(tile, round((others / 4) ** (1 / len(axes))))  # each tile gathers the others anew: fewer tiles then
     # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind, not to be cached for real ones.
     make = tiling if type(query) is torch.Tensor else _make_tiling
-    cut = make(rule, axes, tile, others, query.device)
+    cut = make(rule, axes, tile, others, query.device, pairs)
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
     # Code compiled for changing sizes knows the `size()` of such constants, and not their `shape`.
@@ -328,6 +346,7 @@ def dense_attention(
     *,
     scale: float | None,
     mask: torch.Tensor | None = None,
+    pairs: Pairs | None = None,
 ) -> torch.Tensor:
     """Compute what `tiled_attention` does by definition: one softmax over all tokens under a mask; quadratic."""
     window = torch.ones(1, 1, dtype=torch.bool)
@@ -336,6 +355,9 @@ def dense_attention(
         for place, seen in enumerate(rule(*axis)):
             sees[place, list(seen)] = True
         window = (window[:, None, :, None] & sees[None, :, None, :]).flatten(0, 1).flatten(1)
+    if pairs is not None:
+        tokens = torch.arange(len(window))
+        window = window & _sees_pair(pairs, axes, tokens[:, None], tokens)
     window = F.pad(window, (0, key.shape[2] - query.shape[2]), value=True)
     return masked_softmax(query, key, value, window.to(query.device), scale=scale, mask=mask)
 

@@ -88,3 +88,8 @@ def test_compiled_code_holds_no_mask_of_all_pairs(settings_, grid):
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     assert largest
     assert max(largest) < grid.tokens**2 / 4
+
+
+def test_the_mask_function_of_a_neighbourhood_with_strides():
+    axes = ((13, 6, 1, 4), (9, 5, 1, 3), (8, 3, 2, 3))
+    assert torch.equal(as_mask(neighborhood._sees, axes), as_dense(neighborhood.around, axes))
