@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 
 from .data.encoding import to_pixels
 from .data.pipelines import draw_pictures, require_conditions
@@ -21,6 +21,9 @@ from .training.batches import own_part
 from .training.callbacks import RunState
 from .training.distributed import gather_values, is_main_process
 from .training.previews import Preview
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,8 @@ class Samples(Preview):
     """
 
     def __init__(self, draw: DiffusionPipeline | Draw, config: SampleConfig, folder: str | Path | None = None):
+        from diffusers import DiffusionPipeline  # brings transformers and peft
+
         if isinstance(draw, DiffusionPipeline):
             require_conditions(draw, config.conditions)
         self.draw = draw
@@ -110,6 +115,8 @@ class Samples(Preview):
         return [drawn[number] for number in numbers] if len(drawn) == len(numbers) else []
 
     def _draw_one(self, condition: Any, seed: int) -> torch.Tensor:
+        from diffusers import DiffusionPipeline  # brings transformers and peft
+
         if isinstance(self.draw, DiffusionPipeline):
             pictures = draw_pictures(self.draw, [condition], seed=seed, **self.config.arguments)
         else:

@@ -8,9 +8,9 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 
 from .background_push import BackgroundPush
 from .data.collation import BatchMaker, holds_pictures
@@ -39,6 +39,9 @@ from .training.fsdp import fsdp_plugin, shard
 from .training.metrics_log import copy_metrics
 from .training.previews import Preview
 from .training.session import has_checkpoint, log_scores
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -22,6 +22,9 @@ from .protocol import describe_computation, describe_metric
 from .sample_scores import score_samples
 from .sampling import Sampling, model_of
 from .scores import Scores
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["Metric", "Scores", "evaluate"]
 
@@ -65,6 +68,8 @@ def evaluate(
         FileError: weights or references that are missing, a folder with other samples, a file that is there already.
         ModelError: a pipeline without a denoising model.
     """
+    from diffusers import DiffusionPipeline  # brings transformers and peft
+
     chosen = list(metrics)
     if isinstance(model, DiffusionPipeline) or sampling is not None:
         return _evaluate_samples(model, list(batches), chosen, seed, progress, sampling, output, save_npz)

@@ -14,10 +14,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -27,6 +26,9 @@ from ..training.distributed import is_main_process, process_state, wait_for_all
 from ..training.identity import digest, find_differences
 from .metrics.prompts import text_of
 from .metrics.reference import as_pixels
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 RECORD = "samples.json"
 
@@ -289,6 +291,8 @@ def check_conditions(pipeline: Any, conditions: Sequence[Any], sampling: Samplin
     _import_pillow()
     if sampling.draw is not None:
         return
+    from diffusers import DiffusionPipeline  # brings transformers and peft
+
     arguments = inspect.signature(type(pipeline).__call__).parameters
     takes_labels = "class_labels" in arguments
     if not isinstance(pipeline, DiffusionPipeline) or not (takes_labels or "prompt" in arguments):
