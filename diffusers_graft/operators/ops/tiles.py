@@ -153,6 +153,36 @@ def _sees_pair(pairs: Pairs, axes: tuple[Axis, ...], queries: torch.Tensor, keys
     return sees(tuple(axis[0] for axis in axes), queries, keys, *settings)
 
 
+def ragged_tiling(
+    tiles: list[tuple[list[int], list[int]]],
+    sees: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    others: int,
+    device: torch.device,
+) -> Tiling:
+    """Make a tiling whose tiles see different numbers of keys.
+
+    Args:
+        tiles: queries, as many of each tile, and the keys that any of them sees; together the queries are all tokens.
+        sees: whether a query sees a key, of raster indices that broadcast.
+        others: keys behind the grid's, which every query sees.
+    """
+    # As in `_make_tiling`: a tiling outlives the mode it is made in.
+    with torch.inference_mode(False), torch.device("cpu"):
+        most = max(len(keys) for _, keys in tiles)
+        queries = torch.tensor([places for places, _ in tiles])
+        # Where there are fewer keys, one of them is repeated, and hidden.
+        keys = torch.tensor([places + places[:1] * (most - len(places)) for _, places in tiles])
+        counts = torch.tensor([len(places) for _, places in tiles])
+        is_there = torch.arange(most) < counts[:, None]
+        mask = sees(queries[:, :, None], keys[:, None]) & is_there[:, None]
+        tokens = int(queries.max()) + 1
+        inverse = torch.empty(tokens, dtype=torch.long)
+        inverse[queries.flatten()] = torch.arange(queries.numel())
+        keys = torch.cat([keys, torch.arange(tokens, tokens + others).expand(len(keys), -1)], dim=1)
+        mask = F.pad(mask[:, None], (0, others), value=True)
+        return Tiling(queries.to(device), keys.to(device), mask.to(device), inverse.to(device), ([], []))
+
+
 def _boxes_of(runs: list[tuple[list[tuple[int, int]], int, int]]) -> tuple[list[Box], list[Box]]:
     """Return the boxes of queries and of halos, in the order of tiles.
 
@@ -222,15 +252,32 @@ def tiled_attention(
     # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind, not to be cached for real ones.
     make = tiling if type(query) is torch.Tensor else _make_tiling
     cut = make(rule, axes, tile, others, query.device, pairs)
+    return attend_in_tiles(query, key, value, cut, tuple(axis[0] for axis in axes), scale=scale, mask=mask)
+
+
+def attend_in_tiles(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cut: Tiling,
+    lengths: tuple[int, ...],
+    *,
+    scale: float | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute what `tiled_attention` does for tiles that are there already.
+
+    Args:
+        lengths: of the axes of the grid.
+    """
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
     # Code compiled for changing sizes knows the `size()` of such constants, and not their `shape`.
     tiles = cut.queries.size(0)
     if tiles == 1:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=_combine(cut.mask, mask), scale=scale)
-    is_wide = len(axes) == 1 or len(query) * query.shape[1] * query.shape[3] >= WIDE
+    is_wide = len(lengths) == 1 or len(query) * query.shape[1] * query.shape[3] >= WIDE
     if is_wide and cut.boxes[0] and runs_in_pieces(query):
-        lengths = tuple(axis[0] for axis in axes)
         return _tile_by_tile(query, key, value, cut, lengths, scale, mask)
     # Tokens of all heads [B, N, H * E] are gathered fastest, and without gradients a few tiles at a time, which stay
     # in cache.

@@ -1,0 +1,163 @@
+"""Softmax attention of videos whose reach falls with the distance in time: static rays around the diagonal.
+
+Paper: Radial Attention, arXiv 2506.19852, and its code, where both say how wide a ray is. Reach is along the raster
+order of a frame; what the code does besides, for the blocks of its kernel, is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from ..core.context import Context, Grid
+from ..core.shapes import HeadTensor, KeyTensor
+from ..errors import OperatorError
+from .base import Mixer
+from .ops.settings import require_count, require_flag
+from .ops.tiles import Tiling, attend_in_tiles, masked_softmax, ragged_tiling
+
+# Tokens of a tile, which gathers the keys that any of them sees.
+TILE = 64
+
+
+class Radial(Mixer):
+    """A token sees all of its own frame and the next on both sides; in others the tokens at places as near as a reach.
+
+    The reach halves whenever the distance in frames reaches a power of two; below `least` tokens it stays there, and
+    only every so many-th frame is seen. On one or two frames it is softmax attention. A prompt's keys are in the same
+    softmax.
+    """
+
+    needs_grid = True
+    honours_mask = True
+    honours_others = True
+    ignores_attention_backend = True
+    paper = "Radial Attention: O(n log n) Sparse Attention for Long Video Generation, arXiv 2506.19852"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Mixer.Config):
+        """Settings of the rays.
+
+        Attributes:
+            decay: factor on every reach, above 0 and up to 1 (the paper: 0.2 to 0.95, by model and length).
+            least: tokens below which a reach does not fall (its code: 64 or 128).
+            sink: whether every token sees the first frame.
+        """
+
+        decay: float = 1.0
+        least: int = 64
+        sink: bool = True
+
+        def __post_init__(self):
+            super().__post_init__()
+            is_number = isinstance(self.decay, int | float) and not isinstance(self.decay, bool)
+            if not is_number or not 0 < self.decay <= 1:
+                raise OperatorError(
+                    f"radial: decay is a factor above 0 and up to 1; got {self.decay!r}. Try 1.0 or 0.5."
+                )
+            require_count("radial", "least", self.least, example=64)
+            require_flag("radial", "sink", self.sink)
+
+        def reaches(self, frames: int, size: int) -> list[int]:
+            """List the reach in frames as far away as 0, 1, ...: `size` tokens where all are seen, -1 where none is."""
+            found = [size, size][:frames]
+            for distance in range(2, frames):
+                reach = 2 ** size.bit_length() / 2 ** distance.bit_length()
+                is_seen = reach >= self.least or distance % int(self.least / reach) == 0
+                found.append(min(size, int(max(self.decay * reach, self.least))) if is_seen else -1)
+            return found
+
+    def forward(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
+        grid = context.require_grid(self.name, query.shape[2])
+        if grid.frames < 3:
+            return context.attend(query, key, value, mask=context.mask, scale=context.scale)
+        sides = (grid.frames, grid.height * grid.width)
+        others = key.shape[2] - query.shape[2]
+        # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind, not to be cached for real ones.
+        make = _cached_tiling if type(query) is torch.Tensor else _make_tiling
+        cut = self.constant(make, self.settings, sides, others, query.device)
+        return attend_in_tiles(query, key, value, cut, sides, scale=context.scale, mask=context.mask)
+
+    def reference(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
+        """Compute by definition: softmax over all tokens under a mask."""
+        grid = context.require_grid(self.name, query.shape[2])
+        tokens = torch.arange(grid.tokens, device=query.device)
+        visible = sees(self.config, (grid.frames, grid.height * grid.width), tokens[:, None], tokens)
+        visible = torch.nn.functional.pad(visible, (0, key.shape[2] - grid.tokens), value=True)
+        return masked_softmax(query, key, value, visible, scale=context.scale, mask=context.mask)
+
+    def receptive_field(self, token: int, grid: Grid) -> set[int]:
+        tokens = torch.arange(grid.tokens, device="cpu")
+        visible = sees(self.config, (grid.frames, grid.height * grid.width), tokens[token], tokens)
+        return set(visible.nonzero().flatten().tolist())
+
+    def flops(self, tokens: int) -> int:
+        """Price the last forward's video, or an image, where all tokens see each other."""
+        return 4 * self._count_pairs(tokens) * self.site.inner_width
+
+    def uncounted_flops(self, tokens: int) -> int:
+        """Subtract the pairs that the reference computes and its mask hides."""
+        return -4 * (tokens**2 - self._count_pairs(tokens)) * self.site.inner_width
+
+    countable = reference
+
+    def _count_pairs(self, tokens: int) -> int:
+        grid = self.last_grid(tokens)
+        if grid is None:
+            return tokens**2
+        size = grid.height * grid.width
+        reaches = self.config.reaches(grid.frames, size)
+        pairs = 0
+        for row in range(grid.frames):
+            for column in range(grid.frames):
+                reach = reaches[abs(row - column)]
+                if self.config.sink and column == 0:
+                    reach = size
+                # Pairs of a band of a square, cut off at its corners.
+                pairs += size if reach >= 0 else 0
+                pairs += sum(2 * (size - step) for step in range(1, min(reach, size - 1) + 1))
+        return pairs
+
+
+def sees(config: Radial.Config, sides: tuple[int, int], query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Return whether a query sees a key.
+
+    Args:
+        sides: frames, and tokens of a frame.
+        query, key: raster indices that broadcast.
+    """
+    frames, size = sides
+    reaches = torch.tensor(config.reaches(frames, size), device=query.device)
+    frame = key // size
+    reach = reaches[(query // size - frame).abs()]
+    visible = (query % size - key % size).abs() <= reach
+    if config.sink:
+        visible = visible | (frame == 0)
+    return visible
+
+
+def _make_tiling(config: Radial.Config, sides: tuple[int, int], others: int, device: torch.device) -> Tiling:
+    frames, size = sides
+    reaches = config.reaches(frames, size)
+    count = min(TILE, size)
+    tiles = []
+    for frame in range(frames):
+        for start in range(0, size, count):
+            # The last tile of a frame overlaps the one before, where tiles do not divide it.
+            first = min(start, size - count)
+            keys = []
+            for other in range(frames):
+                reach = reaches[abs(frame - other)]
+                if config.sink and other == 0:
+                    reach = size
+                if reach >= 0:
+                    low = max(0, first - reach)
+                    high = min(size, first + count + reach)
+                    keys += range(other * size + low, other * size + high)
+            tiles.append((list(range(frame * size + first, frame * size + first + count)), keys))
+    return ragged_tiling(tiles, functools.partial(sees, config, sides), others, device)
+
+
+_cached_tiling = functools.lru_cache(maxsize=64)(_make_tiling)
