@@ -61,7 +61,7 @@ class Radial(Mixer):
             require_flag("radial", "sink", self.sink)
 
         def reaches(self, frames: int, size: int) -> list[int]:
-            """List the reach in frames as far away as 0, 1, ...: `size` tokens where all are seen, -1 where none is."""
+            """List the reach in frames as far away as 0, 1, ...: `size` tokens if all are seen, -1 if none is."""
             found = [size, size][:frames]
             for distance in range(2, frames):
                 reach = 2 ** size.bit_length() / 2 ** distance.bit_length()
