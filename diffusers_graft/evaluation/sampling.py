@@ -20,12 +20,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..core.storage import read_json, replace_file, write_json, write_text
-from ..errors import FileError, GraftError, MissingDependencyError, ModelError
+from ..core.storage import read_json, write_json, write_text
+from ..errors import FileError, GraftError, ModelError
 from ..training.distributed import is_main_process, process_state, wait_for_all
 from ..training.identity import digest, find_differences
 from .metrics.prompts import text_of
 from .metrics.reference import as_pixels
+from .pictures import import_pillow, read_picture, write_picture
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -143,35 +144,15 @@ class SampleFolder:
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
         """Read pictures, [B, C, H, W] in [0, 1]. Raises `FileError` for one that is missing or damaged."""
-        import numpy as np
-
-        image_module = _import_pillow()
-        pictures = []
-        for index in indices:
-            try:
-                with image_module.open(self.file_of(index)) as image:
-                    pixels = torch.from_numpy(np.array(image))
-            except OSError as error:
-                raise FileError(
-                    f"{self.file_of(index)} cannot be read: {error}. Delete it, and draw again."
-                ) from error
-            pictures.append(pixels.view(*pixels.shape[:2], -1))
+        pictures = [read_picture(self.file_of(index)) for index in indices]
         if len({picture.shape for picture in pictures}) > 1:
             raise FileError(f"{self.path} holds pictures of different sizes. Draw into an empty folder.")
-        return torch.stack(pictures).permute(0, 3, 1, 2) / 255
+        return torch.stack(pictures)
 
     def batches(self, batch_size: int) -> Iterator[Sequence[int]]:
         """Yield the samples of every batch; a batch is drawn and read by one process."""
         for start in range(0, len(self), batch_size):
             yield range(start, min(start + batch_size, len(self)))
-
-    def write(self, index: int, pixels: torch.Tensor) -> None:
-        """Write one picture, uint8 [H, W, C]."""
-        path = self.file_of(index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image = _import_pillow().fromarray(pixels.squeeze(2).numpy())
-        with replace_file(path) as temporary:
-            image.save(temporary, format="PNG")
 
 
 def open_folder(path: Path, conditions: Sequence[Any], per_condition: int, record: dict[str, Any]) -> SampleFolder:
@@ -253,7 +234,7 @@ def draw_samples(
             for index, picture in zip(batch, pixels, strict=True):
                 # What an interrupted run has written stays.
                 if not folder.file_of(index).exists():
-                    folder.write(index, picture)
+                    write_picture(folder.file_of(index), picture)
             bar.update(len(batch))
     wait_for_all()
 
@@ -288,7 +269,7 @@ def check_conditions(pipeline: Any, conditions: Sequence[Any], sampling: Samplin
     """
     if not conditions:
         raise GraftError("There is nothing to draw: give prompts or class labels.")
-    _import_pillow()
+    import_pillow()
     if sampling.draw is not None:
         return
     from diffusers import DiffusionPipeline  # brings transformers and peft
@@ -386,11 +367,3 @@ def _guided(pipeline: Any, sampling: Sampling) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _import_pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingDependencyError("Drawing samples", "Pillow", extra="eval") from error
-    return Image

@@ -6,24 +6,24 @@ import sys
 from pathlib import Path
 
 import diffusers_graft as dg
+from diffusers_graft.evaluation import sampling
 from diffusers_graft.evaluation.metrics import Reference
-from diffusers_graft.evaluation.sampling import SampleFolder
 
 from .pipelines import LABELS, SAMPLING, judged_by, tiny_pipeline
 
 
 def kill_after(count):
     """End this process like a lost machine when it writes the next sample after so many."""
-    write = SampleFolder.write
+    write = sampling.write_picture
     written = []
 
-    def write_or_die(self, index, pixels):
+    def write_or_die(path, pixels):
         if len(written) == count:
             os.kill(os.getpid(), signal.SIGKILL)
-        written.append(index)
-        write(self, index, pixels)
+        written.append(path)
+        write(path, pixels)
 
-    SampleFolder.write = write_or_die
+    sampling.write_picture = write_or_die
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_the_stated_relation_holds_in_the_picture(sampled):
     for scene, objects in zip(related, found, strict=True):
         by_kind = {one.kind: one for one in objects}
         first, second = (by_kind[group.kind] for group in scene.groups)
-        wrong += scene.relation not in score.relations(first, second)
+        wrong += scene.relation not in score.relations(first.box, second.box)
     assert {scene.relation for scene in related} == set(RELATIONS)
     assert wrong == 0
 

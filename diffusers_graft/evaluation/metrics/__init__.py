@@ -1,9 +1,11 @@
 """Metrics for `dg.evaluate`, one file each."""
 
+from ..geneval.prompts import load_prompts as load_geneval_prompts
 from .clip_score import CLIPScore
 from .cmmd import CMMD
 from .fd_dinov2 import FDDINOv2
 from .fid import FID
+from .geneval import GenEval, score_geneval_folder
 from .inception_score import InceptionScore
 from .kid import KID
 from .picture_distance import PictureDistance
@@ -18,6 +20,7 @@ __all__ = [
     "CMMD",
     "FDDINOv2",
     "FID",
+    "GenEval",
     "HPSv2",
     "ImageReward",
     "InceptionScore",
@@ -27,7 +30,9 @@ __all__ = [
     "PredictionError",
     "Reference",
     "SFID",
+    "load_geneval_prompts",
     "read_images",
     "save_reference",
+    "score_geneval_folder",
     "write_images",
 ]

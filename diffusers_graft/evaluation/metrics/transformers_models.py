@@ -122,14 +122,15 @@ class DinoModel(_TransformersModel):
 @functools.lru_cache(maxsize=2)
 def open_clip(name: str) -> ClipModel:
     """Return one network for all metrics, on the GPU where there is one."""
-    return _on_gpu(ClipModel(name))
+    return move_to_gpu(ClipModel(name))
 
 
 @functools.lru_cache(maxsize=1)
 def open_dino() -> DinoModel:
     """Return one network for all metrics, on the GPU where there is one."""
-    return _on_gpu(DinoModel())
+    return move_to_gpu(DinoModel())
 
 
-def _on_gpu(network: Any) -> Any:
+def move_to_gpu(network: Any) -> Any:
+    """Return a network on the GPU where there is one."""
     return network.cuda() if torch.cuda.is_available() else network

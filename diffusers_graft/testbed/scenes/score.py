@@ -14,13 +14,13 @@ from diffusers import ImagePipelineOutput, PixArtSigmaPipeline, PixArtTransforme
 from tqdm.auto import tqdm
 
 from ...errors import GraftError, UnknownNameError
+from ...evaluation.geneval.rules import relations
 from .detect import Found, detect
 from .grammar import PROMPT_KINDS
 from .pipeline import check_pipeline, pipeline
 
 PROMPTS = Path(__file__).parent / "prompts"
 PROMPT_SETS = ("seen", "held_out")
-_NEAR = 0.1  # share of two boxes' sizes within which they are beside each other in no direction
 
 
 def load_prompts(name: str = "seen") -> list[dict[str, Any]]:
@@ -44,30 +44,13 @@ def is_right(metadata: dict[str, Any], found: Sequence[Found]) -> bool:
             return False
         if "position" in entry:
             relation, index = entry["position"]
-            if not any(relation in relations(one, other) for one in candidates for other in matched[index]):
+            if not any(relation in relations(one.box, other.box) for one in candidates for other in matched[index]):
                 return False
         matched.append(candidates)
     for unwanted in metadata.get("exclude", ()):
         if sum(one.kind == unwanted["class"] for one in found) >= unwanted["count"]:
             return False
     return True
-
-
-def relations(first: Found, second: Found) -> set[str]:
-    """Name the directions in which the first object lies from the second, by GenEval's rule."""
-    # Boxes that nearly touch are beside each other in no direction.
-    offsets = []
-    for axis in range(2):
-        distance = first.centre[axis] - second.centre[axis]
-        sizes = sum(one.box[axis + 2] - one.box[axis] for one in (first, second))
-        offsets.append(math.copysign(max(abs(distance) - _NEAR * sizes, 0.0), distance))
-    length = math.dist(first.centre, second.centre)
-    if max(abs(offset) for offset in offsets) < 1e-3:
-        return set()
-    across = offsets[0] / length
-    down = offsets[1] / length
-    clear = {"left of": -across, "right of": across, "above": -down, "below": down}
-    return {name for name, value in clear.items() if value > 0.5}
 
 
 @torch.no_grad()
