@@ -15,10 +15,16 @@ import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 
 from diffusers_graft.cli.verbs import say
-from diffusers_graft.core.context import Context, Grid
+from diffusers_graft.core.context import Grid
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.benchmark import compare, with_graft
-from diffusers_graft.evaluation.operator_costs import build_example, make_run, operator_costs, peak_memory
+from diffusers_graft.evaluation.operator_costs import (
+    build_example,
+    example_context,
+    make_run,
+    operator_costs,
+    peak_memory,
+)
 from diffusers_graft.injection.attention_core import mix_with_others
 from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.inspection import example_inputs
@@ -44,6 +50,7 @@ MIXERS = [
     ("pooled_keys", None, None),
     ("block_sparse(keep=0.1)", 0.20, None),
     ("sparse_linear(keep=0.1)", None, None),
+    ("compressed_linear(query_conv=False)", None, None),
     ("hybrid", None, None),
     ("identity", None, None),
 ]
@@ -256,7 +263,7 @@ def _with_text(grid: Grid, heads: int, rounds: int) -> list[list[str]]:
     for config in _configs(WITH_TEXT):
         operator = build_example(config, width=heads * WIDTH, heads=heads)
         calls[str(config)] = partial(
-            mix_with_others, operator, context=Context(grid=grid), start=TEXT, image=grid.tokens
+            mix_with_others, operator, context=example_context(operator, grid), start=TEXT, image=grid.tokens
         )
     forward, training = (
         compare({name: make_run(call, inputs, backward) for name, call in calls.items()}, rounds=rounds)[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -73,6 +73,21 @@ def example_tensors(operator: Operator, tokens: int, *, seed: int = 0) -> list[t
     return [torch.randn(1, tokens, site.heads, site.head_width, generator=generator).transpose(1, 2) for _ in range(3)]
 
 
+def example_context(operator: Operator, grid: Grid) -> Context:
+    """Return the context of one sample, with random numbers for what a mixer declares to read in it."""
+    context = Context(grid=grid)
+    if not isinstance(operator, Mixer):
+        return context
+    if operator.needs_hidden_states:
+        generator = torch.Generator().manual_seed(1)
+        hidden_states = torch.randn(1, grid.tokens, operator.site.width, generator=generator)
+        context = replace(context, hidden_states=hidden_states)
+    if operator.before_rotary:
+        query, key, _ = example_tensors(operator, grid.tokens, seed=2)
+        context = replace(context, unrotated=(query, key))
+    return context
+
+
 def operator_costs(
     configs: Iterable[OperatorConfig],
     *,
@@ -100,7 +115,7 @@ def operator_costs(
         operator = build_example(config, width=width, heads=heads)
         name, baseline = _baseline(operator)
         inputs = example_tensors(operator, grid.tokens)
-        call = partial(_call, operator, Context(grid=grid))
+        call = partial(_call, operator, example_context(operator, grid))
         runs = {name: make_run(baseline, inputs, backward), "operator": make_run(call, inputs, backward)}
         try:
             timing = compare(runs, rounds=rounds)[1]
@@ -128,7 +143,7 @@ def peak_memory(config: OperatorConfig, grid: Grid, *, width: int, heads: int, b
     """Measure the bytes of tensors alive at once above the inputs, in one run on one sample."""
     operator = build_example(config, width=width, heads=heads)
     inputs = example_tensors(operator, grid.tokens)
-    run = make_run(partial(_call, operator, Context(grid=grid)), inputs, backward)
+    run = make_run(partial(_call, operator, example_context(operator, grid)), inputs, backward)
     # the first run makes tables that all later ones use, so the second is measured
     run()
     with PeakMemory() as memory:

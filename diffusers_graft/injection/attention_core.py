@@ -12,7 +12,7 @@ share of attention that the others get,
 
 with Z(image) over the image tokens that the operator reads for this token, its receptive field. For a softmax window
 that is exactly one softmax over window and text, and plain torch computes it as such; for a convolution or a scan it
-is what softmax would give to the tokens they read.
+is what softmax would give to the tokens they read. An operator may say a p of its own, by its `image_share`.
 
 p is exact for fields of up to `EXACT` tokens. In larger ones the token's nearest neighbours count exactly, and of the
 rest `SAMPLES` tokens stand for all: one drawn from each of as many cells of equal size, which follow a space-filling
@@ -214,6 +214,10 @@ def _mix_image(
         return mixed
     others = keys.select(*outside)
     scale = query.shape[-1] ** -0.5 if context.scale is None else context.scale
+    share = operator.image_share(tokens, key.shape[2] - tokens)
+    if share is not None:
+        text = F.scaled_dot_product_attention(query, others.key, others.value, attn_mask=others.mask, scale=scale)
+        return share * mixed + (1 - share) * text
     grid = context.grid
     if grid is None or grid.tokens != tokens:
         grid = Grid(height=1, width=tokens)

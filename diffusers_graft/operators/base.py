@@ -352,6 +352,13 @@ class Mixer(Operator[ConfigT, AttentionSite]):
         """
         return mix(self, query, key, value, context)
 
+    def image_share(self, tokens: int, others: int) -> float | None:
+        """Return the share of an image token's output that is this mixer's, beside `others` tokens of a prompt.
+
+        The rest is softmax attention over the prompt. None stands for the share that softmax over both would give.
+        """
+        return None
+
 
 class AttentionOperator(Operator[ConfigT, AttentionSite]):
     """Replaces a self-attention together with its projections.

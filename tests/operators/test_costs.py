@@ -15,9 +15,15 @@ import diffusers_graft as dg
 from benchmarks import operators as bench_operators_module
 from benchmarks.pixart import CONTENDERS, LAYERS, bench_pixart, compiled, pixart_table
 from diffusers_graft.cli.main import main
-from diffusers_graft.core.context import Context, Grid
+from diffusers_graft.core.context import Grid
 from diffusers_graft.errors import GraftError
-from diffusers_graft.evaluation.operator_costs import build_example, example_tensors, operator_costs, peak_memory
+from diffusers_graft.evaluation.operator_costs import (
+    build_example,
+    example_context,
+    example_tensors,
+    operator_costs,
+    peak_memory,
+)
 from diffusers_graft.operators import configure
 from diffusers_graft.operators.base import BlockOperator
 from diffusers_graft.operators.ops import backends as _backends
@@ -150,7 +156,7 @@ def count_written(name, side):
     operator = build_example(dg.operators.parse_operator(name), width=64, heads=2)
     inputs = [tensor.requires_grad_() for tensor in example_tensors(operator, side * side)]
     with Written() as written:
-        operator(*inputs, Context(grid=Grid(height=side, width=side))).sum().backward()
+        operator(*inputs, example_context(operator, Grid(height=side, width=side))).sum().backward()
     return written.elements
 
 
