@@ -284,6 +284,7 @@ class GraftTrainer:
         callbacks = Callbacks(self.callbacks, arguments, RunState("evaluation", config.steps), model=self.model)
         callbacks.call("on_evaluate", metrics=dict(self.scores[name].values))
         if processes.is_main_process():
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             self.scores[name].save(Path(self.args.output_dir) / "scores.json", name)
             log_scores(config, Path(self.args.output_dir), name, self.scores[name].values)
         self._write_report()
