@@ -22,6 +22,7 @@ NAMES = {
     "models": "forward latency of a model and of its grafts, in turns, as ratios",
     "operators": "every operator by itself on a CPU: time against softmax, share of a free mixer's speed-up, memory",
     "ordering": "which half of the self-attentions to replace: interleaved, most local, least local, deepest",
+    "overview": "the picture at the top of the README, from measurements that are there",
     "pixart": "PixArt-Sigma at 2,048 x 2,048 on one CUDA device: what grafts save of a forward",
     "planner": "plans under a budget of FLOPs on the testbed, against one operator at interleaved sites and chance",
     "training": "stage one against the least it could cost, and what reusing the teacher's passes saves",
