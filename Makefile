@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 LOWEST := $(VENV)-lowest
 
-.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate bench bench-loading bench-operators bench-ordering bench-depth bench-pixart bench-planner bench-training testbed testbed-scenes fuzz lint clean
+.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate docs bench bench-loading bench-operators bench-ordering bench-depth bench-pixart bench-planner bench-training testbed testbed-scenes fuzz lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -90,6 +90,10 @@ testbed-scenes: $(READY) ## Train the text-to-image testbed from scratch (twelve
 	$(BIN)/python -m benchmarks.testbed.scenes.assemble --run $(SCENES) --output diffusers_graft/testbed/scenes/weights
 	$(BIN)/python -m benchmarks.testbed.scenes.card
 
+docs: $(READY) ## The documentation site, into site/
+	@$(BIN)/python -c 'import mkdocs, mkdocstrings' 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -d site
+
 lint: $(READY) ## Format, style, spelling and types; the same tools as pre-commit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -97,4 +101,4 @@ lint: $(READY) ## Format, style, spelling and types; the same tools as pre-commi
 	$(BIN)/basedpyright --level error --pythonpath $(BIN)/python
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) $(LOWEST) quickstart runs dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) quickstart runs dist site .pytest_cache .ruff_cache .hypothesis
