@@ -6,18 +6,23 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from torch import nn
 
 from ..errors import GraftError, ModelError
 from .costs import PARTS
 from .timing import compare, now
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 def require_pipeline(pipeline: Any, model: ModelMixin) -> None:
     """Raise `ModelError` unless a pipeline runs this very model."""
+    from diffusers import DiffusionPipeline  # brings transformers and peft
+
     if not isinstance(pipeline, DiffusionPipeline):
         raise ModelError(f"A pipeline is a DiffusionPipeline; got {type(pipeline).__name__}.")
     if not any(component is model for component in pipeline.components.values()):
