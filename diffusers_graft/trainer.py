@@ -18,7 +18,7 @@ from .data.encoding import SampleEncoder, default_size
 from .data.recording import find_denoiser
 from .errors import GraftError, StateError, TrainingError
 from .evaluation.evaluate import evaluate
-from .evaluation.scores import Scores
+from .evaluation.scores import Scores, select_comparable
 from .injection.graft import Graft, build_graft, get_graft, is_enabled
 from .injection.install import disable, enable, install
 from .planning.plan import GraftPlan, plan_graft
@@ -298,7 +298,8 @@ class GraftTrainer:
         if processes.is_main_process():
             if output_dir is not None:
                 copy_metrics(self.args.output_dir, output_dir)
-            save_graft(self.model, output_dir or self.args.output_dir, scores=self.scores)
+            # A trained graft is saved whatever its scores are: a resumed run may have some of an older library.
+            save_graft(self.model, output_dir or self.args.output_dir, scores=select_comparable(self.scores))
         processes.wait_for_all()
 
     def push_to_hub(self, repo_id: str | None = None, **hub_arguments: Any) -> str | None:

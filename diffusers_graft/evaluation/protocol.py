@@ -77,3 +77,17 @@ def protocol_differences(protocols: Mapping[str, Mapping[str, Any]]) -> dict[str
         if any(value != compared[0] for value in compared):
             differences[name] = values
     return differences
+
+
+def group_by_protocol(protocols: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Return the names of rows that may stand in one table, table by table, in order of appearance."""
+    groups: list[list[str]] = []
+    for name in protocols:
+        for group in groups:
+            # A row must agree with all others of a table: it may lack what only two of them share.
+            if not protocol_differences({row: protocols[row] for row in [*group, name]}):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups

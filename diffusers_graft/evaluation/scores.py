@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 from ..core.storage import read_json, write_json
 from ..core.tables import Table, Tabular
 from ..errors import FileError, MismatchError, UnknownNameError
-from .protocol import describe_protocol, protocol_differences
+from .protocol import describe_protocol, group_by_protocol, protocol_differences
+
+logger = logging.getLogger(__name__)
 
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -91,6 +94,19 @@ def require_one_protocol(rows: Mapping[str, Scores]) -> None:
         f"Scores of different protocols cannot be compared: {'; '.join(words)}. Measure all of them in one way, or "
         "show each in a table of its own."
     )
+
+
+def select_comparable(rows: Mapping[str, Scores]) -> dict[str, Scores]:
+    """Return the scores that were measured as the last one was, for a table; others are warned of and left out."""
+    groups = group_by_protocol({name: scores.protocol for name, scores in rows.items()})
+    last = next(reversed(list(rows)), None)
+    chosen = next((group for group in groups if last in group), [])
+    others = [name for name in rows if name not in chosen]
+    if others:
+        logger.warning(
+            "The card leaves out the scores of %s, which were measured by another protocol.", ", ".join(others)
+        )
+    return {name: rows[name] for name in chosen}
 
 
 def compare_scores(rows: Mapping[str, Scores]) -> Table:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.storage import read_json
 from ..evaluation.benchmark import ORIGINAL
+from ..evaluation.protocol import group_by_protocol, protocol_differences
 from ..search.planner import MEASURES, Survey
 from ..training.metrics_log import METRICS_LOG
 from .charts import draw_bars, draw_front, draw_losses, draw_ratios, draw_site_errors
@@ -86,21 +87,23 @@ def _costs(run: RunFolder) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def describe_scores(run: RunFolder) -> dict[str, Any] | None:
-    """Return the table of scores; None without any."""
+def describe_scores(run: RunFolder) -> list[dict[str, Any]]:
+    """Return a table for all scores of one protocol; scores of different ones are not compared."""
+    tables = []
     with explained(run, SCORES):
-        states = run.scores
-        if not states:
-            return None
-        # states may have been measured by different metrics, at different times
-        columns: dict[str, None] = {}
-        for row in states.values():
-            columns |= dict.fromkeys(row["values"])
-        rows = []
-        for name, row in states.items():
-            values = [_number(row["values"].get(column)) for column in columns]
-            rows.append({"name": name, "values": values, "is_original": name == ORIGINAL})
-        return {"columns": [column.replace("_", " ") for column in columns], "rows": rows}
+        groups = group_by_protocol({name: row.get("protocol") or {} for name, row in run.scores.items()})
+        for group in groups:
+            states = {name: run.scores[name] for name in group}
+            # states may have been measured by different metrics
+            columns: dict[str, None] = {}
+            for row in states.values():
+                columns |= dict.fromkeys(row["values"])
+            rows = []
+            for name, row in states.items():
+                values = [_number(row["values"].get(column)) for column in columns]
+                rows.append({"name": name, "values": values, "is_original": name == ORIGINAL})
+            tables.append({"columns": [column.replace("_", " ") for column in columns], "rows": rows})
+    return tables
 
 
 def describe_protocols(run: RunFolder) -> list[dict[str, Any]]:
@@ -311,10 +314,15 @@ def key_figures(run: RunFolder, edits: dict[str, Any] | None) -> list[dict[str, 
 def _quality_figures(run: RunFolder) -> list[dict[str, str]]:
     """Return the first measure of the grafted model, beside the original's."""
     with explained(run, SCORES):
-        original = run.scores.get(ORIGINAL, {}).get("values", {})
-        grafted = [row["values"] for name, row in run.scores.items() if name != ORIGINAL]
-        if not grafted:
+        graft_rows = [row for name, row in run.scores.items() if name != ORIGINAL]
+        if not graft_rows:
             return []
+        original_row = run.scores.get(ORIGINAL, {})
+        original = original_row.get("values", {})
+        protocols = {ORIGINAL: original_row.get("protocol") or {}, "grafted": graft_rows[-1].get("protocol") or {}}
+        if protocol_differences(protocols):
+            original = {}
+        grafted = [row["values"] for row in graft_rows]
         names = [name for name in (*_FIRST_MEASURES, *grafted[-1]) if name in grafted[-1]]
         if not names:
             return []

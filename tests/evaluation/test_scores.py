@@ -6,8 +6,8 @@ import pytest
 
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, MismatchError, UnknownNameError
-from diffusers_graft.evaluation.protocol import protocol_differences
-from diffusers_graft.evaluation.scores import Scores, compare_scores, load_scores
+from diffusers_graft.evaluation.protocol import group_by_protocol, protocol_differences
+from diffusers_graft.evaluation.scores import Scores, compare_scores, load_scores, select_comparable
 from diffusers_graft.serialization.model_card import card
 
 from ..models import tiny_dit
@@ -77,3 +77,14 @@ def test_the_card_prints_the_protocol_of_all_rows():
     rows = {"original": dg.Scores({"loss": 1.0}, {"seed": 0}), "grafted": SHORT}
     rows["grafted"] = dg.Scores(SHORT.values, {"seed": 0, "FID.reference": "abc"})
     assert "Protocol: seed 0, FID.reference abc." in card(model, scores=rows)
+
+
+def test_rows_of_one_protocol_stand_together(caplog):
+    rows = {"original": SHORT, "before": LONG, "grafted": Scores({"loss": 1.0}, {"samples": 8})}
+    assert group_by_protocol({name: scores.protocol for name, scores in rows.items()}) == [
+        ["original", "grafted"],
+        ["before"],
+    ]
+    assert list(select_comparable(rows)) == ["original", "grafted"]
+    assert "before" in caplog.text
+    assert select_comparable({}) == {}

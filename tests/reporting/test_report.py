@@ -194,6 +194,17 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_scores_of_two_protocols_are_not_in_one_table(tmp_path):
+    dg.Scores({"fid": 2.0}, {"samples": 8}).save(tmp_path / "scores.json", "original")
+    dg.Scores({"fid": 3.0}, {"samples": 8}).save(tmp_path / "scores.json", "first")
+    dg.Scores({"fid": 1.0}, {"samples": 50}).save(tmp_path / "scores.json", "second")
+    text = dg.report(tmp_path).read_text()
+    assert "do not compare" in text
+    tables = text.partition('id="quality"')[2].partition("</section>")[0].split("<table>")[1:]
+    assert [table.count('class="name"') for table in tables] == [2, 1]
+    assert "original 2" not in text
+
+
 def test_no_run_fails_over_its_report(tmp_path, caplog, monkeypatch):
     (tmp_path / "scores.json").write_text("[]")
     assert try_report(tmp_path) is None
