@@ -31,6 +31,7 @@ class Family:
         pyramid: whether the grid is halved on the way.
         grid: reads the grid of a forward.
         references: counts the tokens of reference images that follow the image in one sequence.
+        answers_text: whether the model's answer holds the tokens of the prompt as well, before those of the image.
     """
 
     text_first: bool | None = None
@@ -38,6 +39,7 @@ class Family:
     pyramid: bool = False
     grid: Callable[[ModelMixin, Inputs], Grid | None] = grids.read_grid
     references: Callable[[Inputs, Grid | None], int] = grids.count_references
+    answers_text: bool = False
 
 
 _REFINER = ("context_embedder.",)
@@ -60,7 +62,7 @@ _ROWS: dict[str, Family] = {
         Family(text_first=True),
     ),
     "QwenImage21Transformer2DModel": Family(
-        text_first=True, grid=grids.from_last_shape, references=grids.no_references
+        text_first=True, grid=grids.from_last_shape, references=grids.no_references, answers_text=True
     ),
     "Flux3Transformer2DModel": Family(text_first=True, aside=("txt_mode_blocks.", "mode_blocks.image_cond.")),
     "Lumina2Transformer2DModel": Family(text_first=True, aside=("context_refiner.",), grid=grids.unless_ragged),

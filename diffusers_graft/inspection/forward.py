@@ -11,6 +11,8 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from .families import argument_names, family_of
+
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -42,6 +44,10 @@ def predict(model: ModelMixin, inputs: dict[str, Any], call: Callable[..., Any] 
     # Some families put their one answer into several tuples.
     while not isinstance(output, torch.Tensor):
         output = torch.stack(output) if _is_batch(output) else output[0]
+    if family_of(model).answers_text:
+        # Pipelines keep the answer for the image alone.
+        noisy = inputs[argument_names(type(model))[0]]
+        output = output[:, -noisy.shape[1] :]
     return output
 
 

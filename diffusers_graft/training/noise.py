@@ -6,19 +6,30 @@ matching), on which `sigma` is the share of noise.
 
 DDPM models draw uniform timesteps. Flow models draw a share u in (0, 1) by the density below; then
 sigma = s u / (1 + (s - 1) u) with the shift s of the scheduler, as `FlowMatchEulerDiscreteScheduler` computes its
-sigmas: `shift`, or `flow_shift` of solvers, or 1 under `use_dynamic_shifting`, which shifts in sampling alone.
+sigmas: `shift`, or `flow_shift` of solvers. Under `use_dynamic_shifting` the training scripts of diffusers shift
+nothing (s = 1), except those of CogView4, whose shift grows with the N tokens of the image.
 
 ====================================================  ========================  ======================================
-classes                                               density of u              source
+classes                                               density of u, shift       source
 ====================================================  ========================  ======================================
-Flux, Flux2, HiDreamImage, Krea2, Lumina2, QwenImage, uniform                   examples/dreambooth/train_dreambooth_*
-Sana, ZImage                                                                    (`--weighting_scheme none`)
-CogView4                                              uniform                   examples/cogview4-control
+DiT, PixArt, HunyuanDiT, CogVideoX and others under   uniform timesteps         the papers; examples/cogvideo,
+a scheduler of DDPM                                                             research_projects/pixart
+Flux, Flux2, Krea2, QwenImage, Sana, ZImage           uniform                   examples/dreambooth/train_dreambooth_*
+                                                                                (`--weighting_scheme none`)
+HiDreamImage                                          uniform, s = 3            the same
+Lumina2                                               uniform                   the same, which shifts the share of
+                                                                                the sample; its pipeline that of noise
+CogView4                                              uniform,                  examples/cogview4-control; told 1000 u
+                                                      s = 0.75 sqrt(N / 256)
+                                                      + 0.25
+GlmImage                                              logit-normal (0, 1),      its pipeline shifts and tells as
+                                                      s as CogView4             CogView4's does
 SD3                                                   logit-normal (0, 1)       examples/dreambooth, train_*_sd3
-Ideogram4                                             logit-normal (0, 1.5),    examples/dreambooth, at 512 x 512
-                                                      shift 1
+Ideogram4                                             logit-normal              examples/dreambooth; N = 1,024 at 512
+                                                      (log(N / 1024) / 2, 1.5), pixels
+                                                      s = 1
 Cosmos                                                logit-normal (0, 1),      examples/cosmos
-                                                      shift 5
+                                                      s = 5
 all other flows                                       logit-normal (0, 1)       arXiv 2403.03206, section 3.1
 ====================================================  ========================  ======================================
 """
@@ -26,6 +37,7 @@ all other flows                                       logit-normal (0, 1)       
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +60,9 @@ class Convention:
     Attributes:
         density, logit_std: how the share of noise is drawn, see the table above.
         shift: of the training script; None is the scheduler's.
+        usual_tokens: tokens of the size at which the mean of a logit-normal density is zero; it moves with their
+            number. None leaves it there.
+        shifts_by_tokens: dynamic shifting is part of the training, and the model is told the timestep before it.
         unit_time: the model is given a share from 0 to 1 in place of a timestep.
         reversed_time: its time counts the share of the sample, not of the noise.
         time_offset: added to the timestep; schedulers of flows count from 1.
@@ -61,6 +76,8 @@ class Convention:
     density: str = "logit_normal"
     logit_std: float = 1.0
     shift: float | None = None
+    usual_tokens: int | None = None
+    shifts_by_tokens: bool = False
     unit_time: bool = False
     reversed_time: bool = False
     time_offset: int = 0
@@ -85,16 +102,16 @@ CONVENTIONS = {
     "AuraFlowTransformer2DModel": _UNIT_TIME,
     "BriaFibo2Transformer2DModel": _UNIT_TIME,
     "ChromaTransformer2DModel": _UNIT_TIME,
-    "CogView4Transformer2DModel": Convention(density="uniform"),
+    "CogView4Transformer2DModel": Convention(density="uniform", shifts_by_tokens=True),
     "CosmosTransformer3DModel": Convention(unit_time=True, shift=5.0),
     "Flux2Transformer2DModel": _UNIFORM_UNIT_TIME,
     "FluxTransformer2DModel": _UNIFORM_UNIT_TIME,
-    "GlmImageTransformer2DModel": Convention(time_offset=-1),
-    "HiDreamImageTransformer2DModel": Convention(density="uniform", predicts_sample=True),
+    "GlmImageTransformer2DModel": Convention(shifts_by_tokens=True, time_offset=-1),
+    "HiDreamImageTransformer2DModel": Convention(density="uniform", shift=3.0, predicts_sample=True),
     "HunyuanDiT2DModel": _HALF_TIME,
     "HunyuanImageTransformer2DModel": _HALF_TIME,
     "HunyuanVideo15Transformer3DModel": _HALF_TIME,
-    "Ideogram4Transformer2DModel": _REVERSED(logit_std=1.5, shift=1.0, half_time=True),
+    "Ideogram4Transformer2DModel": _REVERSED(logit_std=1.5, usual_tokens=1024, shift=1.0, half_time=True),
     "Krea2Transformer2DModel": _UNIFORM_UNIT_TIME,
     "LongCatAudioDiTTransformer": _UNIT_TIME,
     "LongCatImageTransformer2DModel": _UNIT_TIME,
@@ -144,11 +161,18 @@ def require_known_scheduler(scheduler: NoiseScheduler) -> None:
 
 
 def draw_shares(
-    model: ModelMixin, scheduler: NoiseScheduler, count: int, generator: torch.Generator, density: str = "auto"
+    model: ModelMixin,
+    scheduler: NoiseScheduler,
+    count: int,
+    generator: torch.Generator,
+    density: str = "auto",
+    *,
+    tokens: int | None = None,
 ) -> torch.Tensor:
     """Return the share of noise of each sample before any shift, from 0 (clean) to 1: [B], on CPU.
 
     Args:
+        tokens: of the image, None where their number is not known.
         density: one of `DENSITIES`; `"auto"` is uniform for DDPM, and else what the model was trained with.
     """
     convention = find_convention(model)
@@ -159,17 +183,28 @@ def draw_shares(
         convention = Convention(density="uniform")
     if convention.density == "uniform":
         return torch.rand(count, generator=generator)
-    return (convention.logit_std * torch.randn(count, generator=generator)).sigmoid()
+    mean = 0.0
+    if tokens is not None and convention.usual_tokens is not None:
+        mean = math.log(tokens / convention.usual_tokens) / 2
+    return (mean + convention.logit_std * torch.randn(count, generator=generator)).sigmoid()
 
 
-def find_shift(model: ModelMixin, scheduler: NoiseScheduler) -> float:
-    """Return the factor by which timesteps of a flow model are shifted in training; 1 shifts nothing."""
-    shift = find_convention(model).shift
-    if shift is not None:
-        return shift
-    # Dynamic shifting depends on the number of tokens and is applied by pipelines alone, not in training.
+def find_shift(model: ModelMixin, scheduler: NoiseScheduler, tokens: int | None = None) -> float:
+    """Return the factor by which timesteps of a flow model are shifted in training; 1 shifts nothing.
+
+    Args:
+        tokens: of the image, None where their number is not known.
+    """
+    convention = find_convention(model)
+    if convention.shift is not None:
+        return convention.shift
     if scheduler.config.get("use_dynamic_shifting", False):
-        return 1.0
+        # Of most models it is applied by pipelines alone, not in training.
+        if not convention.shifts_by_tokens or tokens is None:
+            return 1.0
+        usual = scheduler.config.get("base_image_seq_len", 256)
+        largest = scheduler.config.get("max_shift", 0.75)
+        return math.sqrt(tokens / usual) * largest + scheduler.config.get("base_shift", 0.25)
     return scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
 
 
@@ -198,15 +233,26 @@ def add_noise(
 
 
 def convert_for_model(
-    model: ModelMixin, scheduler: NoiseScheduler, noised: torch.Tensor, timestep: torch.Tensor, target: torch.Tensor
+    model: ModelMixin,
+    scheduler: NoiseScheduler,
+    noised: torch.Tensor,
+    timestep: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    share: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return timestep and target in the convention of a model, as its pipelines have them.
 
     Timesteps are floating-point numbers: some models compute in the dtype of the timestep, and all embed it as such.
+
+    Args:
+        share: of noise before the shift, [B].
     """
     convention = find_convention(model)
     if is_flow(scheduler):
         steps = scheduler.config.num_train_timesteps
+        if convention.shifts_by_tokens and share is not None and scheduler.config.get("use_dynamic_shifting", False):
+            timestep = share.to(timestep) * steps
         # Inverted sigmas (Mochi's scheduler, for one) count from noise to sample.
         is_inverted = scheduler.config.get("invert_sigmas", False)
         if is_inverted or convention.predicts_sample:

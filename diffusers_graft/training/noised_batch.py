@@ -12,7 +12,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.models.embeddings import LabelEmbedding
 
 from ..errors import TrainingError, UnknownNameError
-from ..inspection.families import argument_names
+from ..inspection.families import argument_names, context_of, family_of
 from .batches import Batch, Share, Shared, own_part
 from .config import TrainingConfig
 from .distributed import local_share, process_state
@@ -146,7 +146,8 @@ class Noising:
         # whose numbers are the same on every machine.
         count = _count_all(sample, is_share)
         epsilon = torch.randn((count, *sample.shape[1:]), generator=generator)
-        share = draw_shares(model, self.scheduler, count, generator, self.timesteps)
+        tokens = _count_tokens(model, {noisy_name: sample, **inputs})
+        share = draw_shares(model, self.scheduler, count, generator, self.timesteps, tokens=tokens)
         if is_share:
             # Drawn for the whole batch all the same, so that a run does not depend on the number of processes.
             epsilon = own_part(epsilon)
@@ -159,9 +160,9 @@ class Noising:
             dropped = _draw_dropped(sample, self.prompt_dropout, generator, is_share)
             for name, null in self.null_prompt.items():
                 inputs[name] = _replace_dropped(name, inputs[name], null, dropped)
-        shift = find_shift(model, self.scheduler)
+        shift = find_shift(model, self.scheduler, tokens)
         noised, timestep, target = add_noise(self.scheduler, sample, epsilon, share, shift=shift)
-        model_time, model_target = convert_for_model(model, self.scheduler, noised, timestep, target)
+        model_time, model_target = convert_for_model(model, self.scheduler, noised, timestep, target, share=share)
         # Z-Image and its like take samples of different sizes, so a list even of equal ones.
         if find_convention(model).takes_list:
             noised = list(noised)
@@ -224,6 +225,15 @@ def _draw_dropped(values: torch.Tensor, rate: float, generator: torch.Generator,
     """Return which samples lose their conditioning: [B], on CPU."""
     dropped = torch.rand(_count_all(values, is_share), generator=generator) < rate
     return own_part(dropped) if is_share else dropped
+
+
+def _count_tokens(model: ModelMixin, inputs: dict[str, Any]) -> int | None:
+    """Return the number of tokens of an image, None where arguments do not tell it or nothing depends on it."""
+    convention = find_convention(model)
+    if not convention.shifts_by_tokens and convention.usual_tokens is None:
+        return None
+    grid = context_of(model, family_of(model), inputs).grid
+    return None if grid is None else grid.tokens
 
 
 def _count_all(values: torch.Tensor, is_share: bool) -> int:

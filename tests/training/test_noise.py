@@ -1,5 +1,7 @@
 """Noise is that of training, whatever the scheduler samples with, and models are told it as their pipelines tell them."""
 
+import math
+
 import diffusers
 import pytest
 import torch
@@ -9,7 +11,7 @@ from diffusers_graft.errors import TrainingError
 from diffusers_graft.inspection import predict
 from diffusers_graft.inspection.families import argument_names
 from diffusers_graft.training.finetune.objective import objective
-from diffusers_graft.training.noise import CONVENTIONS, add_noise, find_shift
+from diffusers_graft.training.noise import CONVENTIONS, add_noise, draw_shares, find_shift
 from diffusers_graft.training.noised_batch import Noising, find_timestep_name
 
 from ..inspection.models import exported, inputs_of, tiny
@@ -20,6 +22,16 @@ def drawn(scheduler, model=None, batch=None):
     return Noising(scheduler=scheduler, timesteps="uniform")(
         model or tiny_dit(1), batch or batches(1)[0], torch.Generator().manual_seed(0)
     )
+
+
+# The scheduler of CogView4.
+COGVIEW = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.25,
+    "max_shift": 0.75,
+    "base_image_seq_len": 256,
+    "time_shift_type": "linear",
+}
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
@@ -131,26 +143,89 @@ def test_solvers_that_shift_by_the_number_of_tokens_shift_nothing_in_training(na
     assert find_shift(tiny_dit(1), getattr(diffusers, name)(**settings, use_dynamic_shifting=True)) == 1
 
 
+def quartiles_of(shift, share=(0.25, 0.5, 0.75)):
+    return tuple(shift * u / (1 + (shift - 1) * u) for u in share)
+
+
+LOGIT_NORMAL = (0.3375, 0.5, 0.6625)
+
+
 # Quartiles of sigma, from the density and the shift that each training script of diffusers has by default.
 @pytest.mark.parametrize(
     ("name", "settings", "quartiles"),
     [
+        ("Flux2Transformer2DModel", {"shift": 3.0, "use_dynamic_shifting": True}, (0.25, 0.5, 0.75)),
+        ("Krea2Transformer2DModel", {"shift": 3.0, "use_dynamic_shifting": True}, (0.25, 0.5, 0.75)),
+        ("ZImageTransformer2DModel", {"shift": 3.0}, quartiles_of(3)),
+        # Its script loads the scheduler with shift=3.0, whatever the checkpoint says.
+        ("HiDreamImageTransformer2DModel", {"shift": 6.0}, quartiles_of(3)),
+        ("Lumina2Transformer2DModel", {"shift": 6.0}, quartiles_of(6)),
+        # One token, since the sample below has one.
+        ("CogView4Transformer2DModel", COGVIEW, quartiles_of(0.25 + 0.75 / 16)),
+        ("GlmImageTransformer2DModel", COGVIEW, quartiles_of(0.25 + 0.75 / 16, LOGIT_NORMAL)),
+        ("AuraFlowTransformer2DModel", {"shift": 1.73}, quartiles_of(1.73, LOGIT_NORMAL)),
+        ("ChromaTransformer2DModel", {"shift": 3.0, "use_dynamic_shifting": True}, LOGIT_NORMAL),
+        ("HunyuanVideoTransformer3DModel", {"shift": 7.0}, quartiles_of(7, LOGIT_NORMAL)),
+        ("LTXVideoTransformer3DModel", {"shift": 1.0, "use_dynamic_shifting": True}, LOGIT_NORMAL),
+        ("MochiTransformer3DModel", {}, LOGIT_NORMAL),
+        ("OmniGenTransformer2DModel", {"shift": 1.0}, LOGIT_NORMAL),
         ("FluxTransformer2DModel", {"shift": 3.0, "use_dynamic_shifting": True}, (0.25, 0.5, 0.75)),
         ("FluxTransformer2DModel", {"shift": 3.0}, (0.5, 0.75, 0.9)),
         ("QwenImageTransformer2DModel", {"shift": 1.0, "use_dynamic_shifting": True}, (0.25, 0.5, 0.75)),
         ("SanaTransformer2DModel", {"shift": 3.0}, (0.5, 0.75, 0.9)),
         ("SD3Transformer2DModel", {"shift": 3.0}, (0.6045, 0.75, 0.8548)),
         ("WanTransformer3DModel", {"shift": 1.0}, (0.3375, 0.5, 0.6625)),
-        ("Ideogram4Transformer2DModel", {"shift": 6.0}, (0.2666, 0.5, 0.7334)),
         ("CosmosTransformer3DModel", {"shift": 1.0}, (0.7181, 0.8333, 0.9076)),
     ],
 )
 def test_timesteps_are_drawn_as_training_scripts_draw_them(name, settings, quartiles):
+    """24 families, with those under DDPM and the ones below; `git grep weighting_scheme` in diffusers' examples."""
     scheduler = FlowMatchEulerDiscreteScheduler(**settings)
     batch = {"sample": torch.randn(4000, 1, 2, 2), "class_labels": torch.zeros(4000, dtype=torch.long)}
     noised = Noising(scheduler=scheduler)(of_class(name), batch, torch.Generator().manual_seed(0))
     found = (noised.timestep / 1000).quantile(torch.tensor([0.25, 0.5, 0.75]))
     torch.testing.assert_close(found, torch.tensor(quartiles), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["DiT", "PixArt", "HunyuanDiT2D", "CogVideoX"])
+def test_timesteps_of_ddpm_are_uniform(name):
+    names = {"DiT": "DiTTransformer2DModel", "HunyuanDiT2D": "HunyuanDiT2DModel"}
+    own = of_class(names.get(name, f"{name}Transformer2DModel"))
+    batch = {"sample": torch.randn(4000, 1, 2, 2), "class_labels": torch.zeros(4000, dtype=torch.long)}
+    timestep = Noising(scheduler=DDPMScheduler())(own, batch, torch.Generator().manual_seed(0)).timestep
+    found = (timestep / 1000).quantile(torch.tensor([0.25, 0.5, 0.75]))
+    torch.testing.assert_close(found, torch.tensor([0.25, 0.5, 0.75]), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_noise_of_ideogram_grows_with_the_picture(side):
+    """512 and 1,024 pixels; its script draws from a logit-normal of mean log(pixels / 512^2) / 2."""
+    own = of_class("Ideogram4Transformer2DModel")
+    noised = draw_shares(
+        own, FlowMatchEulerDiscreteScheduler(shift=6.0), 4000, torch.Generator().manual_seed(0), tokens=side**2
+    )
+    mean = torch.tensor(0.5 * math.log((16 * side) ** 2 / 512**2))
+    expected = (mean + 1.5 * 0.6745 * torch.tensor([-1.0, 0.0, 1.0])).sigmoid()
+    torch.testing.assert_close(noised.quantile(torch.tensor([0.25, 0.5, 0.75])), expected, atol=0.02, rtol=0)
+    assert find_shift(own, FlowMatchEulerDiscreteScheduler(shift=6.0)) == 1
+
+
+def test_cogview_is_noised_by_its_number_of_tokens_and_told_the_timestep_before():
+    model = tiny("CogView4Transformer2DModel")
+    batch = clean_batch("CogView4Transformer2DModel", model)
+    clean = batch["sample"]
+    noising = Noising(scheduler=FlowMatchEulerDiscreteScheduler(**COGVIEW))
+    noised = noising(model, batch, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(clean.shape, generator=generator)
+    sigma = torch.rand(len(clean), generator=generator)
+    # As in train_control_cogview4.py.
+    tokens = clean.shape[2] * clean.shape[3] // model.config.patch_size**2
+    mu = (tokens / 256) ** 0.5 * 0.75 + 0.25
+    factor = (mu / (mu + (1 / sigma - 1))).view(-1, 1, 1, 1)
+    torch.testing.assert_close(noised.noisy, (1 - factor) * clean + factor * noise)
+    torch.testing.assert_close(noised.inputs["timestep"], 1000 * sigma)
+    assert torch.equal(noised.target, noise - clean)
 
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler()], ids=["ddpm", "flow"])
