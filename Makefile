@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 LOWEST := $(VENV)-lowest
 
-.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate docs bench bench-loading bench-operators bench-ordering bench-depth bench-pixart bench-planner bench-training testbed testbed-scenes fuzz lint clean
+.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate docs bench bench-loading bench-operators bench-ordering bench-noise bench-depth bench-pixart bench-planner bench-training testbed testbed-scenes fuzz lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -63,6 +63,9 @@ bench-training: $(READY) ## Stage one against the least it could cost, and reuse
 
 bench-depth: $(READY) ## Half the depth on the testbed: side by side, removed, from scratch (half an hour on one core; goes on where it stopped)
 	$(BIN)/python -m benchmarks depth --output examples/benchmarks/depth
+
+bench-noise: $(READY) ## The benchmark's own noise, and break-even sizes against the stored table
+	$(BIN)/python -m benchmarks noise --rounds 21 --output examples/benchmarks/noise-cpu.md
 
 bench-ordering: $(READY) ## Which half of the self-attentions to replace, on the testbed (half an hour on one core; goes on where it stopped)
 	$(BIN)/python -m benchmarks ordering --output examples/benchmarks/ordering

@@ -20,6 +20,7 @@ NAMES = {
     "imports": "what importing this package adds to importing diffusers and its ModelMixin",
     "loading": "loading a graft, against reading its bytes and installing its parts",
     "models": "forward latency of a model and of its grafts, in turns, as ratios",
+    "noise": "the original against itself, and break-even sizes against the stored table",
     "operators": "every operator by itself on a CPU: time against softmax, share of a free mixer's speed-up, memory",
     "ordering": "which half of the self-attentions to replace: interleaved, most local, least local, deepest",
     "overview": "the picture at the top of the README, from measurements that are there",
