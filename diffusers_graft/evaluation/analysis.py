@@ -103,6 +103,7 @@ class Analysis(Tabular):
         """Return the mean over samples and heads of a value for each bucket."""
         total = 0.0
         for value, count in zip(values, self.samples, strict=True):
+            # Buckets without samples weigh nothing.
             if value is not None:
                 heads = value if isinstance(value, list) else [value]
                 total += count * sum(heads) / len(heads)
@@ -119,6 +120,7 @@ class Analysis(Tabular):
             if data["format"] > FORMAT:
                 raise FileError(f"This analysis has format {data['format']}; this version reads up to {FORMAT}.")
             rows = {name: value for name, value in data.items() if name != "format"}
+            # Files name the fields of each row, so an entry that is missing or unknown is found here.
             rows["localities"] = [SiteLocality(**row) for row in rows["localities"]]
             rows["activations"] = [SiteActivations(**row) for row in rows["activations"]]
             rows["blocks"] = [BlockRedundancy(**row) for row in rows["blocks"]]
@@ -143,6 +145,7 @@ class Analysis(Tabular):
             bands.append(_mean_heads(by_bucket))
         variances: dict[str, list[float]] = {}
         for row in self.activations:
+            # Variances of attentions and feed-forwards differ by more than they grow with depth.
             kind = row.site.partition("[")[0]
             variances.setdefault(kind, []).append(self._mean(_pick(row.buckets, "variance")))
         draw_analysis(path, bands, [row.uniform_band for row in self.localities], variances, self.cka)
@@ -169,6 +172,7 @@ class Analysis(Tabular):
             alignment = ""
             if self.cka and number + 1 < len(self.blocks):
                 alignment = f"{self.cka[number][number + 1]:.3f}"
+            # Blocks share the table with the sites inside them, in columns of their own.
             blanks = [""] * 6
             similarity = f"{self._mean(block.similarity):.3f}"
             rows.append((f"block[{number}]", block.path, *blanks, similarity, error, alignment))
@@ -176,6 +180,7 @@ class Analysis(Tabular):
 
     def _notes(self) -> list[str]:
         notes = [f"{sum(self.samples)} samples in {len(self.samples)} timestep buckets."]
+        # The share of uniform attention depends on the size alone, so one stands for all.
         if self.localities:
             first = self.localities[0]
             band = self.protocol.get("band")
@@ -197,6 +202,7 @@ def _pick(buckets: PerBucket, name: str) -> list[float | None]:
 
 def _mean_heads(by_bucket: Iterable[tuple[list[float] | None, int]]) -> list[float]:
     """Return the mean over samples for every head."""
+    # Means within a bucket are weighed by its samples, as if there were one bucket.
     seen = [(heads, count) for heads, count in by_bucket if heads is not None]
     total = sum(count for _, count in seen)
     columns = zip(*(heads for heads, _ in seen), strict=True)

@@ -60,6 +60,7 @@ def analyze(
     sites = find_sites(model, blocks=True)
     if get_graft(model) is not None:
         raise StateError("An analysis is of the original: call model.unset_graft() first.")
+    # Before any hook is there: whatever is refused leaves the model as it was.
     places = TimestepBuckets(buckets)
     noising = Noising(scheduler=noise_scheduler, timesteps="uniform", drop_labels=False)
     generator = torch.Generator().manual_seed(seed)
@@ -67,11 +68,13 @@ def analyze(
         probes = stack.enter_context(probing(model, _PROBED, band=band, kernel=kernel))
         stack.enter_context(evaluating(model))
         localities = {site: _Sums(places) for site in probes}
+        # After the probes took their seats, which are what runs at an attention now.
         activations, blocks = _watch(model, sites, places, stack)
         alignment = Alignment(len(blocks))
         for batch in tqdm(batches, desc="analysis", unit="batch", disable=None if progress else True):
             noising.require_usable(model, batch)
             noised = noising(model, batch, generator)
+            # Hooks ask for the buckets of the samples that run.
             places.enter(model, noised, noise_scheduler)
             predict(model, noised.inputs)
             for site, probe in probes.items():
@@ -142,6 +145,7 @@ class _Sums:
 
     def add(self, mass: NearMass) -> None:
         """Add one call of the attention."""
+        # In float64, since thousands of samples are added up.
         shares = mass.shares.double().cpu()
         others = mass.others.double().cpu()
         for row, bucket in enumerate(self._places.of(others.shape[0])):
@@ -163,6 +167,7 @@ class _Sums:
         windows: list[Any] = []
         others: list[Any] = []
         for shares, other, rows in zip(self._shares, self._others, self._rows, strict=True):
+            # Few samples need not fall into every bucket.
             if not rows:
                 bands.append(None)
                 windows.append(None)

@@ -97,6 +97,7 @@ def benchmark(
     require_rounds(rounds)
     sizes = list(sizes)
     _require_settings(sizes, batch_sizes, compiled, backends)
+    # What the shape's weights are does not matter for its speed.
     if isinstance(model, str | os.PathLike):
         model = load_shape(model, dtype=dtype, device=device)
     require_model(model)
@@ -195,6 +196,7 @@ class _Measurement:
 
     def _counts(self, name: str, inputs: dict[str, Any]) -> dict[str, int]:
         with self.installed(name):
+            # On a forward of its own: counting slows what is counted.
             with PeakMemory() as memory:
                 predict(self.model, inputs)
             return {

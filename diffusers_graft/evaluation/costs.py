@@ -44,6 +44,7 @@ class BreakEven:
     def warning(self) -> str | None:
         """A sentence, where the model's native size lies below; None where it does not."""
         native = self.native_tokens
+        # Nothing was measured above the largest size.
         if native is None or native > self.largest:
             return None
         if self.tokens is None or (native < self.tokens and not self.at_most):
@@ -80,6 +81,7 @@ def find_crossing(tokens: Sequence[int], ratios: Sequence[float]) -> tuple[float
     last = slower[-1]
     if last + 1 == len(tokens):
         return None, False
+    # Sizes double from one to the next, so a line over their logarithm is the natural one.
     share = (ratios[last] - 1) / (ratios[last] - ratios[last + 1])
     start = math.log(tokens[last])
     return math.exp(start + share * (math.log(tokens[last + 1]) - start)), False
@@ -99,6 +101,7 @@ def find_break_even(rows: Iterable[dict[str, Any]], native_tokens: int | None = 
             series.setdefault(key, []).append(row)
     found = []
     for (name, batch_size, compiled), same in series.items():
+        # Between two sizes a ratio is read off a line, so sizes must follow each other.
         same = sorted(same, key=lambda row: row["tokens"])
         sizes = [row["tokens"] for row in same]
         tokens, at_most = find_crossing(sizes, [row["ratio"] for row in same])

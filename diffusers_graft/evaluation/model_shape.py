@@ -28,11 +28,13 @@ def load_shape(
     if path.is_dir():
         path = path / "config.json"
     config = read_json(path)
+    # Read from the file, and looked up among diffusers' own classes alone: nothing of a stranger's is imported.
     name = config.get("_class_name")
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(found, type) or not issubclass(found, ModelMixin):
         raise FileError(f"{path} describes no model of diffusers: its _class_name is {name!r}.")
     try:
+        # Made where they belong, since large models do not fit the CPU as well.
         with torch.device(device):
             model = found.from_config(config)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -51,6 +51,7 @@ def time_pipeline(
     Returns:
         Rows with `name`, `milliseconds`, `ratio`, `low`, `high`, and the milliseconds of every part in `PARTS`.
     """
+    # One clock for all contenders, which never run at once.
     clock = _Clock()
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
 
@@ -104,6 +105,7 @@ class _Clock:
     def stop(self, part: str) -> None:
         """Add the call that started last, unless it ran inside another one."""
         elapsed = now() - self._started.pop()
+        # An autoencoder's decode may call its own forward, which is then counted already.
         if not self._started:
             self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
 

@@ -61,6 +61,7 @@ class BlockRecorder:
             return
         if before.dim() != 3 or before.shape != after.shape:
             return
+        # Of tokens, since a block that moves few of them far is not redundant for these.
         similarity = F.cosine_similarity(before.float(), after.float(), dim=-1).mean(1)
         for value, bucket in zip(similarity.tolist(), self.buckets.of(len(before)), strict=True):
             self._similarity[bucket] += value
@@ -139,6 +140,7 @@ class Alignment:
         tokens = [output for output in outputs if output is not None]
         if len(tokens) < len(outputs) or len({len(output) for output in tokens}) != 1 or len(tokens[0]) < 4:
             return
+        # Kernels of n tokens are [n, n] for every width, so blocks of different widths compare.
         kernels = torch.stack([output @ output.T for output in tokens])
         self._sums += unbiased_hsic(kernels).cpu()
 

@@ -314,7 +314,7 @@ def _benchmark(run: Run) -> None:
     rules = {"graft": {edit.site.address: edit.config for edit in plan.edits}}
     sizes = settings.sizes or (int(run.source.model.config.sample_size),)
     rows = benchmark(run.source.model, rules, sizes, rounds=settings.rounds)
-    write_json(run.folder / BENCHMARK, {"rows": rows})
+    rows.save(run.folder / BENCHMARK)
     for row in rows:
         run.say(f"{row['name']} at {row['tokens']} tokens: {row['milliseconds']:.1f} ms, ratio {row['ratio']:.2f}")
 
