@@ -289,6 +289,48 @@ def _from_chunk_to_chunk(
     return mixed
 
 
+# Tokens whose decays between any two of them are held one by one, channel by channel.
+FEW = 8
+
+
+def pair_products(query: torch.Tensor, key: torch.Tensor, since: torch.Tensor) -> torch.Tensor:
+    """Compute sum over channels of q_i k_j exp(since_i - since_j) for every j up to i, zeros above: [..., Q, Q].
+
+    Halves of many tokens share a decay up to the end of the first and one from there on. Both are at most one, where a
+    decay since the chunk began would have an inverse that no number can hold.
+
+    Args:
+        query, key: [..., Q, E].
+        since: sums of log decays, [..., Q, E].
+    """
+    size = specialize(query.shape[-2])
+    if size <= FEW:
+        earlier = torch.ones(size, size, dtype=torch.bool, device=key.device).tril()[..., None]
+        log_pairs = since[..., :, None, :] - since[..., None, :, :]
+        decays = torch.where(earlier, log_pairs, float("-inf")).exp()
+        return (query[..., :, None, :] * key[..., None, :, :] * decays).sum(-1)
+    sizes = [size // 2, size - size // 2]
+    queries = query.split(sizes, dim=-2)
+    keys = key.split(sizes, dim=-2)
+    sums = since.split(sizes, dim=-2)
+    middle = sums[0][..., -1:, :]
+    later = queries[1] * (sums[1] - middle).exp()
+    earlier = keys[0] * (middle - sums[0]).exp()
+    below = later @ earlier.transpose(-1, -2)
+    first = pair_products(queries[0], keys[0], sums[0])
+    second = pair_products(queries[1], keys[1], sums[1])
+    above = torch.zeros_like(below).transpose(-1, -2)
+    return torch.cat([torch.cat([first, above], dim=-1), torch.cat([below, second], dim=-1)], dim=-2)
+
+
+def count_pair_products(size: int) -> int:
+    """Count the products of `pair_products` that are matrix products, for one channel of a chunk of `size` tokens."""
+    if size <= FEW:
+        return 0
+    half = size // 2
+    return half * (size - half) + count_pair_products(half) + count_pair_products(size - half)
+
+
 def gated_delta_rule(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -308,32 +350,44 @@ def gated_delta_rule(
         query, key: [B, N, E], keys of unit length.
         value: [B, N, E].
         strength: share of what a key recalls that it replaces (s; the paper's beta), in [0, 1], [B, N].
-        log_decay: log of the factor on the state at each token (d; the paper's alpha), at most 0, [B, N].
+        log_decay: log of the factor on the state at each token (d; the paper's alpha), at most 0: [B, N], or one for
+            each channel of the keys, [B, N, E] (Kimi Delta Attention, arXiv 2510.26692).
         chunk: tokens of a chunk (Q).
         backwards: whether the last token comes first.
 
     Returns: [B, N, E].
     """
     tokens, width = value.shape[1:]
+    has_channels = log_decay.dim() == 3
+    if has_channels and backwards:
+        turned = (part.flip(1) for part in (query, key, value, strength, log_decay))
+        return gated_delta_rule(*turned, chunk=chunk).flip(1)
     query, key, value, strength, log_decay = (
         chunked(part, chunk) for part in (query, key, value, strength, log_decay)
     )
-    sums = decay_sums(log_decay, backwards)
-    since = sums[..., None]
-    total = log_decay.sum(-1)[..., None, None]
-    forwards, backwards_sums = (None, sums) if backwards else (sums, None)
-    decays = pair_decays(forwards, backwards_sums)
-    system = strength[..., None] * decays * (key @ key.transpose(-1, -2))
+    if has_channels:
+        since = log_decay.cumsum(-2)
+        total = log_decay.sum(-2, keepdim=True)
+        system = strength[..., None] * pair_products(key, key, since)
+        read = pair_products(query, key, since)
+    else:
+        sums = decay_sums(log_decay, backwards)
+        since = sums[..., None]
+        total = log_decay.sum(-1)[..., None, None]
+        forwards, backwards_sums = (None, sums) if backwards else (sums, None)
+        decays = pair_decays(forwards, backwards_sums)
+        system = strength[..., None] * decays * (key @ key.transpose(-1, -2))
+        read = decays * (query @ key.transpose(-1, -2))
     given = strength[..., None] * torch.cat([value, key * decay(since)], dim=-1)
     solved = torch.linalg.solve_triangular(system, given, upper=backwards, unitriangular=True)
     # What the chunk writes is what it would write to an empty state, less what its keys recall of the one it enters
     # with.
     added, erased = ((key * decay(total - since)).transpose(-1, -2) @ solved).split(width, dim=-1)
-    factor = decay(total) * torch.eye(width, dtype=key.dtype, device=key.device) - erased
+    factor = decay(total).mT * torch.eye(width, dtype=key.dtype, device=key.device) - erased
     state = carry_states(added, factor, backwards=backwards, matrices=True)
     alone, recalled = solved.split(width, dim=-1)
     from_state = (query * decay(since)) @ state
-    mixed = from_state + (decays * (query @ key.transpose(-1, -2))) @ (alone - recalled @ state)
+    mixed = from_state + read @ (alone - recalled @ state)
     return mixed.flatten(1, 2)[:, :tokens]
 
 
