@@ -53,6 +53,21 @@ class LetterClassifier(nn.Module):
         return self.head(self.features(images))
 
 
+class LetterJudge(nn.Module):
+    """The shipped classifier as an extractor for `dg.metrics`: features [B, 64] and logits [B, 10].
+
+    Its images [B, 1, 16, 16] are in [0, 1], as those of all extractors.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = load_classifier()
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = self.classifier.features(images * 2 - 1)
+        return {"features": features, "logits": self.classifier.head(features)}
+
+
 @functools.cache
 def load_classifier() -> LetterClassifier:
     """Return the shipped classifier, in evaluation mode."""

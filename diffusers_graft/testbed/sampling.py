@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ..errors import GraftError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics.frechet_distance import FeatureStatistics, frechet_distance
 from ..evaluation.plots import new_figure
+from ..evaluation.sampling import Sampling
 from ..evaluation.scores import Scores
 from ..inspection import evaluating, predict
 from .classifier import load_classifier
@@ -51,22 +52,40 @@ def sample(
     """
     # drawn at once, so that images do not depend on the size of batches
     noise = torch.randn(len(labels), 1, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
-    euler = scheduler()
-    euler.set_timesteps(steps)
-    levels = euler.sigmas
-    assert isinstance(levels, torch.Tensor)
     images = []
     bar = tqdm(total=len(labels), desc="sampling", unit="image", leave=False, disable=None if progress else True)
     with evaluating(model), bar:
         for image, label in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
-            image = image.to(model.device, model.dtype)
-            label = label.to(model.device)
-            for level, following in zip(levels[:-1], levels[1:], strict=True):
-                velocity = _velocity(model, image, level, label, guidance)
-                image = image + (following - level) * velocity
-            images.append(image.float().cpu())
+            images.append(_denoise(model, image, label, steps, guidance))
             bar.update(len(image))
-    return torch.cat(images).clamp(-1, 1)
+    return torch.cat(images)
+
+
+def draw(
+    model: ModelMixin, labels: Sequence[int], generators: Sequence[torch.Generator], sampling: Sampling
+) -> torch.Tensor:
+    """Draw letters for `dg.Sampling(draw=...)`: images [B, 1, 16, 16] in [0, 1].
+
+    Steps are 20 unless the sampling says otherwise, and there is no guidance.
+    """
+    noise = [torch.randn(1, IMAGE_SIZE, IMAGE_SIZE, generator=generator) for generator in generators]
+    guidance = 1.0 if sampling.guidance is None else sampling.guidance
+    images = _denoise(model, torch.stack(noise), torch.tensor(labels), sampling.steps or 20, guidance)
+    return images / 2 + 0.5
+
+
+def _denoise(model: ModelMixin, image: torch.Tensor, label: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
+    """Return the images in [-1, 1] that noise becomes by Euler steps."""
+    euler = scheduler()
+    euler.set_timesteps(steps)
+    levels = euler.sigmas
+    assert isinstance(levels, torch.Tensor)
+    image = image.to(model.device, model.dtype)
+    label = label.to(model.device)
+    for level, following in zip(levels[:-1], levels[1:], strict=True):
+        velocity = _velocity(model, image, level, label, guidance)
+        image = image + (following - level) * velocity
+    return image.float().cpu().clamp(-1, 1)
 
 
 def _velocity(

@@ -6,9 +6,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+import diffusers_graft as dg
 from benchmarks.testbed import pretrain
-from diffusers_graft import testbed
+from diffusers_graft import metrics, testbed
 from diffusers_graft.errors import GraftError
+from diffusers_graft.evaluation.metrics.frechet_distance import FeatureStatistics, frechet_distance
+from diffusers_graft.evaluation.sampling import SampleFolder
 from diffusers_graft.testbed import classifier, sampling
 
 
@@ -125,3 +128,30 @@ def test_panels_of_samples_have_a_gap_between_them(tmp_path):
 def test_samples_that_cannot_be_judged_are_refused(settings):
     with pytest.raises(GraftError, match="2 images"):
         sampling.SampleQuality(**settings)
+
+
+def test_letters_are_drawn_and_judged_without_downloads(tmp_path):
+    """All metrics of distributions run on the testbed, and agree with its own judge on the same pictures."""
+    judge = classifier.LetterJudge()
+    labels = testbed.balanced_labels(300)
+    images = testbed.draw_letters(labels, torch.Generator().manual_seed(3))
+    reference = metrics.save_reference(tmp_path / "letters.npz", ((images + 1) / 2).split(100), judge)
+    scores = dg.evaluate(
+        testbed.load(),
+        testbed.balanced_labels(80).tolist(),
+        sampling=dg.Sampling(draw=sampling.draw, steps=2, batch_size=40),
+        metrics=[
+            metrics.FID(reference=reference, extractor=judge),
+            metrics.KID(reference=reference, extractor=judge, subset_size=80, subsets=2),
+            metrics.PrecisionRecall(reference=reference, extractor=judge),
+            metrics.InceptionScore(extractor=judge),
+        ],
+        output=tmp_path / "samples",
+    )
+    drawn = SampleFolder(tmp_path / "samples", range(80)).read(range(80)) * 2 - 1
+    features = classifier.load_classifier().features(drawn)
+    of_reference = FeatureStatistics.of(classifier.load_classifier().features(images))
+    assert scores["fid"] == pytest.approx(frechet_distance(FeatureStatistics.of(features), of_reference), rel=1e-4)
+    assert 1 < scores["inception_score"] < 10
+    assert scores.protocol["draw"] == "draw"
+    assert scores.protocol["FID.extractor"].startswith("LetterJudge ")
