@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..core.storage import read_json
-from ..evaluation.benchmark import ORIGINAL
+from ..errors import FileError
+from ..evaluation.costs import ORIGINAL, PARTS, Benchmark
 from ..evaluation.protocol import group_by_protocol, protocol_differences
 from ..search.planner import MEASURES, Survey
 from ..training.metrics_log import METRICS_LOG
@@ -136,13 +138,13 @@ def describe_costs(run: RunFolder) -> dict[str, Any] | None:
     path = run.find(BENCHMARK)
     if path is None:
         return None
-    data = read_json(path)
+    benchmark = _load_benchmark(path)
     with explained(run, BENCHMARK):
-        rows = [_cost_row(row) for row in data["rows"]]
+        rows = [_cost_row(row) for row in benchmark]
         ratios: dict[str, list[tuple[float, float, float, float]]] = {}
-        for row in data["rows"]:
+        for row in benchmark:
             # one line a graft: the smallest batch, run as it stands
-            is_plain = row.get("batch_size", 1) == data["rows"][0].get("batch_size", 1) and not row.get("compiled")
+            is_plain = row.get("batch_size", 1) == benchmark[0].get("batch_size", 1) and not row.get("compiled")
             if row["name"] != ORIGINAL and is_plain:
                 point = (row["tokens"], row["ratio"], row["low"], row["high"])
                 ratios.setdefault(row["name"], []).append(point)
@@ -150,22 +152,38 @@ def describe_costs(run: RunFolder) -> dict[str, Any] | None:
         # a single size is a number, and the table has it
         if any(len(points) > 1 for points in ratios.values()):
             chart = draw_ratios(ratios)
+        warnings = dict.fromkeys(one.warning for one in benchmark.break_even if one.warning)
         return {
             "rows": rows,
-            "break_even": [_sentence(one) for one in data.get("break_even") or []],
+            "break_even": [*map(str, benchmark.break_even), *warnings],
             "chart": chart,
-            "protocol": _flatten(data.get("protocol") or {}),
+            "pipeline": [_pipeline_row(row) for row in benchmark.pipeline],
+            "parts": [name.replace("_", " ") for name in PARTS],
+            "protocol": _flatten(benchmark.protocol),
             "has_memory": any(row["memory"] for row in rows),
             "has_batches": len({row["batch_size"] for row in rows}) > 1,
             "has_compiled": len({row["compiled"] for row in rows}) > 1,
         }
 
 
+def _load_benchmark(path: Path) -> Benchmark:
+    """Read a benchmark. Raises `FileError` with the name of a file that is none."""
+    try:
+        return Benchmark.load(path)
+    except FileError as error:
+        raise FileError(f"{path} cannot be shown: {error}") from error
+
+
+def _pipeline_row(row: dict[str, Any]) -> dict[str, Any]:
+    parts = [f"{row[name]:.4g}" for name in PARTS]
+    return {"name": row["name"], "milliseconds": f"{row['milliseconds']:.4g}", "parts": parts}
+
+
 def _cost_row(row: dict[str, Any]) -> dict[str, Any]:
     # older rows, and those of a CPU, say nothing of some columns
     memory = ""
     if row.get("peak_memory") is not None:
-        memory = f"{row['peak_memory'] / 2**20:,.0f} MiB"
+        memory = f"{row['peak_memory'] / 1e6:,.1f} MB"
     compiled = "eager"
     if row.get("compiled"):
         compiled = "compiled"
@@ -182,13 +200,6 @@ def _cost_row(row: dict[str, Any]) -> dict[str, Any]:
         "spread": f"{row['low']:.2f} to {row['high']:.2f}",
         "memory": memory,
     }
-
-
-def _sentence(value: Any) -> str:
-    """Return one line of the break-even, whatever form it was written in."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name.replace('_', ' ')} {_number(one)}" for name, one in value.items())
-    return str(value)
 
 
 def describe_survey(run: RunFolder) -> dict[str, Any] | None:
@@ -337,8 +348,8 @@ def _cost_figures(run: RunFolder) -> list[dict[str, str]]:
     path = run.find(BENCHMARK)
     if path is None:
         return []
+    rows = _load_benchmark(path)
     with explained(run, BENCHMARK):
-        rows = read_json(path)["rows"]
         grafted = [row for row in rows if row["name"] != ORIGINAL]
         if not grafted:
             return []

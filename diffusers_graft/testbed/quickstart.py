@@ -17,11 +17,11 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from .. import testbed
-from ..core.storage import write_json
 from ..core.tables import Table
 from ..errors import GraftError
 from ..evaluation.benchmark import ORIGINAL, Timing, compare
 from ..evaluation.cost import count_flops, count_parameters
+from ..evaluation.costs import Benchmark
 from ..evaluation.locality import locality
 from ..evaluation.plots import draw_locality
 from ..evaluation.scores import Scores
@@ -184,7 +184,9 @@ def quickstart(
     for name, scores in _ordered_scores(run).items():
         scores.save(output / "scores.json", name)
     timings = _compare_speed(model)
-    write_json(output / "benchmark.json", {"rows": _cost_rows(run, timings)})
+    rows = _cost_rows(run, timings)
+    protocol = {"batch_size": _TIMED_SAMPLES, "device": str(model.device), "threads": torch.get_num_threads()}
+    Benchmark(rows, protocol=protocol).save(output / "benchmark.json")
     say(f"\n{_table(run, timings)}\n")
     _check_reload(model, output)
     page = try_report(output)

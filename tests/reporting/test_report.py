@@ -13,6 +13,7 @@ import diffusers_graft as dg
 from diffusers_graft import testbed
 from diffusers_graft.core.storage import write_json
 from diffusers_graft.errors import FileError
+from diffusers_graft.evaluation.costs import Benchmark, find_break_even
 from diffusers_graft.reporting.charts import _smooth, _thin
 from diffusers_graft.reporting.report import try_report
 from diffusers_graft.reporting.samples import save_samples
@@ -63,7 +64,11 @@ def full_run(tmp_path_factory):
         for name, ratio in (("original", 1.0), ("grafted", 64 / tokens)):
             times = {"milliseconds": 4.2 * ratio, "ratio": ratio, "low": ratio, "high": ratio + 0.1}
             rows.append({**ROW, "tokens": tokens, "name": name, **times})
-    write_json(folder / "benchmark.json", {"rows": rows, "break_even": ["grafted breaks even by 256 tokens"]})
+    parts = {"text_encoder": 1.0, "transformer": 5.0, "autoencoder": 2.0, "scheduler_and_rest": 0.5}
+    pipeline = [{"name": "grafted", "milliseconds": 8.5, **parts}]
+    Benchmark(rows, break_even=find_break_even(rows), pipeline=pipeline, protocol={"threads": 2}).save(
+        folder / "benchmark.json"
+    )
     locality = {"site": "self_attention[0]", "band": [[0.5, 0.7], None], "neighborhood": [[0.2, 0.4], None]}
     bucket = {"mean": 0.0, "variance": 2.0}
     analysis = {
@@ -88,6 +93,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.sections, self.sources, self.rows, self.links = [], [], [], []
+        self.is_in_row = False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -98,10 +104,15 @@ class Page(HTMLParser):
             self.sources.append(values["src"])
         if tag == "tr":
             self.rows.append([])
+            self.is_in_row = True
         self.links += [values[name] for name in ("href", "src") if values.get(name)]
 
+    def handle_endtag(self, tag):
+        if tag == "tr":
+            self.is_in_row = False
+
     def handle_data(self, data):
-        if self.rows and data.strip():
+        if self.is_in_row and data.strip():
             self.rows[-1].append(data.strip())
 
 
@@ -116,6 +127,8 @@ def test_every_file_has_its_section_and_nothing_is_fetched(text):
     assert "4 of 8" not in text  # feed-forwards are edited, too
     assert "5 of 16" in text
     assert "sampling.steps" in text
+    assert "breaks even at" in text
+    assert ["grafted", "8.5", "1", "5", "2", "0.5"] in page.rows
 
 
 def test_words_of_a_stranger_are_no_markup(text):
