@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..core.progress import hide_bar
 from ..core.storage import (
     nest,
     open_tensors,
@@ -204,7 +205,7 @@ def write_shards(
         (folder / SHARED).unlink(missing_ok=True)
     write_json(folder / FACTS, facts)
     common = _Common(folder)
-    with tqdm(total=samples, desc="training set", unit="sample", disable=None if progress else True) as bar:
+    with tqdm(total=samples, desc="training set", unit="sample", disable=hide_bar(progress)) as bar:
         for span in _split(samples, shard_size):
             if _path_of(folder, span).exists():
                 bar.update(len(span))

@@ -13,6 +13,7 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from tqdm.auto import tqdm
 
+from ..core.progress import hide_bar
 from ..core.sites import BLOCK_KINDS, Site, Sites
 from ..errors import StateError, TrainingError
 from ..injection.graft import get_graft
@@ -71,7 +72,7 @@ def analyze(
         # After the probes took their seats, which are what runs at an attention now.
         activations, blocks = _watch(model, sites, places, stack)
         alignment = Alignment(len(blocks))
-        for batch in tqdm(batches, desc="analysis", unit="batch", disable=None if progress else True):
+        for batch in tqdm(batches, desc="analysis", unit="batch", disable=hide_bar(progress)):
             noising.require_usable(model, batch)
             noised = noising(model, batch, generator)
             # Hooks ask for the buckets of the samples that run.

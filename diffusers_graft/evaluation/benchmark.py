@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from tqdm.auto import tqdm
 
+from ..core.progress import hide_bar
 from ..errors import GeometryError, GraftError, StateError
 from ..injection.graft import Graft, build_graft, get_graft
 from ..injection.install import install, uninstall
@@ -111,7 +112,7 @@ def benchmark(
     shapes = [(size, batch_size) for size in sizes for batch_size in batch_sizes]
     rows: list[dict[str, Any]] = []
     with evaluating(model):
-        for size, batch_size in tqdm(shapes, desc="benchmark", unit="size", disable=None if progress else True):
+        for size, batch_size in tqdm(shapes, desc="benchmark", unit="size", disable=hide_bar(progress)):
             rows += measurement.rows(make_inputs(model, batch_size=batch_size, size=size), batch_size, compiled)
         parts = []
         if pipeline is not None:

@@ -11,6 +11,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..core.progress import hide_bar
 from ..errors import GraftError, TrainingError
 from ..inspection import evaluating, predict, require_model
 from ..training.batches import Batch
@@ -114,7 +115,7 @@ def _mean_loss(
     noising = Noising(scheduler=scheduler, timesteps="uniform", drop_labels=False)
     total = 0.0
     samples = 0
-    for batch in tqdm(batches, desc="evaluating", unit="batch", disable=None if progress else True):
+    for batch in tqdm(batches, desc="evaluating", unit="batch", disable=hide_bar(progress)):
         noising.require_usable(model, batch)
         noised = noising(model, batch, generator)
         if noised.target is None:

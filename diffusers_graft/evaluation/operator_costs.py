@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..core.context import Context, Grid
+from ..core.progress import hide_bar
 from ..core.sites import AttentionSite, Site
 from ..core.tables import Table
 from ..errors import GeometryError, GraftError, OperatorError
@@ -111,7 +112,7 @@ def operator_costs(
     """
     require_rounds(rounds)
     rows = []
-    for config in tqdm(list(configs), desc="operators", unit="operator", disable=None if progress else True):
+    for config in tqdm(list(configs), desc="operators", unit="operator", disable=hide_bar(progress)):
         operator = build_example(config, width=width, heads=heads)
         name, baseline = _baseline(operator)
         inputs = example_tensors(operator, grid.tokens)

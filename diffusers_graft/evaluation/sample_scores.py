@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..core.progress import hide_bar
 from ..errors import GraftError
 from ..injection.install import original_running
 from ..training.distributed import gather_values, is_main_process, process_state, wait_for_all
@@ -142,7 +143,7 @@ def measure_folder(
     numbers: list[list[tuple[Sequence[int], dict[str, torch.Tensor]]]] = [[] for _ in of_pictures]
     state = process_state()
     batches = list(folder.batches(batch_size))[state.process_index :: state.num_processes]
-    for indices in tqdm(batches, desc="measuring", unit="batch", leave=False, disable=None if progress else True):
+    for indices in tqdm(batches, desc="measuring", unit="batch", leave=False, disable=hide_bar(progress)):
         pictures = folder.read(indices)
         table.update(indices, pictures)
         conditions = [folder.conditions[index] for index in indices]

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..core.progress import hide_bar
 from ..core.storage import read_json, write_json, write_text
 from ..errors import FileError, GraftError, ModelError
 from ..training.distributed import is_main_process, process_state, wait_for_all
@@ -220,7 +221,7 @@ def draw_samples(
             missing.append(batch)
     total = sum(len(batch) for batch in missing)
     is_shown = progress and state.is_main_process and total > 0
-    bar = tqdm(total=total, desc="sampling", unit="sample", leave=False, disable=None if is_shown else True)
+    bar = tqdm(total=total, desc="sampling", unit="sample", leave=False, disable=hide_bar(is_shown))
     with bar:
         for batch in missing:
             conditions = [folder.conditions[index] for index in batch]

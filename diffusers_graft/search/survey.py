@@ -15,6 +15,7 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from tqdm.auto import tqdm
 
+from ..core.progress import hide_bar
 from ..errors import GraftError, OperatorError, RuleError, StateError, TrainingError
 from ..evaluation.benchmark import compare, require_rounds, with_graft
 from ..evaluation.cost import count_flops, count_parameters
@@ -88,7 +89,7 @@ def survey(
             distill(model, graft, batches, config, noise_scheduler=noise_scheduler, output_dir=folder, resume=resume)
     # one part at a time, so that harms are those of single choices
     singles = [(edit, _select_edits(graft, [edit])) for graft in grafts for edit in graft.plan.edits]
-    bar = tqdm(singles, desc="survey", unit="choice", disable=None if progress else True)
+    bar = tqdm(singles, desc="survey", unit="choice", disable=hide_bar(progress))
     choices = [Choice(edit, judge.harm(model, part), saved[edit]) for edit, part in bar]
     protocol = {
         "samples": judge.samples,

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..core.progress import hide_bar
 from .letters import HELD_OUT_FONTS, LETTERS, TRAIN_FONTS, balanced_labels, draw_letters, letter_batches
 
 WEIGHTS = Path(__file__).parent / "weights" / "classifier.safetensors"
@@ -94,7 +95,7 @@ def train_classifier(
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     batches = letter_batches(batch_size, seed, steps=steps)
-    for batch in tqdm(batches, total=steps, desc="classifier", unit="step", disable=None):
+    for batch in tqdm(batches, total=steps, desc="classifier", unit="step", disable=hide_bar(True)):
         # samples of a model are never as clean as letters
         images = batch["sample"] + 0.1 * torch.randn(batch["sample"].shape)
         F.cross_entropy(classifier(images), batch["class_labels"], label_smoothing=0.05).backward()

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, ModelMixin
 from tqdm.auto import tqdm
 
+from ..core.progress import hide_bar
 from ..errors import GraftError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics.frechet_distance import FeatureStatistics, frechet_distance
@@ -53,7 +54,7 @@ def sample(
     # drawn at once, so that images do not depend on the size of batches
     noise = torch.randn(len(labels), 1, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
     images = []
-    bar = tqdm(total=len(labels), desc="sampling", unit="image", leave=False, disable=None if progress else True)
+    bar = tqdm(total=len(labels), desc="sampling", unit="image", leave=False, disable=hide_bar(progress))
     with evaluating(model), bar:
         for image, label in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
             images.append(_denoise(model, image, label, steps, guidance))

@@ -16,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
+from ..core.progress import hide_bar
 from ..errors import FileError, StateError
 from .callbacks import CallbackArguments, Callbacks, RunControl, RunState
 from .checkpoint import CHECKPOINTS, Checkpoints, find_checkpoints, load_checkpoint, set_run_aside
@@ -170,7 +171,7 @@ class Session:
             desc=f"stage {self.state.stage}",
             unit="step",
             # None shows a bar on a terminal alone.
-            disable=None if self.config.progress and is_main_process() else True,
+            disable=hide_bar(self.config.progress and is_main_process()),
         )
         if self.folder is not None and is_main_process():
             try:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...core.progress import hide_bar
 from ...core.storage import open_regular, replace_file
 from ...errors import FileError, MismatchError
 from .base import FeatureMetric
@@ -84,7 +85,9 @@ class Reference:
             )
         key = (extractor, output)
         if key not in self.extracted:
-            bar = tqdm(read_images(self.path), desc=f"reference {output}", unit="batch", disable=None, leave=False)
+            bar = tqdm(
+                read_images(self.path), desc=f"reference {output}", unit="batch", disable=hide_bar(True), leave=False
+            )
             self.extracted[key] = torch.cat([extract(extractor, images, output) for images in bar])
         return self.extracted[key]
 

@@ -13,6 +13,7 @@ import torch
 from diffusers import ImagePipelineOutput, PixArtSigmaPipeline, PixArtTransformer2DModel
 from tqdm.auto import tqdm
 
+from ...core.progress import hide_bar
 from ...errors import GraftError, UnknownNameError
 from ...evaluation.geneval.rules import relations
 from .detect import Found, detect
@@ -83,7 +84,7 @@ def draw_prompts(
     check_pipeline(pipe)
     channels = pipe.transformer.config.in_channels
     pictures = []
-    bar = tqdm(total=len(prompts), desc="drawing", unit="picture", leave=False, disable=None if progress else True)
+    bar = tqdm(total=len(prompts), desc="drawing", unit="picture", leave=False, disable=hide_bar(progress))
     pipe.set_progress_bar_config(disable=True)
     with bar:
         for start in range(0, len(prompts), batch_size):

@@ -19,6 +19,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...core.progress import hide_bar
 from ...core.sites import Site
 from ...errors import OperatorError, StateError, TrainingError
 from ...injection.graft import Graft, is_enabled
@@ -245,7 +246,7 @@ def _make_runner(
     noising.require_usable(model, stream.peek())
 
     def run(name: str) -> None:
-        with tqdm(total=config.steps, desc=name, unit="step", disable=None if config.progress else True) as bar:
+        with tqdm(total=config.steps, desc=name, unit="step", disable=hide_bar(config.progress)) as bar:
             for _, batch in zip(range(config.steps), stream, strict=False):
                 # Every process solves the same equations, so each needs all samples.
                 if isinstance(batch, Share):
