@@ -1,7 +1,8 @@
 """Kernel attention without softmax: phi(q) (phi(k)^T v) / phi(q) sum phi(k), non-causal, linear in tokens.
 
 Papers: Transformers are RNNs, arXiv 2006.16236, Eq. 6 (elu + 1); The Hedgehog and the Porcupine, arXiv 2402.04347
-(learnable softmax features); LiT, arXiv 2501.12976 (a depthwise convolution of the values).
+(learnable softmax features); LiT, arXiv 2501.12976 (a depthwise convolution of the values, fewer and wider heads);
+Attention Surgery, arXiv 2509.24899 (powers of a learned map).
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..core.context import Context
 from ..core.shapes import HeadTensor, KeyTensor
 from ..core.sites import AttentionSite
 from ..errors import OperatorError, UnknownNameError
-from .base import Mixer
+from .base import Mixer, rare
 from .ops.backends import COMPILED, WithBackends, runs_in_pieces
 from .ops.depthwise import ShortConvolution, heads_first, tokens_last
 from .ops.features import LEAST, features_of
 from .ops.masks import key_weights
-from .ops.settings import require_odd
+from .ops.settings import require_count, require_odd
+from .self_attention import regroup_heads, require_divided, require_mask_of_heads
 
-FEATURE_MAPS = ("elu", "relu", "softmax")
+FEATURE_MAPS = ("elu", "relu", "softmax", "mlp", "polynomial")
 
 # Tokens at a time where nothing is saved for a backward pass: as many as stay in cache.
 TOGETHER = 128
@@ -42,14 +45,18 @@ class LinearAttention(WithBackends, Mixer):
         """Settings of the kernel.
 
         Attributes:
-            feature_map: `elu` (elu + 1), `relu`, or `softmax` (a learnable map per head, then softmax of x and -x).
+            feature_map: `elu` (elu + 1), `relu`, `softmax` (a learnable map per head, then softmax of x and -x),
+                `mlp` (the same behind a learnable map of two layers) or `polynomial` (two powers of such maps, the
+                first of them cut off at zero). Learnable maps start as the identity.
             value_conv: side of a depthwise convolution of the values on each frame's grid, added to the output and
                 starting at zero; odd, or 0 for none.
+            heads: how many heads share the width; None means as many as in the replaced attention (LiT: fewer).
             backend: `torch`, `auto` or `compiled` (by torch).
         """
 
         feature_map: str = "elu"
         value_conv: int = 0
+        heads: int | None = rare(None)
 
         def __post_init__(self):
             super().__post_init__()
@@ -57,15 +64,27 @@ class LinearAttention(WithBackends, Mixer):
                 raise UnknownNameError("feature map of linear_attention", self.feature_map, FEATURE_MAPS)
             if type(self.value_conv) is not int or self.value_conv != 0:
                 require_odd("linear_attention", "value_conv", self.value_conv)
+            if self.heads is not None:
+                require_count("linear_attention", "heads", self.heads, example=4)
 
     def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
         self.feature_weight = None
+        self.feature_first = None
+        self.feature_second = None
         self.value_convolution = None
+        self.heads = config.heads or site.heads
+        require_divided(self.name, self.heads, site)
+        width = site.inner_width // self.heads
+        # The identity, so that features start as those of queries and keys as they are.
+        identity = torch.eye(width).expand(2, self.heads, -1, -1)  # of queries and of keys
         if config.feature_map == "softmax":
-            # The identity, so that features start as those of queries and keys as they are.
-            identity = torch.eye(site.head_width).expand(2, site.heads, -1, -1)  # of queries and of keys
             self.feature_weight = nn.Parameter(identity.clone())
+        if config.feature_map in ("mlp", "polynomial"):
+            # Two layers that are the identity: x = relu(x) - relu(-x).
+            powers = 2 if config.feature_map == "polynomial" else 1
+            self.feature_first = nn.Parameter(torch.cat([identity, -identity], dim=-1))
+            self.feature_second = nn.Parameter(torch.cat([identity, -identity], dim=-2).repeat(1, 1, 1, powers))
         if config.value_conv:
             self._add_value_convolution(config.value_conv, site)
 
@@ -82,14 +101,17 @@ class LinearAttention(WithBackends, Mixer):
 
     def in_torch(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         precise = torch.promote_types(query.dtype, torch.float32)
+        query, key, value = (regroup_heads(part, self.heads) for part in (query, key, value))
         visible = None
         if context.mask is not None:
+            require_mask_of_heads(self.name, context.mask, self.heads)
             visible = key_weights(self.name, context.mask, key.shape[2], precise)
         state, weight = self._write(key, value.to(precise), visible)
-        mixed = self._read(query, state, weight).to(value.dtype)
+        mixed = regroup_heads(self._read(query, state, weight).to(value.dtype), self.site.heads)
         if self.value_convolution is None:
             return mixed
-        return mixed + heads_first(self.value_convolution(self._value_image(value, visible, context)), value)
+        image = self._value_image(value, visible, context)
+        return mixed + heads_first(self.value_convolution(image), mixed)
 
     def _write(
         self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
@@ -127,15 +149,18 @@ class LinearAttention(WithBackends, Mixer):
 
     def reference(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         """Compute by definition: all N x M weights, normalised row by row; the convolution tap by tap."""
+        query, key, value = (regroup_heads(part, self.heads) for part in (query, key, value))
         weights = self._features(query, 0) @ self._features(key, 1).transpose(-1, -2)
         visible = None
         if context.mask is not None:
             visible = key_weights(self.name, context.mask, key.shape[2], key.dtype)
             weights = weights * visible.transpose(-1, -2)
         mixed = (weights / weights.sum(-1, keepdim=True).clamp(min=LEAST)) @ value
+        mixed = regroup_heads(mixed, self.site.heads)
         if self.value_convolution is None:
             return mixed
-        return mixed + heads_first(self.value_convolution.by_taps(self._value_image(value, visible, context)), value)
+        image = self._value_image(value, visible, context)
+        return mixed + heads_first(self.value_convolution.by_taps(image), mixed)
 
     def _value_image(self, value: torch.Tensor, visible: torch.Tensor | None, context: Context) -> torch.Tensor:
         """Lay [B, H, N, E] out as [B * frames, height, width, D], hidden tokens as zeros."""
@@ -146,22 +171,34 @@ class LinearAttention(WithBackends, Mixer):
         return tokens_last(value, grid.height, grid.width)
 
     def _features(self, tensor: torch.Tensor, which: int) -> torch.Tensor:
-        if self.feature_weight is None:
+        if self.feature_first is not None:
+            assert self.feature_second is not None
+            mapped = F.relu(tensor @ self.feature_first[which]) @ self.feature_second[which]
+        elif self.feature_weight is not None:
+            mapped = tensor @ self.feature_weight[which]
+        else:
             return features_of(self.config.feature_map, tensor)
-        mapped = tensor @ self.feature_weight[which]
+        if self.config.feature_map == "polynomial":
+            # An odd power may be negative, and a weight may not.
+            once, twice = mapped.chunk(2, dim=-1)
+            return torch.cat([features_of("relu", once), twice.square()], dim=-1)
         return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1)
 
     def flops(self, tokens: int) -> int:
         """Price two products with the [features, E] state, one with its normaliser, the maps and the convolution."""
-        width = self.site.head_width
+        width = self.site.inner_width // self.heads
         features = width
         operations = 0
         if self.feature_weight is not None:
             features = 2 * width
             operations += 4 * tokens * self.site.inner_width * width
+        if self.feature_first is not None:
+            features = 2 * width
+            powers = 2 if self.config.feature_map == "polynomial" else 1
+            operations += 8 * (1 + powers) * tokens * self.site.inner_width * width
         if self.value_convolution is not None:
             operations += self.value_convolution.flops(tokens)
-        return operations + tokens * self.site.heads * (4 * features * width + 2 * features)
+        return operations + tokens * self.heads * (4 * features * width + 2 * features)
 
 
 def _split_tokens(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

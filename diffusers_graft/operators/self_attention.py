@@ -46,18 +46,12 @@ class SelfAttention(Mixer):
         self.heads = config.heads or site.heads
         # With other heads a prompt's tokens keep the attention they have.
         self.is_plain_softmax = self.heads == site.heads
-        # Said here, since torch's error would name neither the site nor what fits.
-        if site.inner_width % self.heads:
-            fitting = [heads for heads in range(1, site.inner_width + 1) if site.inner_width % heads == 0]
-            raise OperatorError(
-                f"self_attention: {self.heads} heads do not divide the width of {site.path}, which is "
-                f"{site.inner_width}. Choose one of {', '.join(map(str, fitting))}."
-            )
+        require_divided(self.name, self.heads, site)
 
     def forward(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         mask = context.mask
-        if mask is not None and mask.dim() == 4 and mask.shape[1] not in (1, self.heads):
-            raise OperatorError(f"self_attention has {self.heads} heads here, and the mask is for {mask.shape[1]}.")
+        if mask is not None:
+            require_mask_of_heads(self.name, mask, self.heads)
         scale = context.scale
         if scale is not None:
             # A scale is given for the original's heads; narrower heads take a larger one.
@@ -68,6 +62,23 @@ class SelfAttention(Mixer):
 
     def flops(self, tokens: int) -> int:
         return 4 * tokens * tokens * self.site.inner_width
+
+
+def require_divided(who: str, heads: int, site: AttentionSite) -> None:
+    """Raise `OperatorError` where a number of heads does not divide the width of a site."""
+    # Said here, since torch's error would name neither the site nor what fits.
+    if site.inner_width % heads:
+        fitting = [count for count in range(1, site.inner_width + 1) if site.inner_width % count == 0]
+        raise OperatorError(
+            f"{who}: {heads} heads do not divide the width of {site.path}, which is "
+            f"{site.inner_width}. Choose one of {', '.join(map(str, fitting))}."
+        )
+
+
+def require_mask_of_heads(who: str, mask: torch.Tensor, heads: int) -> None:
+    """Raise `OperatorError` for a mask of another number of heads."""
+    if mask.dim() == 4 and mask.shape[1] not in (1, heads):
+        raise OperatorError(f"{who} has {heads} heads here, and the mask is for {mask.shape[1]}.")
 
 
 def regroup_heads(part: torch.Tensor, heads: int) -> torch.Tensor:

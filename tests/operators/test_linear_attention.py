@@ -121,3 +121,52 @@ def test_compiled_linear_attention_refuses_a_mask_it_cannot_look_at():
 def test_linear_attention_refuses_a_mask_of_queries():
     with pytest.raises(OperatorError, match="same keys"):
         build("linear_attention")(*qkv(4), Context(mask=torch.ones(4, 4, dtype=torch.bool).tril()[None, None]))
+
+
+def test_fewer_heads_are_wider_ones():
+    """LiT: the channels of all heads, in their order, shared by fewer."""
+    operator = build({"operator": "linear_attention", "heads": 2})
+    inputs = qkv(9)
+    wide = [part.transpose(1, 2).reshape(1, 9, 2, 6).transpose(1, 2) for part in inputs]
+    features = [torch.where(part > 0, part + 1, part.exp()) for part in wide[:2]]
+    weights = features[0] @ features[1].transpose(-1, -2)
+    mixed = weights / weights.sum(-1, keepdim=True) @ wide[2]
+    expected = mixed.transpose(1, 2).reshape(1, 9, 3, 4).transpose(1, 2)
+    torch.testing.assert_close(operator(*inputs, Context()), expected)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(OperatorError, match="linear_attention: 5 heads do not divide the width"):
+        build({"operator": "linear_attention", "heads": 5})
+    with pytest.raises(OperatorError, match="heads is a whole number from 1"):
+        configure({"operator": "linear_attention", "heads": 0})
+
+
+def test_a_mask_for_other_heads_is_refused():
+    operator = build({"operator": "linear_attention", "heads": 2})
+    with pytest.raises(OperatorError, match="has 2 heads here, and the mask is for 3"):
+        operator(*qkv(5), Context(mask=torch.ones(1, 3, 1, 5, dtype=torch.bool)))
+
+
+def test_learned_maps_start_as_the_identity():
+    inputs = qkv(9)
+    softmax = build({"operator": "linear_attention", "feature_map": "softmax"})(*inputs, Context())
+    mlp = build({"operator": "linear_attention", "feature_map": "mlp"})(*inputs, Context())
+    torch.testing.assert_close(mlp, softmax)
+    polynomial = build({"operator": "linear_attention", "feature_map": "polynomial"})(*inputs, Context())
+    query, key, value = inputs
+    features = [torch.cat([part.relu() + 1e-3, part.square()], dim=-1) for part in (query, key)]
+    weights = features[0] @ features[1].transpose(-1, -2)
+    torch.testing.assert_close(polynomial, weights / weights.sum(-1, keepdim=True) @ value)
+
+
+def test_two_powers_at_wans_width_take_the_parameters_counted():
+    """2.36 million a layer at 12 heads of 128, hidden and output twice as wide as a head."""
+    from dataclasses import replace
+
+    site = replace(ATTENTION, width=1536, heads=12, head_width=128)
+    with torch.device("meta"):
+        operator = configure({"operator": "linear_attention", "feature_map": "polynomial"}).build(site)
+    assert (
+        sum(parameter.numel() for parameter in operator.parameters()) == 2 * 12 * (128 * 256 + 256 * 256) == 2_359_296
+    )

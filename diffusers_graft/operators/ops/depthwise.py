@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,9 @@ from ...core.context import Grid
 from .backends import compute_dtype
 
 # Convolves an image of tokens with one of an operator's convolutions: fast, padded or tap by tap.
-Convolve = Callable[["ShortConvolution", torch.Tensor], torch.Tensor]
+Convolve = Callable[[Any, torch.Tensor], torch.Tensor]
 
-LAYOUTS = ("causal_1d", "centered_1d", "2d")
+LAYOUTS = ("causal_1d", "centered_1d", "2d", "3d")
 
 
 def tokens_last(part: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -140,6 +141,66 @@ class ShortConvolution(nn.Conv2d):
         """Count the multiply-adds of its taps, two each."""
         rows, columns = self.kernel_size
         return 2 * rows * columns * tokens * self.in_channels
+
+
+class VideoConvolution(nn.Conv3d):
+    """One filter a channel, on videos of tokens [B, frames, height, width, D] in and out.
+
+    Args:
+        width: channels (D).
+        size: taps along each axis; an even filter reaches one token further back.
+    """
+
+    bias: nn.Parameter
+
+    def __init__(self, width: int, size: int):
+        super().__init__(width, width, size, groups=width)
+
+    @torch.no_grad()
+    def set_identity(self) -> None:
+        """Pass on the input as it is."""
+        self.set_constant(0.0)
+        middle = self.kernel_size[0] // 2
+        self.weight[:, :, middle, middle, middle] = 1.0
+
+    @torch.no_grad()
+    def set_constant(self, value: float) -> None:
+        """Give `value` for any input."""
+        self.weight.zero_()
+        self.bias.fill_(value)
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        """Convolve frame by frame with each slice of the filter, and add up: depthwise in 3-D is slow on CPUs."""
+        batch, frames = video.shape[:2]
+        padded = self._pad(video)
+        convolved: Any = 0
+        for step in range(self.kernel_size[0]):
+            images = padded[:, step : step + frames].flatten(0, 1).permute(0, 3, 1, 2)
+            bias = self.bias if step == 0 else None
+            convolved = convolved + F.conv2d(images, self.weight[:, :, step], bias, groups=self.groups)
+        return convolved.permute(0, 2, 3, 1).unflatten(0, (batch, frames))
+
+    # There are no outputs beyond the border to leave out.
+    padded = forward
+
+    def by_taps(self, video: torch.Tensor) -> torch.Tensor:
+        """Convolve by definition: tap by tap, on the video moved as far as the tap reaches, zeros around it."""
+        _, frames, height, width, _ = video.shape
+        padded = self._pad(video)
+        convolved: torch.Tensor = self.bias
+        for t, y, x in itertools.product(range(self.kernel_size[0]), repeat=3):
+            moved = padded[:, t : t + frames, y : y + height, x : x + width]
+            convolved = convolved + self.weight[:, 0, t, y, x] * moved
+        return convolved
+
+    def _pad(self, video: torch.Tensor) -> torch.Tensor:
+        before = self.kernel_size[0] // 2
+        after = self.kernel_size[0] - 1 - before
+        return F.pad(video, (0, 0, *(before, after) * 3))
+
+    def flops(self, tokens: int) -> int:
+        """Count the multiply-adds of its taps, two each."""
+        return 2 * self.kernel_size[0] ** 3 * tokens * self.in_channels
 
 
 class ShortConvolutions(nn.ModuleDict):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,7 +15,15 @@ from ...core.sites import AttentionSite
 from ...errors import OperatorError, UnknownNameError
 from ..base import Mixer
 from .backends import COMPILED, HALF, Backend, WithBackends, compute_dtype
-from .depthwise import LAYOUTS, Convolve, ShortConvolution, ShortConvolutions, heads_first, tokens_last
+from .depthwise import (
+    LAYOUTS,
+    Convolve,
+    ShortConvolution,
+    ShortConvolutions,
+    VideoConvolution,
+    heads_first,
+    tokens_last,
+)
 from .settings import require_count
 
 
@@ -53,7 +62,7 @@ class GatedConvolution(WithBackends, Mixer):
 
         Attributes:
             kernel_size: taps along each axis.
-            layout: `causal_1d` (the paper), `centered_1d`, or `2d`.
+            layout: `causal_1d` (the paper), `centered_1d`, `2d`, or `3d` for videos.
             backend: `torch`, `auto`, `causal_conv1d` or `compiled` (by torch).
         """
 
@@ -69,17 +78,17 @@ class GatedConvolution(WithBackends, Mixer):
     def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
         size = config.kernel_size
-        self.needs_grid = config.layout == "2d"
+        self.needs_grid = config.layout in ("2d", "3d")
         # As torch pads "same": an even filter reaches one token further back.
         self.before = size - 1 if config.layout == "causal_1d" else size // 2
         self.causal_operator = self.before == size - 1
         self.convolutions = ShortConvolutions()
         if self.has_featurisers:
             for name in ("query", "key", "value"):
-                self.convolutions[name] = ShortConvolution(site.inner_width, size, config.layout)
+                self.convolutions[name] = _make_convolution(site.inner_width, config)
         self.inner = None
         if self.has_inner:
-            self.inner = ShortConvolution(site.inner_width, size, config.layout)
+            self.inner = _make_convolution(site.inner_width, config)
             self.inner.set_identity()
 
     def init_from(self, original: nn.Module) -> None:
@@ -94,11 +103,11 @@ class GatedConvolution(WithBackends, Mixer):
 
     def reference(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         """Compute by definition: every convolution tap by tap."""
-        return self.gate(query, key, value, context, ShortConvolution.by_taps)
+        return self.gate(query, key, value, context, _by_taps)
 
     def countable(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         """Compute without the outputs beyond the border, which `forward` drops."""
-        return self.gate(query, key, value, context, ShortConvolution.padded)
+        return self.gate(query, key, value, context, _padded)
 
     def gate(
         self,
@@ -112,7 +121,10 @@ class GatedConvolution(WithBackends, Mixer):
         layout = self._layout(query, context)
 
         def featurise(name: str, part: torch.Tensor) -> torch.Tensor:
-            image = tokens_last(part, *layout)
+            *frames, height, width = layout
+            image = tokens_last(part, height, width)
+            if frames:
+                image = image.unflatten(0, (-1, *frames))
             if self.has_featurisers:
                 return convolve(self.convolutions[name], image)
             return image.to(compute_dtype(image))
@@ -123,15 +135,17 @@ class GatedConvolution(WithBackends, Mixer):
             product = convolve(self.inner, product)
         return heads_first(_multiply(product, featurise("query", query), in_place=True), query)
 
-    def _layout(self, query: torch.Tensor, context: Context) -> tuple[int, int]:
-        """Return rows and columns of the image; a sequence has one token a row."""
+    def _layout(self, query: torch.Tensor, context: Context) -> tuple[int, ...]:
+        """Return rows and columns of the image, behind the frames of a video; a sequence has one token a row."""
         if not self.needs_grid:
             return query.shape[2], 1
         grid = context.require_grid(self.name, query.shape[2])
+        if self.config.layout == "3d":
+            return grid.frames, grid.height, grid.width
         if grid.frames > 1:
             raise OperatorError(
                 f"{self.name}: layout 2d mixes one image, and the grid is {grid}. "
-                "Choose causal_1d or centered_1d for videos."
+                "Choose causal_1d or centered_1d for videos, or 3d."
             )
         return grid.height, grid.width
 
@@ -142,10 +156,14 @@ class GatedConvolution(WithBackends, Mixer):
         after = depth * (self.config.kernel_size - 1 - self.before)
         if not self.needs_grid:
             return set(range(max(0, token - before), min(grid.tokens, token + after + 1)))
-        y, x = grid.place_of(token)
+        *frame, y, x = grid.place_of(token)
+        frames = [0]
+        if frame:
+            frames = range(max(0, frame[0] - before), min(grid.frames, frame[0] + after + 1))
         rows = range(max(0, y - before), min(grid.height, y + after + 1))
         columns = range(max(0, x - before), min(grid.width, x + after + 1))
-        return {row * grid.width + column for row in rows for column in columns}
+        places = itertools.product(frames, rows, columns)
+        return {(frame * grid.height + row) * grid.width + column for frame, row, column in places}
 
     def flops(self, tokens: int) -> int:
         """Price the convolutions and two gates."""
@@ -159,6 +177,21 @@ class GatedConvolution(WithBackends, Mixer):
     def uncounted_flops(self, tokens: int) -> int:
         """Count the gates, which torch's counter does not see."""
         return 2 * tokens * self.site.inner_width
+
+
+def _make_convolution(width: int, config: GatedConvolution.Config) -> Any:
+    """Make a convolution over tokens as they lie."""
+    if config.layout == "3d":
+        return VideoConvolution(width, config.kernel_size)
+    return ShortConvolution(width, config.kernel_size, config.layout)
+
+
+def _by_taps(convolution: Any, image: torch.Tensor) -> torch.Tensor:
+    return convolution.by_taps(image)
+
+
+def _padded(convolution: Any, image: torch.Tensor) -> torch.Tensor:
+    return convolution.padded(image)
 
 
 def _multiply(product: torch.Tensor, part: torch.Tensor, *, in_place: bool) -> torch.Tensor:

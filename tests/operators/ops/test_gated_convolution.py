@@ -111,3 +111,21 @@ def test_the_hyena_family_by_hand(name):
     torch.testing.assert_close(
         mixed[0].transpose(0, 1).flatten(1), parts[0] * causal(operator.inner, parts[1] * parts[2])
     )
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_video_is_convolved_in_three_dimensions(size):
+    """Values through torch's own 3-D convolution, gates being one."""
+    grid = Grid(frames=3, height=4, width=5)
+    operator = build({"operator": "hyena_x", "layout": "3d", "kernel_size": size})
+    operator.init_from(None)
+    weight = torch.randn(12, 1, size, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        operator.convolutions["value"].weight.copy_(weight)
+    query, key, value = qkv(60)
+    video = value.transpose(1, 2).reshape(1, 3, 4, 5, 12).permute(0, 4, 1, 2, 3)
+    before = size // 2
+    padded = torch.nn.functional.pad(video, (before, size - 1 - before) * 3)
+    expected = torch.nn.functional.conv3d(padded, weight, groups=12)
+    expected = expected.permute(0, 2, 3, 4, 1).reshape(1, 60, 3, 4).transpose(1, 2)
+    torch.testing.assert_close(operator(query, key, value, Context(grid=grid)), expected)
