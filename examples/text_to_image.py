@@ -43,13 +43,29 @@ RULES = {
 }
 UNTRAINED = ("original", "removed")
 SETTINGS = {
-    "pairs": 512, "size": 256, "steps_one": 300, "steps_two": 200, "batch_size": 8, "count": 50, "held_out": 64,
-    "sampling_steps": 16, "rounds": 5, "pictures": 64,
-}  # fmt: skip
+    "pairs": 512,
+    "size": 256,
+    "steps_one": 300,
+    "steps_two": 200,
+    "batch_size": 8,
+    "count": 50,
+    "held_out": 64,
+    "sampling_steps": 16,
+    "rounds": 5,
+    "pictures": 64,
+}
 BRIEF = {
-    "pairs": 16, "size": 64, "steps_one": 4, "steps_two": 2, "batch_size": 4, "count": 1, "held_out": 8,
-    "sampling_steps": 2, "rounds": 2, "pictures": 8,
-}  # fmt: skip
+    "pairs": 16,
+    "size": 64,
+    "steps_one": 4,
+    "steps_two": 2,
+    "batch_size": 4,
+    "count": 1,
+    "held_out": 8,
+    "sampling_steps": 2,
+    "rounds": 2,
+    "pictures": 8,
+}
 
 
 def draw_pairs(folder: Path, settings: dict) -> dg.data.Shards:

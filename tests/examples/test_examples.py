@@ -1,0 +1,126 @@
+"""Every example runs at its smallest, and does what its first lines say."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_graft.core.context import Context, Grid
+from diffusers_graft.operators.conformance.suite import example_site
+
+FOLDER = Path(__file__).parents[2] / "examples"
+# Tested at its smallest by tests/testbed/test_text_to_image.py, whose grafts the other one takes.
+ELSEWHERE = {"text_to_image", "use_grafted_pipeline"}
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import an example by its name."""
+
+    def loaded(name):
+        spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        # Operators are asked for the module that they were defined in.
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return loaded
+
+
+GRAFTS = {
+    "distill_and_share": "loads back to exactly the same outputs",
+    "own_operator": "row_window(reach=3) passed",
+    "plan_under_budget": "and the survey for other budgets",
+    "train_and_resume": "how it went stands there",
+    "unet": "loads back to exactly the same outputs",
+    "video_model": "self_attention[3]: loss",
+}
+OPTIONS = {"plan_under_budget": {"measure": "parameters"}}
+
+
+@pytest.mark.parametrize("name", GRAFTS)
+def test_an_example_saves_a_graft(name, load, tmp_path, capsys):
+    load(name).main(str(tmp_path), steps=3, **OPTIONS.get(name, {}))
+    assert GRAFTS[name] in capsys.readouterr().out
+    assert (tmp_path / "graft_model.safetensors").exists()
+
+
+def test_what_people_use_beside_a_graft_moves_its_output_as_it_should(load, tmp_path):
+    moved = load("together").main(str(tmp_path))
+    assert 0 < moved["graft"] < moved["graft + LoRA"] < moved["graft + ControlNet"]
+    # The second step of a cache repeats the first on the same input, and offloading changes no number.
+    assert moved["graft + LoRA + cache"] == pytest.approx(moved["graft + LoRA"], rel=1e-5)
+    assert moved["graft + LoRA + offloading"] == pytest.approx(moved["graft + LoRA"], rel=1e-5)
+    assert moved["graft + float8 storage"] == pytest.approx(moved["graft"], abs=0.05)
+
+
+def test_two_packs_go_onto_one_base_and_each_is_smaller_than_its_weights(load, tmp_path, capsys):
+    load("skill_packs").main(str(tmp_path), steps=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [float(line.split()[1]) < 0.5 for line in lines[:2]] == [True, True]
+    assert sum(line.startswith("pack ") for line in lines) == 4
+
+
+def test_reference_attention_draws_closer_to_the_reference(load, tmp_path, capsys):
+    load("reference_attention").main(str(tmp_path), size=64, steps=3)
+    plain, fused = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[:2])
+    assert fused < plain
+    assert (tmp_path / "pictures.png").exists()
+
+
+def test_reference_attention_is_softmax_over_own_tokens_and_kept_matches(load):
+    operator_class = load("reference_attention").ReferenceAttention
+    operator = operator_class.Config(similarity=0.5, tolerance=1.5, reach=1.0).build(example_site("self_attention"))
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 12, 4, generator=generator) for _ in range(3))
+    hidden = torch.randn(2, 12, 12, generator=generator)
+    # Some tokens of the drawn picture look like one of the reference, of which one is too far from where it leads back.
+    hidden[1, :4] = hidden[0, :4] + 0.01
+    context = Context(grid=Grid(height=3, width=4), hidden_states=hidden)
+    output = operator(query, key, value, context)
+    expected = by_definition(operator.config, query, key, value, hidden, width=4)
+    torch.testing.assert_close(output, expected)
+    assert not torch.allclose(output[1], softmax(query[1], key[1], value[1]))
+
+
+def softmax(query, key, value):
+    return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1) @ value
+
+
+def by_definition(config, query, key, value, hidden, width):
+    """Token by token: the drawn picture's softmax, and beside it the matches that a query is close to."""
+
+    def cosine(one, other):
+        return (one @ other / one.norm() / other.norm()).item()
+
+    def distance(one, other):
+        return ((one // width - other // width) ** 2 + (one % width - other % width) ** 2) ** 0.5
+
+    tokens = range(query.shape[2])
+    matches = {}
+    for token in tokens:
+        match = max(tokens, key=lambda other: cosine(hidden[0, token], hidden[1, other]))
+        back = max(tokens, key=lambda other: cosine(hidden[0, other], hidden[1, match]))
+        is_alike = cosine(hidden[0, token], hidden[1, match]) > config.similarity
+        if is_alike and distance(token, back) < config.tolerance:
+            matches[token] = match
+    assert 4 <= len(matches) < len(tokens)
+    output = softmax(query, key, value)
+    for token in tokens:
+        near = [own for own, match in matches.items() if distance(token, match) <= config.reach]
+        keys = torch.cat([key[1], key[0][:, near]], dim=1)
+        values = torch.cat([value[1], value[0][:, near]], dim=1)
+        output[1, :, token : token + 1] = softmax(query[1, :, token : token + 1], keys, values)
+    return output
+
+
+def test_every_example_is_run_and_says_how_to_run_it():
+    names = {path.stem for path in FOLDER.glob("*.py")}
+    tested = {*GRAFTS, *ELSEWHERE, "together", "skill_packs", "reference_attention"}
+    assert names == tested
+    for name in names:
+        text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+        assert f"python examples/{name}.py" in text.split('"""')[1], name
