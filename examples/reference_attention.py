@@ -9,8 +9,8 @@ into attention as the picture is drawn.
   most alike by the cosine, m(i) = argmax_j cos(r_i, x_j). The match is kept where the cosine is above a threshold, and
   where matching back leads to the same place within a tolerance.
 - Position-constrained attention fusion: keys and values of matched tokens are appended to those of the drawn picture,
-  softmax(Q [K, K_r]^T) [V, V_r]. The paper gives an appended token the rotary position of its match. PixArt's positions
-  are in its features instead, so here only queries close to the match see it.
+  softmax(Q [K, K_r]^T) [V, V_r]. The paper gives an appended token the rotary position of its match. PixArt has its
+  positions in its features instead, so here only queries close to the match see it.
 
 The first picture of a batch is the reference, noised anew for every step; the others are drawn.
 """
