@@ -270,7 +270,7 @@ def create_folder(path: str | Path) -> Iterator[Path]:
     Raises `FileError` where it cannot be written, or where `path` is there already.
     """
     path = Path(path)
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    temporary = waiting_folder(path)
     try:
         with _explained(f"{path} cannot be written"):
             if path.exists():
@@ -283,6 +283,11 @@ def create_folder(path: str | Path) -> Iterator[Path]:
             _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def waiting_folder(path: Path) -> Path:
+    """Return the folder that `create_folder` gives to write into, for processes that write there together."""
+    return path.with_name(f"{_TEMPORARY}{path.name}")
 
 
 @contextlib.contextmanager

@@ -16,9 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from ..core.storage import create_folder, pack, read_tensors, read_text, unpack, write_tensors, write_text
+from ..core.storage import (
+    create_folder,
+    pack,
+    read_tensors,
+    read_text,
+    unpack,
+    waiting_folder,
+    write_tensors,
+    write_text,
+)
 from ..errors import FileError, StateError
+from .distributed import is_main_process, min_over_processes
+from .fsdp import fsdp_plugin
+from .sharded_tensors import PATTERN, read_shards, write_shards
 
 # A push to the Hub leaves out what begins with a dot.
 CHECKPOINTS = ".checkpoints"
@@ -48,25 +61,44 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Write the state of a step, then remove checkpoints beyond the newest `keep`.
 
-        Raises `FileError` where it cannot be written; the checkpoints before it are then as they were.
+        One process calls this, or all together where tensors of the state are sharded over them. Raises `FileError`
+        where it cannot be written; the checkpoints before it are then as they were.
         """
+        structure, tensors = pack(state)
+        is_sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+        if is_sharded and not is_main_process():
+            self._write_own_shards(step, tensors)
+            return
         path = self.path(step)
         replaced = path.with_name(f".replaced-{path.name}")
-        structure, tensors = pack(state)
         if path.exists():
             # A damaged one, or one of the same step that an earlier resume left ahead.
             shutil.rmtree(replaced, ignore_errors=True)
             path.rename(replaced)
+        others_wait = is_sharded
         try:
             with create_folder(path) as temporary:
-                write_tensors(temporary / TENSORS, tensors)
+                if is_sharded:
+                    # The others write into the folder too, and wait until it is there.
+                    others_wait = False
+                    min_over_processes(1)
+                    write_shards(temporary, tensors)
+                else:
+                    write_tensors(temporary / TENSORS, tensors)
                 write_text(temporary / STRUCTURE, json.dumps(structure))
         except FileError as error:
+            if others_wait:
+                min_over_processes(0)
             raise FileError(self._explain_failure(step, tensors, error)) from error
         shutil.rmtree(replaced, ignore_errors=True)
         # Older ones go last, so there is one at any time.
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
+
+    def _write_own_shards(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
+        if not min_over_processes(1):
+            raise FileError(f"The checkpoint of step {step} could not be written; the first process says why.")
+        write_shards(waiting_folder(self.path(step)), tensors)
 
     def load(self, step: int, parts: Sequence[str] = ()) -> Any:
         """Return the state saved at a step. Raises `FileError` for one that is damaged, or lacks any of `parts`."""
@@ -97,7 +129,7 @@ class Checkpoints:
 def load_checkpoint(path: Path, parts: Sequence[str] = ()) -> Any:
     """Return the state saved in a checkpoint. Raises `FileError` for one that is damaged, or lacks any of `parts`."""
     try:
-        tensors = read_tensors(path / TENSORS)
+        tensors = _read_tensors(path)
         state = unpack(json.loads(read_text(path / STRUCTURE, limit=_LARGEST_STRUCTURE)), tensors)
         missing = [name for name in parts if name not in state]
     except (FileError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -110,6 +142,13 @@ def load_checkpoint(path: Path, parts: Sequence[str] = ()) -> Any:
             "Remove it to resume from the one before."
         )
     return state
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    """Return the tensors of a checkpoint; those in shards are read later, where weights are sharded now."""
+    if any(path.glob(PATTERN)):
+        return read_shards(path, is_sharded=fsdp_plugin() is not None)
+    return read_tensors(path / TENSORS)
 
 
 def find_checkpoints(resume: bool | str | Path, output_dir: str | Path | None, stage: str) -> list[Path]:

@@ -19,7 +19,7 @@ from diffusers import ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
@@ -28,6 +28,7 @@ from ..errors import TrainingError
 from ..injection.graft import Graft, get_graft
 from ..injection.install import disable, enable
 from . import distributed as processes
+from .sharded_tensors import CAN_WRITE, StoredTensor
 
 # Adafactor computes norms of rows and columns of full tensors.
 UNSHARDABLE_OPTIMIZERS = ("Adafactor",)
@@ -45,11 +46,6 @@ def fsdp_plugin(optimizer: str = "AdamW") -> FullyShardedDataParallelPlugin | No
         raise TrainingError("Weights are sharded by FSDP2, and FSDP1 was asked for: launch with --fsdp_version 2.")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise TrainingError("Weights stay on the devices here: launch without --fsdp_offload_params.")
-    if plugin.activation_checkpointing:
-        raise TrainingError(
-            "Blocks are recomputed where the configuration says so: launch without --fsdp_activation_checkpointing, "
-            "and set FinetuneConfig.gradient_checkpointing=True."
-        )
     if optimizer in UNSHARDABLE_OPTIMIZERS:
         raise TrainingError(
             f"torch.optim.{optimizer} cannot step with weights that are sharded. Choose another, such as AdamW."
@@ -57,12 +53,34 @@ def fsdp_plugin(optimizer: str = "AdamW") -> FullyShardedDataParallelPlugin | No
     return plugin
 
 
+def recomputes_blocks(wanted: bool) -> bool:
+    """Return whether blocks are recomputed in the backward: as settings or `--fsdp_activation_checkpointing` say."""
+    plugin = fsdp_plugin()
+    return wanted or (plugin is not None and bool(plugin.activation_checkpointing))
+
+
+def make_policy(precision: str | None) -> MixedPrecisionPolicy:
+    """Return in which dtype weights are gathered and gradients are averaged.
+
+    In bfloat16, half as many bytes go around; gradients are summed in float32, and so are the weights that the
+    optimizer moves. What comes into a block keeps its dtype: autocast decides, layer by layer, as without sharding.
+    """
+    if precision != "bf16":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
 @contextmanager
-def shard(model: ModelMixin, sites: Sites, *, trained: bool = False) -> Iterator[ModelMixin]:
+def shard(
+    model: ModelMixin, sites: Sites, *, trained: bool = False, precision: str | None = None
+) -> Iterator[ModelMixin]:
     """Give the model itself, or a twin with sharded weights; weights `trained` inside are the model's afterwards.
 
     They are so after a `TrainingError` too, which all processes meet together. After any other error the model has the
     weights it came with, and the checkpoints hold the others.
+
+    Args:
+        precision: of the forward, see `make_policy`.
 
     Raises `TrainingError` for weights that cannot be sharded together.
     """
@@ -70,7 +88,7 @@ def shard(model: ModelMixin, sites: Sites, *, trained: bool = False) -> Iterator
     if plugin is None:
         yield model
         return
-    twin = _shard_blocks(_make_twin(model, trained), sites, plugin)
+    twin = _shard_blocks(_make_twin(model, trained), sites, plugin, make_policy(precision))
     try:
         yield twin
     except TrainingError:
@@ -79,7 +97,7 @@ def shard(model: ModelMixin, sites: Sites, *, trained: bool = False) -> Iterator
     _copy_back(twin, model, trained)
 
 
-def shard_original(model: ModelMixin, sites: Sites) -> ModelMixin | None:
+def shard_original(model: ModelMixin, sites: Sites, precision: str | None) -> ModelMixin | None:
     """Return a sharded twin of the model without its graft.
 
     None where weights are not sharded: those can be exchanged in their place.
@@ -89,7 +107,7 @@ def shard_original(model: ModelMixin, sites: Sites) -> ModelMixin | None:
         return None
     disable(model)
     try:
-        return _shard_blocks(_make_twin(model, trained=False), sites, plugin)
+        return _shard_blocks(_make_twin(model, trained=False), sites, plugin, make_policy(precision))
     finally:
         enable(model)
 
@@ -140,7 +158,9 @@ def _make_twin(model: ModelMixin, trained: bool) -> ModelMixin:
     return copy.deepcopy(model, known)
 
 
-def _shard_blocks(twin: ModelMixin, sites: Sites, plugin: FullyShardedDataParallelPlugin) -> ModelMixin:
+def _shard_blocks(
+    twin: ModelMixin, sites: Sites, plugin: FullyShardedDataParallelPlugin, policy: MixedPrecisionPolicy
+) -> ModelMixin:
     """Shard each block on its own, and the rest together."""
     dtypes = {str(parameter.dtype) for parameter in twin.parameters() if parameter.requires_grad}
     if len(dtypes) > 1:
@@ -159,7 +179,8 @@ def _shard_blocks(twin: ModelMixin, sites: Sites, plugin: FullyShardedDataParall
         # DiT calls the embedding of its first block from outside that block.
         embeds_labels = any(isinstance(child, LabelEmbedding) for child in module.children())
         if embeds_labels or id(module) in blocks or module is twin:
-            fully_shard(module, mesh=mesh, reshard_after_forward=bool(plugin.reshard_after_forward))
+            reshard = bool(plugin.reshard_after_forward)
+            fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     return twin
 
 
@@ -179,8 +200,23 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def writes_shards() -> bool:
+    """Return whether every process writes its own shards to a checkpoint, as FSDP2 does unless it is told otherwise.
+
+    Where torch is too old to do so without pickling, and with `--fsdp_state_dict_type FULL_STATE_DICT`, the first
+    process gathers and writes them.
+    """
+    plugin = fsdp_plugin()
+    return CAN_WRITE and plugin is not None and "SHARDED" in str(plugin.state_dict_type)
+
+
 def gather_state(state: Any) -> Any:
-    """Return a nested state with full tensors, in the host's memory of the process that writes; others get nothing."""
+    """Return a nested state with full tensors, in the host's memory of the process that writes; others get nothing.
+
+    Where every process writes its own shards, the state is returned as it is.
+    """
+    if writes_shards():
+        return state
 
     def gather(tensor: DTensor) -> torch.Tensor:
         full = tensor.full_tensor()
@@ -189,8 +225,13 @@ def gather_state(state: Any) -> Any:
     return tree_map_only(DTensor, gather, state)
 
 
-def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Shard a full tensor as a parameter is; one of another shape, such as a count of steps, is returned as it is."""
+def shard_like(value: torch.Tensor | StoredTensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Shard a full tensor as a parameter is; one of another shape, such as a count of steps, is returned as it is.
+
+    Of a tensor that is stored in shards, those of this process are read.
+    """
+    if isinstance(value, StoredTensor):
+        return value.read_like(parameter)
     if isinstance(value, DTensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
@@ -202,7 +243,7 @@ def shard_optimizer_state(state: Mapping[str, Any], parameters: list[nn.Paramete
     for number, values in state["state"].items():
         sharded[number] = {}
         for name, value in values.items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor | StoredTensor):
                 value = shard_like(value, parameters[number])
             sharded[number][name] = value
     return {**state, "state": sharded}

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from diffusers import ModelMixin
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from ..core.progress import hide_bar
@@ -299,7 +301,7 @@ class Session:
             return
         state = make_state()
         failure = None
-        if is_main_process():
+        if is_main_process() or any(isinstance(leaf, DTensor) for leaf in tree_leaves(state)):
             checkpoint = {
                 "step": state["step"],
                 "seconds": time.perf_counter() - self._began,

@@ -17,7 +17,7 @@ from diffusers_graft.errors import TrainingError
 from diffusers_graft.training import distributed as processes
 
 from ..models import SCHEDULER, batches, tensors_of, tiny_dit
-from .sharded_runs import every_setting
+from .sharded_runs import WAYS, Stop, every_setting, train
 from .shared_runs import RULES, both_stages
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,6 @@ REFUSED = {
     "launch with --use_fsdp --fsdp_version 2": {"ACCELERATE_USE_DEEPSPEED": "true"},
     "launch with --fsdp_version 2": {**SHARDED, "FSDP_VERSION": "1"},
     "launch without --fsdp_offload_params": {**SHARDED, "FSDP_OFFLOAD_PARAMS": "true"},
-    "FinetuneConfig.gradient_checkpointing=True": {**SHARDED, "FSDP_ACTIVATION_CHECKPOINTING": "true"},
     "torch.optim.Adafactor cannot step": SHARDED,
 }
 
@@ -123,6 +122,34 @@ def test_two_processes_are_one(variables, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"training.jsonl", ".checkpoints", "again"}
     resumed = both_stages(tmp_path / "run", resume=True)  # by one process, what two have finished
     assert all(torch.equal(resumed[name], tensor) for name, tensor in first.items())
+
+
+def sharded_run(folder):
+    """Weights of a run that goes on from its shards, and of one that was not stopped, with recomputed blocks."""
+    train("lora", folder / "lora", callbacks=[Stop()])
+    resumed = train("lora", folder / "lora", resume=True)
+    return {**train("half"), **resumed, **{f"whole.{name}": tensor for name, tensor in train("lora").items()}}
+
+
+def test_processes_write_and_read_their_own_shards(tmp_path, monkeypatch):
+    monkeypatch.setitem(WAYS, "half", {"precision": "bf16", "lr": 1e-4, "optimizer": "SGD"})
+    more = {**SHARDED, "FSDP_ACTIVATION_CHECKPOINTING": "true"}
+    first, second = fork_two(lambda: sharded_run(tmp_path), tmp_path, **more)
+    lora = {name: tensor for name, tensor in first.items() if name.startswith("lora.")}
+    assert len(lora) > 50
+    assert all(torch.equal(first[f"whole.{name}"], tensor) for name, tensor in lora.items())
+    alone = train("half")
+    assert_as_alone(first, second, alone)
+    checkpoint = tmp_path / "lora" / ".checkpoints" / "stage-two-00000004"
+    files = sorted(path.name for path in checkpoint.iterdir())
+    assert [name.partition("-model")[0] for name in files] == ["shard-00001", "shard-00002", "state.json"]
+    # By one process, what two have finished.
+    assert all(
+        torch.equal(tensor, lora[name]) for name, tensor in train("lora", tmp_path / "lora", resume=True).items()
+    )
+    (checkpoint / files[0]).write_bytes(b"half of it")
+    again = train("lora", tmp_path / "lora", resume=True)
+    assert_as_alone(again, again, lora)
 
 
 @pytest.mark.long

@@ -102,7 +102,11 @@ def distill(
         previews=previews,
     )
     # Dropout of the teacher would be noise in what the students imitate.
-    with evaluating(model), shard(model, graft.sites) as teacher, seats_beside(graft, model, teacher):
+    with (
+        evaluating(model),
+        shard(model, graft.sites, precision=config.precision) as teacher,
+        seats_beside(graft, model, teacher),
+    ):
         # A checkpoint holds what the closed form gave, and its batches count as read.
         if config.closed_form is not None and session.checkpoint is None:
             _solve_output_layers(teacher, graft, stream, sites, config.closed_form, noise_scheduler)

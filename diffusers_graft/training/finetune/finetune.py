@@ -20,7 +20,7 @@ from ...injection.install import check_processors, require_graft
 from ..batches import Batch, BatchStream, read_first
 from ..config import config_or_default
 from ..distill.student import mean_of_last_tenth
-from ..fsdp import fsdp_plugin, shard, shard_original
+from ..fsdp import fsdp_plugin, recomputes_blocks, shard, shard_original
 from ..identity import describe_run
 from ..loop import train
 from ..noised_batch import Noising
@@ -99,13 +99,16 @@ def finetune(
         previews=previews,
     )
     losses: list[float] = []
-    with _prepared(model, graft, config, losses, bool(resume)), shard(model, graft.sites, trained=True) as student:
+    with (
+        _prepared(model, graft, config, losses, bool(resume)),
+        shard(model, graft.sites, trained=True, precision=config.precision) as student,
+    ):
         uses_teacher = config.distill_output or config.distill_features
         teacher = Teacher(
             student,
             output_weight=config.distill_output,
             feature_weight=config.distill_features,
-            original=shard_original(model, graft.sites) if uses_teacher else None,
+            original=shard_original(model, graft.sites, config.precision) if uses_teacher else None,
         )
         stage = FinetuneStage(student, require_graft(student), teacher, config, noising, stream, evaluated, losses)
         costs = train(stage, session)
@@ -127,7 +130,7 @@ def _require_trainable(model: ModelMixin, config: FinetuneConfig) -> Graft:
         raise StateError("Stage two trains the grafted model: call model.enable_graft() first.")
     check_processors(graft)
     refuse_foreign_lora(model, graft)
-    if config.gradient_checkpointing and not model._supports_gradient_checkpointing:
+    if recomputes_blocks(config.gradient_checkpointing) and not model._supports_gradient_checkpointing:
         raise TrainingError(f"{type(model).__name__} cannot recompute its blocks: set gradient_checkpointing=False.")
     return graft
 
@@ -145,6 +148,7 @@ def _prepared(
         graft.untie(path)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}
+    recomputes = recomputes_blocks(config.gradient_checkpointing)
     was_checkpointing = model.is_gradient_checkpointing
     had_lora = graft.adapter_config is not None
     names_before = set(graft.body)
@@ -154,7 +158,7 @@ def _prepared(
             add_lora(model, graft, config.lora, resume=resume, seed=config.seed)
         _set_trained_parameters(model, graft, config)
         _set_training_mode(model)
-        if config.gradient_checkpointing:
+        if recomputes:
             model.enable_gradient_checkpointing()
         yield
     except BaseException:
@@ -164,7 +168,7 @@ def _prepared(
                 remove_lora(model, graft)
         raise
     finally:
-        if config.gradient_checkpointing and not was_checkpointing:
+        if recomputes and not was_checkpointing:
             model.disable_gradient_checkpointing()
         # LoRA brings parameters and modules that were not there before.
         for parameter in flags.keys() | set(model.parameters()):

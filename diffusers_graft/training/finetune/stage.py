@@ -202,5 +202,5 @@ class FinetuneStage(Stage):
         self.losses[:] = state["losses"].tolist()
         self.held_out_losses = state["held_out_losses"]
         pairs = zip(state["best"], self.optimizer.masters, strict=False)
-        self.best = [shard_like(saved.to(master.device), master) for saved, master in pairs]
+        self.best = [shard_like(saved, master).to(master.device) for saved, master in pairs]
         super().load_state_dict(state)
