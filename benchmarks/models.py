@@ -39,7 +39,8 @@ def bench_models(
     model = DiTTransformer2DModel(**SHAPE).eval()
     rules = {name: {"self_attention[:]": name} for name in operators}
     rows = [["tokens", "model", "depth", "GFLOPs", "ms", "ratio", "quartiles"]]
-    for row in benchmark(model, rules, sizes, rounds=rounds):
+    found = benchmark(model, rules, sizes, rounds=rounds)
+    for row in found:
         spread = "" if row["name"] == "original" else f"{row['low']:.2f} to {row['high']:.2f}"
         rows.append(
             [
@@ -52,9 +53,11 @@ def bench_models(
                 spread,
             ]
         )
+    backends = ", ".join(dict.fromkeys(row["backend"] for row in found))
+    break_even = "\n".join(map(str, found.break_even))
     text = (
-        f"{format_rows(rows)}\n\nOne sample, {torch.get_num_threads()} threads, torch {torch.__version__}; width 384, "
-        "4 layers, all replaced."
+        f"{format_rows(rows)}\n\n{break_even}\n\nOne sample, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}; width 384, 4 layers, all replaced; attention backend {backends}."
     )
     publish(text, output, title="Forward of a model and of its grafts", command="make bench", say=say)
 
