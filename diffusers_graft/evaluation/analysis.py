@@ -97,10 +97,10 @@ class Analysis(Tabular):
     @property
     def locality(self) -> dict[str, float]:
         """L_k by the address of a site: mean over samples, timesteps and heads. `dg.top_local` reads it."""
-        return {row.site: self._mean(row.band) for row in self.localities}
+        return {row.site: self.mean(row.band) for row in self.localities}
 
-    def _mean(self, values: PerBucket) -> float:
-        """Return the mean over samples and heads of a value for each bucket."""
+    def mean(self, values: PerBucket) -> float:
+        """Return the mean over samples, and over heads where there are several, of a value for each bucket."""
         total = 0.0
         for value, count in zip(values, self.samples, strict=True):
             # Buckets without samples weigh nothing.
@@ -139,16 +139,24 @@ class Analysis(Tabular):
 
     def draw(self, path: str | Path | IO[bytes]) -> None:
         """Draw locality and variance by depth, and the alignment of blocks. Raises what `new_figure` does."""
-        bands = []
-        for row in self.localities:
-            by_bucket = zip(row.band, self.samples, strict=True)
-            bands.append(_mean_heads(by_bucket))
+        shares = {}
+        if self.localities:
+            band = f"band, |i - j| <= {self.protocol.get('band')}"
+            window = f"window, {self.protocol.get('kernel')} x {self.protocol.get('kernel')}"
+            shares[band] = (
+                [_mean_heads(zip(row.band, self.samples, strict=True)) for row in self.localities],
+                [row.uniform_band for row in self.localities],
+            )
+            shares[window] = (
+                [_mean_heads(zip(row.neighborhood, self.samples, strict=True)) for row in self.localities],
+                [row.uniform_neighborhood for row in self.localities],
+            )
         variances: dict[str, list[float]] = {}
         for row in self.activations:
             # Variances of attentions and feed-forwards differ by more than they grow with depth.
             kind = row.site.partition("[")[0]
-            variances.setdefault(kind, []).append(self._mean(_pick(row.buckets, "variance")))
-        draw_analysis(path, bands, [row.uniform_band for row in self.localities], variances, self.cka)
+            variances.setdefault(kind, []).append(self.mean(_pick(row.buckets, "variance")))
+        draw_analysis(path, shares, variances, self.cka)
 
     def to_table(self) -> Table:
         """Return the table that `str` shows: sites in forward order, then blocks."""
@@ -161,9 +169,9 @@ class Analysis(Tabular):
             near = localities.get(row.site)
             if near is not None:
                 shares = (near.band, near.neighborhood, near.others)
-                cells = [f"{self._mean(share):.2f}" for share in shares]
-            variance = self._mean(_pick(row.buckets, "variance"))
-            kurtosis = self._mean(_pick(row.buckets, "kurtosis"))
+                cells = [f"{self.mean(share):.2f}" for share in shares]
+            variance = self.mean(_pick(row.buckets, "variance"))
+            kurtosis = self.mean(_pick(row.buckets, "kurtosis"))
             largest = max(bucket["largest"][0][0] for bucket in row.buckets if bucket is not None)
             figures = (f"{variance:.3g}", f"{kurtosis:.1f}", f"{largest:.3g}")
             rows.append((row.site, row.path, *cells, *figures, "", "", ""))
@@ -174,7 +182,7 @@ class Analysis(Tabular):
                 alignment = f"{self.cka[number][number + 1]:.3f}"
             # Blocks share the table with the sites inside them, in columns of their own.
             blanks = [""] * 6
-            similarity = f"{self._mean(block.similarity):.3f}"
+            similarity = f"{self.mean(block.similarity):.3f}"
             rows.append((f"block[{number}]", block.path, *blanks, similarity, error, alignment))
         return Table(rows, heading=heading, numbers=range(2, len(heading)), is_ruled=True, notes=self._notes())
 

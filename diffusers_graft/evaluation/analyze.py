@@ -60,7 +60,7 @@ def analyze(
     """
     sites = find_sites(model, blocks=True)
     if get_graft(model) is not None:
-        raise StateError("An analysis is of the original: call model.unset_graft() first.")
+        raise StateError("An analysis is a property of the original: call model.unset_graft() first.")
     # Before any hook is there: whatever is refused leaves the model as it was.
     places = TimestepBuckets(buckets)
     noising = Noising(scheduler=noise_scheduler, timesteps="uniform", drop_labels=False)

@@ -17,39 +17,19 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin
 
 from ..core.context import Context, Grid
 from ..core.sites import AttentionSite, Site
-from ..errors import GraftError, OperatorError, StateError
+from ..errors import OperatorError, StateError
 from ..injection.graft import build_graft, get_graft
 from ..injection.install import install, uninstall
-from ..inspection import evaluating, find_sites, predict
+from ..inspection import find_sites
 from ..operators import Mixer
 from ..planning.plan import Edit, GraftPlan
-from ..training.batches import Batch
-from ..training.noised_batch import Noising
 
 # Entries of attention that are there at once: 16 MiB of each tensor that a block of rows needs.
 _ENTRIES = 2**22
-
-
-@dataclass
-class Locality:
-    """Shares of attention mass, averaged over samples, timesteps and heads.
-
-    Attributes:
-        site: the attention.
-        band: share within `|i - j| <= k` of the raster order, per head: [H].
-        neighborhood: share within a kernel x kernel window of the grid, per head: [H].
-        uniform_band, uniform_neighborhood: these shares if attention were uniform.
-    """
-
-    site: Site
-    band: torch.Tensor
-    neighborhood: torch.Tensor
-    uniform_band: float
-    uniform_neighborhood: float
 
 
 @dataclass(frozen=True)
@@ -196,7 +176,8 @@ def probing(
 
     Args:
         kinds: of attention.
-        band, kernel: see `locality`; two rows of the grid where no band is given.
+        band: half-width k of the raster band; two rows of the grid where there is none.
+        kernel: side of the window on the grid, odd.
 
     Raises:
         StateError: a grafted model.
@@ -214,45 +195,3 @@ def probing(
         yield {edit.site: cast(LocalityProbe, operators[edit.site.path]) for edit in edits}
     finally:
         uninstall(model)
-
-
-@torch.no_grad()
-def locality(
-    model: ModelMixin,
-    batches: Iterable[Batch],
-    *,
-    noise_scheduler: SchedulerMixin | None = None,
-    band: int = 32,
-    kernel: int = 3,
-    seed: int = 0,
-) -> list[Locality]:
-    """Measure every self-attention of an ungrafted model that runs on all tokens of the image or the video.
-
-    Args:
-        batches: see `diffusers_graft.training.batches`; a few hundred samples suffice.
-        band: half-width k of the raster band; the paper's figure uses 32 of 256 tokens.
-        kernel: side of the window on the grid, odd.
-
-    Raises:
-        StateError: a grafted model.
-        OperatorError: a negative band, or an even kernel.
-        GraftError: nothing to measure: no batches, or no such attention.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    noising = Noising(scheduler=noise_scheduler, drop_labels=False)
-    with probing(model, {"self_attention"}, band=band, kernel=kernel) as probes, evaluating(model):
-        for batch in batches:
-            predict(model, noising(model, batch, generator).inputs)
-    rows = [_average(probe) for probe in probes.values() if probe.masses]
-    if not rows:
-        raise GraftError(
-            f"There is no locality to measure: no batches, or no self-attention of {type(model).__name__} ran on all "
-            "tokens of the image. Joint and cross-attention are not measured."
-        )
-    return rows
-
-
-def _average(probe: LocalityProbe) -> Locality:
-    """Return the shares of one site, averaged over everything that its probe recorded."""
-    band, neighborhood = torch.cat([mass.shares for mass in probe.masses], dim=1).mean(1)
-    return Locality(probe.site, band, neighborhood, *probe.masses[-1].uniform)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import GraftError, MissingDependencyError
-from .locality import Locality
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,51 +34,25 @@ def new_figure(purpose: str, width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def draw_locality(path: Path, rows: Sequence[Locality], *, band: int, kernel: int) -> None:
-    """Draw each layer's share of attention mass near the query: bars, heads as dots, uniform attention as a line."""
-    figure = new_figure("Drawing locality", 9, 3.4)
-    left, right = figure.subplots(1, 2, sharey=True)
-    _draw_shares(left, [row.band for row in rows], rows[0].uniform_band, BLUE)
-    left.set_title(f"raster band, |i - j| <= {band}")
-    _draw_shares(right, [row.neighborhood for row in rows], rows[0].uniform_neighborhood, ORANGE)
-    right.set_title(f"{kernel} x {kernel} neighbourhood")
-    left.set_ylabel("share of attention mass")
-    left.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
-def _draw_shares(axis: Axes, shares: Sequence[Any], uniform: float, colour: str) -> None:
-    """Draw one panel: shares are a tensor of heads a layer."""
-    layers = list(range(len(shares)))
-    axis.bar(layers, [heads.mean().item() for heads in shares], color=colour, alpha=0.75, label="layer")
-    dots = {"color": BLACK, "markersize": 4}
-    for layer, heads in enumerate(shares):
-        axis.plot([layer] * len(heads), heads.tolist(), ".", **dots, label="head" if layer == 0 else None)
-    axis.axhline(uniform, color=GREY, linestyle="--", linewidth=1, label="uniform attention")
-    axis.set(xlabel="self-attention", xticks=layers, ylim=(0, 1))
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 def draw_analysis(
     path: str | Path | IO[bytes],
-    bands: Sequence[Sequence[float]],
-    uniform: Sequence[float],
+    shares: Mapping[str, tuple[Sequence[Sequence[float]], Sequence[float]]],
     variances: Mapping[str, Sequence[float]],
     alignment: Sequence[Sequence[float]],
 ) -> None:
     """Draw what `dg.analyze` found: locality and variance by depth, and the alignment of blocks where it is known.
 
     Args:
-        bands: share of attention mass in the band, of each attention's heads.
-        uniform: these shares if attention were uniform, one each.
+        shares: by what they are of, shares of attention mass of each attention's heads, and one for each attention if
+            it were uniform.
         variances: of outputs in forward order, by kind of part.
         alignment: CKA of all pairs of blocks.
     """
-    panels = bool(bands) + bool(variances) + bool(alignment)
-    figure = new_figure("Drawing an analysis", 4.5 * max(1, panels), 3.4)
-    axes = iter(figure.subplots(1, max(1, panels), squeeze=False)[0])
-    if bands:
-        _draw_bands(next(axes), bands, uniform)
+    panels = max(1, len(shares) + bool(variances) + bool(alignment))
+    figure = new_figure("Drawing an analysis", 4.2 * panels, 3.4)
+    axes = iter(figure.subplots(1, panels, squeeze=False)[0])
+    for (title, (heads, uniform)), colour in zip(shares.items(), (BLUE, ORANGE), strict=False):
+        _draw_shares(next(axes), title, heads, uniform, colour)
     if variances:
         axis = next(axes)
         for (kind, values), colour in zip(variances.items(), (BLUE, ORANGE, GREEN, BLACK), strict=False):
@@ -95,15 +68,18 @@ def draw_analysis(
     figure.savefig(path, dpi=150)
 
 
-def _draw_bands(axis: Axes, bands: Sequence[Sequence[float]], uniform: Sequence[float]) -> None:
+def _draw_shares(
+    axis: Axes, title: str, shares: Sequence[Sequence[float]], uniform: Sequence[float], colour: str
+) -> None:
     """Draw a bar for each attention, a dot for each of its heads, a dash where uniform attention would be."""
-    places = list(range(len(bands)))
-    axis.bar(places, [sum(heads) / len(heads) for heads in bands], color=BLUE, alpha=0.75, label="attention")
-    for place, heads in enumerate(bands):
+    places = list(range(len(shares)))
+    axis.bar(places, [sum(heads) / len(heads) for heads in shares], color=colour, alpha=0.6, label="attention")
+    for place, heads in enumerate(shares):
         axis.plot([place] * len(heads), heads, ".", color=BLACK, markersize=4, label="head" if place == 0 else None)
-    axis.plot(places, uniform, "_", color=GREY, markersize=12, label="uniform attention")
-    axis.set(title="attention mass in the band", xlabel="attention", ylim=(0, 1))
-    axis.legend(frameon=False, fontsize=8)
+    axis.plot(places, uniform, "_", color=BLACK, markersize=12, label="uniform attention")
+    # Room for the legend above what is never more than 1.
+    axis.set(title=title, xlabel="attention", ylabel="share of attention mass", ylim=(0, 1.2))
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -19,11 +19,10 @@ from diffusers import DiTTransformer2DModel
 from .. import testbed
 from ..core.tables import Table
 from ..errors import GraftError
+from ..evaluation.analyze import analyze
 from ..evaluation.benchmark import ORIGINAL, Timing, compare
 from ..evaluation.cost import count_flops, count_parameters
 from ..evaluation.costs import Benchmark
-from ..evaluation.locality import locality
-from ..evaluation.plots import draw_locality
 from ..evaluation.scores import Scores
 from ..injection.graft import Graft, build_graft
 from ..injection.install import install, uninstall
@@ -151,7 +150,7 @@ def quickstart(
     Args:
         operator: operator for the chosen sites, by name or as a config.
         sites: a rule key, such as `self_attention[1::2]`.
-        output: folder for the graft, its card, `samples.png`, `locality.png` and `report.html`.
+        output: folder for the graft, its card, `samples.png`, `locality.png`, `report.html` and what that reads.
         budget: steps and samples.
         seed: of data, noise and random starts.
         say: receives each line of the report.
@@ -198,9 +197,12 @@ def quickstart(
 
 
 def _show_locality(model: DiTTransformer2DModel, output: Path, say: Callable[[str], None]) -> None:
-    rows = locality(model, list(testbed.letter_batches(64, 1, steps=4)), noise_scheduler=scheduler(), band=8, kernel=3)
-    draw_locality(output / "locality.png", rows, band=8, kernel=3)
-    shares = "  ".join(f"{row.neighborhood.mean().item():.2f}" for row in rows)
+    letters = testbed.letter_batches(64, 1, steps=4)
+    analysis = analyze(model, letters, noise_scheduler=scheduler(), band=8, kernel=3, progress=False)
+    analysis.save(output / "analysis.json")
+    analysis.draw(output / "locality.png")
+    rows = analysis.localities
+    shares = "  ".join(f"{analysis.mean(row.neighborhood):.2f}" for row in rows)
     say(f"Attention within 3 x 3 tokens, layer by layer: {shares}  (uniform: {rows[0].uniform_neighborhood:.2f})")
 
 

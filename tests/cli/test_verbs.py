@@ -70,7 +70,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
     def interrupt(*arguments, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(qs, "locality", interrupt)
+    monkeypatch.setattr(qs, "analyze", interrupt)
     assert main(["quickstart", "--output", str(tmp_path)]) == 130
     assert "interrupted" in capsys.readouterr().err
 

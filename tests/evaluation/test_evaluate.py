@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 import diffusers_graft as dg
 from diffusers_graft.errors import TrainingError
-from diffusers_graft.evaluation.locality import locality
 
 from ..models import SCHEDULER, batches, tiny_dit
 
@@ -48,7 +47,7 @@ def test_the_denoising_loss_is_the_mean_over_samples():
     assert "noise_scheduler" not in scores.protocol
 
 
-@pytest.mark.parametrize("measure", [dg.evaluate, locality])
+@pytest.mark.parametrize("measure", [dg.evaluate, dg.analyze])
 def test_labels_are_not_dropped_while_a_model_is_measured(measure):
     model, (batch,), seen = tiny_dit(), batches(1, size=64), {}
     model.register_forward_pre_hook(lambda model, args, kwargs: seen.update(kwargs), with_kwargs=True)

@@ -34,11 +34,12 @@ def test_the_quick_start_at_tiny_size(tmp_path):
         "samples.png",
         "locality.png",
         "training.jsonl",
+        "analysis.json",
         "benchmark.json",
         "report.html",
     }
     sections = re.findall('<section id="(.*?)"', (tmp_path / "report.html").read_text())
-    assert sections == ["edits", "samples", "quality", "cost", "training", "protocol"]
+    assert sections == ["edits", "samples", "quality", "cost", "training", "analysis", "protocol"]
     report = "\n".join(lines)
     for words in (
         "random start",
