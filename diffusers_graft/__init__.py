@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .search.survey import survey
     from .serialization.model_card import card
     from .serialization.paper_checkpoints import import_upstream
+    from .serialization.sparse_checkpoints import import_sparse
     from .trainer import GraftTrainer, GraftTrainingArguments
     from .training.distill.config import ClosedFormConfig, DistillConfig
     from .training.distill.distill import distill
@@ -66,6 +67,7 @@ _LATER = {
     "evaluate": "evaluation.evaluate",
     "finetune": "training.finetune.finetune",
     "hub": "hub",
+    "import_sparse": "serialization.sparse_checkpoints",
     "import_upstream": "serialization.paper_checkpoints",
     "metrics": "evaluation.metrics",
     "report": "reporting.report",
@@ -106,6 +108,7 @@ __all__ = [
     "find_sites",
     "finetune",
     "hub",
+    "import_sparse",
     "import_upstream",
     "interleaved",
     "load_pretrained",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -23,7 +24,10 @@ from .load_model import load_pretrained
 from .remote_code.pack import CODE
 from .remote_code.unpack import FETCHING, loading_arguments
 from .save_model import forget_description, is_described, require_no_variants, save_grafted, save_plain
+from .sparse_checkpoints import GATE, holds_gates
 from .upload import download_config, push_model
+
+logger = logging.getLogger(__name__)
 
 _PUSHING = ("private", "token", "commit_message", "create_pr")
 # model_index.json names this library, since stock diffusers would read grafts as if they were none.
@@ -162,8 +166,12 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         source = pretrained_model_name_or_path
         if not _is_grafted(cls, source, kwargs):
-            loaded = original(cls, source, **kwargs)
+            loaded, misfits = original(cls, source, **{**kwargs, "output_loading_info": True})
+            if holds_gates(misfits.get("unexpected_keys") or ()):
+                _warn_of_gates(str(source))
             _note_source(loaded, source, kwargs.get("subfolder"))
+            if kwargs.get("output_loading_info"):
+                return loaded, misfits
             return loaded
         model = load_pretrained(source, **loading_arguments(kwargs))
         if kwargs.get("output_loading_info"):
@@ -173,17 +181,24 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_pretrained
 
 
+def _warn_of_gates(source: str) -> None:
+    """Say what diffusers leaves out of a checkpoint with Video Sparse Attention."""
+    logger.warning(
+        "The attention of %s has layers that diffusers drops (%s, of Video Sparse Attention): this model runs without "
+        "them. Load it with dg.import_sparse, which keeps them.",
+        source,
+        GATE,
+    )
+
+
 def _note_source(loaded: Any, source: Any, subfolder: Any) -> None:
     """Note on a model where it was loaded from: its configuration holds a path that may be relative, no subfolder."""
     if not isinstance(source, str | os.PathLike):
         return
-    model = loaded
-    if isinstance(loaded, tuple):  # with output_loading_info
-        model = loaded[0]
     folder = None
     if os.path.isdir(source):
         folder = os.path.abspath(source)
-    vars(model)[LOADED_FROM] = LoadedFrom(str(source), folder, subfolder or None)
+    vars(loaded)[LOADED_FROM] = LoadedFrom(str(source), folder, subfolder or None)
 
 
 def _is_grafted(cls: Any, source: Any, kwargs: dict[str, Any]) -> bool:

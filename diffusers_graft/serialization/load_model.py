@@ -151,7 +151,7 @@ def config_digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
-def _model_class(config: dict[str, Any], folder: Path) -> Any:
+def model_class(config: dict[str, Any], folder: Path) -> Any:
     """Return the class of diffusers that a configuration names, a model."""
     name = config.get("_class_name")
     cls = None
@@ -170,7 +170,7 @@ def _checked_plan(
 ) -> GraftPlan:
     """Read the plan of a model, and compare the model and its operators with the tensors before they are built."""
     # On the meta device: a few bytes of config.json may ask for any size.
-    cls = _model_class(config, folder)
+    cls = model_class(config, folder)
     with building_within(Budget.of(tensors), f"The model of {folder / 'config.json'}"):
         model = cls.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]  # a ConfigMixin too
     plan = read_plan(description["plan"], model)
@@ -192,7 +192,7 @@ def _checked_plan(
 def _build(config: dict[str, Any], plan: GraftPlan, folder: Path) -> tuple[Any, Graft]:
     """Build a model and its graft without values. Raises `FileError` where the configuration is of none."""
     try:
-        cls = _model_class(config, folder)
+        cls = model_class(config, folder)
         model = cls.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]  # a ConfigMixin too
         plan.check(model)
         graft = build_empty_graft(model, plan)
