@@ -13,7 +13,7 @@ from ..evaluation.costs import ORIGINAL, PARTS, Benchmark
 from ..evaluation.protocol import group_by_protocol, protocol_differences
 from ..search.planner import MEASURES, Survey
 from ..training.metrics_log import METRICS_LOG
-from .charts import draw_bars, draw_front, draw_losses, draw_ratios, draw_site_errors
+from .charts import Lines, draw_bars, draw_front, draw_losses, draw_ratios, draw_site_errors
 from .run_folder import ANALYSIS, BENCHMARK, GRAFT, SCORES, SURVEY, RunFolder, explained
 
 # Of the measures that a run may have, the one that people quote first.
@@ -27,8 +27,10 @@ def describe_training(run: RunFolder) -> dict[str, Any] | None:
         stage_one = [row for row in run.metrics if row["stage"] == "one" and row.get("sites")]
         stage_two = [row for row in run.metrics if row["stage"] == "two" and "loss" in row]
         charts = {}
+        held_out: Lines = {}
         if stage_one:
-            charts["sites"] = draw_site_errors(_by_site(stage_one), _held_out_by_site(stage_one))
+            held_out = _held_out_by_site(stage_one)
+            charts["sites"] = draw_site_errors(_by_site(stage_one), held_out)
         if stage_two:
             losses = [(row["step"], row["loss"]) for row in stage_two]
             charts["losses"] = draw_losses(losses, _distinct(row.get("held_out") for row in stage_two))
@@ -37,7 +39,13 @@ def describe_training(run: RunFolder) -> dict[str, Any] | None:
     if not charts and not sites:
         return None
     has_held_out = any("held_out" in row for row in stage_two)
-    return {**charts, "errors": sites, "has_held_out": has_held_out, "costs": _costs(run)}
+    return {
+        **charts,
+        "errors": sites,
+        "has_held_out": has_held_out,
+        "has_held_out_sites": any(held_out.values()),
+        "costs": _costs(run),
+    }
 
 
 def _by_site(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
