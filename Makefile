@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 LOWEST := $(VENV)-lowest
 
-.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate docs bench bench-loading bench-operators bench-ordering bench-noise bench-depth bench-pixart bench-planner bench-training testbed testbed-scenes fuzz lint clean
+.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate docs bench bench-loading bench-operators bench-ordering bench-noise bench-depth bench-pixart bench-planner bench-training testbed testbed-scenes fuzz release lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -96,6 +96,9 @@ testbed-scenes: $(READY) ## Train the text-to-image testbed from scratch (twelve
 docs: $(READY) ## The documentation site, into site/
 	@$(BIN)/python -c 'import mkdocs, mkdocstrings' 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -d site
+
+release: ## Build, check the metadata, install the wheel in a clean environment, and run the quick start there
+	PYTHON=$(PYTHON) .ci/release.sh
 
 lint: $(READY) ## Format, style, spelling and types; the same tools as pre-commit
 	$(BIN)/ruff format --check .
