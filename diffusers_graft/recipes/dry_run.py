@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.tables import Table
@@ -332,7 +331,7 @@ def _gathered(model: ModelMixin, devices: int) -> int:
 
 def _measure(make: Callable[[], Callable[[], None]]) -> tuple[int, int]:
     """Return the peak of bytes of two steps, whose second has the optimizer's state beside it, and FLOPs of one."""
-    with PeakMemory() as memory, _MetaAttention():
+    with PeakMemory() as memory, _fused_attention():
         step = make()
         step()
         step()
@@ -342,14 +341,22 @@ def _measure(make: Callable[[], Callable[[], None]]) -> tuple[int, int]:
     return memory.peak, counter.get_total_flops()
 
 
-class _MetaAttention(TorchFunctionMode):
-    """Softmax attention that takes the memory of the fused kernels; on the meta device torch would spell it out."""
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Give softmax attention the memory of the fused kernels inside; on the meta device torch would spell it out.
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            query, key, value = args[:3]
-            return _FusedAttention.apply(query, key, value)
-        return func(*args, **(kwargs or {}))
+    Set by name, since a mode of torch's would not reach blocks that are recomputed in the backward.
+    """
+    before = F.scaled_dot_product_attention
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **settings: Any) -> torch.Tensor:
+        return _FusedAttention.apply(query, key, value)
+
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
 from ..core.storage import finish_save, is_plain_name
 from ..errors import FileError, UnknownNameError
@@ -114,3 +114,18 @@ def _home(folder: Path) -> Path:
         if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
             return parent.parent
     return folder
+
+
+def list_repository(repo_id: str, revision: str | None = None) -> dict[str, int]:
+    """Return the files of a Hub repository with their bytes, without those that are in the cache already.
+
+    Raises `FileError` where the Hub cannot be reached, or has no such repository.
+    """
+    with explain_hub_errors(repo_id, revision):
+        found = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+    sizes = {one.rfilename: one.size or 0 for one in found.siblings or ()}
+    return {
+        name: size
+        for name, size in sizes.items()
+        if not isinstance(try_to_load_from_cache(repo_id, name, revision=found.sha), str)
+    }

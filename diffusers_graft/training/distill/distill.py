@@ -85,8 +85,8 @@ def distill(
     noising = Noising.from_config(config, noise_scheduler, null_prompt)
     stream = BatchStream(batches)
     sites = _choose_sites(graft, config)
-    losses = _by_site(graft, config.loss, "auto")
-    lr_scales = _by_site(graft, config.lr_scale, 1.0)
+    losses = by_site(graft, config.loss, "auto")
+    lr_scales = by_site(graft, config.lr_scale, 1.0)
     evaluated = None if held_out is None else read_first(held_out, config.held_out_batches)
     noising.require_usable(model, stream.peek(), *(evaluated or ()))
     session = Session(
@@ -166,7 +166,7 @@ def _choose_sites(graft: Graft, config: DistillConfig) -> list[Site]:
     return chosen
 
 
-def _by_site(graft: Graft, setting: Any, default: Any) -> dict[str, Any]:
+def by_site(graft: Graft, setting: Any, default: Any) -> dict[str, Any]:
     """Return a setting for every path: the same for all, or by rule key, where later keys win."""
     paths = [edit.site.path for edit in graft.plan.edits]
     if not isinstance(setting, Mapping):

@@ -100,7 +100,7 @@ def finetune(
     )
     losses: list[float] = []
     with (
-        _prepared(model, graft, config, losses, bool(resume)),
+        prepared(model, graft, config, losses, bool(resume)),
         shard(model, graft.sites, trained=True, precision=config.precision) as student,
     ):
         uses_teacher = config.distill_output or config.distill_features
@@ -136,7 +136,7 @@ def _require_trainable(model: ModelMixin, config: FinetuneConfig) -> Graft:
 
 
 @contextmanager
-def _prepared(
+def prepared(
     model: ModelMixin, graft: Graft, config: FinetuneConfig, losses: list[float], resume: bool
 ) -> Iterator[None]:
     """Give gradients to the parameters to train, and to no others, inside; flags and modes are put back afterwards.
