@@ -64,7 +64,7 @@ def _add_whole_ways(verbs: Any) -> None:
         "run a recipe: plan, both stages, scores, report, sharing; goes on where it stopped",
         f"diffusers-graft train recipe.yaml --finetune.steps 500\n\n{_RECIPE}",
     )
-    _add_recipe(train)
+    _add_recipe(train, stages=True)
     train.add_argument("--keys", action="store_true", help="list every key of a recipe, and do nothing else")
     quickstart = _add(
         verbs,
@@ -88,7 +88,14 @@ def _add_recipe_verbs(verbs: Any) -> None:
         "benchmark": "measure time and memory of a recipe's graft, trained first where it is not",
     }
     for name, words in stages.items():
-        _add_recipe(_add(verbs, name, words, f"diffusers-graft {name} recipe.yaml"))
+        _add_recipe(_add(verbs, name, words, f"diffusers-graft {name} recipe.yaml"), stages=True)
+    analyze = _add(
+        verbs,
+        "analyze",
+        "measure locality, activations and redundancy of a recipe's model, for the choice of sites",
+        "diffusers-graft analyze recipe.yaml",
+    )
+    _add_recipe(analyze)
     search = _add(
         verbs,
         "search",
@@ -100,9 +107,16 @@ def _add_recipe_verbs(verbs: Any) -> None:
     search.add_argument("--save", type=Path, help="file for the plan; plan.json in the output of a recipe as well")
 
 
-def _add_recipe(verb: argparse.ArgumentParser) -> None:
+def _add_recipe(verb: argparse.ArgumentParser, *, stages: bool = False) -> None:
     verb.add_argument("recipe", nargs="?", type=Path, help="YAML file; options after it set its keys")
     _add_json(verb)
+    if stages:
+        verb.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print sites, plan, parameters, FLOPs, memory, disk and downloads, and do nothing else",
+        )
+        verb.add_argument("--devices", type=int, default=1, help="of the dry run, which divides weights among them")
 
 
 def _add_json(verb: argparse.ArgumentParser) -> None:
@@ -135,6 +149,8 @@ def _add_model(verb: argparse.ArgumentParser, **settings: Any) -> None:
 
 
 def _add_sharing_verbs(verbs: Any) -> None:
+    report = _add(verbs, "report", "write report.html of a run's folder", "diffusers-graft report graft")
+    report.add_argument("folder", type=Path, help="output folder of a run")
     card = _add(verbs, "card", "print the card of a saved graft", "diffusers-graft card graft")
     card.add_argument("folder", type=Path, help="of a saved graft")
     push = _add(
@@ -183,10 +199,21 @@ def _add_operator_verbs(verbs: Any) -> None:
         verbs,
         "new-operator",
         "write the skeleton of an operator, which passes check",
-        "diffusers-graft new-operator roll",
+        "diffusers-graft new-operator token_roll",
     )
     new.add_argument("name", help="of the operator, and of its file")
     new.add_argument("--kind", choices=("mixer", "feed_forward"), default="mixer", help="what it replaces")
+    reproduce = _add(
+        verbs,
+        "reproduce",
+        "run the paper's tables at the scale of the letters, row by row",
+        "diffusers-graft reproduce --tables self_graft layers",
+    )
+    reproduce.add_argument("--tables", nargs="+", help="some of the tables; all unless given")
+    reproduce.add_argument("--seeds", type=int, default=1, help="runs of each row")
+    reproduce.add_argument(
+        "--output", type=Path, default=Path("reproduce"), help="folder; rows there are not run again"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -57,6 +57,7 @@ def write_card(
         picture=_picture_in(folder),
         curves=draw_curves(destination, folder, graft.history),
         training_folder=folder,
+        made_with=_recipe_in(folder),
     )
     text = add_note(fresh)
     if present is not None:
@@ -67,6 +68,12 @@ def write_card(
 def _picture_in(folder: Path) -> str | None:
     """Return the file name of the sample pictures in a folder, None without any."""
     return _PICTURE if (folder / _PICTURE).exists() else None
+
+
+def _recipe_in(folder: Path) -> str | None:
+    """Return the recipe of the run that wrote to a folder, None without one."""
+    path = folder / "recipe.yaml"
+    return read_text(path) if path.exists() else None
 
 
 def _read_present(path: Path) -> str | None:
@@ -89,6 +96,7 @@ def render_card(
     picture: str | None = None,
     curves: str | None = None,
     training_folder: str | Path | None = None,
+    made_with: str | None = None,
 ) -> str:
     """Return the card as text, without the note by which later edits of a person are found.
 
@@ -98,6 +106,7 @@ def render_card(
         is_full_model: the card is of a full model, not of a graft for a base.
         picture, curves: file names of sample pictures and of training curves beside the card.
         training_folder: folder of a training run, whose `training.jsonl` adds to the graft's history.
+        made_with: the recipe of the run, as YAML.
     """
     about = config.get("about") or {}
     imported = config.get("imported")
@@ -134,6 +143,7 @@ def render_card(
         curves=curves,
         datasets=about.get("datasets") or [],
         recipe=recipe(graft, is_full_model=is_full_model),
+        made_with=made_with,
         papers=papers,
         citations=[citation(paper) for paper in papers if _GRAFTING_PAPER not in paper],
         picture=picture,

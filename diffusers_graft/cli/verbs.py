@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from ..inspection import find_sites
 from ..operators import available, get, parse_operator
 from ..operators.conformance.case import ConformanceError
 from ..operators.conformance.suite import check_operator
+from ..recipes.dry_run import estimate
 from ..recipes.operator_files import load_operator, write_skeleton
 from ..recipes.reading import list_keys, load_recipe
-from ..recipes.run import BENCHMARK, PLAN, SCORES, resolve_plan, run_recipe
+from ..recipes.reproduce import reproduce as run_tables
+from ..recipes.run import ANALYSIS, BENCHMARK, PLAN, SCORES, SURVEY, analyze_recipe, resolve_plan, run_recipe
 from ..recipes.schema import Recipe
 from ..recipes.sources import load_model
+from ..reporting.report import report as write_report
 from ..search.planner import Survey
 from ..serialization.paper_checkpoints import import_upstream
 from ..serialization.pull import pull_graft
@@ -116,8 +120,15 @@ def _read_recipe(arguments: Arguments) -> Recipe:
 
 
 def _run_recipe(arguments: Arguments, last: str, result: str = SCORES) -> None:
-    """Run a recipe up to a stage; as JSON, print the file of its result."""
+    """Run a recipe up to a stage, or print what that will take; as JSON, print the file of its result."""
     recipe = _read_recipe(arguments)
+    if arguments.dry_run:
+        costs = estimate(recipe, devices=arguments.devices)
+        if arguments.json:
+            _say_json(asdict(costs))
+        else:
+            say(str(costs))
+        return
     tell = (lambda text: None) if arguments.json else say
     folder = run_recipe(recipe, last=last, say=tell)
     if arguments.json:
@@ -137,7 +148,7 @@ def search(arguments: Arguments) -> None:
             )
         folder = run_recipe(recipe, last="plan", say=lambda text: None)
         plan = resolve_plan(load_model(recipe.model.name), str(folder / PLAN))
-        found = Survey.load(folder / "survey.json")
+        found = Survey.load(folder / SURVEY)
     if arguments.save is not None:
         plan.save(arguments.save)
     predicted = found.predicted(plan)
@@ -236,8 +247,29 @@ def new_operator(arguments: Arguments) -> None:
     say(f"{path} is an operator that passes its checks: diffusers-graft check {path}")
 
 
+def reproduce(arguments: Arguments) -> None:
+    """Run the paper's tables at the scale of the letters."""
+    run_tables(arguments.output, tables=arguments.tables, seeds=arguments.seeds, say=say)
+
+
+def analyze(arguments: Arguments) -> None:
+    """Measure a recipe's model for the choice of sites."""
+    recipe = _read_recipe(arguments)
+    analysis = analyze_recipe(recipe)
+    if arguments.json:
+        _say_json(read_json(Path(recipe.output) / ANALYSIS))
+    else:
+        say(str(analysis))
+
+
+def report(arguments: Arguments) -> None:
+    """Write the report of a run's folder."""
+    say(str(write_report(arguments.folder)))
+
+
 # By the name on the command line, where `import` and a hyphen may stand.
 VERBS: dict[str, Callable[[Arguments], None]] = {
+    "analyze": analyze,
     "benchmark": benchmark,
     "card": card,
     "check": check,
@@ -251,6 +283,8 @@ VERBS: dict[str, Callable[[Arguments], None]] = {
     "pull": pull,
     "push": push,
     "quickstart": quickstart,
+    "report": report,
+    "reproduce": reproduce,
     "search": search,
     "sites": sites,
     "train": train,

@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import Subset, default_collate
 
 from .. import data
-from ..core.storage import read_text
 from ..errors import FileError, GraftError, TrainingError
 from ..training.batches import Batch, Collate, is_map_style
 from .schema import DataSettings, Recipe, SampleSettings, SyntheticData
@@ -66,22 +65,13 @@ def list_conditions(settings: SyntheticData | SampleSettings, where: str) -> tup
     if settings.labels is not None:
         conditions: tuple[Any, ...] = settings.labels
     elif isinstance(settings.prompts, str):
-        conditions = tuple(read_prompts(settings.prompts))
+        conditions = tuple(data.read_prompts(settings.prompts))
     else:
         assert settings.prompts is not None
         conditions = settings.prompts
     if not conditions:
         raise GraftError(f"{where} lists nothing to draw: give one prompt or label, or more.")
     return conditions
-
-
-def read_prompts(path: str) -> list[str]:
-    """Return the lines of a file that are not empty. Raises `FileError` where there are none."""
-    lines = [line.strip() for line in read_text(path).splitlines()]
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise FileError(f"{path} holds no prompts: write one a line.")
-    return prompts
 
 
 def require_data(recipe: Recipe) -> None:

@@ -346,7 +346,8 @@ def _compare(measured: Sequence[tuple[Row, dict[str, float]]]) -> str:
         if (row.fid < other.fid) != (distance < other_distance):
             better, worse = (row, other) if distance < other_distance else (other, row)
             differing.append(f"{better.name} before {worse.name}")
-    words = f"By Frechet distance, {len(pairs) - len(differing)} of {len(pairs)} pairs of rows are ordered as in the paper."
+    agreeing = len(pairs) - len(differing)
+    words = f"By Frechet distance, {agreeing} of {len(pairs)} pairs of rows are ordered as in the paper."
     if differing:
         words += f" Here, and not in the paper: {'; '.join(differing)}."
     return words

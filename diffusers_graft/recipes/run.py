@@ -12,12 +12,16 @@ from typing import Any
 from diffusers import ModelMixin
 from filelock import FileLock, Timeout
 
-from ..core.storage import read_json, write_json
-from ..errors import FileError, StateError, UnknownNameError
+from ..errors import FileError, StateError, TrainingError, UnknownNameError
+from ..evaluation.analysis import Analysis
+from ..evaluation.analyze import analyze
 from ..evaluation.benchmark import benchmark
-from ..evaluation.evaluate import Scores, evaluate
+from ..evaluation.evaluate import evaluate
+from ..evaluation.scores import Scores, load_scores
 from ..injection.install import uninstall
 from ..planning.plan import GraftPlan, plan_graft
+from ..reporting.report import try_report
+from ..samples import SampleConfig, Samples
 from ..search.planner import Survey
 from ..search.survey import survey
 from ..serialization.upload import push_graft
@@ -25,7 +29,7 @@ from ..testbed.sampling import SampleQuality
 from ..testbed.scenes import SceneScore
 from ..trainer import GraftTrainer, GraftTrainingArguments
 from ..training.distributed import is_main_process, wait_for_all
-from .data import Data, make_data, require_data
+from .data import Data, list_conditions, make_data, require_data
 from .reading import RECIPE, load_recipe, save_recipe
 from .schema import Recipe
 from .sources import Source, load_source, require_dtype
@@ -34,6 +38,7 @@ PLAN = "plan.json"
 SCORES = "scores.json"
 BENCHMARK = "benchmark.json"
 SURVEY = "survey.json"
+ANALYSIS = "analysis.json"
 _LOCK = ".lock"
 
 STAGES = ("plan", "distill", "finetune", "evaluate", "benchmark", "report", "share")
@@ -95,9 +100,26 @@ def run_recipe(recipe: Recipe, *, last: str = "share", say: Say = lambda text: N
             _train(run, wanted)
         if "benchmark" in wanted and recipe.benchmark is not None:
             _benchmark(run)
+        if "report" in wanted and recipe.report and is_main_process():
+            try_report(run.folder)
         if "share" in wanted and recipe.share is not None:
             _share(run)
     return run.folder
+
+
+def analyze_recipe(recipe: Recipe) -> Analysis:
+    """Measure locality, activations and redundancy of a recipe's model on its held-out data, into `analysis.json`.
+
+    Raises what `run_recipe` does before it trains, and what `dg.analyze` does.
+    """
+    require_ready(recipe)
+    folder = Path(recipe.output)
+    with _claim_folder(folder):
+        source = load_source(recipe.model)
+        data = make_data(recipe, source)
+        analysis = analyze(source.model, data.held_out, noise_scheduler=source.noise_scheduler, seed=recipe.seed)
+        analysis.save(folder / ANALYSIS)
+    return analysis
 
 
 def require_ready(recipe: Recipe) -> None:
@@ -187,8 +209,29 @@ def _start(recipe: Recipe, say: Say) -> Run:
         noise_scheduler=source.noise_scheduler,
         null_prompt=data.null_prompt,
         data_collator=data.collate,
+        previews=_make_previews(recipe, source),
     )
-    return Run(recipe, source, data, trainer, _read_scores(folder), say)
+    scores = load_scores(folder / SCORES) if (folder / SCORES).exists() else {}
+    return Run(recipe, source, data, trainer, scores, say)
+
+
+def _make_previews(recipe: Recipe, source: Source) -> list[Samples]:
+    """Return what draws samples on the way, where a recipe asks for it."""
+    settings = recipe.samples
+    if settings is None:
+        return []
+    if source.draw is None:
+        raise TrainingError(
+            f"{recipe.model.name} is a transformer alone, and samples are drawn by its pipeline: name that as the "
+            "model, or leave samples out."
+        )
+    config = SampleConfig(
+        conditions=list_conditions(settings, "samples"),
+        every=settings.every,
+        seed=settings.seed,
+        arguments=settings.arguments,
+    )
+    return [Samples(source.draw, config, recipe.output)]
 
 
 def resolve_plan(model: ModelMixin, plan: Mapping[str, Any] | str) -> GraftPlan:
@@ -280,16 +323,9 @@ def _measure(run: Run, name: str) -> None:
             seed=settings.seed,
         )
         if is_main_process():
-            write_json(run.folder / SCORES, {state: one.to_dict() for state, one in run.scores.items()})
+            run.scores[name].save(run.folder / SCORES, name)
         wait_for_all()
     run.say(f"{name}: {run.scores[name]}")
-
-
-def _read_scores(folder: Path) -> dict[str, Scores]:
-    if not (folder / SCORES).exists():
-        return {}
-    rows = read_json(folder / SCORES)
-    return {state: Scores(row["values"], row["protocol"]) for state, row in rows.items()}
 
 
 def _make_metrics(recipe: Recipe) -> list[Any]:
@@ -313,10 +349,9 @@ def _benchmark(run: Run) -> None:
     uninstall(run.source.model)
     rules = {"graft": {edit.site.address: edit.config for edit in plan.edits}}
     sizes = settings.sizes or (int(run.source.model.config.sample_size),)
-    rows = benchmark(run.source.model, rules, sizes, rounds=settings.rounds)
-    rows.save(run.folder / BENCHMARK)
-    for row in rows:
-        run.say(f"{row['name']} at {row['tokens']} tokens: {row['milliseconds']:.1f} ms, ratio {row['ratio']:.2f}")
+    measured = benchmark(run.source.model, rules, sizes, rounds=settings.rounds)
+    measured.save(run.folder / BENCHMARK)
+    run.say(f"\n{measured}")
 
 
 def _share(run: Run) -> None:

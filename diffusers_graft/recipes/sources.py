@@ -28,8 +28,6 @@ _INDEX = "model_index.json"
 # Enough to know a model's shapes, and none of its weights.
 CONFIGS = [_INDEX, "config.json", "*/config.json", f"*/{SCHEDULER_CONFIG_NAME}"]
 
-Conditions = Sequence[str] | Sequence[int]
-
 
 @dataclass
 class Source:
@@ -42,7 +40,8 @@ class Source:
         null_prompt: conditioning of no prompt, from arguments of the pipeline's call.
         batches: endless data of a testbed, from a batch size and a seed.
         held_out: data of a testbed that is evaluated on, from a number of samples and a batch size.
-        draw: pictures [B, C, H, W] in [-1, 1] for conditions under a seed, with arguments of the sampler.
+        draw: the pipeline, or pictures [B, C, H, W] in [-1, 1] for conditions under a seed, with arguments of the
+            sampler; None of a transformer alone.
     """
 
     model: ModelMixin
@@ -51,7 +50,7 @@ class Source:
     null_prompt: Callable[..., Mapping[str, torch.Tensor] | None] = lambda **arguments: None
     batches: Callable[[int, int], Iterator[Batch]] | None = None
     held_out: Callable[[int, int], list[Batch]] | None = None
-    draw: Callable[..., torch.Tensor] | None = None
+    draw: DiffusionPipeline | Callable[..., torch.Tensor] | None = None
 
     def encoder(self, size: int | tuple[int, int], **columns: str | None) -> SampleEncoder:
         """Return the encoder of pictures and captions. Raises `TrainingError` for a transformer without pipeline."""
@@ -85,7 +84,7 @@ def load_source(settings: ModelSettings) -> Source:
             pipeline.scheduler,
             pipeline,
             null_prompt=functools.partial(_encode_no_prompt, pipeline),
-            draw=functools.partial(_draw_pictures, pipeline),
+            draw=pipeline,
         )
     else:
         model = _load(AutoModel, settings, {**arguments, "subfolder": settings.subfolder})
@@ -197,14 +196,6 @@ def _draw_letters(model: ModelMixin, labels: Sequence[int], seed: int, **argumen
 
 def _draw_scenes(pipeline: PixArtSigmaPipeline, prompts: list[str], seed: int, **arguments: Any) -> torch.Tensor:
     return testbed.scenes.draw_prompts(pipeline, prompts, seed=seed, progress=False, **arguments)
-
-
-def _draw_pictures(pipeline: Any, conditions: Conditions, seed: int, **arguments: Any) -> torch.Tensor:
-    name = "prompt" if isinstance(conditions[0], str) else "class_labels"
-    generator = torch.Generator().manual_seed(seed)
-    call = {name: list(conditions), "generator": generator, "output_type": "np", **arguments}
-    images = torch.from_numpy(pipeline(**call).images)
-    return images.permute(0, 3, 1, 2) * 2 - 1
 
 
 def _encode_no_prompt(pipeline: Any, **arguments: Any) -> dict[str, torch.Tensor] | None:
