@@ -69,6 +69,7 @@ def run(verb: Callable[[Arguments], None], arguments: Arguments, *, program: str
 
 
 def _one_line(error: Exception) -> str:
+    # Messages of other libraries, quoted in ours, may have several.
     return " ".join(str(error).split())
 
 
@@ -84,6 +85,7 @@ def quickstart(arguments: Arguments) -> None:
 
 def train(arguments: Arguments) -> None:
     """Run a recipe."""
+    # Types and defaults are those of the library, so they cannot be in the help, which imports nothing.
     if arguments.keys:
         say(Table(list(list_keys())).to_text(width=80))
         return
@@ -108,6 +110,7 @@ def evaluate(arguments: Arguments) -> None:
 def benchmark(arguments: Arguments) -> None:
     """Run a recipe up to its benchmark."""
     recipe = _read_recipe(arguments)
+    # Asked for by name, a benchmark runs also where the recipe has none.
     if recipe.benchmark is None:
         arguments.overrides = [*arguments.overrides, "--benchmark", "{}"]
     _run_recipe(arguments, "benchmark", BENCHMARK)
@@ -129,6 +132,7 @@ def _run_recipe(arguments: Arguments, last: str, result: str = SCORES) -> None:
         else:
             say(str(costs))
         return
+    # Programs read one JSON value and nothing beside it.
     tell = (lambda text: None) if arguments.json else say
     folder = run_recipe(recipe, last=last, say=tell)
     if arguments.json:
@@ -137,6 +141,7 @@ def _run_recipe(arguments: Arguments, last: str, result: str = SCORES) -> None:
 
 def search(arguments: Arguments) -> None:
     """Survey and solve, or solve a saved survey for another budget."""
+    # A saved survey is solved anew in a moment, and needs no model.
     if arguments.recipe is not None and arguments.recipe.suffix == ".json":
         found = Survey.load(arguments.recipe)
         plan = found.plan(**_read_budget(arguments.overrides))

@@ -62,6 +62,7 @@ def list_conditions(settings: SyntheticData | SampleSettings, where: str) -> tup
     """
     if (settings.prompts is None) == (settings.labels is None):
         raise GraftError(f"{where} needs {where}.prompts or {where}.labels, and not both.")
+    # A file of prompts is read now, so that an empty one is told before a model is loaded.
     if settings.labels is not None:
         conditions: tuple[Any, ...] = settings.labels
     elif isinstance(settings.prompts, str):
@@ -78,6 +79,7 @@ def require_data(recipe: Recipe) -> None:
     """Raise an error for data that cannot be there, before anything is loaded."""
     settings = recipe.data
     is_testbed = recipe.model.name.startswith("testbed:")
+    # A testbed draws its own; of other models nobody knows what they were trained on.
     if not settings.sources and not is_testbed:
         raise GraftError(
             f"{recipe.model.name} has no data of its own: name them as data.synthetic, data.folder, data.dataset, "
@@ -101,6 +103,7 @@ def make_data(recipe: Recipe, source: Source) -> Data:
     arguments: Mapping[str, Any] = {}
     if settings.synthetic is not None:
         arguments = settings.synthetic.arguments
+    # Of the same length as the prompts, which the same arguments decide.
     null_prompt = source.null_prompt(**arguments)
     if not settings.sources:
         if source.held_out is None:
@@ -139,6 +142,7 @@ def _draw(settings: SyntheticData, recipe: Recipe, source: Source) -> data.Shard
             "the model, or another source of data."
         )
     conditions = list_conditions(settings, "data.synthetic")
+    # Beside the run, since a set that was begun is finished by the same recipe.
     folder = Path(recipe.output) / DATA
     return data.from_pipeline(
         source.pipeline, conditions, settings.samples, folder, seed=recipe.seed, **settings.arguments
@@ -148,6 +152,7 @@ def _draw(settings: SyntheticData, recipe: Recipe, source: Source) -> data.Shard
 def _split(dataset: Any, settings: DataSettings, collate: Collate | None) -> tuple[Any, list[Batch]]:
     """Set samples aside for evaluation: the last ones by index, or the first ones of a stream."""
     count = settings.held_out
+    # The end of a stream is not known, and its beginning is there first.
     if not is_map_style(dataset):
         train = dataset.skip(count)
         return train, _join(dataset.take(count), settings.batch_size, collate)

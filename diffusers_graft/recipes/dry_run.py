@@ -147,6 +147,7 @@ def estimate(recipe: Recipe, *, devices: int = 1) -> Costs:
     """
     if devices < 1:
         raise GraftError(f"A run has one device or more; got {devices}.")
+    # Files and folders are this machine's, and missing ones need no model to be told.
     require_data(recipe)
     found = read_architecture(recipe)
     model = found.model
@@ -190,6 +191,7 @@ def _choose_plan(recipe: Recipe, model: ModelMixin) -> tuple[GraftPlan, list[str
 def _cost_data(recipe: Recipe, found: Architecture, forward: int) -> StageCost:
     """Return what drawing a training set takes; other data are there already."""
     settings = recipe.data.synthetic
+    # Data that are there already cost no drawing.
     if settings is None:
         return StageCost("data")
     sample = sum(_size(value) for value in _tensors(found.make_inputs(1)))
@@ -323,6 +325,7 @@ def _gathered(model: ModelMixin, devices: int) -> int:
     """Return the bytes of the largest block, which FSDP gathers whole, with the next one; none on one device."""
     if devices == 1:
         return 0
+    # FSDP wraps the blocks of these lists one by one.
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     blocks = [_weight_bytes(block) for one in lists for block in one]
     return 2 * max(blocks, default=0)

@@ -97,6 +97,7 @@ def write_skeleton(name: str, kind: str, folder: Path) -> Path:
     path = folder / f"{name}.py"
     if path.exists():
         raise FileError(f"{path} is there already. Choose another name, or move it away.")
+    # The registry makes the name of a file of that of its class, and this the other way round.
     cls = "".join(part.capitalize() for part in name.split("_"))
     write_text(path, _SKELETONS[kind].format(name=name, cls=cls))
     return path
@@ -107,6 +108,7 @@ def load_operator(path: Path) -> type[Operator]:
 
     Raises `FileError` for one that is missing or does not run, and `OperatorError` unless it defines one operator.
     """
+    # Raises for a file that is missing, in words.
     read_text(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
@@ -117,6 +119,7 @@ def load_operator(path: Path) -> type[Operator]:
     # A stranger's file may raise anything.
     except Exception as error:
         raise FileError(f"{path} does not run: {type(error).__name__}: {error}") from error
+    # Operators that the file imports are not its own.
     found = [
         value
         for value in vars(module).values()

@@ -206,6 +206,7 @@ def reproduce(
     output.mkdir(parents=True, exist_ok=True)
     rows = [row for row in list_rows(testbed.load()) if tables is None or row.table in tables]
     results = _read(output / _ROWS)
+    # A training that several tables show runs once.
     wanted: list[Training] = []
     # Seed by seed, so that an interrupted run has complete tables of fewer seeds.
     for seed in range(seeds):
@@ -233,6 +234,7 @@ def _read(path: Path) -> dict[Training, dict[str, float]]:
         results = {Training(**row["training"]): row["scores"] for row in rows}
     except (ValueError, TypeError, KeyError) as error:
         raise FileError(f"{path} holds a line that is no row: {error}. Give another --output.") from error
+    # Rows are added behind the last complete one.
     if complete != text:
         write_text(path, complete)
     return results
@@ -240,6 +242,7 @@ def _read(path: Path) -> dict[Training, dict[str, float]]:
 
 def _run(training: Training, output: Path) -> dict[str, float]:
     """Train one graft, draw its letters, and measure it."""
+    # Anew for every run, since the one before left its graft.
     model = testbed.load()
     if training.rules:
         _graft(model, training)
@@ -253,6 +256,7 @@ def _run(training: Training, output: Path) -> dict[str, float]:
 def _graft(model: ModelMixin, training: Training) -> None:
     graft = build_graft(model, plan_graft(model, training.rules), seed=1000 * training.seed)
     settings: dict[str, Any] = {"progress": False, "seed": training.seed}
+    # Without letters a stage is left out, as in the rows of random starts.
     if training.one:
         config = DistillConfig(steps=STEPS[0], lr=LEARNING_RATES[0], loss=training.loss, **settings)
         distill(model, graft, LetterBatches(training.one, training.seed), config, noise_scheduler=scheduler())

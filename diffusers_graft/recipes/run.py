@@ -39,9 +39,11 @@ SCORES = "scores.json"
 BENCHMARK = "benchmark.json"
 SURVEY = "survey.json"
 ANALYSIS = "analysis.json"
+# Stays in the folder: deleting it would let two runs hold two files of one name.
 _LOCK = ".lock"
 
 STAGES = ("plan", "distill", "finetune", "evaluate", "benchmark", "report", "share")
+# Metrics of the testbeds judge their own pictures; the others need a pipeline.
 METRICS: dict[str, type] = {"sample_quality": SampleQuality, "scene_score": SceneScore}
 
 # Keys that may change from one start of a run to the next: what they decide comes after the training.
@@ -94,6 +96,7 @@ def run_recipe(recipe: Recipe, *, last: str = "share", say: Say = lambda text: N
         raise UnknownNameError("stage", last, STAGES)
     wanted = STAGES[: STAGES.index(last) + 1]
     require_ready(recipe)
+    # Before anything is loaded, since a second run would wait minutes to be refused.
     with _claim_folder(Path(recipe.output)):
         run = _start(recipe, say)
         if "distill" in wanted:
@@ -166,6 +169,7 @@ def _claim_folder(folder: Path) -> Iterator[None]:
 
     Raises `StateError` where another run has it, and `FileError` where it cannot be written.
     """
+    # The processes of one launch share a folder, and the first of them speaks for all.
     if not is_main_process():
         yield
         return
@@ -195,6 +199,7 @@ def _start(recipe: Recipe, say: Say) -> Run:
         save_recipe(recipe, folder)
     say(f"{type(source.model).__name__} of {recipe.model.name}")
     data = make_data(recipe, source)
+    # A search judges candidates on the data, so it comes after them.
     if plan is None:
         plan = _search(recipe, source, data, folder)
     if is_main_process():
@@ -236,6 +241,7 @@ def _make_previews(recipe: Recipe, source: Source) -> list[Samples]:
 
 def resolve_plan(model: ModelMixin, plan: Mapping[str, Any] | str) -> GraftPlan:
     """Return the plan of rules, of rules as text, or of a `plan.json`. Raises `MismatchError` for another model's."""
+    # Rules as text end in a bracket, or in the name of an operator.
     if not (isinstance(plan, str) and plan.endswith(".json")):
         return plan_graft(model, plan)
     loaded = GraftPlan.load(plan)
@@ -248,6 +254,7 @@ def _search(recipe: Recipe, source: Source, data: Data, folder: Path) -> GraftPl
     settings = recipe.search
     assert settings is not None
     path = folder / SURVEY
+    # Measured once, a survey gives the plan of every budget.
     if path.exists():
         return Survey.load(path).plan(**settings.budget)
     arguments: dict[str, Any] = {}
@@ -295,6 +302,7 @@ def _train(run: Run, wanted: tuple[str, ...]) -> None:
     trainer = run.trainer
     if is_measured:
         _measure(run, "original")
+    # Resuming a stage that has finished loads its result.
     trainer.distill(resume_from_checkpoint=True)
     # Parts without weights have no stage one.
     if is_measured and run.recipe.distill is not None:
@@ -346,6 +354,7 @@ def _benchmark(run: Run) -> None:
     if (run.folder / BENCHMARK).exists() or not is_main_process():
         return
     plan = run.trainer.plan
+    # A benchmark installs contenders in turns, the original among them.
     uninstall(run.source.model)
     rules = {"graft": {edit.site.address: edit.config for edit in plan.edits}}
     sizes = settings.sizes or (int(run.source.model.config.sample_size),)

@@ -10,6 +10,7 @@ from ..errors import GraftError
 from ..training.distill.config import DistillConfig
 from ..training.finetune.config import FinetuneConfig
 
+# Those that every device of training knows; eight bits are for what is not trained.
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -56,6 +57,7 @@ class SearchSettings:
     rounds: int = 7
 
     def __post_init__(self):
+        # Here, and not when the survey is solved, which comes after hours of measuring.
         if len(self.budget) != 1:
             raise GraftError(
                 f"A search has one budget, search.latency, search.flops or search.parameters; got {self.budget}."
@@ -156,6 +158,7 @@ class DataSettings:
     workers: int = 0
 
     def __post_init__(self):
+        # None is right for a testbed, which only the model's name tells.
         if len(self.sources) > 1:
             raise GraftError(f"Data have one source; got data.{' and data.'.join(self.sources)}. Leave one.")
         if min(self.batch_size, self.held_out, self.workers + 1) < 1:
@@ -263,6 +266,7 @@ class Recipe:
     output: str = "graft"
 
     def __post_init__(self):
+        # Neither has a default that would suit a model that nobody named.
         if (self.plan is None) == (self.search is None):
             raise GraftError(
                 "A recipe has a plan or a search: for example plan: {self_attention[50%]: hyena_x}; "

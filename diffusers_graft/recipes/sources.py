@@ -69,6 +69,7 @@ def load_source(settings: ModelSettings) -> Source:
     lacks.
     """
     require_dtype(settings)
+    # Testbeds come with the library, so nothing is asked of the Hub.
     if settings.name.startswith("testbed:"):
         return _load_testbed(settings.name)
     folder = find_configs(settings)
@@ -77,6 +78,7 @@ def load_source(settings: ModelSettings) -> Source:
         arguments["revision"] = settings.revision
     if settings.subfolder is None and (folder / _INDEX).exists():
         pipeline = _load(DiffusionPipeline, settings, arguments)
+        # Its encoders too, which encode pictures and prompts during training.
         pipeline.to(process_state().device)
         model = find_denoiser(pipeline)
         source = Source(
@@ -114,6 +116,7 @@ def find_configs(settings: ModelSettings) -> Path:
     Raises `FileError` where there is no such folder or repository, or the Hub cannot be reached.
     """
     hub_arguments = {} if settings.revision is None else {"revision": settings.revision}
+    # One request, and no retries: without a network the answer comes at once.
     try:
         return local_folder(settings.name, CONFIGS, **hub_arguments)
     except FileError as error:

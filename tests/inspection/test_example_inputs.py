@@ -26,5 +26,5 @@ def test_inputs_run_and_depend_on_the_seed_alone(make):
 def test_sizes_without_a_patch_and_families_that_are_not_known_are_refused():
     with pytest.raises(GeometryError, match="Latents of 1 x 1 hold no patch of 2 x 2"):
         example_inputs(tiny_dit(), size=1)
-    with pytest.raises(ModelError, match="No example inputs are known for FluxTransformer2DModel, only for"):
-        example_inputs(tiny("FluxTransformer2DModel"))
+    with pytest.raises(ModelError, match="No example inputs are known for SD3Transformer2DModel, only for"):
+        example_inputs(tiny("SD3Transformer2DModel"))
