@@ -26,7 +26,7 @@ from .. import testbed
 from ..core.storage import append_text, read_text, write_text
 from ..core.tables import Table
 from ..errors import FileError, UnknownNameError
-from ..evaluation.locality import locality
+from ..evaluation.analyze import analyze
 from ..injection.graft import build_graft
 from ..injection.install import install
 from ..planning.plan import plan_graft
@@ -158,8 +158,7 @@ def _losses() -> Iterator[Row]:
 def _layers(model: ModelMixin) -> Iterator[Row]:
     batches = list(testbed.letter_batches(64, 1, steps=2))
     # 32 of 256 tokens are on either side in the paper, and here 8 of 64.
-    rows = locality(model, batches, noise_scheduler=scheduler(), band=8, kernel=3)
-    measured = {row.site.address: row.band.mean().item() for row in rows}
+    measured = analyze(model, batches, noise_scheduler=scheduler(), band=8, progress=False)
     keys = {
         "interleaved": (2.74, "self_attention[50%]"),
         "most local": (3.02, top_local(measured, 0.5)),
@@ -297,7 +296,8 @@ def write_report(output: Path, rows: Sequence[Row], results: dict[Training, dict
         "# The paper's tables at the scale of the letters",
         f"`diffusers-graft reproduce`: batches of {BATCH_SIZE}, {STEPS[0]} steps of stage one at "
         f"{LEARNING_RATES[0]:g}, {STEPS[1]} of stage two at {LEARNING_RATES[1]:g}; 10 % are {TEN_PERCENT} letters, "
-        f"torch {torch.__version__}. Frechet distances and accuracies are of {SAMPLES} samples in {SAMPLING_STEPS} steps.",
+        f"torch {torch.__version__}. Frechet distances and accuracies are of {SAMPLES} samples in {SAMPLING_STEPS} "
+        "steps.",
     ]
     for table, title in TITLES.items():
         chosen = [row for row in rows if row.table == table]
