@@ -122,7 +122,7 @@ class LinearPair:
         up_bias, down_bias: [hidden] and [D], or None.
         activation: diffusers' name; of a gated feed-forward that of its unit, such as `geglu`.
         gate, gate_bias: [hidden, D] and [hidden], or None.
-        energy: mean square of every hidden neuron on data, [hidden]; None where no data was measured.
+        energy, mean: mean square and mean of every hidden neuron on data, [hidden]; None where no data was measured.
     """
 
     up: torch.Tensor
@@ -133,6 +133,7 @@ class LinearPair:
     gate: torch.Tensor | None = None
     gate_bias: torch.Tensor | None = None
     energy: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
 
     def __post_init__(self):
         _make_dense("feed-forward", self, "up", "down", "gate")

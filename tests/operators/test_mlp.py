@@ -75,3 +75,50 @@ def test_a_narrow_mlp_keeps_the_strongest_neurons():
     pair, narrow = original_pair(), mlp(2)
     strength = pair.up.norm(dim=1) * pair.down.norm(dim=0)
     torch.testing.assert_close(narrow.up.weight, pair.up[strength.argsort(descending=True)[:24].sort().values])
+
+
+def start_error(pair, expansion, tokens):
+    """Of a narrower start, and of the same without what it adds to the output's bias."""
+    site = replace(FEED_FORWARD, width=64, hidden=256)
+    operator = build(configure({"operator": "mlp", "expansion": expansion}).resolved(site), site)
+    operator.init_from(pair)
+    expected = pair_forward(pair, tokens)
+    errors = []
+    for bias in (operator.down.bias.clone(), pair.down_bias):
+        with torch.no_grad():
+            operator.down.bias.copy_(bias)
+            errors.append(float((operator(tokens, Context()) - expected).norm() / expected.norm()))
+    return errors
+
+
+def fresh_pair():
+    torch.manual_seed(0)
+    up = torch.nn.Linear(64, 256).double()
+    down = torch.nn.Linear(256, 64).double()
+    weights = {"up": up.weight.detach(), "up_bias": up.bias.detach()}
+    return LinearPair(
+        **weights, down=down.weight.detach(), down_bias=down.bias.detach(), activation="gelu-approximate"
+    )
+
+
+@pytest.mark.parametrize(("expansion", "before", "after"), [(3, 0.45, 0.42), (2, 0.66, 0.61)])
+def test_the_mean_of_the_neurons_that_go_brings_the_start_nearer(expansion, before, after):
+    """Layers as torch initialises them, on standard normal tokens."""
+    with_mean, without = start_error(fresh_pair(), expansion, torch.randn(400, 64, dtype=torch.float64))
+    assert with_mean == pytest.approx(after, abs=0.02)
+    assert without == pytest.approx(before, abs=0.02)
+    assert with_mean < 0.95 * without
+
+
+@pytest.mark.parametrize("expansion", [3, 2])
+def test_a_mean_that_was_measured_is_better_than_one_supposed(expansion):
+    """Tokens far from standard normal, as adaptive norms leave them, have neurons of other means."""
+    pair = fresh_pair()
+    scale = torch.linspace(0, 4, 64, dtype=torch.float64)
+    tokens = torch.randn(400, 64, dtype=torch.float64) * scale + scale.flip(0)
+    hidden = torch.nn.functional.gelu(tokens @ pair.up.T + pair.up_bias, approximate="tanh")
+    measured = replace(pair, energy=hidden.square().mean(0), mean=hidden.mean(0))
+    with_mean, without = start_error(measured, expansion, tokens)
+    supposed, _ = start_error(replace(measured, mean=None), expansion, tokens)
+    assert with_mean < without
+    assert with_mean < supposed

@@ -163,13 +163,16 @@ def copy_output(layer: nn.Linear, original: LinearPair, chosen: torch.Tensor) ->
 
 @torch.no_grad()
 def fold_means(bias: torch.Tensor, original: LinearPair, missing: torch.Tensor) -> None:
-    """Add to an output bias the means of neurons, over standard normal tokens, as far as they are missing.
+    """Add to an output bias the means of neurons as far as they are missing: on data, else over standard normal tokens.
 
     Args:
         bias: [D], changed in place.
         missing: share of each of the original's neurons that is not there, [hidden].
     """
-    _, means = linearize(original)
+    if original.mean is not None:
+        means = original.mean.double()
+    else:
+        _, means = linearize(original)
     if original.energy is not None:
         # A mean is never larger than the root of the mean square, which is known of these neurons.
         most = original.energy.double().sqrt()

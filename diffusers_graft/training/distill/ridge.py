@@ -157,24 +157,26 @@ class _Regression:
 
 
 class _Energy:
-    """Mean square of every hidden neuron of one original."""
+    """Mean square and mean of every hidden neuron of one original."""
 
     def __init__(self, site: Site):
         self.site = site
         self.squares = torch.zeros((), dtype=torch.float64)
+        self.sums = torch.zeros((), dtype=torch.float64)
         self.tokens = 0
 
     def capture_neurons(self, layer: nn.Linear, args: tuple) -> None:
-        """Add the inputs of the original's output layer to the squares (a forward pre-hook)."""
+        """Add up the inputs of the original's output layer and their squares (a forward pre-hook)."""
         hidden = args[0].double().flatten(0, -2)
         self.squares = self.squares + hidden.square().sum(0)
+        self.sums = self.sums + hidden.sum(0)
         self.tokens += len(hidden)
 
-    def mean(self) -> torch.Tensor:
-        """Return the mean square of each neuron. Raises `TrainingError` for values that are not finite."""
+    def measured(self) -> dict[str, torch.Tensor]:
+        """Return `energy` and `mean` of each neuron. Raises `TrainingError` for values that are not finite."""
         if not torch.isfinite(self.squares).all():
             raise TrainingError(f"Closed form: neurons of {self.site.address} are not finite. Look at the batches.")
-        return self.squares / self.tokens
+        return {"energy": self.squares / self.tokens, "mean": self.sums / self.tokens}
 
 
 @torch.inference_mode(False)
@@ -321,4 +323,4 @@ def _start_from_energy(model: ModelMixin, graft: Graft, edits: list[Edit], run: 
         run("energy of neurons")
     for path, meter in meters.items():
         pair = linear_pair(model.get_submodule(path))
-        operators[path].init_from(replace(pair, energy=meter.mean()))
+        operators[path].init_from(replace(pair, **meter.measured()))

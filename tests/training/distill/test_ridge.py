@@ -195,6 +195,16 @@ def test_the_energies_are_mean_squares_of_hidden_neurons(monkeypatch):
     torch.testing.assert_close(given[-1], inputs.double().square().mean(0))
 
 
+def test_the_means_of_hidden_neurons_are_measured_with_them(monkeypatch):
+    given = []
+    operator = dg.operators.get("mlp")
+    start = operator.init_from
+    monkeypatch.setattr(operator, "init_from", lambda self, pair: (given.append(pair.mean), start(self, pair))[1])
+    model, _, _ = solve({"feed_forward[2]": NARROW})
+    inputs, _ = seen_by(model, "transformer_blocks.2.ff.net.2", batches())
+    torch.testing.assert_close(given[-1], inputs.double().mean(0))
+
+
 @pytest.mark.parametrize("trained", [{"operator": "mlp", "expansion": 1, "init": "random"}, NARROW], ids=str)
 def test_parts_that_start_at_random_or_were_trained_are_not_started_anew(trained):
     model, graft = grafted({"feed_forward[0]": trained})
