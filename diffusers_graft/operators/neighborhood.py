@@ -116,7 +116,13 @@ class Neighborhood(WithBackends, Mixer):
     """Images get a square, videos a cube of side `kernel`, or a box of three sides."""
 
     backends = (
-        Backend("natten", _natten, "natten.functional", dtypes=(torch.float16, torch.bfloat16, torch.float32)),
+        Backend(
+            "natten",
+            _natten,
+            "natten.functional",
+            dtypes=(torch.float16, torch.bfloat16, torch.float32),
+            flag="HAS_LIBNATTEN",
+        ),
         Backend("flex", _flex, "torch.nn.attention.flex_attention", dtypes=(), runs_on=("cuda", "cpu")),
     )
     needs_grid = True

@@ -39,6 +39,7 @@ class Backend:
         dtypes: precisions it computes in; all if empty.
         runs_on, trains_on: device types of its forward and of its backward.
         pays_on: device types on which `"auto"` considers it.
+        flag: attribute of its package that says whether its kernels are there; packages without one have them.
         casts_inputs: whether its inputs are cast to what autocast computes in; not where torch's own operations do it.
     """
 
@@ -49,6 +50,7 @@ class Backend:
     runs_on: tuple[str, ...] = ("cuda",)
     trains_on: tuple[str, ...] = ("cuda",)
     pays_on: tuple[str, ...] = ("cuda",)
+    flag: str = ""
     casts_inputs: bool = True
 
     def obstacle(self, device: str, dtype: torch.dtype, grad: bool) -> str | None:
@@ -200,6 +202,10 @@ def _import(backend: Backend, operator: str) -> None:
     """Import the exact module it runs, since some packages import without what they need."""
     try:
         importlib.import_module(backend.module)
+        package = importlib.import_module(backend.module.partition(".")[0])
+        if not getattr(package, backend.flag, True):
+            # It would run another way, a thousand times slower.
+            raise ImportError(f"{package.__name__} has been installed without its kernels: {backend.flag} is False.")
     except Exception as error:  # kernels fail in many ways where there is no device or compiler for them
         needs = backend.module.partition(".")[0]
         raise MissingDependencyError(f"Backend {backend.name!r} of {operator}", needs, extra="kernels") from error

@@ -163,7 +163,7 @@ def copy_output(layer: nn.Linear, original: LinearPair, chosen: torch.Tensor) ->
 
 @torch.no_grad()
 def fold_means(bias: torch.Tensor, original: LinearPair, missing: torch.Tensor) -> None:
-    """Add to an output bias the means of neurons as far as they are missing: on data, else over standard normal tokens.
+    """Add to an output bias the means of neurons as far as they are missing: on data, else on normal tokens.
 
     Args:
         bias: [D], changed in place.

@@ -166,6 +166,24 @@ def test_a_backend_that_is_not_installed_names_the_extra_and_touches_nothing():
     assert torch.equal(predict(model), before)
 
 
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_natten_without_its_kernels_is_as_if_it_were_not_installed(monkeypatch, has_kernels):
+    """It would run by FlexAttention, far slower than plain torch."""
+    stand_in(monkeypatch, "natten.functional", na2d=None)
+    sys.modules["natten"].HAS_LIBNATTEN = has_kernels
+    config = dg.operators.configure({"operator": "neighborhood", "backend": "natten"})
+    site = example_site("self_attention")
+    if has_kernels:
+        config.build(site)
+        return
+    with pytest.raises(MissingDependencyError, match="'natten' of neighborhood needs natten"):
+        config.build(site)
+    # "auto" asks in the same way, and takes plain torch.
+    backend = config.owner.backends[0]
+    with pytest.raises(MissingDependencyError):
+        _backends._import(backend, "neighborhood")
+
+
 def test_an_unknown_backend():
     with pytest.raises(UnknownNameError, match="no backend of neighborhood 'naten'. Did you mean 'natten'"):
         dg.operators.configure({"operator": "neighborhood", "backend": "naten"})
