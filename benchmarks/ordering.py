@@ -102,7 +102,10 @@ def _run(budget: Budget, seed: int, name: str) -> dict[str, Any]:
     model = testbed.load()
     batches = testbed.letter_batches(budget.batch_size, 100 + seed)
     row: dict[str, Any] = {"seed": seed, "selection": name}
-    if name != CONTROL:
+    if name == CONTROL:
+        # Softmax in the place of softmax, since stage two is of a model with a graft.
+        install(model, build_graft(model, plan_graft(model, {f"{KIND}[:]": "self_attention"}), seed=seed))
+    else:
         analysed = testbed.letter_batches(budget.batch_size, 300 + seed, steps=budget.analysed)
         found = analyze(model, analysed, noise_scheduler=scheduler(), seed=seed, progress=False)
         plan = plan_graft(model, {select_sites(found, name, budget.ratio): budget.operator})
