@@ -158,7 +158,7 @@ def report_of(budget: Budget, rows: list[dict[str, Any]]) -> str:
     seeds = len({row["seed"] for row in runs})
     return (
         f"# Which half of the self-attentions to replace\n\n{_facts(budget)}\n\n```\n{format_rows(lines)}\n```\n\n"
-        f"Mean +- standard deviation over {seeds} seeds (torch {head['torch']}).\n\n"
+        f"Mean +- standard deviation over {seeds} seeds (torch {head['torch']}). {_overlap(by_name)}\n\n"
         + "\n\n".join(_verdict(by_name, measure) for measure in ("denoising_loss", "frechet_distance"))
         + "\n"
     )
@@ -189,6 +189,20 @@ def _facts(budget: Budget) -> str:
         f"each seed analyses {budget.analysed * budget.batch_size} samples of its own. Losses are on "
         f"{budget.held_out} samples of held-out fonts, distances and accuracies on {budget.samples} samples of "
         f"{budget.sampling_steps} steps."
+    )
+
+
+def _overlap(by_name: dict[str, list[dict[str, Any]]]) -> str:
+    """Return in words how far the selections differ at all, on a model of few layers."""
+    locals_ = by_name.get("top-local", [])
+    deepest = by_name.get("deep", [])
+    if not locals_ or not deepest:
+        return ""
+    values = [value for row in locals_ for value in row["locality"]]
+    shared = [len(set(row["sites"]) & set(deepest[0]["sites"])) for row in locals_]
+    return (
+        f"L_k of single attentions lies between {min(values):.2f} and {max(values):.2f}, and top-local shares "
+        f"{' or '.join(map(str, sorted(set(shared))))} of its {len(locals_[0]['sites'])} sites with deep."
     )
 
 
