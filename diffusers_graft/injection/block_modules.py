@@ -227,4 +227,4 @@ def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one is other or (one.shape == other.shape and (one.is_meta or torch.equal(one, other)))
     # Objects of other kinds, such as caches, are each block's own.
-    return not isinstance(one, bool | int | float | str) or one == other
+    return not isinstance(one, (bool, int, float, str)) or one == other

@@ -10,7 +10,6 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import diffusers
 import torch
@@ -18,7 +17,7 @@ from diffusers import ModelMixin
 
 from ..core.context import Context, Grid
 from . import grids
-from .grids import Inputs
+from .grids import Inputs, first_of
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def read_context(model: ModelMixin, args: tuple, kwargs: Inputs) -> Context:
 def context_of(model: ModelMixin, family: Family, inputs: Inputs) -> Context:
     """Return the context of a forward of a family, from its arguments by name."""
     # Some families take a list of prompts, or tokens that are counted elsewhere.
-    prompt = _first_of(inputs, "encoder_hidden_states", "text_bth")
+    prompt = first_of(inputs, "encoder_hidden_states", "text_bth")
     text_tokens = 0
     if isinstance(prompt, torch.Tensor) and prompt.dim() > 1:
         text_tokens = prompt.shape[-2]
@@ -166,13 +165,8 @@ def context_of(model: ModelMixin, family: Family, inputs: Inputs) -> Context:
         aside=family.aside,
         pyramid=family.pyramid,
         text_tokens=text_tokens,
-        timestep=_first_of(inputs, "timestep", "timesteps", "t"),
+        timestep=first_of(inputs, "timestep", "timesteps", "t"),
     )
-
-
-def _first_of(inputs: Inputs, *names: str) -> Any:
-    """Return the first of some arguments that is given."""
-    return next((inputs[name] for name in names if name in inputs), None)
 
 
 def argument_names(cls: type[ModelMixin]) -> tuple[str, ...]:
@@ -182,4 +176,5 @@ def argument_names(cls: type[ModelMixin]) -> tuple[str, ...]:
 
 def bind_arguments(names: tuple[str, ...], args: tuple, kwargs: Inputs) -> Inputs:
     """Return the arguments of a forward by name, however they were passed; the model refuses unknown ones itself."""
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    # Older torch cannot compile zip with `strict`.
+    return {**dict(zip(names, args)), **kwargs}  # noqa: B905

@@ -14,6 +14,8 @@ from diffusers import ModelMixin
 
 from ..core.context import Grid
 
+SEQUENCES = (list, tuple)  # older torch cannot compile their union
+
 Inputs = dict[str, Any]
 
 
@@ -133,10 +135,19 @@ def from_codes(model: ModelMixin, inputs: Inputs) -> Grid | None:
     return Grid(height=inputs["input_ids"].shape[-2], width=inputs["input_ids"].shape[-1])
 
 
+def first_of(inputs: Inputs, *names: str) -> Any:
+    """Return the first of some arguments that is given, None without any."""
+    # A plain loop: older torch cannot compile `next` with a default.
+    for name in names:
+        if name in inputs:
+            return inputs[name]
+    return None
+
+
 def latents_of(inputs: Inputs) -> torch.Tensor | None:
     """Return the latents of an image or a video, batch first; the first of a list stands for all."""
-    latents = next((inputs[name] for name in ("hidden_states", "x", "sample") if name in inputs), None)
-    if isinstance(latents, list | tuple) and latents and isinstance(latents[0], torch.Tensor):
+    latents = first_of(inputs, "hidden_states", "x", "sample")
+    if isinstance(latents, SEQUENCES) and latents and isinstance(latents[0], torch.Tensor):
         samples = [sample for sample in latents if isinstance(sample, torch.Tensor)]
         if len(samples) < len(latents) or len({sample.shape for sample in samples}) > 1:
             return None
@@ -151,10 +162,10 @@ def _patch(model: ModelMixin) -> tuple[int, int, int]:
     config = model.config
     patch = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", None) or 1
     frames = getattr(config, "patch_size_t", None) or getattr(config, "all_f_patch_size", None) or 1
-    if isinstance(frames, list | tuple):
+    if isinstance(frames, SEQUENCES):
         frames = frames[0]
     # Configs give one side, a list of one, or two or three.
-    sides = list(patch) if isinstance(patch, list | tuple) else [patch]
+    sides = list(patch) if isinstance(patch, SEQUENCES) else [patch]
     if len(sides) == 1:
         sides = sides * 2
     if len(sides) == 2:

@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 
@@ -15,6 +17,7 @@ from diffusers_graft.evaluation.cost import count_depth, count_parameters
 from ..inspection.models import ROWS, exported, inputs_of, tiny
 from ..inspection.models import predict as predict_in_zoo
 from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
+from ..versions import compiles_whole_models
 
 RULES = [
     "block_pair[:]=parallel",
@@ -226,13 +229,16 @@ def test_both_streams_of_a_pair_add_up_what_both_blocks_add():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "FluxTransformer2DModel",
-        "SD3Transformer2DModel",
-        "WanTransformer3DModel",
-        "QwenImage21Transformer2DModel",
-        "Kandinsky6Transformer3DModel",
-    ],
+    sorted(
+        {
+            "FluxTransformer2DModel",
+            "SD3Transformer2DModel",
+            "WanTransformer3DModel",
+            "QwenImage21Transformer2DModel",
+            "Kandinsky6Transformer3DModel",
+        }
+        & set(exported())
+    ),
 )
 def test_removed_blocks_leave_no_weights_in_files_and_a_config_that_is_true(name, tmp_path):
     model = tiny(name)
@@ -257,6 +263,8 @@ def test_removed_blocks_leave_no_weights_in_files_and_a_config_that_is_true(name
 
 @pytest.mark.parametrize("name", sorted(set(REFUSED_FAMILIES) & set(FAMILIES)))
 def test_refused_by_name_before_anything_is_touched(name):
+    if name == "CosmosTransformer3DModel" and Version(version("diffusers")) < Version("0.40"):
+        pytest.skip("blocks of this version can run side by side")
     model = tiny(name)
     modules = dict(model.named_modules())
     run = "block_run[-2:]=parallel" if name == "BriaFibo2Transformer2DModel" else "block_run[0:2]=parallel"
@@ -280,6 +288,8 @@ def test_refused_by_name_before_anything_is_touched(name):
     ids=["ltx2", "mochi"],
 )
 def test_streams_of_different_widths_take_what_has_no_weights(name, settings, rules, words):
+    if name not in exported():
+        pytest.skip(f"this diffusers has no {name}")
     model = tiny(name, **settings)
     with pytest.raises(OperatorError, match=words):
         model.set_graft(rules)
@@ -348,6 +358,7 @@ def test_lora_of_peft_comes_and_goes(rules):
     ],
     ids=["dit", "sd3", "removed"],
 )
+@compiles_whole_models
 def test_compiles_as_one_graph(name, rules):
     model = tiny(name)
     model.set_graft(rules)

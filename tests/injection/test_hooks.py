@@ -7,6 +7,7 @@ import diffusers_graft as dg
 from diffusers_graft.errors import OperatorError, StateError
 
 from ..inspection.models import first, inputs_of, predict, tiny
+from ..versions import indexes_float8, offloads_without_accelerator
 from .flux import FLUX, RULES, expected, grafted
 
 OFFLOADS = {
@@ -17,6 +18,7 @@ OFFLOADS = {
 
 @pytest.mark.parametrize("how", OFFLOADS)
 @pytest.mark.parametrize("before", [True, False])
+@offloads_without_accelerator
 def test_group_offloading(how, before):
     model, cpu = tiny(FLUX), torch.device("cpu")
     try:
@@ -66,6 +68,7 @@ def test_parts_whose_weights_accelerate_keeps_do_not_change_places():
 
 
 @pytest.mark.parametrize("before", [True, False])
+@indexes_float8
 def test_layerwise_casting_leaves_grafts_in_the_dtype_they_compute_in(before):
     model = tiny(FLUX).to(torch.bfloat16)
     if not before:
@@ -128,6 +131,7 @@ def test_operators_that_accelerate_offloads_layer_by_layer_are_refused_in_the_fo
 
 
 @pytest.mark.parametrize("how", OFFLOADS)
+@offloads_without_accelerator
 def test_group_offloading_to_disk_follows_parts_that_change_places(how, tmp_path):
     model, cpu = tiny(FLUX), torch.device("cpu")
     plain = predict(model, FLUX)

@@ -28,6 +28,8 @@ from diffusers_graft.operators import configure
 from diffusers_graft.operators.base import BlockOperator
 from diffusers_graft.operators.ops import backends as _backends
 
+from ..versions import counts_recompilations
+
 TOKENS = 256  # of a 256 x 256 image in DiT-XL/2
 
 
@@ -233,6 +235,7 @@ def test_tables_that_there_are_not_are_refused():
         bench_operators_module.bench_operators(None, only="Nope", say=lambda text: None)
 
 
+@counts_recompilations
 def test_the_pixart_table_at_tiny_size():
     """Blocks of all models are compiled once a kind, the original's and one for each operator; and so is each first
     block.

@@ -19,6 +19,7 @@ from diffusers_graft.serialization.hub_errors import explain_hub_errors
 from diffusers_graft.serialization.upload import push_graft
 
 from ..models import predict, tiny_dit
+from ..versions import checks_cards_at_its_endpoint
 from .fake_hub import FakeHub
 from .forging import CONFIG, RULES, WEIGHTS, saved
 from .pipelines import draw, pipeline
@@ -446,6 +447,7 @@ def _card(hub, repo_id):
 
 
 @only_regular
+@checks_cards_at_its_endpoint
 def test_a_card_on_the_hub_names_its_repository_and_keeps_what_was_written_there(hub, graft):
     model = tiny_dit()
     model.set_graft(RULES)
@@ -502,6 +504,7 @@ def test_the_base_is_named_with_its_commit(hub, tmp_path):
 
 
 @only_regular
+@checks_cards_at_its_endpoint
 @pytest.mark.parametrize(
     "entries",
     [{"license": "cc-by-nc-4.0"}, {"license": "other", "license_name": "ours", "license_link": "LICENSE.md"}],

@@ -168,9 +168,8 @@ def _in_compiled_torch(operator: WithBackends, *inputs_and_context: Any) -> torc
         return _compiled(operator.config)(operator, *inputs_and_context)
     except FailOnRecompileLimitHit as error:
         raise OperatorError(
-            f"{operator.name}: torch compiles one operator for {torch._dynamo.config.recompile_limit} shapes, "
-            "precisions and modes of training at most, and met one more. Set torch._dynamo.config.recompile_limit "
-            'higher, or choose "torch".'
+            f"{operator.name}: torch compiles one operator for so many shapes, precisions and modes of training as "
+            'torch._dynamo.config.recompile_limit says, and met one more. Set that limit higher, or choose "torch".'
         ) from error
 
 

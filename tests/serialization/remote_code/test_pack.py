@@ -18,6 +18,7 @@ from diffusers_graft.inspection import example_inputs
 from diffusers_graft.serialization.remote_code import operator_source as code
 
 from ...models import predict, tiny_dit
+from ...versions import trusts_no_folder
 from ..pipelines import draw, pipeline
 from ..test_lora import trained
 from ..test_upload import TOKEN, cached, hub  # noqa: F401
@@ -94,6 +95,7 @@ def folders(tmp_path_factory):
     return root, {"model": predict(model), "lora": predict(lora), "pipeline": torch.from_numpy(draw(pipe))}
 
 
+@trusts_no_folder
 def test_people_without_this_package_read_it_bit_for_bit(folders, tmp_path):
     root, expected = folders
     torch.save(example_inputs(tiny_dit(), batch_size=2, seed=1), tmp_path / "inputs.pt")
