@@ -14,7 +14,7 @@ def needs(package: str, lowest: str, reason: str) -> pytest.MarkDecorator:
 
 
 has_varlen_attention = needs("torch", "2.10", "torch has attention over sequences of several lengths")
-compiles_whole_models = needs("torch", "2.6", "torch compiles whole grafted models")
+compiles_all_families = needs("torch", "2.11", "torch compiles every family as one graph")
 counts_recompilations = needs("torch", "2.7", "torch bounds recompilations by recompile_limit")
 offloads_without_accelerator = needs("diffusers", "0.40", "groups are offloaded where there is no accelerator")
 checks_cards_at_its_endpoint = needs("huggingface-hub", "2.0", "cards are checked at the endpoint that is set")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -91,6 +91,12 @@ class Context:
     hidden_states: torch.Tensor | None = None
     unrotated: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    def changed(self, **changes: Any) -> Context:
+        """Return a context with other values of these fields."""
+        # Not `dataclasses.replace`, which older torch cannot compile.
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return Context(**{**values, **changes})
+
     def attend(
         self,
         query: torch.Tensor,
@@ -115,7 +121,7 @@ class Context:
             return self
         # A prompt's refiner may happen to have as many tokens as a frame, and still has no grid.
         if self.aside and site.path.startswith(self.aside):
-            return replace(self, grid=None, text_first=None, references=0)
+            return self.changed(grid=None, text_first=None, references=0)
         if not self.pyramid and grid.frames == 1:
             return self
         level = Grid(height=grid.height, width=grid.width)
@@ -124,7 +130,7 @@ class Context:
             level = Grid(height=(level.height + 1) // 2, width=(level.width + 1) // 2)
         if level.tokens != tokens:
             return self
-        return replace(self, grid=level)
+        return self.changed(grid=level)
 
     def require_grid(self, who: str, tokens: int) -> Grid:
         """Return the grid of a forward.
@@ -150,6 +156,9 @@ class Context:
                 "sliding_window."
             )
         return self.grid
+
+
+_FIELDS = tuple(field.name for field in fields(Context))
 
 
 @dataclass
@@ -193,4 +202,4 @@ class ContextSlot:
         softmax: Callable[..., torch.Tensor] | None = None,
     ) -> Context:
         """Return the current context with the arguments of the attention that runs."""
-        return replace(self.current, mask=mask, scale=scale, causal=causal, softmax=softmax)
+        return self.current.changed(mask=mask, scale=scale, causal=causal, softmax=softmax)

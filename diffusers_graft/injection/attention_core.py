@@ -29,7 +29,6 @@ import logging
 import math
 import random
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +67,7 @@ def mix(
             refuse_hiding(context.mask[..., : query.shape[2]], operator.name)
         else:
             refuse_hiding(context.mask, operator.name)
-            context = replace(context, mask=None)
+            context = context.changed(mask=None)
     return operator(query, key, value, context)
 
 
@@ -162,7 +161,7 @@ def _context_of_image(context: Context, image: slice, tokens: int) -> Context:
         more["hidden_states"] = select(context.hidden_states, 1)
     if context.unrotated is not None:
         more["unrotated"] = tuple(select(part, 2) for part in context.unrotated)
-    return replace(context, **more)
+    return context.changed(**more)
 
 
 def _softmax(
@@ -207,9 +206,9 @@ def _mix_image(
     outside = (slice(0, start), slice(start + tokens, key.shape[2]))
     if operator.honours_others and not context.causal:
         key, value, mask = keys.select(inside, *outside)
-        return mix(operator, query, key, value, replace(context, mask=mask))
+        return mix(operator, query, key, value, context.changed(mask=mask))
     image = keys.select(inside)
-    mixed = mix(operator, query, image.key, image.value, replace(context, mask=image.mask))
+    mixed = mix(operator, query, image.key, image.value, context.changed(mask=image.mask))
     if key.shape[2] == tokens:
         return mixed
     others = keys.select(*outside)

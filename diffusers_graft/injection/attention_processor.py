@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -250,14 +249,14 @@ def _with_more(
                 f"{operator.name} needs the hidden states of all tokens it mixes, and {site.path} mixes {tokens} "
                 f"tokens, with hidden states of shape {tuple(stream.shape)} for them. Choose another mixer there."
             )
-        context = replace(context, hidden_states=stream)
+        context = context.changed(hidden_states=stream)
     if operator.before_rotary:
         if unrotated is None or unrotated[0].shape[2] not in (tokens, mixed_tokens):
             raise OperatorError(
                 f"{operator.name} needs queries and keys before rotary embeddings, and those of {site.path} "
                 "cannot be read from its source. Choose another mixer there."
             )
-        context = replace(context, unrotated=unrotated)
+        context = context.changed(unrotated=unrotated)
     return context
 
 

@@ -17,7 +17,6 @@ from diffusers_graft.evaluation.cost import count_depth, count_parameters
 from ..inspection.models import ROWS, exported, inputs_of, tiny
 from ..inspection.models import predict as predict_in_zoo
 from ..models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
-from ..versions import compiles_whole_models
 
 RULES = [
     "block_pair[:]=parallel",
@@ -358,7 +357,6 @@ def test_lora_of_peft_comes_and_goes(rules):
     ],
     ids=["dit", "sd3", "removed"],
 )
-@compiles_whole_models
 def test_compiles_as_one_graph(name, rules):
     model = tiny(name)
     model.set_graft(rules)

@@ -15,7 +15,7 @@ from diffusers_graft.inspection import example_inputs
 from ..inspection.models import exported, first, inputs_of, tiny
 from ..inspection.models import predict as predict_in_zoo
 from ..models import FAMILIES, predict, same_tensors, tensors_of, tiny_dit, tiny_pixart
-from ..versions import compiles_whole_models
+from ..versions import compiles_all_families
 from .flux import FLUX, RULES, expected, grafted
 
 EDITS = [
@@ -161,7 +161,6 @@ def test_a_copy_takes_no_graph_of_the_last_inputs_along():
     assert torch.equal(predict(copy.deepcopy(model)), predict(model))
 
 
-@compiles_whole_models
 def test_compiles_as_one_graph():
     model = tiny_dit()
     model.set_graft(
@@ -231,7 +230,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("name", sorted(set(COMPILED) & set(exported())))
-@compiles_whole_models
+@compiles_all_families
 def test_families_compile_as_one_graph(name):
     model = tiny(name)
     model.set_graft(COMPILED[name])
@@ -242,7 +241,7 @@ def test_families_compile_as_one_graph(name):
         torch.testing.assert_close(first(compiled(**inputs_of(name))), eager)
 
 
-@compiles_whole_models
+@compiles_all_families
 def test_ten_blocks_compile_as_one():
     from torch._dynamo.testing import CompileCounter
 
@@ -256,7 +255,6 @@ def test_ten_blocks_compile_as_one():
     assert counter.frame_count == 1
 
 
-@compiles_whole_models
 def test_a_model_compiled_in_place_takes_a_graft():
     model = tiny(FLUX)
     model.compile(backend="eager")
