@@ -116,7 +116,7 @@ def main(folder: str = "my-reference", size: int = 256, steps: int = 16) -> None
     pipe.set_progress_bar_config(disable=True)
     scene = scenes.compose("colors", (scenes.Group("circle", "red", 1),), None, random.Random(3))
     reference = scenes.draw_scenes([scene], size)
-    captions = [scene.caption, "a photo of a green circle"]
+    captions = [scene.caption, "a photo of a circle"]  # of whatever colour
     plain = draw_beside(pipe, reference, captions, size=size, steps=steps)
     # No weights are trained and none are stored: the graft is its plan.
     pipe.transformer.set_graft({"self_attention[:]": "reference_attention"})
@@ -125,7 +125,7 @@ def main(folder: str = "my-reference", size: int = 256, steps: int = 16) -> None
         distance = (pictures[1] - reference[0]).abs().mean()
         sys.stdout.write(f"{name}: mean distance to the reference {distance:.3f}\n")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    scenes.save_picture_grid(Path(folder) / "pictures.png", torch.cat([reference, plain[1:], fused[1:]]))
+    scenes.save_picture_grid(Path(folder) / "pictures.png", torch.cat([reference, plain[1:], fused[1:]]), columns=3)
     sys.stdout.write(f"{folder}/pictures.png shows the reference, the prompt drawn plainly, and with the reference.\n")
 
 

@@ -1,4 +1,4 @@
-"""The quick start, the examples and the README's code; the paper's pattern on the testbed, marked long."""
+"""The quick start; the paper's pattern on the testbed, marked long."""
 
 import functools
 import json
@@ -72,15 +72,6 @@ def test_what_has_nothing_to_learn_goes_on_to_stage_two(rules, stages, monkeypat
     qs.Run(model, TINY).stages(dg.plan_graft(model, rules))
     assert told == stages
     assert model.graft is not None
-
-
-def test_the_readmes_example_runs_and_trains_beyond_its_warm_up(tmp_path, monkeypatch):
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    example = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "find_sites" in block)
-    assert all(int(steps) > dg.DistillConfig().warmup for steps in re.findall(r"steps=(\d+)", example))
-    monkeypatch.chdir(tmp_path)
-    exec(re.sub(r"steps=\d+", "steps=1, progress=False", example), {})
-    assert (tmp_path / "my-graft" / "graft_model.safetensors").exists()
 
 
 @functools.cache
