@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import GraftError
 
@@ -54,7 +54,9 @@ class Table:
             table.add_row(*(Rule(characters="-", style="") for _ in self.heading))
         for row in self.rows:
             table.add_row(*map(Text, row))
-        console = Console(file=io.StringIO(), width=width or _UNLIMITED, color_system=None, legacy_windows=False)
+        # In a notebook rich would show the table at once, beside the text that is asked for here.
+        settings: dict[str, Any] = {"color_system": None, "legacy_windows": False, "force_jupyter": False}
+        console = Console(file=io.StringIO(), width=width or _UNLIMITED, **settings)
         with console.capture() as captured:
             console.print(table)
         text = "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -201,7 +201,7 @@ def _to_svg(figure: Figure, title: str) -> str:
     """Return a figure as an SVG element for a page: no size of its own, colours and font are the page's."""
     import matplotlib
 
-    settings: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": title}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": title}
     text = io.StringIO()
     with matplotlib.rc_context(settings):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})

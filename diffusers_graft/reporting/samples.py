@@ -94,7 +94,9 @@ def describe_samples(run: RunFolder) -> dict[str, Any] | None:
     largest = max(difference.max().item() for _, _, difference in shown)
     captions = _captions(run, folders[-1])
     rows = []
-    for (original, graft, difference), caption in itertools.zip_longest(shown, captions[: len(shown)], fillvalue=""):
+    # pictures without words are shown, too
+    captions += [""] * len(shown)
+    for (original, graft, difference), caption in zip(shown, captions, strict=False):
         row = {
             "caption": caption,
             "difference": f"{difference.mean().item():.1%}",

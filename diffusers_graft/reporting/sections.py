@@ -252,7 +252,7 @@ def _predicted(run: RunFolder, survey: Survey) -> dict[str, float] | None:
         chosen.append(choice)
     if not chosen:
         return None
-    predicted = {"harm": sum(choice.harm for choice in chosen)}
+    predicted: dict[str, float] = {"harm": sum(choice.harm for choice in chosen)}
     for measure in MEASURES:
         predicted[measure] = 1 - sum(choice.saved[measure] for choice in chosen)
     return predicted

@@ -31,6 +31,12 @@ def test_a_table_is_no_wider_than_it_may_be_and_names_of_rows_stay_in_one_piece(
     assert "".join(line[22:34].strip() for line in lines[1:-2]) == "transformer_blocks.0.attn1"
 
 
+def test_the_text_of_a_table_shows_nothing_by_itself_in_a_notebook(monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *shown: pytest.fail(f"{shown} was shown"))
+    assert str(TABLE).endswith("one inline")
+
+
 def test_a_table_without_rows_is_its_heading_and_notes():
     assert str(Table([], heading=("site", "path"))) == "site  path"
     assert str(Table([])) == ""
