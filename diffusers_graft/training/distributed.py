@@ -7,7 +7,8 @@ that began on four may be resumed on one.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from ..errors import TrainingError
+
+# Set by `computing_apart`.
+_is_apart = False
 
 
 def process_state() -> PartialState:
@@ -72,9 +76,21 @@ def local_share(value: Any, count: int) -> Any:
     return value
 
 
+@contextmanager
+def computing_apart() -> Iterator[None]:
+    """Let means be those of this process inside: each computes something else, of whole batches."""
+    global _is_apart
+    before = _is_apart
+    _is_apart = True
+    try:
+        yield
+    finally:
+        _is_apart = before
+
+
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
     """Return the mean over processes."""
-    if process_state().num_processes == 1:
+    if process_state().num_processes == 1 or _is_apart:
         return values
     return cast(torch.Tensor, reduce(values, "mean"))
 
@@ -93,6 +109,23 @@ def gather_values(value: Any) -> list[Any]:
     if process_state().num_processes == 1:
         return [value]
     return gather_object([value])
+
+
+def gather_at_main(value: Any) -> list[Any]:
+    """Return the value of every process, in their order, on the first one; tensors on the host. Others get nothing."""
+    state = process_state()
+    if state.num_processes == 1:
+        return [value]
+    on_host = tree_map_only(torch.Tensor, torch.Tensor.cpu, value)
+    gathered: list[Any] | None = [None] * state.num_processes if state.is_main_process else None
+    torch.distributed.gather_object(on_host, gathered)
+    return gathered or []
+
+
+def send_from(process: int, tensors: Iterable[torch.Tensor]) -> None:
+    """Give the other processes the values that tensors have on one of them."""
+    for tensor in tensors:
+        torch.distributed.broadcast(tensor.data, src=process)
 
 
 def join_shares(share: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +153,9 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
     Gradients of sharded weights are such means already.
     """
-    if process_state().num_processes == 1 or any(isinstance(parameter, DTensor) for parameter in parameters):
+    if process_state().num_processes == 1 or _is_apart:
+        return
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
         return
     gradients = []
     # A part that one process did not call has no gradient there.

@@ -61,6 +61,8 @@ class DistillConfig(TrainingConfig):
             (examples/benchmarks/training-cpu.md); 1 stores nothing, shows every part fresh noise at every step, and
             does not depend on what is free, so it is the default.
         host: put the buffer into the memory of the host instead of the device's.
+        split_sites: each of several processes trains its own share of the sites, on whole batches, where the new parts
+            with their gradients and optimizers do not fit one device. The result is that of one process.
     """
 
     loss: str | Mapping[str, str] = "auto"
@@ -76,6 +78,7 @@ class DistillConfig(TrainingConfig):
     ring: int = 16
     memory: int | None = None
     host: bool = False
+    split_sites: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,6 +98,17 @@ class DistillConfig(TrainingConfig):
             raise TrainingError(
                 'reuse stores what the original model did, and mode="sequential" changes it: choose one of them.'
             )
+        if self.split_sites and (self.patience is not None or self.reuse > 1 or self.mode == "sequential"):
+            raise TrainingError(
+                "With split_sites, processes know their own sites alone: set patience=None, reuse=1 and "
+                'mode="parallel", or split_sites=False.'
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide the weights: who computes what does not."""
+        settings = super().identity()
+        del settings["split_sites"]
+        return settings
 
 
 def _values_by_site(setting: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from ...inspection import evaluating
 from ...planning.rules import select
 from ..batches import Batch, BatchStream, read_first
 from ..config import config_or_default
+from ..distributed import process_state
 from ..fsdp import seats_beside, shard
 from ..identity import describe_run
 from ..loop import train
@@ -30,6 +31,7 @@ from ..previews import Preview
 from ..session import Session
 from .config import ClosedFormConfig, DistillConfig
 from .ridge import closed_form, output_layer
+from .split_stage import SplitStage
 from .stage import DistillStage, make_students
 from .student import SiteReport
 
@@ -110,22 +112,40 @@ def distill(
         # A checkpoint holds what the closed form gave, and its batches count as read.
         if config.closed_form is not None and session.checkpoint is None:
             _solve_output_layers(teacher, graft, stream, sites, config.closed_form, noise_scheduler)
-        students = make_students(graft, sites, config, losses, lr_scales)
-        stage = DistillStage(teacher, graft, students, config, noising, stream, evaluated)
+        stage = _make_stage(teacher, graft, sites, config, losses, lr_scales, noising, stream, evaluated)
         with stage.prepared():
             costs = train(stage, session)
-    reports = {student.site.address: student.report for student in students.values()}
+        stage.exchange_weights()
+        reports = stage.gather_reports()
     graft.history.append(
         {
             "stage": "one",
             **config.to_dict(),
             **costs,
             # Groups of sites train one after the other, each for so many steps.
-            "steps": max(student.optimizer.steps_done for student in students.values()),
+            "steps": max(student.optimizer.steps_done for student in stage.students.values()),
             "sites": [report.to_dict() for report in reports.values()],
         }
     )
     return reports
+
+
+def _make_stage(
+    teacher: ModelMixin,
+    graft: Graft,
+    sites: list[Site],
+    config: DistillConfig,
+    losses: Mapping[str, str],
+    lr_scales: Mapping[str, float],
+    noising: Noising,
+    stream: BatchStream,
+    held_out: list[Batch] | None,
+) -> DistillStage:
+    """Create the stage: of all sites in this process, or of its own where processes divide them."""
+    if config.split_sites and process_state().num_processes > 1:
+        return SplitStage(teacher, graft, sites, config, losses, lr_scales, noising, stream, held_out)
+    students = make_students(graft, sites, config, losses, lr_scales)
+    return DistillStage(teacher, graft, students, config, noising, stream, held_out)
 
 
 def _require_original_model(model: ModelMixin, graft: Graft) -> None:

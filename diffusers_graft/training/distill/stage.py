@@ -26,7 +26,7 @@ from .capture import Capture, CapturedCall, Visitor
 from .config import DistillConfig
 from .losses import loss_for
 from .replay_buffer import batches_that_fit, copy_call, group_sites, size_of_call, usable_memory
-from .student import Student
+from .student import SiteReport, Student
 
 
 def make_students(
@@ -45,7 +45,7 @@ def make_students(
     """
     students = {}
     for site in sites:
-        tensors = _untied_tensors(graft, site)
+        tensors = untied_tensors(graft, site)
         parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
         if not parameters:
             # A removed block, for example.
@@ -68,7 +68,7 @@ def make_students(
     return students
 
 
-def _untied_tensors(graft: Graft, site: Site) -> list[torch.Tensor]:
+def untied_tensors(graft: Graft, site: Site) -> list[torch.Tensor]:
     """Return the tensors of a site's seats, each once, after the seats got their own copy of what they shared."""
     for path in site.paths:
         graft.untie(path)
@@ -184,7 +184,7 @@ class DistillStage(Stage):
         def measure(path: str, call: CapturedCall) -> None:
             sizes[path] = size_of_call(call) * self.config.accumulate
 
-        self.capture.run(noised.local_share().inputs, self.students, measure)
+        self.capture.run(self._own_inputs(noised), self.students, measure)
         # All processes need the same groups.
         limit = processes.min_over_processes(self.config.memory or usable_memory(self.buffer_device))
         self.groups = group_sites(sizes, limit, self.config.ring)
@@ -213,8 +213,22 @@ class DistillStage(Stage):
 
     def _next_inputs(self) -> dict[str, Any]:
         """Return this process's share of the model's arguments for the next batch."""
-        noised = self.noising(self.model, next(self.stream), self.generator)
+        noised = self.noising(self.model, self._next_batch(), self.generator)
         self.samples_per_step = noised.count * self.config.accumulate
+        return self._own_inputs(noised)
+
+    def exchange_weights(self) -> None:
+        """Give every process all weights that were trained: each has them."""
+
+    def gather_reports(self) -> dict[str, SiteReport]:
+        """Return the report of every site, by address."""
+        return {student.site.address: student.report for student in self.students.values()}
+
+    def _next_batch(self) -> Batch:
+        return next(self.stream)
+
+    def _own_inputs(self, noised: NoisedBatch) -> dict[str, Any]:
+        """Return the model's arguments for the samples of this process."""
         return noised.local_share().inputs
 
     def _make_visitor(
@@ -278,6 +292,11 @@ class DistillStage(Stage):
 
     def _step_students(self, students: list[Student]) -> None:
         """Take the steps of all students, once all losses and gradients are known to be finite."""
+        for student, row in zip(students, self._read_finite_metrics(students), strict=True):
+            student.step(*row)
+
+    def _read_finite_metrics(self, students: list[Student]) -> list[list[float]]:
+        """Return the metrics of this step of every student. Raises `TrainingError` where one is not finite."""
         # Read from the device at once, since each reading waits for it.
         norms = torch.stack([student.optimizer.clip_gradients() for student in students]).tolist()
         metrics = torch.stack([student.pop_metrics() for student in students])
@@ -288,8 +307,7 @@ class DistillStage(Stage):
                 for other in students:
                     other.drop_step()
                 raise self._explain_not_finite(student, loss, norm)
-        for student, row in zip(students, rows, strict=True):
-            student.step(*row)
+        return rows
 
     def _explain_not_finite(self, student: Student, loss: float, norm: float) -> TrainingError:
         what = f"loss of {student.site.address} is {loss}"
@@ -311,8 +329,7 @@ class DistillStage(Stage):
     def evaluate_batches(self, batches: Iterable[NoisedBatch]) -> dict[str, float]:
         active = self.active_sites
         for noised in batches:
-            inputs = noised.local_share().inputs
-            self.capture.run(inputs, *self._make_visitor(active, Student.evaluate_on))
+            self.capture.run(self._own_inputs(noised), *self._make_visitor(active, Student.evaluate_on))
         evaluations = [self.students[path].record_evaluation() for path in active]
         return {
             "loss": sum(evaluation.loss for evaluation in evaluations) / len(evaluations),
