@@ -73,7 +73,8 @@ def evaluate(
 
     chosen = list(metrics)
     if isinstance(model, DiffusionPipeline) or sampling is not None:
-        return _evaluate_samples(model, list(batches), chosen, seed, progress, sampling, output, save_npz)
+        conditions = [_as_number(condition) for condition in batches]
+        return _evaluate_samples(model, conditions, chosen, seed, progress, sampling, output, save_npz)
     for metric in chosen:
         if isinstance(metric, SampleMetric):
             raise GraftError(
@@ -132,6 +133,11 @@ def _mean_loss(
     return total / samples, samples
 
 
+def _as_number(condition: Any) -> Any:
+    """Return a label of a tensor or an array as a number, which can be written down; everything else as it is."""
+    return condition.item() if hasattr(condition, "item") else condition
+
+
 def _evaluate_samples(
     pipeline: Any,
     conditions: list[Any],
@@ -144,6 +150,7 @@ def _evaluate_samples(
 ) -> Scores:
     model = model_of(pipeline)
     sampling = sampling or Sampling()
+    # Found out now, not after all samples are drawn.
     if any(isinstance(metric, PredictionError) for metric in metrics):
         require_teacher(model)
     of_samples = [metric for metric in metrics if isinstance(metric, SampleMetric)]

@@ -20,6 +20,11 @@ def import_pillow() -> Any:
     return Image
 
 
+def as_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Return images [B, C, H, W] in [0, 1] as rounded uint8 [B, H, W, C]."""
+    return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous()
+
+
 def read_picture(path: str | Path) -> torch.Tensor:
     """Read a picture, [C, H, W] in [0, 1]. Raises `FileError` for one that is missing or damaged."""
     import numpy as np
@@ -36,6 +41,7 @@ def read_picture(path: str | Path) -> torch.Tensor:
 def write_picture(path: Path, pixels: torch.Tensor) -> None:
     """Write a picture, uint8 [H, W, C] of one channel or three."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Pillow takes grey pictures without a dimension of channels.
     image = import_pillow().fromarray(pixels.squeeze(2).numpy())
     with replace_file(path) as temporary:
         image.save(temporary, format="PNG")

@@ -47,6 +47,7 @@ def describe_metric(metric: Any) -> dict[str, Any]:
 
     A metric with a method `protocol` says itself what it measured by.
     """
+    # Without its module: a class that moves within the library is still the same metric.
     name = type(metric).__name__
     settings: dict[str, Any] = {}
     if hasattr(metric, "protocol"):
@@ -69,6 +70,7 @@ def protocol_differences(protocols: Mapping[str, Mapping[str, Any]]) -> dict[str
             disagree; all others also where a row lacks them.
     """
     names = dict.fromkeys(name for protocol in protocols.values() for name in protocol)
+    # All rows at once, so that a message can say what each of them has.
     differences = {}
     for name in names:
         values = {row: protocol.get(name) for row, protocol in protocols.items()}

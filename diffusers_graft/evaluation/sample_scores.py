@@ -105,6 +105,7 @@ def _folder(output: str | Path | None) -> Iterator[Path]:
     if output is not None:
         yield Path(output)
         return
+    # Each process would make a folder of its own, and find the pictures of no other.
     if process_state().num_processes > 1:
         raise GraftError("Several processes draw into one folder: name it, by output=...")
     with tempfile.TemporaryDirectory(prefix="samples-") as folder:
@@ -117,6 +118,7 @@ def _check_first(metrics: Sequence[SampleMetric], images: torch.Tensor) -> None:
         if isinstance(metric, FeatureMetric):
             extractor = metric.open_extractor()
             outputs = run_extractor(extractor, images)
+            # Shapes and finiteness of features, and their width beside the reference.
             metric.check_features(select_output(outputs, metric.output, extractor, len(images)))
 
 

@@ -11,6 +11,8 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +27,16 @@ from ..core.storage import read_json, write_json, write_text
 from ..errors import FileError, GraftError, ModelError
 from ..training.distributed import is_main_process, process_state, wait_for_all
 from ..training.identity import digest, find_differences
-from .metrics.prompts import text_of
-from .metrics.reference import as_pixels
-from .pictures import import_pillow, read_picture, write_picture
+from .conditions import text_of
+from .pictures import as_pixels, import_pillow, read_picture, write_picture
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+logger = logging.getLogger(__name__)
+
 RECORD = "samples.json"
+_SECONDS_BETWEEN_LINES = 60
 
 Draw = Callable[[Any, Sequence[Any], Sequence[torch.Generator], "Sampling"], torch.Tensor]
 
@@ -222,6 +226,8 @@ def draw_samples(
     total = sum(len(batch) for batch in missing)
     is_shown = progress and state.is_main_process and total > 0
     bar = tqdm(total=total, desc="sampling", unit="sample", leave=False, disable=hide_bar(is_shown))
+    logged = time.monotonic()
+    drawn = 0
     with bar:
         for batch in missing:
             conditions = [folder.conditions[index] for index in batch]
@@ -237,6 +243,11 @@ def draw_samples(
                 if not folder.file_of(index).exists():
                     write_picture(folder.file_of(index), picture)
             bar.update(len(batch))
+            # A bar that is not shown does not count.
+            drawn += len(batch)
+            if time.monotonic() > logged + _SECONDS_BETWEEN_LINES:
+                logger.info("%d of %d samples of this process are drawn.", drawn, total)
+                logged = time.monotonic()
     wait_for_all()
 
 

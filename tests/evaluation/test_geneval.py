@@ -30,7 +30,7 @@ from diffusers_graft.evaluation import metrics
 from diffusers_graft.evaluation.geneval.networks import ColourClassifier, Detector, cut_out
 from diffusers_graft.evaluation.geneval.prompts import COLOURS, load_prompts
 from diffusers_graft.evaluation.geneval.rules import Detection, judge, relations, select_objects
-from diffusers_graft.evaluation.metrics.transformers_models import ClipModel, DinoModel
+from diffusers_graft.evaluation.transformers_models import ClipModel, DinoModel
 
 from ..models import tiny_pixart
 from .pipelines import tiny_autoencoder

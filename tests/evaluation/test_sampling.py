@@ -113,9 +113,16 @@ def test_two_processes_draw_and_measure_what_one_does(pipe, drawn, reference, tm
         assert shared.protocol == alone.to_dict()["protocol"]
 
 
-def test_adms_evaluator_reads_the_samples(pipe, drawn, tmp_path):
+def test_adms_evaluator_reads_the_samples(pipe, reference, tmp_path, monkeypatch):
+    """All that reads samples reads a batch of them at a time."""
     path = tmp_path / "samples.npz"
-    dg.evaluate(pipe, LABELS, sampling=SAMPLING, output=tmp_path / "samples", save_npz=path)
+    sizes = []
+    read = SampleFolder.read
+    monkeypatch.setattr(SampleFolder, "read", lambda self, indices: sizes.append(len(indices)) or read(self, indices))
+    settings = {"sampling": SAMPLING, "metrics": judged_by(reference)}
+    dg.evaluate(pipe, torch.tensor(LABELS), output=tmp_path / "samples", save_npz=path, **settings)
+    assert sizes == [4, 4, 2] * 2
+    monkeypatch.undo()
     images = np.load(path)["arr_0"]
     assert images.dtype == np.uint8
     assert images.shape == (10, 8, 8, 3)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..metrics.reference import as_pixels
-from ..metrics.transformers_models import (
+from ..pictures import as_pixels
+from ..transformers_models import (
     ClipModel,
     load_image_processor,
     load_pretrained_part,
@@ -79,6 +79,7 @@ class Detector(nn.Module):
 def _box_of(mask: torch.Tensor) -> tuple[float, float, float, float]:
     rows = mask.any(1).nonzero()
     columns = mask.any(0).nonzero()
+    # The box ends after the last pixel, as mmdetection has it.
     return (columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1)
 
 
@@ -107,6 +108,7 @@ class ColourClassifier:
             means = []
             for colour in COLOURS:
                 texts = [template.format(colour=colour, label=label) for template in _TEMPLATES]
+                # The mean of phrases is a better name than any of them.
                 means.append(self.clip.embed_texts(texts).mean(0))
             self.phrases[label] = F.normalize(torch.stack(means), dim=1)
         return self.phrases[label]

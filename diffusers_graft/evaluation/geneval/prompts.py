@@ -25,6 +25,7 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
     """
     prompts = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
+        # Files often end with an empty line.
         if not line.strip():
             continue
         try:

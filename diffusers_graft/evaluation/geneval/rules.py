@@ -55,6 +55,7 @@ def judge(
     matched: list[Sequence[Detection]] = []
     for entry in metadata["include"]:
         label = entry["class"]
+        # Others of the class are no fault here; `exclude` is what forbids them.
         found = objects.get(label, [])[: entry["count"]]
         if len(found) < entry["count"]:
             return f"{entry['count']} {label} are asked for, and {len(found)} there"

@@ -52,6 +52,7 @@ class FeatureMetric(SampleMetric):
 
     def open_extractor(self) -> nn.Module:
         """Return the extractor. Raises `MissingDependencyError` or `FileError` where the default one cannot be had."""
+        # Not `self.extractor or ...`: a network may have a length, and be empty.
         if self.extractor is not None:
             return self.extractor
         return open_inception()
@@ -93,6 +94,7 @@ class PictureMetric(SampleMetric):
 def require_enough(statistics: FeatureStatistics, samples: int, name: str, allow_singular: bool) -> None:
     """Raise `GraftError` for fewer samples than a covariance of such features needs to have full rank."""
     width = len(statistics.mean)
+    # A covariance of fewer samples has directions without any spread, which count as distance.
     if samples <= width and not allow_singular:
         raise GraftError(
             f"{name} needs the covariance of {width:,} features, which {samples:,} samples cannot give: it takes more "

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..conditions import texts_of
+from ..transformers_models import open_clip
 from .base import PictureMetric
 from .extractors import describe_network
-from .prompts import texts_of
-from .transformers_models import open_clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class CLIPScore(PictureMetric):
     ) -> dict[str, torch.Tensor]:
         clip = self._open_clip()
         texts = clip.embed_texts(texts_of(conditions, type(self).__name__))
+        # Both are of unit length.
         cosine = (clip.embed_images(pictures) * texts).sum(1)
         return {"clip_score": 100 * cosine.clamp(min=0).cpu()}
 

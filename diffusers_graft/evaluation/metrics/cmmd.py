@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import GraftError
+from ..transformers_models import open_clip
 from .reference import ReferenceMetric
-from .transformers_models import open_clip
 
 _SCALE = 1000
 _SIGMA = 10

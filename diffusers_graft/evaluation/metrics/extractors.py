@@ -48,6 +48,7 @@ def select_output(outputs: Any, output: str, extractor: nn.Module, count: int) -
     if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or len(outputs) != count:
         shape = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
         raise ModelError(f"An extractor gives features [B, F] for B images; {name} gave {shape} for {count}.")
+    # One image that is not finite would make every score so, after all samples are drawn.
     if not outputs.isfinite().all():
         raise ModelError(f"{name} gives features that are not finite. Check its weights and the images.")
     return outputs.detach().float().cpu()
@@ -55,6 +56,7 @@ def select_output(outputs: Any, output: str, extractor: nn.Module, count: int) -
 
 def describe_network(network: nn.Module) -> str:
     """Return class and weights of a network in words that tell one network from another."""
+    # All of the weights: networks that were finetuned on little differ in little.
     hasher = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         hasher.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
+from ..transformers_models import open_dino
 from .fid import FID
-from .transformers_models import open_dino
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ class FID(ReferenceMetric):
     allow_singular: bool = False
 
     def check(self, conditions: Sequence[Any]) -> None:
+        # Opens the reference as well, so that one that is missing shows now.
         require_enough(self._reference_statistics(), len(conditions), type(self).__name__, self.allow_singular)
 
     def reference_width(self) -> int:

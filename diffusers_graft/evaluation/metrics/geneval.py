@@ -22,9 +22,9 @@ from ..geneval.networks import COLOUR_MODEL, open_classifier, open_detector
 from ..geneval.prompts import find_fault
 from ..geneval.rules import judge, select_objects
 from ..pictures import read_picture
+from ..transformers_models import open_clip
 from .base import PictureMetric
 from .extractors import describe_network
-from .transformers_models import open_clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class GenEval(PictureMetric):
             fault = find_fault(condition)
             if fault:
                 raise GraftError(f"GenEval takes prompts of load_prompts; of {condition!r} {fault}.")
+        # An object that the detector cannot find would count as missing in every picture.
         known = set(self._open_detector().labels.values())
         asked = {entry["class"] for condition in conditions for entry in condition["include"]}
         if asked - known:
@@ -97,6 +98,7 @@ def score_geneval_folder(folder: str | Path, metric: GenEval | None = None) -> d
     metric = metric or GenEval()
     conditions = []
     files = []
+    # Other programs name pictures 00000.png, and leave some out.
     for path in sorted(Path(folder).glob("[0-9]*/metadata.jsonl")):
         metadata = json.loads(read_text(path))
         fault = find_fault(metadata)

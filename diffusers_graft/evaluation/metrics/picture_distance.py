@@ -54,7 +54,9 @@ class PictureDistance(PictureMetric):
         ssim = library.structural_similarity_index_measure(
             pictures, teacher_pictures, data_range=1.0, reduction="none"
         )
+        # Of a single picture torchmetrics returns a number without a dimension.
         numbers = {"psnr": psnr, "ssim": ssim.reshape(len(pictures))}
+        # Embeddings differ in direction; their length says little about what is seen.
         if self.extractor is not None:
             one = extract(self.extractor, pictures, FEATURES)
             other = extract(self.extractor, teacher_pictures, FEATURES)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ...errors import MissingDependencyError
+from ..conditions import texts_of
+from ..pictures import as_pixels
 from .base import PictureMetric
-from .prompts import texts_of
-from .reference import as_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class ImageReward(PictureMetric):
     ) -> dict[str, torch.Tensor]:
         model = _load_image_reward(self.version)
         scores = []
+        # The library scores one picture at a time.
         for text, picture in zip(texts_of(conditions, type(self).__name__), _as_pil(pictures), strict=True):
             scores.append(model.score(text, picture))
         return {"image_reward": torch.tensor(scores)}
@@ -68,6 +69,7 @@ class HPSv2(PictureMetric):
         library = _load_hps()
         scores = []
         for text, picture in zip(texts_of(conditions, type(self).__name__), _as_pil(pictures), strict=True):
+            # It returns a list, also for one picture.
             scores.append(float(library.score(picture, text, hps_version=self.version)[0]))
         return {"hps": torch.tensor(scores)}
 

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ...core.progress import hide_bar
 from ...core.storage import open_regular, replace_file
 from ...errors import FileError, MismatchError
+from ..pictures import as_pixels
 from .base import FeatureMetric
 from .extractors import FEATURES, SPATIAL, describe_network, extract, run_extractor, select_output
 from .frechet_distance import FeatureStatistics, RunningStatistics
@@ -246,11 +247,6 @@ def write_images(path: str | Path, batches: Iterable[torch.Tensor], count: int) 
                 header = {"descr": "|u1", "fortran_order": False, "shape": (count, *pixels.shape[1:])}
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(pixels.numpy().tobytes())
-
-
-def as_pixels(images: torch.Tensor) -> torch.Tensor:
-    """Return images [B, C, H, W] in [0, 1] as rounded uint8 [B, H, W, C]."""
-    return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous()
 
 
 def require_absent(path: str | Path) -> None:

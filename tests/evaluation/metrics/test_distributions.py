@@ -17,6 +17,9 @@ from diffusers_graft.evaluation.metrics import CMMD, FID, KID, SFID, InceptionSc
 from diffusers_graft.evaluation.metrics.frechet_distance import FeatureStatistics, RunningStatistics, frechet_distance
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchmetrics")
+
+
 class Flat(nn.Module):
     """Features are the pixels, so that both libraries see the same ones."""
 

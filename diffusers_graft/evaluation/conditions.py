@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import GraftError
+from ..errors import GraftError
 
 
 def text_of(condition: Any) -> str | None:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import FileError
-from .reference import as_pixels
+from ..errors import FileError
+from .pictures import as_pixels
 
 
 def load_pretrained_part(load: Callable[..., Any], name: str, who: str, **settings: Any) -> Any:
