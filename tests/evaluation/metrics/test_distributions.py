@@ -16,7 +16,6 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from diffusers_graft.evaluation.metrics import CMMD, FID, KID, SFID, InceptionScore, PrecisionRecall, save_reference
 from diffusers_graft.evaluation.metrics.frechet_distance import FeatureStatistics, RunningStatistics, frechet_distance
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchmetrics")
 
 
