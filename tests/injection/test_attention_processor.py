@@ -413,3 +413,39 @@ def test_a_mixer_beside_text_is_given_the_hidden_states_of_the_image_alone(site,
     assert contexts[0].hidden_states.shape[1] == image
     # A single stream holds text before the image, a joint attention is given the image's stream alone.
     assert torch.equal(contexts[0].hidden_states, given[0][:, -image:])
+
+
+SPARSE = [
+    "block_sparse(block=2, keep=1, gate='token')",
+    "sparse_linear(block=2, keep=1)",
+    "compressed_linear",
+    "compressed_linear(text_share='tokens')",
+    "neighborhood(kernel=3, shape='circle', far=2)",
+    "radial(least=1, sink=False)",
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DiTTransformer2DModel",
+        "SD3Transformer2DModel",
+        FLUX,
+        "WanTransformer3DModel",
+        "HunyuanVideoTransformer3DModel",
+    ],
+)
+def test_sparse_and_compressed_mixers_run_beside_text_and_learn(name):
+    model = tiny(name)
+    before = predict_in_zoo(model, name)
+    for spec in SPARSE:
+        model.set_graft(rules_for(model, spec))
+        output = first(model(**inputs_of(name)))
+        assert output.isfinite().all(), spec
+        output.square().sum().backward()
+        for operator in model.graft.operators().values():
+            for parameter in operator.parameters():
+                assert parameter.grad is not None, spec
+                assert parameter.grad.isfinite().all(), spec
+        model.unset_graft()
+    assert torch.equal(predict_in_zoo(model, name), before)

@@ -411,6 +411,41 @@ class SquaresScale(Good):
         return F.scaled_dot_product_attention(query, key, value, scale=scale) * self.gate
 
 
+class Gated(Good):
+    needs_hidden_states = True
+
+    def forward(self, query, key, value, context):
+        gate = context.hidden_states.mean(-1).sigmoid()
+        return super().forward(query, key, value, context) * gate[:, None, :, None]
+
+
+class ReadsUnasked(Gated):
+    needs_hidden_states = False
+
+
+class ClaimsHiddenStates(Good):
+    needs_hidden_states = True
+
+
+class BeforeRotary(Good):
+    before_rotary = True
+
+    def forward(self, query, key, value, context):
+        unrotated_query, unrotated_key = context.unrotated
+        return super().forward(query + unrotated_query, key + unrotated_key, value, context)
+
+
+class ClaimsUnrotated(Good):
+    before_rotary = True
+
+
+class ChoosesBeyondItsField(Good):
+    chooses_tokens = True
+
+    def receptive_field(self, token, grid):
+        return {token}
+
+
 class OneTokenSeesMore(FeedForwardOperator):
     def __init__(self, config, site):
         super().__init__(config, site)
@@ -464,7 +499,7 @@ BAD = {
     "finite_on_large_inputs": [Overflows],
     "every_grid": [EightByEight],
     "needs_grid": [HidesItsGrid, ClaimsAGrid],
-    "gradients_reach_everything": [DeadParameter, PreciseOnly],
+    "gradients_reach_everything": [DeadParameter, PreciseOnly, ClaimsHiddenStates, ClaimsUnrotated],
     "batch_rows_independent": [MixesRows],
     "deterministic": [Counts],
     "same_without_gradients": [OtherwiseWithoutGradients],
@@ -480,7 +515,7 @@ BAD = {
     "honours_mask": [IgnoresMask, MasksByTheFirstQuery],
     "honours_others": [LeavesOthersOut, AddsOthersUp],
     "sees_ahead": [SaysCausal, RowMeanSaysCausal, SaysNothingOfCausal, LooksAheadAnyway],
-    "receptive_field": [MixingFeedForward, ClaimsTooMuch, OneTokenSeesMore],
+    "receptive_field": [MixingFeedForward, ClaimsTooMuch, OneTokenSeesMore, ChoosesBeyondItsField],
     "flops": [Understates, FractionalFlops, FlopsOfOneSize, FlopsOfOneWidth],
 }
 
@@ -512,6 +547,11 @@ def test_an_operator_whose_mask_is_a_bias_passes():
     assert "mask_bias" in check_operator(Masked.Config()).passed
 
 
+@pytest.mark.parametrize("operator", [Gated, BeforeRotary])
+def test_an_operator_that_declares_what_it_reads_besides_passes(operator):
+    assert "gradients_reach_everything" in check_operator(operator.Config()).passed
+
+
 def test_every_check_is_tested():
     assert set(BAD) == {check.__name__.removeprefix("check_") for check in _checks.CHECKS}
 
@@ -527,6 +567,7 @@ def test_a_good_operator_passes_the_same_checks_before_it_is_registered():
         (RefusesEveryGrid, "^every_grid: it refuses 8 x 8, 9 x 13, 25 x 23, 3 x 5 x 7; the last of them so: never"),
         (CrashesOnOddGrids, "^every_grid: RuntimeError: "),
         (CrashesOnVideos, "^every_grid: RuntimeError: "),
+        (ReadsUnasked, "^every_grid: AttributeError: "),
         (CrashesAsItStarts, "^warm_start: AttributeError: "),
         (RefusesItsMask, "^honours_mask: OperatorError: no masks here"),
         (WrongShape, "^shape_and_dtype: "),
