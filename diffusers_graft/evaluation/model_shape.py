@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import diffusers
 import torch
-from diffusers import ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 
 from ..core.storage import read_json
 from ..errors import FileError
@@ -31,12 +32,12 @@ def load_shape(
     # Read from the file, and looked up among diffusers' own classes alone: nothing of a stranger's is imported.
     name = config.get("_class_name")
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not isinstance(found, type) or not issubclass(found, ModelMixin):
+    if not isinstance(found, type) or not issubclass(found, ModelMixin) or not issubclass(found, ConfigMixin):
         raise FileError(f"{path} describes no model of diffusers: its _class_name is {name!r}.")
     try:
         # Made where they belong, since large models do not fit the CPU as well.
         with torch.device(device):
-            model = found.from_config(config)
+            model = cast(ModelMixin, found.from_config(config))
     except (TypeError, ValueError, RuntimeError) as error:
         raise FileError(f"{path} does not describe a {name}: {error}.") from error
     return model.to(dtype=dtype or torch.float32).eval()

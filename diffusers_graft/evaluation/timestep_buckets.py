@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ConfigMixin, ModelMixin, SchedulerMixin
 
 from ..errors import GraftError
 from ..training.noised_batch import NoisedBatch, find_timestep_name
@@ -57,8 +57,8 @@ def _schedule_shares(model: ModelMixin, noised: NoisedBatch, scheduler: Schedule
     timestep: Any = noised.timestep
     steps = 1.0
     if timestep is not None:
-        assert scheduler is not None  # nothing else makes timesteps
-        steps = float(scheduler.config.num_train_timesteps)
+        assert isinstance(scheduler, ConfigMixin)  # nothing else makes timesteps
+        steps = float(scheduler.config["num_train_timesteps"])
     else:
         timestep = noised.inputs.get(find_timestep_name(model))
         if timestep is None:

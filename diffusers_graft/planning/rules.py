@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 from numbers import Real
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 from ..core.sites import KINDS, Sites
 from ..errors import RuleError, UnknownNameError
@@ -80,9 +80,10 @@ def _by_locality(analysis: MeasuredLocality | Mapping[str, float], ratio: float,
     """Return the rule key for the attentions at one end of the order by locality."""
     share = _share_text(kind, ratio)
     # By its attribute, since what measures stands above what plans.
-    shares = getattr(analysis, "locality", analysis)
-    if not isinstance(shares, Mapping):
+    found: Any = getattr(analysis, "locality", analysis)
+    if not isinstance(found, Mapping):
         raise RuleError(f"Attentions are chosen by what dg.analyze(model, batches) returns; got {analysis!r}.")
+    shares = cast(Mapping[str, float], found)
     places: dict[int, float] = {}
     for address, value in shares.items():
         match = re.fullmatch(rf"{kind}\[(\d+)\]", address)
