@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin, PixArtSigmaPipeline, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
+from torch import nn
 
 from .. import testbed
 from ..core.storage import read_json
@@ -22,6 +23,7 @@ from ..serialization.download import local_folder
 from ..testbed import sampling as letters
 from ..training.batches import Batch
 from ..training.distributed import process_state
+from ..training.fsdp import fsdp_plugin
 from .schema import ModelSettings
 
 _INDEX = "model_index.json"
@@ -78,9 +80,8 @@ def load_source(settings: ModelSettings) -> Source:
         arguments["revision"] = settings.revision
     if settings.subfolder is None and (folder / _INDEX).exists():
         pipeline = _load(DiffusionPipeline, settings, arguments)
-        # Its encoders too, which encode pictures and prompts during training.
-        pipeline.to(process_state().device)
         model = find_denoiser(pipeline)
+        _move_to_device(pipeline, model)
         source = Source(
             model.eval(),
             pipeline.scheduler,
@@ -94,6 +95,18 @@ def load_source(settings: ModelSettings) -> Source:
     if settings.scheduler is not None:
         source.noise_scheduler = _load_scheduler(settings.scheduler)
     return source
+
+
+def _move_to_device(pipeline: DiffusionPipeline, model: ModelMixin) -> None:
+    """Move a pipeline to the device of this process, all but a model whose weights are to be sharded."""
+    device = process_state().device
+    if fsdp_plugin() is None:
+        pipeline.to(device)
+        return
+    # Its encoders alone, which encode pictures and prompts during training.
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module) and part is not model:
+            part.to(device)
 
 
 def load_model(name: str, *, subfolder: str | None = None, revision: str | None = None) -> ModelMixin:

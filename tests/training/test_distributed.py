@@ -152,6 +152,19 @@ def test_processes_write_and_read_their_own_shards(tmp_path, monkeypatch):
     assert_as_alone(again, again, lora)
 
 
+def test_the_worked_configuration_of_eight_gpus_is_what_accelerate_and_recipes_read():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    from diffusers_graft.recipes.reading import load_recipe
+
+    folder = ROOT / "examples" / "eight_gpus"
+    config = load_config_from_file(folder / "accelerate.yaml")
+    assert (config.num_processes, config.mixed_precision, config.fsdp_config["fsdp_version"]) == (8, "bf16", 2)
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert recipe.distill.split_sites
+    assert recipe.finetune.lora.r == 64
+
+
 @pytest.mark.long
 def test_every_setting_of_stage_two_with_sharded_weights(tmp_path):
     first, second = two_processes("tests.training.sharded_runs", tmp_path, **SHARDED)
