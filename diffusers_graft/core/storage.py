@@ -8,6 +8,7 @@ with tensors in them through a safetensors file and JSON.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -68,6 +69,12 @@ def require_regular(path: str | Path) -> None:
     """Raise `FileError` unless `path` is a regular file that can be read."""
     with open_regular(path):
         pass
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the digest of a file, which may be larger than memory. Raises `FileError` as `open_regular`."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]  # a file is one
 
 
 def read_bytes(path: str | Path, *, limit: int = _LARGEST_TEXT) -> bytes:

@@ -71,7 +71,7 @@ def evaluate(
     """
     from diffusers import DiffusionPipeline  # brings transformers and peft
 
-    chosen = list(metrics)
+    chosen: list[Any] = list(metrics)
     if isinstance(model, DiffusionPipeline) or sampling is not None:
         conditions = [_as_number(condition) for condition in batches]
         return _evaluate_samples(model, conditions, chosen, seed, progress, sampling, output, save_npz)

@@ -48,7 +48,7 @@ def score_samples(
     progress: bool,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Draw samples, measure them, and return values and protocol; `dg.evaluate` says what raises."""
-    model = model_of(pipeline)
+    model: Any = model_of(pipeline)
     check_conditions(pipeline, conditions, sampling)
     repeated = [condition for condition in conditions for _ in range(sampling.samples_per_condition)]
     for number, metric in enumerate(metrics):

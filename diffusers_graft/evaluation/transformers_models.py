@@ -50,6 +50,8 @@ def load_image_processor(name: str, who: str) -> Any:
 class _TransformersModel(nn.Module):
     """A pretrained model with its preprocessing."""
 
+    model: Any
+
     def __init__(self, model: nn.Module, processor: Any, settings: dict[str, Any]):
         super().__init__()
         self.model = model.eval().requires_grad_(False)

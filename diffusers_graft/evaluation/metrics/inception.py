@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...core.storage import open_regular
+from ...core.storage import sha256_of
 from ...errors import FileError, MissingDependencyError, ModelError
 from .extractors import FEATURES, LOGITS, SPATIAL
 
@@ -70,8 +69,7 @@ def find_weights(path: str | Path | None = None) -> Path:
     path = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / _FILE)
     if not path.is_file():
         raise FileError(f"Inception's weights are not at {path}. Download {_URL} to that place.")
-    with open_regular(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(path)
     if digest != _SHA256:
         raise FileError(
             f"{path} has the sha256 {digest[:12]}, and FID is defined by weights of sha256 {_SHA256[:12]}. Download "

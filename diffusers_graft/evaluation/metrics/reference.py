@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...core.progress import hide_bar
-from ...core.storage import open_regular, replace_file
+from ...core.storage import replace_file, sha256_of
 from ...errors import FileError, MismatchError
 from ..pictures import as_pixels
 from .base import FeatureMetric
@@ -42,8 +41,7 @@ class Reference:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        with open_regular(path) as file:
-            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        self.sha256 = sha256_of(path)[:12]
         try:
             with np.load(path) as arrays:
                 self.names = set(arrays.files)
