@@ -1,4 +1,8 @@
-"""What mkdocs adds to pages as it builds them: the operators that the library has now."""
+"""What mkdocs adds to pages as it builds them: the operators that there are, and frames around examples."""
+
+import re
+
+import griffe
 
 from diffusers_graft import operators
 
@@ -18,3 +22,17 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     if _PLACE not in markdown:
         return markdown
     return markdown.replace(_PLACE, list_operators())
+
+
+class ExampleFrames(griffe.Extension):
+    """Examples of docstrings as code: Markdown takes their `>>>` for quotations."""
+
+    def on_object(self, *, obj: griffe.Object, **_: object) -> None:
+        """Put each example into a block of code; griffe calls this for everything that it reads."""
+        if obj.docstring is not None:
+            obj.docstring.value = frame_examples(obj.docstring.value)
+
+
+def frame_examples(text: str) -> str:
+    """Return a docstring with each example, from its first prompt to the next empty line, in a block of code."""
+    return re.sub(r"^>>> .*?(?=\n\n|\Z)", lambda found: f"```pycon\n{found[0]}\n```", text, flags=re.M | re.S)
