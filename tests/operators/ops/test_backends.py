@@ -289,13 +289,15 @@ def test_counting_leaves_it_compiled(compilations):
 
 
 @counts_recompilations
-def test_more_shapes_than_torch_compiles_are_an_error(compilations, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+def test_more_shapes_than_torch_compiles_are_an_error(compilations):
     operator = dg.operators.configure({"operator": "hyena_y", "backend": "compiled"}).build(SITE)
-    for tokens in (8, 9):
-        operator(*qkv(tokens), Context())
-    with pytest.raises(OperatorError, match="hyena_y: torch compiles one operator for so many shapes.*met one more"):
-        operator(*qkv(10), Context())
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for tokens in (8, 9):
+            operator(*qkv(tokens), Context())
+        with pytest.raises(
+            OperatorError, match="hyena_y: torch compiles one operator for so many shapes.*met one more"
+        ):
+            operator(*qkv(10), Context())
 
 
 @pytest.mark.long
