@@ -228,12 +228,18 @@ def draw_samples(
     bar = tqdm(total=total, desc="sampling", unit="sample", leave=False, disable=hide_bar(is_shown))
     logged = time.monotonic()
     drawn = 0
+    size = _size_in(folder)
     with bar:
         for batch in missing:
             conditions = [folder.conditions[index] for index in batch]
             generators = [make_generator(seed, index) for index in batch]
             images = draw(pipeline, conditions, generators, sampling)
             _require_images(images, len(batch))
+            if size is not None and images.shape[1:] != size:
+                raise GraftError(
+                    f"All samples have one size, [C, H, W]; got {tuple(images.shape[1:])} after {tuple(size)}."
+                )
+            size = images.shape[1:]
             pixels = as_pixels(images)
             if check is not None:
                 check(pixels.permute(0, 3, 1, 2) / 255, conditions)
@@ -249,6 +255,14 @@ def draw_samples(
                 logger.info("%d of %d samples of this process are drawn.", drawn, total)
                 logged = time.monotonic()
     wait_for_all()
+
+
+def _size_in(folder: SampleFolder) -> torch.Size | None:
+    """Return the size of the pictures that an interrupted run has left, None without any."""
+    present = next((index for index in range(len(folder)) if folder.file_of(index).exists()), None)
+    if present is None:
+        return None
+    return folder.read([present]).shape[1:]
 
 
 def make_generator(seed: int, index: int) -> torch.Generator:

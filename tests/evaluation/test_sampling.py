@@ -286,6 +286,17 @@ def test_images_that_are_none_stop_at_the_first_batch(words, pipe):
         dg.evaluate(pipe, LABELS, sampling=sampling)
 
 
+def test_samples_of_several_sizes_stop_where_the_size_changes(pipe, tmp_path):
+    def draw(pipeline, conditions, generators, sampling):
+        return torch.zeros(1, 3, 8, 8 + conditions[0])
+
+    with pytest.raises(GraftError, match=r"one size, \[C, H, W\]; got \(3, 8, 9\) after \(3, 8, 8\)"):
+        dg.evaluate(pipe, LABELS, sampling=Sampling(draw=draw, batch_size=1), output=tmp_path)
+    # What an interrupted run has drawn counts, too.
+    with pytest.raises(GraftError, match=r"after \(3, 8, 8\)"):
+        dg.evaluate(pipe, LABELS, sampling=Sampling(draw=draw, batch_size=1), output=tmp_path)
+
+
 def test_features_that_fit_no_reference_stop_after_the_first_batch(pipe, tmp_path):
     drawn = []
 

@@ -3,10 +3,11 @@
 import math
 
 import pytest
+import torch
 
 import diffusers_graft as dg
 from diffusers_graft.errors import FileError, MismatchError, UnknownNameError
-from diffusers_graft.evaluation.protocol import group_by_protocol, protocol_differences
+from diffusers_graft.evaluation.protocol import _describe_tf32, group_by_protocol, protocol_differences
 from diffusers_graft.evaluation.scores import Scores, compare_scores, load_scores, select_comparable
 from diffusers_graft.serialization.model_card import card
 
@@ -69,6 +70,18 @@ def test_scores_of_different_protocols_refuse_one_table():
 )
 def test_what_makes_protocols_different(one, other, differs):
     assert bool(protocol_differences({"a": one, "b": other})) == differs
+
+
+def test_tf32_is_named_by_where_it_rounds(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert _describe_tf32(gpu) == "off"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert _describe_tf32(gpu) == "convolutions"
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert _describe_tf32(gpu) == "matmul and convolutions"
+    assert _describe_tf32(torch.device("cpu")) == "off"
 
 
 def test_the_card_prints_the_protocol_of_all_rows():
