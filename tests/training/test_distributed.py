@@ -158,7 +158,7 @@ def test_the_worked_configuration_of_eight_gpus_is_what_accelerate_and_recipes_r
     from diffusers_graft.recipes.reading import load_recipe
 
     folder = ROOT / "examples" / "eight_gpus"
-    config = load_config_from_file(folder / "accelerate.yaml")
+    config = load_config_from_file(str(folder / "accelerate.yaml"))
     assert (config.num_processes, config.mixed_precision, config.fsdp_config["fsdp_version"]) == (8, "bf16", 2)
     recipe = load_recipe(folder / "recipe.yaml")
     assert recipe.distill.split_sites
