@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import diffusers
 import torch
@@ -37,7 +37,7 @@ def load_shape(
     try:
         # Made where they belong, since large models do not fit the CPU as well.
         with torch.device(device):
-            model = cast(ModelMixin, found.from_config(config))
+            model: Any = found.from_config(config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise FileError(f"{path} does not describe a {name}: {error}.") from error
     return model.to(dtype=dtype or torch.float32).eval()
