@@ -178,7 +178,8 @@ def quickstart(
     images = _sample_letters(model)
     save_sample_grid(output / "samples.png", {"original": original_images, "grafted": images})
     letters = [LETTERS[label] for label in testbed.balanced_labels(LETTERS_SHOWN).tolist()]
-    save_samples(output, run.budget.finetune.steps, original_images, images, conditions=letters)
+    steps = run.budget.distill.steps + run.budget.finetune.steps
+    save_samples(output, steps, original_images, images, conditions=letters)
     save_graft(model, output, scores=_ordered_scores(run))
     for name, scores in _ordered_scores(run).items():
         scores.save(output / "scores.json", name)
