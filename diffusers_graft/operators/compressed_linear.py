@@ -75,9 +75,9 @@ class CompressedLinear(Mixer):
         super().__init__(config, site)
         self.needs_hidden_states = config.query_conv
         width = site.inner_width
-        settings = {"kernel_size": config.kernel, "stride": config.stride, "groups": width}
-        self.key_convolution = nn.Conv2d(width, width, **settings)
-        self.value_convolution = nn.Conv2d(width, width, **settings)
+        kernel = config.kernel
+        self.key_convolution = nn.Conv2d(width, width, kernel, config.stride, groups=width)
+        self.value_convolution = nn.Conv2d(width, width, kernel, config.stride, groups=width)
         self.query_convolution = None
         if config.query_conv:
             narrow = max(1, site.width // config.narrow)

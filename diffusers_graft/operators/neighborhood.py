@@ -154,7 +154,7 @@ class Neighborhood(WithBackends, Mixer):
         def __post_init__(self):
             super().__post_init__()
             self._check_stride()
-            sides = (self.kernel,)
+            sides: tuple[Any, ...] = (self.kernel,)
             if isinstance(self.kernel, tuple) and len(self.kernel) == 3:
                 sides = self.kernel
             are_counts = all(type(side) is int and side > 0 for side in sides)

@@ -21,7 +21,7 @@ from ..errors import FileError
 from ..injection.graft import get_graft
 from ..injection.install import install
 from ..inspection import find_sites
-from ..operators import get
+from ..operators import configure
 from ..planning.plan import Edit, GraftPlan
 from .config_file import set_origin
 from .download import local_folder
@@ -65,7 +65,7 @@ def import_sparse(
         UnknownNameError: a license that the Hub does not know.
     """
     check_license(license)
-    operator = get("block_sparse").Config(block=block, keep=keep, gate="token")
+    operator = configure({"operator": "block_sparse", "block": block, "keep": keep, "gate": "token"})
     folder = local_folder(source, ["config.json", *weight_files(None)], subfolder=subfolder, **hub_arguments)
     config = read_json(folder / "config.json")
     tensors = read_weights(folder)
