@@ -14,7 +14,7 @@ from torch.utils.data import Subset, default_collate
 from .. import data
 from ..errors import FileError, GraftError, TrainingError
 from ..training.batches import Batch, Collate, is_map_style
-from .schema import DataSettings, Recipe, SampleSettings, SyntheticData
+from .schema import DataSettings, EvaluateSettings, Recipe, SampleSettings, SyntheticData
 from .sources import Source
 
 DATA = "data"
@@ -52,7 +52,9 @@ class TestbedBatches:
         return self.source.batches(self.settings.batch_size, self.seed)
 
 
-def list_conditions(settings: SyntheticData | SampleSettings, where: str) -> tuple[str, ...] | tuple[int, ...]:
+def list_conditions(
+    settings: SyntheticData | SampleSettings | EvaluateSettings, where: str
+) -> tuple[str, ...] | tuple[int, ...]:
     """Return the prompts or the labels of a section.
 
     Args:
@@ -63,8 +65,11 @@ def list_conditions(settings: SyntheticData | SampleSettings, where: str) -> tup
     if (settings.prompts is None) == (settings.labels is None):
         raise GraftError(f"{where} needs {where}.prompts or {where}.labels, and not both.")
     # A file of prompts is read now, so that an empty one is told before a model is loaded.
-    if settings.labels is not None:
-        conditions: tuple[Any, ...] = settings.labels
+    conditions: tuple[Any, ...]
+    if isinstance(settings.labels, int):
+        conditions = tuple(range(settings.labels))
+    elif settings.labels is not None:
+        conditions = settings.labels
     elif isinstance(settings.prompts, str):
         conditions = tuple(data.read_prompts(settings.prompts))
     else:

@@ -36,7 +36,7 @@ from ..training.finetune.objective import denoising_loss
 from ..training.optimizer import StageOptimizer
 from .architecture import Architecture, list_downloads, read_architecture
 from .data import require_data
-from .run import resolve_plan
+from .run import choose_local, resolve_plan
 from .schema import Recipe
 
 # Bytes of a checkpoint for each byte of the weights that are trained: they, Adam's two moments, and the best so far.
@@ -143,17 +143,20 @@ def estimate(recipe: Recipe, *, devices: int = 1) -> Costs:
         devices: processes of the launch, each with a batch of its own; with several, weights are divided among them as
             FSDP2 does.
 
-    Raises `GraftError` for a number of devices below one, and what a run of the recipe raises before it starts.
+    Raises `GraftError` for a number of devices below one, and what a run of the recipe raises for its model and plan.
     """
     if devices < 1:
         raise GraftError(f"A run has one device or more; got {devices}.")
-    # Files and folders are this machine's, and missing ones need no model to be told.
-    require_data(recipe)
     found = read_architecture(recipe)
     model = found.model
     sites = Counter(site.kind for site in find_sites(model))
     plan, notes = _choose_plan(recipe, model)
     inputs = found.make_inputs(1)
+    try:
+        require_data(recipe)
+    except GraftError as error:
+        # A run would be refused; what it would take can be told all the same.
+        notes.append(f"Not ready: {error}")
     original = count_parameters(model), count_flops(model, inputs)
     batch = found.make_inputs(recipe.data.batch_size)
     stages = [_cost_data(recipe, found, original[1])]
@@ -180,6 +183,10 @@ def estimate(recipe: Recipe, *, devices: int = 1) -> Costs:
 
 def _choose_plan(recipe: Recipe, model: ModelMixin) -> tuple[GraftPlan, list[str]]:
     """Return the plan of a recipe; of a search, that of its first candidates, with a note."""
+    if isinstance(recipe.plan, Mapping):
+        # Which layers are local is not known without weights, and costs are the same at any of them.
+        addresses = [site.address for site in find_sites(model)]
+        return resolve_plan(model, choose_local(recipe.plan, dict.fromkeys(addresses, 0.0))), []
     if recipe.plan is not None:
         return resolve_plan(model, recipe.plan), []
     assert recipe.search is not None
@@ -338,9 +345,21 @@ def _measure(make: Callable[[], Callable[[], None]]) -> tuple[int, int]:
         step()
         step()
     # As matrix products, which the counter knows.
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS) as counter:
         step()
     return memory.peak, counter.get_total_flops()
+
+
+def _convolution_backward_flops(gradient, inputs, weight, *settings, out_shape=None, **named) -> int:
+    """Count the gradients that are asked for, each as much as the forward.
+
+    torch's own count has as many channels too many as there are groups.
+    """
+    is_asked_for = settings[-1]
+    return 2 * math.prod(gradient) * math.prod(weight[1:]) * sum(is_asked_for[:2])
+
+
+_FLOP_FORMULAS = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +15,17 @@ from diffusers import ModelMixin
 from filelock import FileLock, Timeout
 
 from ..errors import FileError, StateError, TrainingError, UnknownNameError
+from ..evaluation import metrics as metric_classes
 from ..evaluation.analysis import Analysis
 from ..evaluation.analyze import analyze
 from ..evaluation.benchmark import benchmark
 from ..evaluation.evaluate import evaluate
+from ..evaluation.metrics.base import SampleMetric
+from ..evaluation.sampling import Sampling
 from ..evaluation.scores import Scores, load_scores
 from ..injection.install import uninstall
 from ..planning.plan import GraftPlan, plan_graft
+from ..planning.rules import low_local, top_local
 from ..reporting.report import try_report
 from ..samples import SampleConfig, Samples
 from ..search.planner import Survey
@@ -31,7 +37,7 @@ from ..trainer import GraftTrainer, GraftTrainingArguments
 from ..training.distributed import is_main_process, wait_for_all
 from .data import Data, list_conditions, make_data, require_data
 from .reading import RECIPE, load_recipe, save_recipe
-from .schema import Recipe
+from .schema import EvaluateSettings, Recipe
 from .sources import Source, load_source, require_dtype
 
 PLAN = "plan.json"
@@ -44,7 +50,10 @@ _LOCK = ".lock"
 
 STAGES = ("plan", "distill", "finetune", "evaluate", "benchmark", "report", "share")
 # Metrics of the testbeds judge their own pictures; the others need a pipeline.
-METRICS: dict[str, type] = {"sample_quality": SampleQuality, "scene_score": SceneScore}
+TESTBED_METRICS: dict[str, type] = {"SampleQuality": SampleQuality, "SceneScore": SceneScore}
+
+# Keys of rules that the locality of the model decides.
+_LOCAL = re.compile(r"(\w+)\[(most|least) local ([\d.]+)%\]")
 
 # Keys that may change from one start of a run to the next: what they decide comes after the training.
 _CHANGEABLE = ("evaluate", "benchmark", "report", "samples", "share", "output")
@@ -119,10 +128,34 @@ def analyze_recipe(recipe: Recipe) -> Analysis:
     folder = Path(recipe.output)
     with _claim_folder(folder):
         source = load_source(recipe.model)
-        data = make_data(recipe, source)
-        analysis = analyze(source.model, data.held_out, noise_scheduler=source.noise_scheduler, seed=recipe.seed)
-        analysis.save(folder / ANALYSIS)
+        return _analyze(recipe, source, make_data(recipe, source))
+
+
+def _analyze(recipe: Recipe, source: Source, data: Data) -> Analysis:
+    """Analyze a model on the held-out data, unless that was done."""
+    path = Path(recipe.output) / ANALYSIS
+    if path.exists():
+        return Analysis.load(path)
+    analysis = analyze(source.model, data.held_out, noise_scheduler=source.noise_scheduler, seed=recipe.seed)
+    analysis.save(path)
     return analysis
+
+
+def choose_local(rules: Mapping[str, Any], locality: Mapping[str, float]) -> dict[str, Any]:
+    """Return rules whose keys `self_attention[most local 50%]` and `[least local 50%]` name the sites they mean.
+
+    Args:
+        locality: share of attention mass near the query, by the address of a site.
+    """
+    chosen: dict[str, Any] = {}
+    for key, operator in rules.items():
+        match = _LOCAL.fullmatch(key)
+        if match is not None:
+            kind, end, share = match.groups()
+            choose = top_local if end == "most" else low_local
+            key = choose(locality, float(share) / 100, kind=kind)
+        chosen[key] = operator
+    return chosen
 
 
 def require_ready(recipe: Recipe) -> None:
@@ -130,7 +163,9 @@ def require_ready(recipe: Recipe) -> None:
     require_data(recipe)
     require_dtype(recipe.model)
     if recipe.evaluate is not None:
-        _make_metrics(recipe)
+        metrics = make_metrics(recipe.evaluate)
+        if any(isinstance(metric, SampleMetric) for metric in metrics):
+            list_evaluated(recipe.evaluate)
     folder = Path(recipe.output)
     if folder.exists() and not folder.is_dir():
         raise FileError(f"{folder} is a file, and the output is a folder. Give another output.")
@@ -192,7 +227,8 @@ def _start(recipe: Recipe, say: Say) -> Run:
     folder = Path(recipe.output)
     source = load_source(recipe.model)
     plan = None
-    if recipe.plan is not None:
+    needs_analysis = isinstance(recipe.plan, Mapping) and any(map(_LOCAL.fullmatch, recipe.plan))
+    if recipe.plan is not None and not needs_analysis:
         # Before data are drawn: rules may not fit the model.
         plan = resolve_plan(source.model, recipe.plan)
     if is_main_process():
@@ -200,6 +236,10 @@ def _start(recipe: Recipe, say: Say) -> Run:
     say(f"{type(source.model).__name__} of {recipe.model.name}")
     data = make_data(recipe, source)
     # A search judges candidates on the data, so it comes after them.
+    if needs_analysis:
+        assert isinstance(recipe.plan, Mapping)
+        analysis = _analyze(recipe, source, data)
+        plan = resolve_plan(source.model, choose_local(recipe.plan, analysis.locality))
     if plan is None:
         plan = _search(recipe, source, data, folder)
     if is_main_process():
@@ -323,27 +363,64 @@ def _measure(run: Run, name: str) -> None:
     settings = run.recipe.evaluate
     assert settings is not None
     if name not in run.scores:
-        run.scores[name] = evaluate(
-            run.source.model,
-            run.data.held_out,
-            noise_scheduler=run.source.noise_scheduler,
-            metrics=_make_metrics(run.recipe),
-            seed=settings.seed,
-        )
+        run.scores[name] = measure_state(run.recipe, run.source, run.data)
         if is_main_process():
             run.scores[name].save(run.folder / SCORES, name)
         wait_for_all()
     run.say(f"{name}: {run.scores[name]}")
 
 
-def _make_metrics(recipe: Recipe) -> list[Any]:
-    """Return the metrics of a recipe. Raises `UnknownNameError` for one that there is not."""
-    assert recipe.evaluate is not None
+def measure_state(recipe: Recipe, source: Source, data: Data) -> Scores:
+    """Measure a model as it is: its denoising loss on held-out batches, and the metrics that the recipe names."""
+    settings = recipe.evaluate
+    assert settings is not None
+    metrics = make_metrics(settings)
+    of_samples = [metric for metric in metrics if isinstance(metric, SampleMetric)]
+    scores = evaluate(
+        source.model,
+        data.held_out,
+        noise_scheduler=source.noise_scheduler,
+        metrics=[metric for metric in metrics if metric not in of_samples],
+        seed=settings.seed,
+    )
+    if not of_samples:
+        return scores
+    drawn = evaluate(
+        source.pipeline or source.model,
+        list_evaluated(settings),
+        metrics=of_samples,
+        sampling=Sampling(**settings.sampling),
+        seed=settings.seed,
+    )
+    # What both protocols name is that of the samples, which the metrics compare.
+    protocol = {**scores.protocol, "held_out_samples": scores.protocol["samples"], **drawn.protocol}
+    return Scores({**scores.values, **drawn.values}, protocol)
+
+
+def list_evaluated(settings: EvaluateSettings) -> list[Any]:
+    """Return what samples are drawn for: prompts, class labels, or lines of GenEval's metadata."""
+    if settings.prompts == "geneval":
+        conditions: list[Any] = list(metric_classes.load_geneval_prompts())
+    else:
+        conditions = list(list_conditions(settings, "evaluate"))
+    if settings.samples is None:
+        return conditions
+    return list(itertools.islice(itertools.cycle(conditions), settings.samples))
+
+
+def make_metrics(settings: EvaluateSettings) -> list[Any]:
+    """Return the metrics that a recipe names. Raises `UnknownNameError` for one that there is not, or its setting."""
+    available = {**{name: getattr(metric_classes, name) for name in metric_classes.__all__}, **TESTBED_METRICS}
+    classes = {name: value for name, value in available.items() if isinstance(value, type) and name != "Reference"}
     metrics = []
-    for name, settings in recipe.evaluate.metrics.items():
-        if name not in METRICS:
-            raise UnknownNameError("metric", name, METRICS)
-        metrics.append(METRICS[name](**settings))
+    for name, arguments in settings.metrics.items():
+        if name not in classes:
+            raise UnknownNameError("metric", name, classes)
+        known = [one.name for one in dataclasses.fields(classes[name]) if one.init]
+        for setting in arguments:
+            if setting not in known:
+                raise UnknownNameError(f"setting of {name}", setting, known)
+        metrics.append(classes[name](**arguments))
     return metrics
 
 

@@ -76,13 +76,13 @@ class SyntheticData:
 
     Attributes:
         prompts: a list, or a file with one a line.
-        labels: class labels, where the model takes no prompts.
+        labels: class labels, where the model takes no prompts; one number stands for all labels below it.
         samples: their number; conditions are taken over and over.
         arguments: of the pipeline's call, such as `num_inference_steps`, `guidance_scale`, `height` and `width`.
     """
 
     prompts: str | tuple[str, ...] | None = None
-    labels: tuple[int, ...] | None = None
+    labels: int | tuple[int, ...] | None = None
     samples: int = 4096
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -176,11 +176,20 @@ class EvaluateSettings:
     """Measurements of the original and of the graft after each stage, beside the denoising loss.
 
     Attributes:
-        metrics: settings by name of the metric; `diffusers-graft evaluate --help` lists them.
+        metrics: settings by name of the metric: those of `dg.metrics`, and the testbeds' `SampleQuality` and
+            `SceneScore`.
+        prompts: what metrics of samples draw: a list, a file with one a line, or `geneval` for its own.
+        labels: class labels to draw, where the model takes no prompts; one number stands for all labels below it.
+        samples: number of samples; prompts or labels are taken over and over. One of each unless given.
+        sampling: `steps`, `guidance` and the like, see `dg.Sampling`.
         seed: of noise and samples.
     """
 
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    prompts: str | tuple[str, ...] | None = None
+    labels: int | tuple[int, ...] | None = None
+    samples: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
 
@@ -203,14 +212,14 @@ class SampleSettings:
 
     Attributes:
         prompts: a list, or a file with one a line.
-        labels: class labels, where the model takes no prompts.
+        labels: class labels, where the model takes no prompts; one number stands for all labels below it.
         every: steps from one to the next.
         seed: of their noise.
         arguments: of the pipeline's call.
     """
 
     prompts: str | tuple[str, ...] | None = None
-    labels: tuple[int, ...] | None = None
+    labels: int | tuple[int, ...] | None = None
     every: int = 500
     seed: int = 0
     arguments: Mapping[str, Any] = field(default_factory=dict)

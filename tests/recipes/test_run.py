@@ -134,7 +134,9 @@ def test_a_folder_that_another_run_uses_is_refused(tmp_path):
         ({"data": {"synthetic": {"prompts": []}}}, GraftError, "lists nothing"),
         ({"data": {"synthetic": {"labels": [1]}}}, GraftError, "transformer alone"),
         ({"data": {"folder": {"path": "gone", "size": 8}}}, FileError, "There is no folder gone"),
-        ({"evaluate": {"metrics": {"fdi": {}}}}, GraftError, "There is no metric 'fdi'"),
+        ({"evaluate": {"metrics": {"FDI": {}}}}, GraftError, "Did you mean 'FID'"),
+        ({"evaluate": {"metrics": {"SampleQuality": {"cuont": 3}}}}, GraftError, "Did you mean 'count'"),
+        ({"evaluate": {"metrics": {"InceptionScore": {}}}}, GraftError, "evaluate needs evaluate.prompts"),
         ({"output": "file"}, FileError, "file is a file"),
         (
             {"plan": None, "search": {"candidates": {"self_attention[0]": ["identity"]}, "parameters": 0.01}},
