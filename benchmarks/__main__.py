@@ -15,6 +15,7 @@ from diffusers_graft.cli import verbs
 
 NAMES = {
     "ablate": "the gain from each start and each stage at equal compute, and the paper's recipe beside ours",
+    "costs": "hours, memory and disk of grafting DiT-XL/2, PixArt-Sigma and Flux, on paper",
     "depth": "half the depth on the testbed: pairs side by side, blocks removed, a model trained from scratch",
     "families": "operators that run in each transformer class of diffusers, on tiny models, as Markdown",
     "imports": "what importing this package adds to importing diffusers and its ModelMixin",

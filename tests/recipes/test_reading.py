@@ -1,5 +1,7 @@
 """Recipes are read, checked key by key, and written so that they read the same."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from peft import LoraConfig
@@ -8,6 +10,7 @@ import diffusers_graft as dg
 from diffusers_graft.errors import FileError, GraftError, UnknownNameError
 from diffusers_graft.recipes.reading import dump_recipe, list_keys, load_recipe
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 SHORT = {"model": "testbed:letters", "plan": {"self_attention[1::2]": "neighborhood"}}
 
 
@@ -114,3 +117,8 @@ def test_every_key_says_what_it_means():
     keys = {name: meaning for name, _, meaning in list_keys()}
     assert {"finetune.lora", "data.synthetic.prompts", "search.distill.steps", "share.private"} <= keys.keys()
     assert not [name for name, meaning in keys.items() if not meaning]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_that_ship_are_read(path):
+    assert load_recipe(path).output.startswith("runs/")
