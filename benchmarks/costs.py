@@ -1,7 +1,7 @@
 """The cost of a grafting run on paper, stage by stage: `python -m benchmarks costs`.
 
-Dry runs of three recipes on one and on eight devices: FLOPs, memory and disk are measured on the meta device. Hours are
-FLOPs over a rate that is assumed, and leave out reading data, launches of kernels and the optimizer's own time.
+Dry runs of three recipes on one and on eight devices: FLOPs, memory and disk are measured on the meta device. Hours
+are FLOPs over a rate that is assumed, and leave out reading data, launches of kernels and the optimizer's own time.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         tables.append(cost_table(name, [estimate(recipe, devices=count) for count in arguments.devices]))
     text = "\n\n".join(tables)
     text += (
-        f"\n\nHours at {TFLOPS} TFLOP/s, assumed. On several devices each has the batch of the recipe, and weights are\n"
-        "divided as FSDP2 divides them. Text encoders and autoencoders are not counted."
+        f"\n\nHours at {TFLOPS} TFLOP/s, assumed. On several devices each has the batch of the recipe, and weights\n"
+        "are divided as FSDP2 divides them. Text encoders and autoencoders are not counted."
     )
     publish(text, arguments.output, title="Cost of a graft, on paper", command="python -m benchmarks costs", say=say)
