@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from ..errors import FileError
@@ -79,6 +80,8 @@ def read_shards(folder: Path, *, is_sharded: bool) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     waiting: dict[str, Any] = {}
     for name, entry in metadata.items():
+        # All else is in state.json.
+        assert isinstance(entry, TensorStorageMetadata)
         if is_sharded and len(entry.chunks) > 1:
             waiting[name] = StoredTensor(folder, name, entry.size, entry.properties.dtype)
         else:
