@@ -59,6 +59,9 @@ class Detector(nn.Module):
         pixels = list(as_pixels(pictures).numpy())
         prepared = self.processor(images=pixels, return_tensors="pt")
         outputs = self.model(pixel_values=prepared["pixel_values"].to(next(self.model.parameters()).device))
+        # Masks are put together on the CPU there, whatever device they come from.
+        outputs.class_queries_logits = outputs.class_queries_logits.cpu()
+        outputs.masks_queries_logits = outputs.masks_queries_logits.cpu()
         size = (pictures.shape[2], pictures.shape[3])
         results = self.processor.post_process_instance_segmentation(
             outputs, threshold=_LEAST_SCORE, target_sizes=[size] * len(pictures), return_binary_maps=True
