@@ -91,11 +91,13 @@ class BlockSparse(Mixer):
         if self._sees_all(query, context):
             return context.attend(query, key, value, mask=context.mask, scale=context.scale)
         cut = cut_into_blocks(self, query, key, value, context)
+        # Softmax keeps the order of scores, and is what both the mass and the coarse branch are made of.
         weights = cut.scores.softmax(-1)
         kept = self.config.kept_of(cut.scores.shape[-1])
         largest, chosen = weights.detach().topk(kept, dim=-1)
         dropped = None
         if self.config.mass is not None:
+            # By the mass before each block: the one that reaches the share is kept, and so always the first.
             dropped = largest.cumsum(-1) - largest >= self.config.mass
         mixed = join_blocks(attend_chosen(cut, chosen, dropped=dropped), cut.blocks).to(value.dtype)
         if self.config.gate is None:

@@ -81,6 +81,7 @@ class CompressedLinear(Mixer):
         self.query_convolution = None
         if config.query_conv:
             narrow = max(1, site.width // config.narrow)
+            # One group: what is narrowed has few channels, and no heads to keep apart.
             self.query_convolution = nn.Sequential(
                 nn.Conv2d(site.width, narrow, 3, padding=1),
                 nn.GroupNorm(1, narrow),
@@ -91,6 +92,7 @@ class CompressedLinear(Mixer):
     @torch.no_grad()
     def init_from(self, original: nn.Module) -> None:
         for convolution in (self.key_convolution, self.value_convolution):
+            # An average over the kernel, of keys and of values alike.
             nn.init.constant_(convolution.weight, self.config.kernel**-2)
             nn.init.zeros_(convolution.get_parameter("bias"))
         if self.query_convolution is not None:

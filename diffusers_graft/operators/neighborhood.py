@@ -265,6 +265,7 @@ class Neighborhood(WithBackends, Mixer):
     def _pool(self, part: torch.Tensor, grid: Grid) -> torch.Tensor:
         assert self.far_weight is not None
         width = part.shape[1] * part.shape[3]
+        # The same for every channel, as published: a depthwise convolution whose filters are one.
         weight = self.far_weight.expand(width, 1, -1, -1)
 
         def convolve(image: torch.Tensor) -> torch.Tensor:

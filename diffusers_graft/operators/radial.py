@@ -62,6 +62,7 @@ class Radial(Mixer):
 
         def reaches(self, frames: int, size: int) -> list[int]:
             """List the reach in frames as far away as 0, 1, ...: `size` tokens if all are seen, -1 if none is."""
+            # The own frame and its neighbours are seen in full.
             found = [size, size][:frames]
             for distance in range(2, frames):
                 reach = 2 ** size.bit_length() / 2 ** distance.bit_length()
@@ -144,6 +145,7 @@ def _make_tiling(config: Radial.Config, sides: tuple[int, int], others: int, dev
     count = min(TILE, size)
     tiles = []
     for frame in range(frames):
+        # Tiles lie within a frame, since places wrap at its end and reaches do not.
         for start in range(0, size, count):
             # The last tile of a frame overlaps the one before, where tiles do not divide it.
             first = min(start, size - count)

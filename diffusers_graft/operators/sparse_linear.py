@@ -105,6 +105,7 @@ class SparseLinear(Mixer):
     def _log_rest(self, cut: Cut, is_left_out: torch.Tensor) -> torch.Tensor:
         """Return the score of the rest for each block of queries, [B, H, n, 1]."""
         of_block = cut.scores + cut.count.log()[:, :, None]
+        # Finite, so that a rest of nothing has no share and a gradient that is defined.
         lowest = torch.finfo(of_block.dtype).min / 2
         log_rest = of_block.masked_fill(~is_left_out, lowest).logsumexp(-1, keepdim=True)
         return log_rest + self.log_share[:, None, None]
@@ -132,6 +133,7 @@ class SparseLinear(Mixer):
         # Sums over tokens would be spoilt by a short mantissa.
         with torch.autocast(autocast_device(cut.key), enabled=False):
             state = key_features.transpose(-1, -2) @ cut.value.to(precise)
+            # The normaliser is one more column of the state, so that one product reads both.
             state = torch.cat([state, key_features.sum(3)[..., None]], dim=-1)
             # Added up over what is left out, not subtracted from the total, which would leave its rounding behind.
             state = (is_left_out.to(precise) @ state.flatten(3)).view(state.shape)

@@ -80,6 +80,7 @@ def import_sparse(
     with building_within(Budget.of(tensors), f"The model of {folder / 'config.json'}"):
         sites = list(find_sites(cls.from_config(config)).where(kind="self_attention"))
     edits = {}
+    # Listed first, since names are changed on the way.
     for name in [name for name in tensors if f".{GATE}." in name]:
         place, _, parameter = name.partition(f".{GATE}.")
         site = _site_at(place, sites, folder)

@@ -179,8 +179,8 @@ class Cut:
         bias: of each key, added to its scores, [B or 1, H or 1, n, b]; None where it is zero everywhere.
         visible: 1 for each key that is not hidden, else 0, as `bias`; None where none is.
         count: keys of each block that are not hidden, [B or 1, H or 1, n].
-        mean_query, mean_key: of blocks, [B, H, n, E], in float32 at least.
-        scores: scale times their products, [B, H, n, n]; the least number there is for a block without keys.
+        scores: scale times products of the mean queries and mean keys of blocks, [B, H, n, n], in float32 at least;
+            the least number there is for a block without keys.
         others: keys and values behind the grid's, [B, H, M - N, E], and what is added to their scores, [B or 1, H or
             1, 1, M - N] or None.
         scale: factor on query-key products.
@@ -193,8 +193,6 @@ class Cut:
     bias: torch.Tensor | None
     visible: torch.Tensor | None
     count: torch.Tensor
-    mean_query: torch.Tensor
-    mean_key: torch.Tensor
     scores: torch.Tensor
     others: Extra
     scale: float
@@ -227,6 +225,7 @@ def cut_into_blocks(
         if key.shape[2] > tokens:
             others_bias = given[:, :, None, tokens:]
         given = given[:, :, blocks.places]
+        # Gaps stay hidden: they repeat a token's bias, to which minus infinity is added.
         bias = given if bias is None else bias + given
     scale = query.shape[-1] ** -0.5 if context.scale is None else context.scale
     others = (key[:, :, tokens:], value[:, :, tokens:], others_bias)
@@ -241,6 +240,7 @@ def cut_into_blocks(
         count = visible.sum(-1)
     # Which blocks are chosen must not depend on a short mantissa.
     with torch.autocast(autocast_device(key), enabled=False):
+        # Queries of hidden tokens count: a mask is on keys.
         is_real = None if blocks.is_real is None else blocks.is_real.to(precise)[None, None]
         mean_query = mean_of_blocks(query.to(precise), is_real)
         mean_key = mean_of_blocks(key.to(precise), visible)
@@ -254,8 +254,6 @@ def cut_into_blocks(
         bias=bias,
         visible=visible,
         count=count,
-        mean_query=mean_query,
-        mean_key=mean_key,
         scores=scores,
         others=others,
         scale=scale,
@@ -319,6 +317,7 @@ def attend_chosen(
         found = part.index_select(0, some.flatten()).view(some.shape[0], 1, -1, width)
         if not more:
             return found
+        # Rows of one head after the other share the extra keys of their head.
         head = torch.arange(piece.start, piece.stop, device=part.device) // n
         return torch.cat([found, extra_part.flatten(0, 1).index_select(0, head)[:, None]], dim=2)
 
@@ -343,6 +342,7 @@ def _pieces(like: torch.Tensor, rows: int, keys: int) -> list[slice]:
 def _gather_bias(cut: Cut, rows: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
     """Return what is added to the scores of the gathered keys, [B * H * n, K * b]."""
     batch, heads, n, size, _ = cut.key.shape
+    # A view of one zero, which takes no memory where there is nothing to add.
     added = cut.key.new_zeros(1, 1, 1).expand(rows.shape[0], rows.shape[1], size)
     if cut.bias is not None:
         flat = cut.bias.expand(batch, heads, n, size).flatten(0, 2)

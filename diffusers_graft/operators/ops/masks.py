@@ -29,6 +29,7 @@ def key_weights(who: str, mask: torch.Tensor, keys: int, dtype: torch.dtype) -> 
     Raises as `mask_row`.
     """
     row = mask_row(who, mask)
+    # One value may stand for all keys.
     row = row.transpose(-1, -2).expand(*row.shape[:-2], keys, 1).to(dtype)
     if mask.dtype == torch.bool:
         return row
@@ -38,6 +39,7 @@ def key_weights(who: str, mask: torch.Tensor, keys: int, dtype: torch.dtype) -> 
 def key_bias(who: str, mask: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:
     """Turn a mask into numbers to add to the scores of each key, [B or 1, H or 1, M]. Raises as `mask_row`."""
     row = mask_row(who, mask)
+    # Masks may leave out leading axes, as broadcasting lets them.
     row = row[(None,) * (4 - row.dim())][:, :, 0]
     row = row.expand(*row.shape[:-1], keys)
     if mask.dtype != torch.bool:

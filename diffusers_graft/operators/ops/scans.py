@@ -316,6 +316,7 @@ def pair_products(query: torch.Tensor, key: torch.Tensor, since: torch.Tensor) -
     middle = sums[0][..., -1:, :]
     later = queries[1] * (sums[1] - middle).exp()
     earlier = keys[0] * (middle - sums[0]).exp()
+    # Every query of the second half sees every key of the first.
     below = later @ earlier.transpose(-1, -2)
     first = pair_products(queries[0], keys[0], sums[0])
     second = pair_products(queries[1], keys[1], sums[1])
