@@ -141,6 +141,12 @@ def test_released_prompts_are_read(tmp_path):
     assert load_prompts(path) == list(LINES.values())
 
 
+def test_prompts_that_are_missing_are_named_with_their_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileError, match="djghosh13/geneval"):
+        load_prompts()
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

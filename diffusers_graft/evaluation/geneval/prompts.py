@@ -15,14 +15,19 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"
 POSITIONS = ("left of", "right of", "above", "below")
 
 
-def load_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Load prompts in GenEval's released format, such as its `evaluation_metadata.jsonl`.
+def load_prompts(path: str | Path = "evaluation_metadata.jsonl") -> list[dict[str, Any]]:
+    """Load prompts in GenEval's released format, by default its own from the working directory.
 
     Every line holds `tag`, `prompt` and `include`, a list of objects with `class` and `count` and perhaps `color` and
     `position`, and perhaps `exclude`.
 
     Raises `FileError` for a file that is missing, and for the first line that is not of this form.
     """
+    if not Path(path).is_file():
+        raise FileError(
+            f"There are no prompts at {path}. GenEval's own are prompts/evaluation_metadata.jsonl of "
+            "https://github.com/djghosh13/geneval: download that file, and name its path."
+        )
     prompts = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         # Files often end with an empty line.
