@@ -23,6 +23,7 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics.base import SampleMetric
 from ..evaluation.sampling import Sampling
 from ..evaluation.scores import Scores, load_scores
+from ..injection.graft import get_graft
 from ..injection.install import uninstall
 from ..planning.plan import GraftPlan, plan_graft
 from ..planning.rules import low_local, top_local
@@ -375,6 +376,9 @@ def measure_state(recipe: Recipe, source: Source, data: Data) -> Scores:
     settings = recipe.evaluate
     assert settings is not None
     metrics = make_metrics(settings)
+    if get_graft(source.model) is None:
+        # The original is the teacher itself, and has no distance from it.
+        metrics = [metric for metric in metrics if not getattr(metric, "needs_teacher", False)]
     of_samples = [metric for metric in metrics if isinstance(metric, SampleMetric)]
     scores = evaluate(
         source.model,

@@ -23,6 +23,7 @@ LETTERS = {
     "data": {"batch_size": 4, "held_out": 8},
     "distill": {**STAGE, "lr": 2e-3, "evaluate_every": 2},
     "finetune": {**STAGE, "lr": 5e-4, "ema_decay": 0.5, "evaluate_every": 2},
+    "evaluate": {"metrics": {"PredictionError": {"buckets": 1}}},
     "report": False,
     "seed": 3,
 }
@@ -61,6 +62,8 @@ def test_a_run_leaves_plan_scores_recipe_and_graft(done):
     states = yaml.safe_load((done / "scores.json").read_text())
     assert list(states) == ["original", "after stage one", "after stage two"]
     assert states["original"]["protocol"]["samples"] == 8
+    # The original is the teacher that the others are compared with.
+    assert ["prediction_error" in state["values"] for state in states.values()] == [False, True, True]
 
 
 class StoppedError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ class PredictionError:
         buckets: of equal width, from timestep 0 to 1,000.
         samples: how many samples of a pipeline are followed, the first ones.
     """
+
+    needs_teacher: ClassVar[bool] = True
 
     buckets: int = 4
     samples: int = 16
