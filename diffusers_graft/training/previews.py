@@ -14,7 +14,7 @@ from .callbacks import RunState
 class Preview(ABC):
     """Something that is done with the grafted model while it is trained: drawing samples, pushing it.
 
-    Where weights are sharded over processes, nothing is done before the end of a stage.
+    Where weights are sharded over processes, it is left out: no pipeline runs with them.
     """
 
     @abstractmethod

@@ -270,7 +270,10 @@ class Session:
         if due and fsdp_plugin() is not None:
             self.previews = []
             if is_main_process():
-                logger.warning("Weights are sharded over processes: nothing is drawn or pushed before a stage ends.")
+                logger.warning(
+                    "Weights are in shards, which no pipeline runs with: no samples are drawn, and nothing is pushed "
+                    "before a stage ends."
+                )
             return []
         return due
 
