@@ -123,10 +123,8 @@ __all__ = [
 ]
 
 
-def _read_repository(source: str, **trust: Any) -> type[operators.Operator]:
-    from .hub.operators import load_operator
-
-    return load_operator(source, **trust)
+def _read_repository(source: str, **trust: Any) -> Any:
+    return importlib.import_module(f"{__name__}.hub.operators").load_operator(source, **trust)
 
 
 attach_verbs()

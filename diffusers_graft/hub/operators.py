@@ -154,8 +154,8 @@ def _read_description(folder: Path, source: str) -> dict[str, Any]:
         raise FileError(f"{source} holds no operator: there is no {CONFIG}. It is written by dg.hub.push_operator.")
     described = read_json(folder / CONFIG)
     packages = described.get("packages")
-    is_sound = all(isinstance(described.get(name), str) for name in _TEXTS) and isinstance(packages, dict)
-    if not is_sound or not all(isinstance(number, str) for number in packages.values()):
+    is_sound = isinstance(packages, dict) and all(isinstance(number, str) for number in packages.values())
+    if not is_sound or not all(isinstance(described.get(name), str) for name in _TEXTS):
         raise FileError(f"{CONFIG} of {source} is damaged: it is not what dg.hub.push_operator writes.")
     if described.get("format") != _FORMAT:
         raise FileError(

@@ -151,7 +151,7 @@ def _only_operator_in(module: ModuleType) -> type[Operator]:
     return found[0]
 
 
-def read_repositories_with(reader: Callable[..., type[Operator]]) -> None:
+def read_repositories_with(reader: Callable[..., Any]) -> None:
     """Let `get` read repositories: what downloads stands on a floor above this one."""
     _readers[:] = [reader]
 
@@ -214,11 +214,13 @@ def _requirement(package: Any) -> list[str] | None:
     """Return name and version of a package as a saved plan has them, None for anything else."""
     if not isinstance(package, Mapping):
         return None
-    values = [package.get("name"), package.get("version")]
-    # Untrusted text that is repeated in advice may be a name and nothing more.
-    if all(isinstance(value, str) and _PACKAGE_NAME.fullmatch(value) for value in values):
-        return values
-    return None
+    values: list[str] = []
+    for value in (package.get("name"), package.get("version")):
+        # Untrusted text that is repeated in advice may be a name and nothing more.
+        if not isinstance(value, str) or not _PACKAGE_NAME.fullmatch(value):
+            return None
+        values.append(value)
+    return values
 
 
 def _advice(package: Any) -> str:
