@@ -240,6 +240,30 @@ def test_callbacks_that_transformers_ships_run_unchanged(tmp_path, capsys):
     assert "'step': 2" in capsys.readouterr().out
 
 
+def test_both_stages_evaluate_every_eval_steps_stop_early_and_keep_the_best_weights(tmp_path, capsys):
+    early = EarlyStoppingCallback(early_stopping_patience=2)
+    # So large a step that everything after the start is worse.
+    both = {"steps": 9, "lr": 0.3, "warmup": 0, "schedule": "constant", "progress": False}
+    one = second_stage(
+        tmp_path,
+        callbacks=[early, PrinterCallback, ProgressCallback],
+        distill=dg.DistillConfig(**both),
+        finetune=dg.FinetuneConfig(**both),
+        eval_steps=2,
+        logging_steps=1,
+    )
+    reports = one.distill()
+    (report,) = reports.values()
+    assert [evaluation.step for evaluation in report.held_out] == [0, 2, 4]
+    assert report.best_step == 0
+    start = {name: tensor.clone() for name, tensor in one.graft.tensors(one.model).items()}
+    assert len(one.finetune()) == 4
+    # Both stages ended with the weights that they began with, which were the best.
+    assert same_tensors(one.model, {**tensors_of(one.model), **start})
+    assert one.graft.history[-1]["best_step"] == 0
+    assert "'stage': 'two', 'step': 4" in capsys.readouterr().out
+
+
 def test_callbacks_are_added_and_removed_as_in_transformers(tmp_path):
     one = second_stage(tmp_path)
     one.add_callback(Asking)
