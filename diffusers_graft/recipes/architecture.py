@@ -59,13 +59,13 @@ def read_architecture(recipe: Recipe) -> Architecture:
         raise FileError(f"The configuration of {settings.name} names no model of diffusers: {name!r}.")
     with torch.device("meta"):
         model = cls.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]  # of ConfigMixin, as all are
-    # Some parameters are made from values on the host.
-    model = model.to("meta", getattr(torch, settings.dtype or "float32")).eval()
+    # Some parameters are made from values on the host. By torch's method: that of diffusers warns of every cast.
+    torch.nn.Module.to(model, "meta", getattr(torch, settings.dtype or "float32")).eval()
     call = _call_arguments(recipe)
     text_tokens = int(call.get("max_sequence_length") or _PROMPT_TOKENS.get(name, 77))
     size = None
     if call.get("height"):
-        size = int(call["height"]) // _PIXELS
+        size = int(call["height"]) // _pixels_of_latent(settings)
 
     def make(batch_size: int) -> dict[str, Any]:
         return example_inputs(model, batch_size=batch_size, size=size, text_tokens=text_tokens)
@@ -118,6 +118,17 @@ def _read_config(settings: ModelSettings) -> dict[str, Any]:
         if path.exists():
             return read_json(path)
     raise FileError(f"There is no config.json of a transformer in {settings.name}. Name its subfolder.")
+
+
+def _pixels_of_latent(settings: ModelSettings) -> int:
+    """Return how many pixels a latent stands for along a side, as the configuration of the autoencoder says."""
+    if settings.config is not None or settings.name.startswith("testbed:"):
+        return _PIXELS
+    path = find_configs(settings) / "vae" / "config.json"
+    if not path.exists():
+        return _PIXELS
+    levels = read_json(path).get("block_out_channels")
+    return 2 ** (len(levels) - 1) if levels else _PIXELS
 
 
 def _call_arguments(recipe: Recipe) -> Mapping[str, Any]:

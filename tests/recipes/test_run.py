@@ -1,5 +1,7 @@
 """Recipes run from the model to the graft, go on where they were stopped, and run again from their card."""
 
+import json
+import random
 import re
 import subprocess
 import sys
@@ -7,13 +9,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from diffusers import DDIMScheduler, PixArtSigmaPipeline
 from filelock import FileLock
 
+from diffusers_graft import testbed
 from diffusers_graft.errors import FileError, GraftError, StateError
+from diffusers_graft.recipes.dry_run import estimate
 from diffusers_graft.recipes.reading import dump_recipe, load_recipe
 from diffusers_graft.recipes.run import run_recipe
 from diffusers_graft.training.distill.stage import DistillStage
 from diffusers_graft.training.finetune.stage import FinetuneStage
+
+from ..data.pipelines import tiny_vae
+from ..models import tiny_pixart
 
 ROOT = Path(__file__).parents[2]
 STAGE = {"steps": 3, "warmup": 1, "save_every": 1, "log_every": 1, "trackers": [], "progress": False}
@@ -29,7 +37,8 @@ LETTERS = {
 }
 RESULTS = ("graft_model.safetensors", "plan.json", "scores.json")
 KILLED = """
-import os, random, sys, threading, time
+import os, sys, threading, time
+from diffusers_graft.recipes.dry_run import estimate
 from diffusers_graft.recipes.reading import load_recipe
 from diffusers_graft.recipes.run import run_recipe
 recipe = load_recipe(sys.argv[1])
@@ -94,15 +103,54 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(done, tmp_path, monkeypat
     assert results(tmp_path / "out") == results(done)
 
 
+@pytest.fixture(scope="module")
+def pixart(tmp_path_factory):
+    """The recipe of a tiny PixArt pipeline in a folder, which draws its own data."""
+    folder = tmp_path_factory.mktemp("pixart")
+    scenes = testbed.scenes.pipeline()
+    transformer = tiny_pixart(caption_channels=scenes.text_encoder.config.d_model)
+    pipe = PixArtSigmaPipeline(scenes.tokenizer, scenes.text_encoder, tiny_vae(), transformer, DDIMScheduler())
+    pipe.save_pretrained(folder / "pipe")
+    (folder / "prompts.txt").write_text("a red circle\na blue square\n")
+    arguments = {"height": 8, "width": 8, "use_resolution_binning": False, "clean_caption": False}
+    arguments |= {"max_sequence_length": 8, "num_inference_steps": 1}
+    synthetic = {"prompts": str(folder / "prompts.txt"), "samples": 6, "arguments": arguments}
+    return {
+        **LETTERS,
+        "model": str(folder / "pipe"),
+        "plan": {"self_attention[0]": "hyena_x"},
+        "data": {"synthetic": synthetic, "batch_size": 2, "held_out": 2},
+        "finetune": {**STAGE, "lora": {"r": 2, "target_modules": "all-linear"}},
+        "samples": {"prompts": ["a red circle"], "every": 2, "arguments": arguments},
+    }
+
+
+def test_a_pipeline_of_ones_own_goes_the_whole_way_and_on_after_a_stop(pixart, tmp_path, monkeypatch):
+    run_recipe(load_recipe({**pixart, "output": str(tmp_path / "done")}))
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneStage, "train_step", lambda self: (_ for _ in ()).throw(StoppedError))
+        with pytest.raises(StoppedError):
+            run_recipe(load_recipe({**pixart, "output": str(tmp_path / "stopped")}))
+    run_recipe(load_recipe({**pixart, "output": str(tmp_path / "stopped")}))
+    assert results(tmp_path / "stopped") == results(tmp_path / "done")
+    samples = json.loads((tmp_path / "done" / "samples" / "samples.json").read_text())
+    assert [row["step"] for row in samples] == [2, 3, 5, 6]
+    costs = estimate(load_recipe({**pixart, "output": "out"}))
+    assert [stage.name for stage in costs.stages] == ["data", "stage one", "stage two"]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("seconds", [0.3, 1.5, 3.0, 5.0])
-def test_a_run_that_was_killed_ends_in_the_same_bytes(done, tmp_path, seconds):
+@pytest.mark.parametrize("model", ["letters", "pixart"])
+def test_a_run_that_was_killed_at_random_ends_in_the_same_bytes(pixart, tmp_path, model):
+    settings = {"letters": LETTERS, "pixart": pixart}[model]
+    run_recipe(load_recipe({**settings, "output": str(tmp_path / "done")}))
     path = tmp_path / "recipe.yaml"
-    path.write_text(dump_recipe(letters(tmp_path / "out")))
-    for _ in range(3):
-        subprocess.run([sys.executable, "-c", KILLED, str(path), str(seconds)], cwd=ROOT, check=False)
+    path.write_text(dump_recipe(load_recipe({**settings, "output": str(tmp_path / "out")})))
+    moments = random.Random(0)
+    for _ in range(4):
+        subprocess.run([sys.executable, "-c", KILLED, str(path), str(moments.uniform(0.2, 6))], cwd=ROOT, check=False)
     run_recipe(load_recipe(path))
-    assert results(tmp_path / "out") == results(done)
+    assert results(tmp_path / "out") == results(tmp_path / "done")
 
 
 def test_the_cards_recipe_gives_the_same_graft(done, tmp_path):
