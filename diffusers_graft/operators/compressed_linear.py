@@ -46,7 +46,8 @@ class CompressedLinear(Mixer):
             stride: side of the square of tokens that become one key.
             kernel: taps of the keys' and values' convolutions along each axis, as many as the stride or more.
             query_conv: whether queries are convolved on the grid.
-            narrow: width of a token over that within the queries' convolution.
+            narrow: width of a token over that within the queries' convolution. The paper's is not known; 64 keeps a
+                mixer below a hundredth of its model's parameters.
             text_share: share of an image token's output that a prompt's tokens get: `softmax`, what softmax over both
                 would give them (the rule of this library), or `tokens`, their share of all tokens (MM-EDiT).
         """
@@ -54,7 +55,7 @@ class CompressedLinear(Mixer):
         stride: int = 2
         kernel: int = 3
         query_conv: bool = True
-        narrow: int = 8
+        narrow: int = 64
         text_share: str = "softmax"
 
         def __post_init__(self):
@@ -67,7 +68,7 @@ class CompressedLinear(Mixer):
                     f"Choose a kernel of {self.stride} or more."
                 )
             require_flag("compressed_linear", "query_conv", self.query_conv)
-            require_count("compressed_linear", "narrow", self.narrow, example=8)
+            require_count("compressed_linear", "narrow", self.narrow, example=64)
             if self.text_share not in SHARES:
                 raise UnknownNameError("text_share of compressed_linear", self.text_share, SHARES)
 

@@ -115,12 +115,13 @@ def _one_device(device: Any, device_map: Any, quantization_config: Any) -> Any:
 def _load_lora(model: ModelMixin, graft: Graft, described: Any, adapters: Tensors) -> None:
     if described is None and not adapters:
         return
+    from .lora import load_adapters
+
     try:
-        # A model without LoRA is read without peft, too.
-        from .lora import load_adapters
+        # A model without LoRA is read without peft, which is imported there.
+        load_adapters(model, graft, described, adapters)
     except ModuleNotFoundError as error:
         raise FileError("This model carries LoRA layers, which are peft's. Run: pip install peft") from error
-    load_adapters(model, graft, described, adapters)
 
 
 def _read_config(folder: Path, variant: str | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -81,7 +81,7 @@ def test_parameters_of_a_layer_as_counted():
     from dataclasses import replace
 
     site = replace(example_site("self_attention"), width=1152, heads=16, head_width=72)
-    operator = configure("compressed_linear").build(site)
+    operator = configure("compressed_linear(narrow=8)").build(site)
     weights = {name: p.numel() for name, p in operator.named_parameters() if p.dim() == 4}
     assert weights["query_convolution.0.weight"] + weights["query_convolution.3.weight"] == 9 * 1152 * 144 + 144 * 1152
     assert weights["key_convolution.weight"] == weights["value_convolution.weight"] == 9 * 1152
