@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, PixArtSigmaPipeline
+from PIL import Image
 
 import diffusers_graft as dg
 from diffusers_graft import testbed
@@ -55,7 +56,6 @@ def small(monkeypatch, tmp_path):
     """Stand-ins for what is downloaded, and small numbers for what takes hours."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_owner")
-    (tmp_path / "prompts.txt").write_text("a photo of a ring\nthere is a hoop\n")
     load = DiTTransformer2DModel.from_pretrained.__func__
 
     def from_pretrained(cls, source, **settings):
@@ -82,10 +82,10 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(dg.data, "from_pipeline", from_pipeline)
     arguments = dg.GraftTrainingArguments
 
-    def make_arguments(output_dir, finetune):
+    def make_arguments(finetune=None, **settings):
         one = dg.DistillConfig(steps=1, warmup=0)
-        two = dataclasses.replace(finetune, steps=1, warmup=0)
-        return arguments(output_dir=output_dir, distill=one, finetune=two, per_device_train_batch_size=2)
+        two = dataclasses.replace(finetune or dg.FinetuneConfig(), steps=1, warmup=0)
+        return arguments(distill=one, finetune=two, per_device_train_batch_size=2, **settings)
 
     monkeypatch.setattr(dg, "GraftTrainingArguments", make_arguments)
     letters = testbed.letter_batches
@@ -106,11 +106,22 @@ def small(monkeypatch, tmp_path):
 
 
 @only_regular
-def test_the_code_of_the_readme_runs(hub, small):  # noqa: F811
+def test_the_code_of_the_readme_runs(hub, small, monkeypatch):  # noqa: F811
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     names = {}
     waiting = []
-    for code in python_of(text):
+    for number, code in enumerate(python_of(text)):
+        if code.startswith(("import", "from")):
+            # A program of its own, of somebody with a pipeline, prompts, and pictures with captions.
+            names["pipe"] = testbed.scenes.pipeline()
+            folder = small / str(number)
+            folder.mkdir()
+            monkeypatch.chdir(folder)
+            (folder / "prompts.txt").write_text("a photo of a ring\nthere is a hoop\n")
+            if "PictureFolder" in code:
+                (folder / "pictures").mkdir()
+                Image.new("RGB", (32, 32)).save(folder / "pictures" / "a.png")
+                (folder / "pictures" / "a.txt").write_text("a photo of a ring")
         assert all(int(steps) > dg.DistillConfig().warmup for steps in re.findall(r"Config\(steps=(\d+)", code))
         if "load_graft" in code and "me/" in code:
             # It loads what is pushed further below.
@@ -121,7 +132,7 @@ def test_the_code_of_the_readme_runs(hub, small):  # noqa: F811
     for code in waiting:
         # Somebody else, who has the base.
         run(code, {"pipe": testbed.scenes.pipeline()})
-    assert (small / "my-graft" / "graft_model.safetensors").exists()
+    assert len(list(small.rglob("my-graft/graft_model.safetensors"))) == 2
 
 
 def run(code, names):
