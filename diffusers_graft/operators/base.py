@@ -210,6 +210,7 @@ class Operator(nn.Module, Generic[ConfigT, SiteT]):
         ignores_attention_backend: whether it uses softmax, but not by the backend that `set_attention_backend` chose.
         paper: title and arXiv id of where it comes from.
         start: one sentence on what a warm start keeps; printed on cards.
+        exact_with: settings with which it is the softmax it replaces; empty where there are none.
         unused_inputs: inputs that it does not read, `"input 0"` for the first; they get no gradient.
         output_layer: name of the linear layer its output comes from, which `dg.closed_form` solves for; a mixer's is
             the attention's output projection.
@@ -228,6 +229,7 @@ class Operator(nn.Module, Generic[ConfigT, SiteT]):
     kinds: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = ""
     start: ClassVar[str] = ""
+    exact_with: ClassVar[str] = ""
     Config: ClassVar[type[OperatorConfig]] = OperatorConfig
 
     # Not ClassVar, since instances may have values of their own.

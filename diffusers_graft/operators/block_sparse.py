@@ -41,6 +41,7 @@ class BlockSparse(Mixer):
     needs_grid = True
     chooses_tokens = True
     ignores_attention_backend = True
+    exact_with = "every block kept, and the gate closed"
     paper = "VSA: Faster Video Diffusion with Trainable Sparse Attention, arXiv 2505.13389"
     start = "projections keep their pretrained weights; with a gate, the coarse branch starts closed (zero)"
 

@@ -20,6 +20,7 @@ from .base import Mixer
 class Hybrid(Mixer):
     """Declares what its two mixers need together, and honours what both honour."""
 
+    exact_with = "two that are"
     start = "projections keep their pretrained weights; each mixer starts as it does alone"
 
     @dataclass(frozen=True, kw_only=True)

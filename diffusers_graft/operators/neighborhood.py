@@ -127,6 +127,7 @@ class Neighborhood(WithBackends, Mixer):
     )
     needs_grid = True
     ignores_attention_backend = True
+    exact_with = "a kernel as large as the grid"
     paper = "Neighborhood Attention Transformer, arXiv 2204.07143"
 
     @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ class PooledKeys(Mixer):
 
     needs_grid = True
     honours_others = True
+    exact_with = "stride 1"
     paper = "PixArt-Sigma, arXiv 2403.04692"
     start = "projections keep their pretrained weights; keys and values start as averages of stride x stride tokens"
 

@@ -34,6 +34,7 @@ class Radial(Mixer):
     honours_mask = True
     honours_others = True
     ignores_attention_backend = True
+    exact_with = "one or two frames"
     paper = "Radial Attention: O(n log n) Sparse Attention for Long Video Generation, arXiv 2506.19852"
 
     @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ class SelfAttention(Mixer):
     honours_mask = True
     honours_others = True
     honours_causal = True
+    exact_with = "the heads of the original"
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
 
     @dataclass(frozen=True, kw_only=True)

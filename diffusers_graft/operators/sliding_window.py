@@ -64,6 +64,7 @@ class SlidingWindow(WithBackends, Mixer):
         Backend("flex", _flex, "torch.nn.attention.flex_attention", dtypes=(), runs_on=("cuda", "cpu")),
     )
     ignores_attention_backend = True
+    exact_with = "a window over all tokens"
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
 
     @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ class SparseLinear(Mixer):
     needs_grid = True
     honours_others = True
     ignores_attention_backend = True
+    exact_with = "every block kept"
     paper = "SLA2: Sparse-Linear Attention with Learnable Routing and QAT, arXiv 2602.12675"
     start = "projections keep their pretrained weights; linear attention starts with softmax's own share of its keys"
 

@@ -12,7 +12,7 @@ from diffusers_graft.injection.attention_core import mix
 from diffusers_graft.injection.modules import AttentionSeat, FeedForwardSeat
 from diffusers_graft.operators import AttentionOperator, Mixer, available, configure, get
 from diffusers_graft.operators.base import BlockOperator
-from diffusers_graft.operators.conformance.case import Subject
+from diffusers_graft.operators.conformance.case import Subject, run
 from diffusers_graft.operators.conformance.suite import example_site
 
 from .examples import FEED_FORWARD, build, qkv
@@ -27,7 +27,7 @@ from .examples import FEED_FORWARD, build, qkv
         {"operator": "sliding_window", "window": (1, -1)},
         {"operator": "sliding_window", "window": 4},
         {"operator": "hyena_x", "kernel_size": 0},
-        {"operator": "hyena_x", "layout": "3d"},
+        {"operator": "hyena_x", "layout": "4d"},
         {"operator": "linear_attention", "feature_map": "exp"},
         {"operator": "mlp", "expansion": 0},
         {"operator": "mlp", "activation": "geglu"},
@@ -162,7 +162,7 @@ def test_runs_without_memory(name):
     with torch.device("meta"):
         operator = config.resolved(subject.site).build(subject.site)
     inputs = [tensor.float().to("meta") for tensor in subject.inputs()]
-    assert operator(*inputs, subject.context).shape == inputs[0].shape
+    assert run(operator, inputs, subject.context).shape == inputs[0].shape
 
 
 def test_an_operator_refuses_another_kind():

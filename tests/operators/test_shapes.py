@@ -9,7 +9,7 @@ from jaxtyping import TypeCheckError, jaxtyped
 
 from diffusers_graft.operators import available, configure
 from diffusers_graft.operators.base import BlockOperator, Mixer
-from diffusers_graft.operators.conformance.case import Subject, example_site
+from diffusers_graft.operators.conformance.case import Subject, example_site, in_context
 from diffusers_graft.operators.ops.backends import WithBackends
 
 OPERATORS = [name for name in available() if not issubclass(configure(name).owner, BlockOperator)]
@@ -32,7 +32,8 @@ def test_shapes_of_operators_are_as_annotated(name):
     subject = Subject(config, example_site(config.owner.kinds[0]))
     operator = subject.build()
     for method in annotated_methods(operator):
-        output = checked(operator, method)(operator, *subject.inputs(), subject.context)
+        arguments = in_context(operator, subject.inputs(), subject.context)
+        output = checked(operator, method)(operator, *arguments)
         assert output.shape == subject.inputs()[0].shape
 
 
