@@ -130,7 +130,7 @@ def _add_model_verbs(verbs: Any) -> None:
         verbs,
         "plan",
         "resolve rules against a model, and print or save the plan",
-        "diffusers-graft plan testbed:letters 'self_attention[50%]=hyena_x' --save plan.json",
+        "diffusers-graft plan testbed:letters 'self_attention[50%]=hyena_x'",
     )
     _add_model(plan)
     plan.add_argument("rules", help="rules with semicolons between them, or the path of a plan.json to check")
