@@ -99,7 +99,8 @@ def load_source(settings: ModelSettings) -> Source:
 
 def _move_to_device(pipeline: DiffusionPipeline, model: ModelMixin) -> None:
     """Move a pipeline to the device of this process, all but a model whose weights are to be sharded."""
-    device: Any = process_state().device  # accelerate sets it as it starts
+    # accelerate sets it as it starts
+    device = cast(torch.device, process_state().device)
     if fsdp_plugin() is None:
         pipeline.to(device)
         return
@@ -138,7 +139,8 @@ def find_configs(settings: ModelSettings) -> Path:
 
 def require_dtype(settings: ModelSettings) -> None:
     """Raise `GraftError` for a dtype that the device of this process lacks."""
-    device: Any = process_state().device  # accelerate sets it as it starts
+    # accelerate sets it as it starts
+    device = cast(torch.device, process_state().device)
     if settings.dtype == "float16" and device.type == "cpu":
         raise GraftError("model.dtype: a CPU does not train in float16. Set bfloat16 or float32.")
     if settings.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
