@@ -14,6 +14,7 @@ from torch.utils.data import Subset, default_collate
 from .. import data
 from ..errors import FileError, GraftError, TrainingError
 from ..training.batches import Batch, Collate, is_map_style
+from ..training.distributed import is_main_process, wait_for_all
 from .schema import DataSettings, EvaluateSettings, Recipe, SampleSettings, SyntheticData
 from .sources import Source
 
@@ -149,9 +150,13 @@ def _draw(settings: SyntheticData, recipe: Recipe, source: Source) -> data.Shard
     conditions = list_conditions(settings, "data.synthetic")
     # Beside the run, since a set that was begun is finished by the same recipe.
     folder = Path(recipe.output) / DATA
-    return data.from_pipeline(
-        source.pipeline, conditions, settings.samples, folder, seed=recipe.seed, **settings.arguments
-    )
+    # One process draws: several would write the same files.
+    if is_main_process():
+        data.from_pipeline(
+            source.pipeline, conditions, settings.samples, folder, seed=recipe.seed, **settings.arguments
+        )
+    wait_for_all()
+    return data.Shards(folder)
 
 
 def _split(dataset: Any, settings: DataSettings, collate: Collate | None) -> tuple[Any, list[Batch]]:

@@ -105,6 +105,8 @@ def run_recipe(recipe: Recipe, *, last: str = "share", say: Say = lambda text: N
     if last not in STAGES:
         raise UnknownNameError("stage", last, STAGES)
     wanted = STAGES[: STAGES.index(last) + 1]
+    if not is_main_process():
+        say = _say_nothing
     require_ready(recipe)
     # Before anything is loaded, since a second run would wait minutes to be refused.
     with _claim_folder(Path(recipe.output)):
@@ -138,7 +140,8 @@ def _analyze(recipe: Recipe, source: Source, data: Data) -> Analysis:
     if path.exists():
         return Analysis.load(path)
     analysis = analyze(source.model, data.held_out, noise_scheduler=source.noise_scheduler, seed=recipe.seed)
-    analysis.save(path)
+    if is_main_process():
+        analysis.save(path)
     return analysis
 
 
@@ -157,6 +160,10 @@ def choose_local(rules: Mapping[str, Any], locality: Mapping[str, float]) -> dic
             key = choose(locality, float(share) / 100, kind=kind)
         chosen[key] = operator
     return chosen
+
+
+def _say_nothing(text: str) -> None:
+    """Leave the report to the first process."""
 
 
 def require_ready(recipe: Recipe) -> None:
@@ -295,22 +302,28 @@ def _search(recipe: Recipe, source: Source, data: Data, folder: Path) -> GraftPl
     settings = recipe.search
     assert settings is not None
     path = folder / SURVEY
+    noise: Any = {"noise_scheduler": source.noise_scheduler}
     # Measured once, a survey gives the plan of every budget.
     if path.exists():
         return Survey.load(path).plan(**settings.budget)
     arguments: dict[str, Any] = {}
+    if settings.distill is not None and settings.latency is None:
+        # A budget that no plan meets is told before candidates are trained; of time there is nothing to count.
+        counted = survey(source.model, settings.candidates, data.held_out[:1], rounds=2, **noise)
+        counted.plan(**settings.budget)
     if settings.distill is not None:
         arguments = {"batches": data.train, "config": settings.distill, "output_dir": folder, "resume": True}
     measured = survey(
         source.model,
         settings.candidates,
         _take(data.held_out, settings.samples),
-        noise_scheduler=source.noise_scheduler,
         rounds=settings.rounds,
         seed=recipe.seed,
+        **noise,
         **arguments,
     )
-    measured.save(path)
+    if is_main_process():
+        measured.save(path)
     return measured.plan(**settings.budget)
 
 

@@ -194,6 +194,14 @@ def test_a_folder_that_another_run_uses_is_refused(tmp_path):
             GraftError,
             "No plan leaves 0.01",
         ),
+        (
+            {
+                "plan": None,
+                "search": {"candidates": {"self_attention[0]": ["hyena_x"]}, "flops": 0.5, "distill": {"steps": 900}},
+            },
+            GraftError,
+            "No plan leaves 0.5 of the flops",
+        ),
     ],
 )
 def test_what_cannot_run_is_told_before_training(tmp_path, monkeypatch, changes, error, words):
