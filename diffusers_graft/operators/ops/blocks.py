@@ -85,8 +85,8 @@ class BlockConfig(Mixer.Config):
 
 @functools.cache
 def _say_all_kept(who: str, keep: int, blocks: int) -> None:
-    """Warn once that nothing is left out."""
-    logger.warning("%s: keep=%d blocks are all of the %d there are, so softmax sees every key.", who, keep, blocks)
+    """Note once that nothing is left out, which is exact and no fault."""
+    logger.info("%s: keep=%d blocks are all of the %d there are, so softmax sees every key.", who, keep, blocks)
 
 
 @dataclass(frozen=True)
