@@ -78,15 +78,17 @@ class BlockConfig(Mixer.Config):
         if isinstance(self.keep, float):
             # Rounded first: 0.07 * 100 is a little more than 7.
             return max(1, math.ceil(round(self.keep * blocks, 6)))
-        if self.keep > blocks and not torch.compiler.is_compiling():
+        # Nobody asked for the default, which is for larger grids.
+        is_asked = self.keep != type(self).keep
+        if is_asked and self.keep > blocks and not torch.compiler.is_compiling():
             _say_all_kept(self.owner.name, self.keep, blocks)
         return min(self.keep, blocks)
 
 
 @functools.cache
 def _say_all_kept(who: str, keep: int, blocks: int) -> None:
-    """Note once that nothing is left out, which is exact and no fault."""
-    logger.info("%s: keep=%d blocks are all of the %d there are, so softmax sees every key.", who, keep, blocks)
+    """Warn once that nothing is left out."""
+    logger.warning("%s: keep=%d blocks are all of the %d there are, so softmax sees every key.", who, keep, blocks)
 
 
 @dataclass(frozen=True)
