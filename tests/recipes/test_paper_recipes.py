@@ -147,7 +147,7 @@ def test_released_models_have_the_papers_flops(name):
 def test_the_flops_of_the_whole_model_change_by_those_of_its_parts(path):
     recipe = load_recipe(path)
     model = model_of(recipe)
-    inputs = example_inputs(model)
+    inputs = example_inputs(model, text_tokens=300)
     before = count_flops(model, inputs)
     parameters = count_parameters(model)
     graft = dg.build_graft(model, plan_of(recipe))
