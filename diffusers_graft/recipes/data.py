@@ -93,6 +93,8 @@ def require_data(recipe: Recipe) -> None:
         )
     if settings.synthetic is not None:
         list_conditions(settings.synthetic, "data.synthetic")
+        # Before they are drawn, which may take hours.
+        _require_rest(settings.synthetic.samples, settings.held_out)
     if recipe.samples is not None:
         list_conditions(recipe.samples, "samples")
     for path in (settings.latents, settings.folder and settings.folder.path):
@@ -166,14 +168,16 @@ def _split(dataset: Any, settings: DataSettings, collate: Collate | None) -> tup
     if not is_map_style(dataset):
         train = dataset.skip(count)
         return train, _join(dataset.take(count), settings.batch_size, collate)
-    if len(dataset) <= count:
-        raise TrainingError(
-            f"Of {len(dataset)} samples data.held_out={count} leaves none to train on. Hold fewer out."
-        )
+    _require_rest(len(dataset), count)
     numbers = range(len(dataset))
     train = Subset(dataset, numbers[:-count])
     held_out = Subset(dataset, numbers[-count:])
     return train, _join((held_out[number] for number in range(count)), settings.batch_size, collate)
+
+
+def _require_rest(samples: int, held_out: int) -> None:
+    if samples <= held_out:
+        raise TrainingError(f"Of {samples} samples data.held_out={held_out} leaves none to train on. Hold fewer out.")
 
 
 def _join(samples: Iterable[Any], batch_size: int, collate: Collate | None) -> list[Batch]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from diffusers import ModelMixin
 from filelock import FileLock, Timeout
 
+from ..data.collation import BatchMaker
 from ..errors import FileError, StateError, TrainingError, UnknownNameError
 from ..evaluation import metrics as metric_classes
 from ..evaluation.analysis import Analysis
@@ -35,7 +36,8 @@ from ..serialization.upload import push_graft
 from ..testbed.sampling import SampleQuality
 from ..testbed.scenes import SceneScore
 from ..trainer import GraftTrainer, GraftTrainingArguments
-from ..training.distributed import is_main_process, wait_for_all
+from ..training.batches import Batch
+from ..training.distributed import is_main_process, process_state, wait_for_all
 from .data import Data, list_conditions, make_data, require_data
 from .reading import RECIPE, load_recipe, save_recipe
 from .schema import EvaluateSettings, Recipe
@@ -312,7 +314,12 @@ def _search(recipe: Recipe, source: Source, data: Data, folder: Path) -> GraftPl
         counted = survey(source.model, settings.candidates, data.held_out[:1], rounds=2, **noise)
         counted.plan(**settings.budget)
     if settings.distill is not None:
-        arguments = {"batches": data.train, "config": settings.distill, "output_dir": folder, "resume": True}
+        arguments = {
+            "batches": _make_batches(recipe, source, data),
+            "config": settings.distill,
+            "output_dir": folder,
+            "resume": True,
+        }
     measured = survey(
         source.model,
         settings.candidates,
@@ -325,6 +332,13 @@ def _search(recipe: Recipe, source: Source, data: Data, folder: Path) -> GraftPl
     if is_main_process():
         measured.save(path)
     return measured.plan(**settings.budget)
+
+
+def _make_batches(recipe: Recipe, source: Source, data: Data) -> Iterable[Batch]:
+    """Return batches of the training data, as the trainer reads them."""
+    settings = recipe.data
+    maker = BatchMaker(source.model, seed=recipe.seed, workers=settings.workers, collate=data.collate)
+    return maker.make_batches(data.train, settings.batch_size * process_state().num_processes)
 
 
 def _take(batches: list[Any], samples: int) -> list[Any]:

@@ -184,6 +184,7 @@ def test_a_folder_that_another_run_uses_is_refused(tmp_path):
         ({"data": {"synthetic": {"prompts": "empty.txt"}}}, FileError, "holds no prompt"),
         ({"data": {"synthetic": {"prompts": []}}}, GraftError, "lists nothing"),
         ({"data": {"synthetic": {"labels": [1]}}}, GraftError, "transformer alone"),
+        ({"data": {"synthetic": {"labels": [1], "samples": 8}}}, GraftError, "data.held_out=256 leaves none"),
         ({"data": {"folder": {"path": "gone", "size": 8}}}, FileError, "There is no folder gone"),
         ({"evaluate": {"metrics": {"FDI": {}}}}, GraftError, "Did you mean 'FID'"),
         ({"evaluate": {"metrics": {"SampleQuality": {"cuont": 3}}}}, GraftError, "Did you mean 'count'"),
@@ -229,3 +230,13 @@ def test_a_search_gives_the_plan_of_its_budget(tmp_path):
     plan = yaml.safe_load((tmp_path / "plan.json").read_text())
     assert [edit["operator"] for edit in plan["edits"]] == ["identity"]
     assert (tmp_path / "survey.json").exists()
+
+
+def test_a_search_trains_its_candidates_on_samples_that_the_pipeline_drew(pixart, tmp_path):
+    stage = {name: value for name, value in STAGE.items() if name != "save_every"}
+    search = {"candidates": {"self_attention[0]": ["identity"]}, "flops": 0.9999, "samples": 2, "rounds": 2}
+    search["distill"] = {**stage, "lr": 2e-3}
+    recipe = {**pixart, "plan": None, "search": search, "samples": None, "output": str(tmp_path)}
+    run_recipe(load_recipe(recipe), last="plan")
+    plan = yaml.safe_load((tmp_path / "plan.json").read_text())
+    assert [edit["operator"] for edit in plan["edits"]] == ["identity"]
