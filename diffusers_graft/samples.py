@@ -110,7 +110,11 @@ class Samples(Preview):
                 failure = error
                 break
         if failure is not None:
-            logger.warning("Samples could not be drawn, training goes on: %s", failure)
+            logger.warning(
+                "Samples could not be drawn, training goes on: %s (they were drawn with arguments=%s)",
+                failure,
+                self.config.arguments,
+            )
         drawn = {number: picture for part in gather_values(own) for number, picture in part.items()}
         return [drawn[number] for number in numbers] if len(drawn) == len(numbers) else []
 

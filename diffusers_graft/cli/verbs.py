@@ -63,7 +63,9 @@ def run(verb: Callable[[Arguments], None], arguments: Arguments, *, program: str
         sys.stderr.write(f"{program}: {_one_line(error)}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write(f"\n{program}: interrupted. What was saved before is unchanged.\n")
+        sys.stderr.write(
+            f"\n{program}: interrupted. What was saved before is unchanged, and a run started again goes on from it.\n"
+        )
         return 130
     return 0
 

@@ -54,7 +54,7 @@ def open_regular(path: str | Path) -> Iterator[BinaryIO]:
         # Opening a pipe waits for its writer unless asked not to.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileError(f"There is no {path.name} in {path.parent}.") from error
+        raise FileError(f"There is no {path.name} in {path.parent.absolute()}.") from error
     except (OSError, ValueError) as error:
         raise FileError(f"{path} cannot be read: {error}.") from error
     # Asked of what was opened: what lies at the path may change meanwhile.
