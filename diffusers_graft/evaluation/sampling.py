@@ -304,7 +304,8 @@ def check_conditions(pipeline: Any, conditions: Sequence[Any], sampling: Samplin
     takes_labels = "class_labels" in arguments
     if not isinstance(pipeline, DiffusionPipeline) or not (takes_labels or "prompt" in arguments):
         raise ModelError(
-            f"{type(pipeline).__name__} takes neither prompts nor class labels. Say how it draws: Sampling(draw=...)."
+            f"{type(pipeline).__name__} takes neither prompts nor class labels. Say how it draws: Sampling(draw=...); "
+            "to measure on batches, pass its transformer, pipe.transformer."
         )
     for condition in conditions:
         is_text = text_of(condition) is not None

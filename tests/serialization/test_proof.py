@@ -12,7 +12,7 @@ from ..inspection.models import inputs_of, tiny
 from ..models import predict, tiny_dit
 from .forging import PROOF, saved
 
-FLUX = "FluxTransformer2DModel"
+QWEN = "QwenImageTransformer2DModel"  # its arguments are not among the example inputs
 
 
 def test_what_the_fingerprint_does_not_see_the_proof_does(tmp_path, caplog):
@@ -57,13 +57,13 @@ def test_what_needs_many_tokens_is_proved_on_as_many(config, tmp_path, caplog):
 
 
 def test_without_example_inputs_the_last_forward_is_the_proof(tmp_path, caplog):
-    model = tiny(FLUX)
+    model = tiny(QWEN)
     model.set_graft({"joint_attention[0]": "hyena_x"})
     with torch.no_grad():
-        model(**inputs_of(FLUX))
+        model(**inputs_of(QWEN))
     model.save_graft(tmp_path)
     with caplog.at_level("INFO"):
-        tiny(FLUX).load_graft(tmp_path)
+        tiny(QWEN).load_graft(tmp_path)
     assert "largest difference 0" in caplog.text
 
 
@@ -98,33 +98,33 @@ def test_a_graft_that_refuses_every_known_input_is_saved_without_a_proof(tmp_pat
 
 
 @torch.no_grad()
-def flux_with_a_forward(**arguments):
-    model = tiny(FLUX)
+def qwen_with_a_forward(**arguments):
+    model = tiny(QWEN)
     model.set_graft({"joint_attention[0]": "hyena_x"})
-    model(**inputs_of(FLUX), **arguments)
+    model(**inputs_of(QWEN), **arguments)
     return model
 
 
 def test_a_forward_as_pipelines_call_it_is_a_proof(tmp_path, caplog):
-    flux_with_a_forward(return_dict=False).save_graft(tmp_path)
+    qwen_with_a_forward(return_dict=False).save_graft(tmp_path)
     assert "without a proof" not in caplog.text
     with caplog.at_level("INFO"):
-        tiny(FLUX).load_graft(tmp_path)
+        tiny(QWEN).load_graft(tmp_path)
     assert "largest difference 0" in caplog.text
 
 
 def test_a_forward_over_many_tokens_is_no_proof(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(proof, "_MOST_TOKENS", 3)
-    flux_with_a_forward().save_graft(tmp_path)
+    qwen_with_a_forward().save_graft(tmp_path)
     assert "A proof is a forward over at most 3 tokens" in caplog.text
     assert load_file(tmp_path / PROOF) == {}
 
 
 def test_a_proof_over_many_tokens_is_not_replayed(tmp_path, monkeypatch):
-    flux_with_a_forward().save_graft(tmp_path)
+    qwen_with_a_forward().save_graft(tmp_path)
     monkeypatch.setattr(proof, "_MOST_TOKENS", 3)
     with pytest.raises(FileError, match="at most 3 tokens"):
-        tiny(FLUX).load_graft(tmp_path)
+        tiny(QWEN).load_graft(tmp_path)
 
 
 @pytest.mark.parametrize(
