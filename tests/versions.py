@@ -14,6 +14,7 @@ def needs(package: str, lowest: str, reason: str) -> pytest.MarkDecorator:
 
 
 has_varlen_attention = needs("torch", "2.10", "torch has attention over sequences of several lengths")
+compiles_layers_once = needs("torch", "2.11", "torch compiles the layers of one config once")
 compiles_all_families = needs("torch", "2.11", "torch compiles every family as one graph")
 counts_recompilations = needs("torch", "2.7", "torch bounds recompilations by recompile_limit")
 offloads_without_accelerator = needs("diffusers", "0.40", "groups are offloaded where there is no accelerator")

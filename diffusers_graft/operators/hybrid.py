@@ -176,9 +176,9 @@ def _context_of(context: Context, heads: tuple[int, ...]) -> Context:
     """Return the context for some heads, since a mask may differ from head to head."""
     if context.unrotated is not None:
         query, key = context.unrotated
-        context = replace(context, unrotated=(_select_heads(query, heads), _select_heads(key, heads)))
+        context = context.changed(unrotated=(_select_heads(query, heads), _select_heads(key, heads)))
     mask = context.mask
     if mask is None or mask.dim() < 3 or mask.shape[-3] == 1:
         return context
     mask = mask[(None,) * (4 - mask.dim())]
-    return replace(context, mask=_select_heads(mask, heads))
+    return context.changed(mask=_select_heads(mask, heads))

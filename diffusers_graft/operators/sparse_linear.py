@@ -6,7 +6,7 @@ mixture); ReHyAt, arXiv 2601.04342 (softmax nearby, linear elsewhere).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +86,18 @@ class SparseLinear(Mixer):
         log_rest = self._log_rest(cut, is_left_out).to(query.dtype)
         # One more channel, which only the key of the rest has, comes out as its weight; seven more, since kernels want
         # widths in steps of eight.
-        padded = replace(
-            cut, query=F.pad(cut.query, (0, 8)), key=F.pad(cut.key, (0, 8)), value=F.pad(cut.value, (0, 8))
+        # Not `dataclasses.replace`, which older torch cannot compile.
+        padded = Cut(
+            blocks=cut.blocks,
+            query=F.pad(cut.query, (0, 8)),
+            key=F.pad(cut.key, (0, 8)),
+            value=F.pad(cut.value, (0, 8)),
+            bias=cut.bias,
+            visible=cut.visible,
+            count=cut.count,
+            scores=cut.scores,
+            others=cut.others,
+            scale=cut.scale,
         )
         mixed = attend_chosen(padded, chosen, extra=self._add_rest(cut, log_rest))
         softmax, weight, _ = mixed.split([query.shape[-1], 1, 7], dim=-1)

@@ -25,7 +25,7 @@ from diffusers_graft.operators.ops import gated_convolution as _hyena
 from diffusers_graft.operators.ops.backends import Backend, WithBackends
 
 from ...models import predict, tiny_dit
-from ...versions import counts_recompilations, has_varlen_attention
+from ...versions import compiles_layers_once, counts_recompilations, has_varlen_attention
 from ..examples import as_dense
 
 SITE = example_site("self_attention")
@@ -248,6 +248,7 @@ def compilations(monkeypatch):
     return counter
 
 
+@compiles_layers_once
 @pytest.mark.parametrize("name", ["hyena_se", "linear_attention", "ttt"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_layers_compile_once(compilations, name, grad):
