@@ -21,3 +21,4 @@ offloads_without_accelerator = needs("diffusers", "0.40", "groups are offloaded 
 checks_cards_at_its_endpoint = needs("huggingface-hub", "2.0", "cards are checked at the endpoint that is set")
 trusts_no_folder = needs("diffusers", "0.40", "code in a local folder runs only where it is trusted")
 indexes_float8 = needs("torch", "2.7", "tensors of float8 are indexed on the CPU")
+refers_to_float64 = needs("transformers", "5.23", "the reference of the gated delta rule computes in float64")

@@ -15,6 +15,7 @@ from diffusers_graft.operators.ops.scans import (
     visits,
 )
 
+from ...versions import refers_to_float64
 from ..recurrences import draw, same_with_gradients
 
 
@@ -142,6 +143,7 @@ def test_a_gated_delta_rule_by_matrices(tokens, chunk, backwards):
     same_with_gradients(fast, plain.flip(1) if backwards else plain, inputs)
 
 
+@refers_to_float64
 def test_the_gated_delta_rule_is_that_of_transformers(monkeypatch):
     pytest.importorskip("transformers")
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
