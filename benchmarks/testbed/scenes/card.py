@@ -112,7 +112,8 @@ def describe_phases(log: Path) -> list[str]:
     for row, following in zip(rows, [*rows[1:], {"recipe": None}], strict=True):
         if "recipe" in row:
             recipe = row["recipe"]
-        elif "recipe" in following:
+        # A run that was stopped and went on is one phase.
+        elif "recipe" in following and not following.get("step"):
             samples = row["step"] * recipe["batch_size"]
             settings = ", ".join(
                 f"{name.replace('_', ' ')} {value}" for name, value in recipe.items() if name != "steps"
