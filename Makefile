@@ -13,7 +13,7 @@ LOWEST := $(VENV)-lowest
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt diffusers_graft_cli.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	@$(PYTHON) -m venv $(VENV) || { echo "No virtual environment could be made. Where ensurepip is missing (Debian, Ubuntu): apt install python3-venv"; exit 1; }
 	@# torch on its own, before anything else can ask for a larger build of it

@@ -7,6 +7,7 @@ It lies beside the package, since importing anything of that imports torch and d
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import runpy
 import sys
 import textwrap
@@ -235,7 +236,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _version() -> str:
-    version = runpy.run_path(str(Path(__file__).parent / "diffusers_graft" / "_version.py"))
+    # Found and not imported; not beside this file, which an editable install copies.
+    package = importlib.util.find_spec("diffusers_graft")
+    assert package is not None
+    assert package.origin is not None
+    version = runpy.run_path(str(Path(package.origin).with_name("_version.py")))
     return version["__version__"]
 
 

@@ -1,5 +1,6 @@
 """The verbs of the command line, and its refusals in one line."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -100,3 +101,14 @@ def test_help_and_version_import_nothing_heavy():
     assert done.returncode == 0, done.stderr
     assert "quickstart" in done.stdout
     assert f"diffusers-graft {dg.__version__}" in done.stdout
+
+
+def test_a_copy_beside_no_package_finds_the_version(tmp_path):
+    """An editable install copies the parser away from the package."""
+    copy = tmp_path / "diffusers_graft_cli.py"
+    copy.write_text((ROOT / "diffusers_graft_cli.py").read_text())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, copy, "--version"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"diffusers-graft {dg.__version__}\n"
