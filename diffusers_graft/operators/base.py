@@ -212,6 +212,7 @@ class Operator(nn.Module, Generic[ConfigT, SiteT]):
         start: one sentence on what a warm start keeps; printed on cards.
         exact_with: settings with which it is the softmax it replaces; empty where there are none.
         unused_inputs: inputs that it does not read, `"input 0"` for the first; they get no gradient.
+        idle_parameters: parameters that have nothing to do on small grids, and get no gradient there.
         output_layer: name of the linear layer its output comes from, which `dg.closed_form` solves for; a mixer's is
             the attention's output projection.
         uses_energy: whether a warm start is better for a `LinearPair.energy`, which takes data.
@@ -243,6 +244,7 @@ class Operator(nn.Module, Generic[ConfigT, SiteT]):
     ignores_attention_backend: bool = False
     uses_energy: bool = False
     unused_inputs: tuple[str, ...] = ()
+    idle_parameters: tuple[str, ...] = ()
     output_layer: str | None = None
 
     def __init_subclass__(cls, **kwargs):

@@ -48,6 +48,7 @@ class SparseLinear(Mixer):
     honours_others = True
     ignores_attention_backend = True
     exact_with = "every block kept"
+    idle_parameters = ("log_share",)  # where every block is kept, nothing is left out
     paper = "SLA2: Sparse-Linear Attention with Learnable Routing and QAT, arXiv 2602.12675"
     start = "projections keep their pretrained weights; linear attention starts with softmax's own share of its keys"
 

@@ -178,23 +178,29 @@ def check_needs_grid(subject: Subject) -> None:
 
 
 def check_gradients_reach_everything(subject: Subject) -> None:
-    """Every input and parameter gets a gradient on some grid, unless `unused_inputs` names it."""
+    """Every input and parameter gets a gradient, unless `unused_inputs` names it.
+
+    Those that `idle_parameters` names may go without on some grids, but not on all.
+    """
     # In each precision, since an operator may take another way in one of them.
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        dead: set[str] | None = None
-        # On a small grid there may be nothing for a parameter to do, such as blocks that are left out.
-        for there in subject.accepted():
-            operator = there.build().to(dtype)
-            inputs = there.inputs(dtype=dtype)
-            _, found = gradients(operator, operator, inputs, there.context)
-            names = [f"input {n}" for n in range(len(inputs))] + [name for name, _ in operator.named_parameters()]
-            missing = {name for name, gradient in zip(names, found, strict=True) if not _is_useful(gradient)}
-            missing -= set(operator.unused_inputs)
-            dead = missing if dead is None else dead & missing
-            if not dead:
-                break
+        dead = _find_dead(subject, dtype)
+        idle = dead & set(subject.build().idle_parameters)
+        dead -= idle
+        if idle:
+            dead |= idle.intersection(*(_find_dead(there, dtype) for there in subject.accepted()))
         if dead:
             fail("gradients_reach_everything", f"no useful gradient for {', '.join(sorted(dead))} in {dtype}")
+
+
+def _find_dead(subject: Subject, dtype: torch.dtype) -> set[str]:
+    """Return the inputs and parameters that get no useful gradient, and are not declared as unused."""
+    operator = subject.build().to(dtype)
+    inputs = subject.inputs(dtype=dtype)
+    _, found = gradients(operator, operator, inputs, subject.context)
+    names = [f"input {n}" for n in range(len(inputs))] + [name for name, _ in operator.named_parameters()]
+    dead = {name for name, gradient in zip(names, found, strict=True) if not _is_useful(gradient)}
+    return dead - set(operator.unused_inputs)
 
 
 def _is_useful(gradient: torch.Tensor | None) -> bool:

@@ -93,6 +93,18 @@ class DeadParameter(Good):
         return F.scaled_dot_product_attention(query, key, value) * self.gate.detach()
 
 
+class IdleEverywhere(DeadParameter):
+    idle_parameters = ("gate",)
+
+
+class DeadOnSmallGrids(Good):
+    """Nothing declares that the gate has nothing to do on the first grid."""
+
+    def forward(self, query, key, value, context):
+        gate = self.gate if query.shape[2] > 64 else self.gate.detach()
+        return F.scaled_dot_product_attention(query, key, value) * gate
+
+
 class MixesRows(Good):
     def forward(self, query, key, value, context):
         return super().forward(query, key, value - value.mean(0, keepdim=True), context)
@@ -499,7 +511,14 @@ BAD = {
     "finite_on_large_inputs": [Overflows],
     "every_grid": [EightByEight],
     "needs_grid": [HidesItsGrid, ClaimsAGrid],
-    "gradients_reach_everything": [DeadParameter, PreciseOnly, ClaimsHiddenStates, ClaimsUnrotated],
+    "gradients_reach_everything": [
+        DeadParameter,
+        IdleEverywhere,
+        DeadOnSmallGrids,
+        PreciseOnly,
+        ClaimsHiddenStates,
+        ClaimsUnrotated,
+    ],
     "batch_rows_independent": [MixesRows],
     "deterministic": [Counts],
     "same_without_gradients": [OtherwiseWithoutGradients],
