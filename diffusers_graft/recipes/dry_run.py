@@ -287,7 +287,7 @@ def _cost_finetune(
         optimizer = StageOptimizer(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             config,
-            ema_decay=config.ema_decay,
+            ema_decay=config.average_decay,
         )
         trained.extend(master.detach().clone() for master in optimizer.masters)
 
@@ -307,7 +307,7 @@ def _cost_finetune(
         after = _weight_bytes(model)
         saved = sum(_size(tensor) for tensor in graft.tensors(model).values())
     size = sum(map(_size, trained))
-    state = (4 + bool(config.ema_decay)) * size
+    state = (4 + bool(config.average_decay)) * size
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         state += size
     activations = max(0, peak - state) + _gathered(model, devices)

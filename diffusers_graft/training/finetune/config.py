@@ -30,22 +30,26 @@ class FinetuneConfig(TrainingConfig):
         lora: settings of LoRA; rank 64 on every linear layer of the blocks, as the paper's text-to-image run, unless
             given. LoRA layers are trained beside whatever else `train` names.
         ema_decay: decay of an exponential moving average (diffusers' `EMAModel`), whose weights are the result; 0
-            has the last ones.
+            has the last ones. `"auto"` averages over the last tenth of the run: 1 - 10 / steps, at most 0.9999.
         variance: of models that predict it: `"auto"`, `"vb"` or `"ignore"`, see
             `diffusers_graft.training.finetune.objective`.
         min_snr: gamma of min-SNR weighting, 5 is usual; None weights all noise levels alike.
+        denoising: weight of the model's own objective. With 0, the ungrafted model is all there is to learn from, and
+            training batches need no target.
         distill_output: weight of the distance to the ungrafted model's prediction; costs its forward at every step.
-        distill_features: weight of the distance to the ungrafted model's block outputs, massive activations left out;
-            costs the same forward, and holds the outputs of all blocks in memory.
+        distill_features: weight of the distance to the ungrafted model's block outputs, as a share of their size and
+            with massive activations left out (arXiv 2412.01199, section 4.3); costs the same forward, and holds the
+            outputs of all blocks in memory. Alone, it is a loss on the outputs of blocks in place of operators.
         gradient_checkpointing: recompute blocks in the backward: less memory, a third more time.
         compile: compile the training forward, by a backend's name or True for torch's default.
     """
 
     train: str | None = None
     lora: LoraConfig | None = None
-    ema_decay: float = 0.0
+    ema_decay: float | str = 0.0
     variance: str = "auto"
     min_snr: float | None = None
+    denoising: float = 1.0
     distill_output: float = 0.0
     distill_features: float = 0.0
     gradient_checkpointing: bool = False
@@ -62,8 +66,26 @@ class FinetuneConfig(TrainingConfig):
             from peft import LoraConfig
 
             object.__setattr__(self, "lora", LoraConfig(r=64, lora_alpha=64, target_modules="all-linear"))
-        if not 0 <= self.ema_decay < 1 or min(self.distill_output, self.distill_features) < 0:
-            raise TrainingError(f"A decay lies from 0 up to 1, weights are not negative; got {self}.")
+        if self.ema_decay != "auto" and not (isinstance(self.ema_decay, int | float) and 0 <= self.ema_decay < 1):
+            raise TrainingError(f'A decay lies from 0 up to 1, or is "auto"; got {self.ema_decay!r}.')
+        weights = (self.denoising, self.distill_output, self.distill_features)
+        if min(weights) < 0 or not any(weights):
+            raise TrainingError(
+                "The weights denoising, distill_output and distill_features are not negative, and one of them is "
+                f"above zero; got {weights}."
+            )
+
+    @property
+    def average_decay(self) -> float:
+        """Decay of the moving average, as a number."""
+        if isinstance(self.ema_decay, str):
+            return min(0.9999, max(0.0, 1 - 10 / self.steps))
+        return self.ema_decay
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the ungrafted model runs at every step."""
+        return bool(self.distill_output or self.distill_features)
 
     def to_dict(self) -> dict[str, Any]:
         """Return every setting, JSON-able; of LoRA, rank and alpha."""

@@ -103,12 +103,11 @@ def finetune(
         prepared(model, graft, config, losses, bool(resume)),
         shard(model, graft.sites, trained=True, precision=config.precision) as student,
     ):
-        uses_teacher = config.distill_output or config.distill_features
         teacher = Teacher(
             student,
             output_weight=config.distill_output,
             feature_weight=config.distill_features,
-            original=shard_original(model, graft.sites, config.precision) if uses_teacher else None,
+            original=shard_original(model, graft.sites, config.precision) if config.uses_teacher else None,
         )
         stage = FinetuneStage(student, require_graft(student), teacher, config, noising, stream, evaluated, losses)
         costs = train(stage, session)

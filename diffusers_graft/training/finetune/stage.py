@@ -58,7 +58,7 @@ class FinetuneStage(Stage):
                 'None of the new parts has weights: train="operators+lora" or "all" trains the others.'
             )
         self.teacher = teacher
-        self.optimizer = StageOptimizer(parameters, config, ema_decay=config.ema_decay)
+        self.optimizer = StageOptimizer(parameters, config, ema_decay=config.average_decay)
         self.forward: Callable[..., Any] = model
         if config.compile is True:
             self.forward = torch.compile(model)
@@ -106,13 +106,8 @@ class FinetuneStage(Stage):
         """Return this process's share of the next batch, noised."""
         noised = self.noising(self.model, next(self.stream), self.generator)
         self.samples_per_step = noised.count * self.config.accumulate
-        return self._local_share(noised)
-
-    def _local_share(self, noised: NoisedBatch) -> NoisedBatch:
-        if noised.target is None:
-            raise TrainingError(
-                'Stage two needs to know what to predict: batches need a "sample" to noise, or a "target".'
-            )
+        if self.config.denoising:
+            _require_target(noised)
         return noised.local_share()
 
     def _backward(self, noised: NoisedBatch) -> dict[str, torch.Tensor]:
@@ -121,18 +116,23 @@ class FinetuneStage(Stage):
             self.teacher.run(noised.inputs)
             with self.teacher.capture_features(self.model):
                 prediction = predict(self.model, noised.inputs, self.forward)
-        loss = objective(
+        # Outside autocast: squares of half precision overflow.
+        terms = {}
+        if self.config.denoising:
+            terms["denoising"] = self.config.denoising * self._denoising_loss(prediction, noised)
+        terms |= self.teacher.losses(prediction)
+        total = sum(terms.values(), start=torch.zeros((), device=prediction.device))
+        self.optimizer.backward(total)
+        return {name: term.detach() for name, term in {"loss": total, **terms}.items()}
+
+    def _denoising_loss(self, prediction: torch.Tensor, noised: NoisedBatch) -> torch.Tensor:
+        return objective(
             prediction,
             noised,
             self.noising.scheduler,
             variance=self.config.variance,
             min_snr=self.config.min_snr,
         )
-        # Outside autocast: squares of half precision overflow.
-        terms = {"denoising": loss, **self.teacher.losses(prediction)}
-        total = sum(terms.values(), start=torch.zeros_like(loss))
-        self.optimizer.backward(total)
-        return {name: term.detach() for name, term in {"loss": total, **terms}.items()}
 
     def check_model(self) -> None:
         if not self._is_grafted():
@@ -149,7 +149,9 @@ class FinetuneStage(Stage):
         losses = []
         # The uncompiled model, since other shapes and modes would be compiled anew.
         with self.optimizer.using_result(), evaluating(self.model):
-            for noised in map(self._local_share, batches):
+            for noised in batches:
+                _require_target(noised)
+                noised = noised.local_share()
                 with mixed_precision(self.model.device, self.config.precision):
                     prediction = predict(self.model, noised.inputs)
                 assert noised.target is not None
@@ -204,3 +206,11 @@ class FinetuneStage(Stage):
         pairs = zip(state["best"], self.optimizer.masters, strict=False)
         self.best = [shard_like(saved, master).to(master.device) for saved, master in pairs]
         super().load_state_dict(state)
+
+
+def _require_target(noised: NoisedBatch) -> None:
+    if noised.target is None:
+        raise TrainingError(
+            'Stage two needs to know what to predict: batches need a "sample" to noise, or a "target". With '
+            "denoising=0, only held-out batches do."
+        )

@@ -27,9 +27,9 @@ class Teacher:
 
     Args:
         output_weight: of the error of the prediction.
-        feature_weight: of the error of every block's output, where it is not massive (arXiv 2412.01199, section 4.3):
-            activations further than two standard deviations from their mean, in the teacher or in the student, are
-            left out.
+        feature_weight: of the relative error of every block's output, where it is not massive (arXiv 2412.01199,
+            section 4.3): activations further than two standard deviations from their mean, in the teacher or in the
+            student, are left out.
         original: the ungrafted model, where it is another one.
 
     Raises `TrainingError` for features of a model whose sites lie in no list of blocks.
@@ -108,7 +108,10 @@ class Teacher:
 
 
 def masked_error(student: torch.Tensor, teacher: torch.Tensor, *, deviations: float = 2.0) -> torch.Tensor:
-    """Return the mean squared error of features [B, N, D] where neither is massive, of each sample, then averaged."""
+    """Return |student - teacher|^2 / |teacher|^2 of features [B, N, D] where neither is massive.
+
+    Of each sample, then averaged: the same scale at every block.
+    """
     student = student.float().flatten(1)
     teacher = teacher.float().flatten(1)
     # Few massive activations would make up nearly all of the error, and they need not be imitated.
@@ -117,4 +120,5 @@ def masked_error(student: torch.Tensor, teacher: torch.Tensor, *, deviations: fl
         distance = (values - values.mean(1, keepdim=True)).abs()
         is_usual &= distance < deviations * values.std(1, keepdim=True)
     errors = (student - teacher).square() * is_usual
-    return (errors.sum(1) / is_usual.sum(1).clamp(min=1)).mean()
+    sizes = teacher.square() * is_usual
+    return (errors.sum(1) / sizes.sum(1).clamp(min=1e-12)).mean()

@@ -1,10 +1,26 @@
 """Settings of stage two."""
 
+import pytest
 from peft import LoraConfig
 
 import diffusers_graft as dg
+from diffusers_graft.errors import TrainingError
 
 
 def test_lora_alone_means_operators_and_lora():
     assert dg.FinetuneConfig(lora=LoraConfig(r=2)).train == "operators+lora"
     assert dg.FinetuneConfig().train == "all"
+
+
+def test_the_average_by_length_covers_the_last_tenth():
+    decays = [dg.FinetuneConfig(steps=steps, ema_decay="auto").average_decay for steps in (5, 500, 10**6)]
+    assert decays == [0.0, 0.98, 0.9999]
+    assert dg.FinetuneConfig(ema_decay=0.5).average_decay == 0.5
+
+
+@pytest.mark.parametrize(
+    "settings", [{"ema_decay": "long"}, {"ema_decay": 1.0}, {"denoising": 0}, {"denoising": -1.0}]
+)
+def test_averages_and_weights_that_make_no_sense_are_refused(settings):
+    with pytest.raises(TrainingError, match="one of them is|A decay lies"):
+        dg.FinetuneConfig(**settings)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import LabelEmbedding
 
+from diffusers_graft.errors import TrainingError
 from diffusers_graft.training.finetune.teacher import masked_error
 from diffusers_graft.training.fsdp import find_blocks
 from diffusers_graft.training.metrics_log import read_metrics
@@ -47,11 +48,14 @@ def test_distillation_brings_the_model_back_to_its_teacher():
 
 
 def test_massive_activations_are_left_out():
-    teacher = torch.randn(2, 16, 8)
+    teacher = torch.rand(2, 16, 8)  # none of them is massive
     student = teacher + 0.1
-    expected = 0.01
+    sizes = teacher.square()
+    sizes[0, 0, 0] = 0.0
+    expected = ((127 * 0.01 / sizes[0].sum() + 128 * 0.01 / sizes[1].sum()) / 2).item()
     teacher[0, 0, 0], student[0, 0, 0] = 1000.0, -1000.0
     assert masked_error(student, teacher).item() == pytest.approx(expected, rel=1e-4)
+    assert masked_error(30 * student, 30 * teacher).item() == pytest.approx(expected, rel=1e-4)
     assert torch.nn.functional.mse_loss(student, teacher) > 1000
     halves = [masked_error(one, other).item() for one, other in zip(student.split(1), teacher.split(1), strict=True)]
     assert masked_error(student, teacher).item() == pytest.approx(sum(halves) / 2)  # however a batch is shared out
@@ -78,3 +82,18 @@ def test_the_teacher_leaves_label_dropout_of_grafted_blocks_off():
     run_finetune(model, steps=2, distill_output=1.0, callbacks=[Watcher()])
     assert training
     assert not any(training)
+
+
+def test_the_teacher_alone_needs_no_target():
+    """The gradient of the first step is that of the distance to the original's prediction, and of nothing else."""
+    model = grafted_model()
+    noised = Noising(scheduler=SCHEDULER)(model, batches()[0], torch.Generator().manual_seed(0))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    distance = (model(**noised.inputs).sample - tiny_dit()(**noised.inputs).sample).square().mean()
+    gradients = torch.autograd.grad(3 * distance, list(model.parameters()))
+    settings = {"optimizer": "SGD", "schedule": "constant", "lr": 0.1, "max_grad_norm": 1e9}
+    run_finetune(model, [noised.inputs], steps=1, denoising=0, distill_output=3.0, **settings)
+    for parameter, start, gradient in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(parameter.detach(), start - 0.1 * gradient, rtol=1e-4, atol=1e-6)
+    with pytest.raises(TrainingError, match="what to predict"):
+        run_finetune(model, [noised.inputs], steps=1, distill_output=3.0)
