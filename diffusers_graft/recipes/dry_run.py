@@ -33,7 +33,7 @@ from ..training.distill.stage import make_students
 from ..training.distill.student import Student
 from ..training.finetune.finetune import prepared
 from ..training.finetune.objective import denoising_loss
-from ..training.optimizer import StageOptimizer
+from ..training.finetune.stage import make_optimizer
 from .architecture import Architecture, list_downloads, read_architecture
 from .data import require_data
 from .run import choose_local, resolve_plan
@@ -284,11 +284,7 @@ def _cost_finetune(
     saved = 0
 
     def make() -> Callable[[], None]:
-        optimizer = StageOptimizer(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            config,
-            ema_decay=config.average_decay,
-        )
+        optimizer = make_optimizer(model, graft, config)
         trained.extend(master.detach().clone() for master in optimizer.masters)
 
         def step() -> None:

@@ -15,6 +15,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 
 from ..errors import TrainingError, UnknownNameError
 from .argument_names import require_known_settings
+from .muon import MuonWithAdamW
 
 PRECISIONS = ("no", "bf16", "fp16")
 Settings = TypeVar("Settings")
@@ -32,7 +33,8 @@ class TrainingConfig:
         lr, warmup: peak learning rate, reached linearly in so many steps.
         schedule, schedule_args: the schedule after the warm-up, by its name in `diffusers.optimization`, and its
             settings.
-        optimizer, optimizer_args: any optimizer of `torch.optim` by name, and its settings.
+        optimizer, optimizer_args: any optimizer of `torch.optim` by name, and its settings. `"Muon"` moves the weights
+            of linear layers in blocks, as far as AdamW would, and AdamW moves the rest (arXiv 2502.16982).
         weight_decay: of matrices; biases, norms and other vectors are spared.
         max_grad_norm: gradients are clipped to this norm.
         accumulate: batches of one optimizer step.
@@ -82,7 +84,7 @@ class TrainingConfig:
             object.__setattr__(self, "precision", os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
         require_one_of("precision", self.precision, PRECISIONS)
         require_one_of("schedule", self.schedule, [kind.value for kind in SchedulerType])
-        require_one_of("optimizer", self.optimizer, list_optimizers())
+        require_one_of("optimizer", self.optimizer, [*list_optimizers(), "Muon"])
         counts = (self.steps, self.accumulate, self.save_every, self.keep, self.log_every)
         counts += (self.evaluate_every, self.held_out_batches)
         if not all(isinstance(value, int | float) for value in (self.lr, self.max_grad_norm, self.prompt_dropout)):
@@ -108,15 +110,14 @@ class TrainingConfig:
         """Return the settings that decide the weights: a run is resumed only with the same ones."""
         return {name: value for name, value in self.to_dict().items() if name not in _WITHOUT_EFFECT_ON_WEIGHTS}
 
-    def make_optimizer(self, parameters: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """Create the optimizer. Raises `TrainingError` for settings that it does not take."""
-        cls = getattr(torch.optim, self.optimizer)
+    def make_optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        """Create the optimizer of groups of parameters. Raises `TrainingError` for settings that it does not take."""
+        cls = MuonWithAdamW if self.optimizer == "Muon" else getattr(torch.optim, self.optimizer)
         settings = {"lr": lr, "weight_decay": self.weight_decay, **self.optimizer_args}
-        groups: list[Any] = list(parameters)
         if not settings["weight_decay"] and "weight_decay" not in inspect.signature(cls).parameters:
             del settings["weight_decay"]  # Rprop has none
         elif settings["weight_decay"]:
-            groups = _spare_vectors(groups)
+            groups = [half for group in groups for half in _spare_vectors(group)]
         try:
             return cls(groups, **settings)
         except (TypeError, ValueError, IndexError) as error:
@@ -163,8 +164,8 @@ def list_optimizers() -> list[str]:
     return sorted(set(found) - {"Optimizer", "LBFGS", "SparseAdam"})
 
 
-def _spare_vectors(parameters: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
-    """Divide parameters into those that decay and vectors (biases, norms, scales), whose size means something."""
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
-    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+def _spare_vectors(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Divide a group into parameters that decay and vectors (biases, norms, scales), whose size means something."""
+    matrices = [parameter for parameter in group["params"] if parameter.ndim > 1]
+    vectors = [parameter for parameter in group["params"] if parameter.ndim <= 1]
+    return [{**group, "params": matrices}, {**group, "params": vectors, "weight_decay": 0.0}]

@@ -30,8 +30,8 @@ from ..injection.install import disable, enable
 from . import distributed as processes
 from .sharded_tensors import CAN_WRITE, StoredTensor
 
-# Adafactor computes norms of rows and columns of full tensors.
-UNSHARDABLE_OPTIMIZERS = ("Adafactor",)
+# Adafactor computes norms of rows and columns of full tensors, Muon makes full matrices orthogonal.
+UNSHARDABLE_OPTIMIZERS = ("Adafactor", "Muon")
 
 
 def fsdp_plugin(optimizer: str = "AdamW") -> FullyShardedDataParallelPlugin | None:

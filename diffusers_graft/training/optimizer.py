@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,12 @@ class StageOptimizer:
             bfloat16 has three digits and a small step would be rounded away; others are the parameters themselves.
         average: exponential moving average of the masters (diffusers' `EMAModel`), None without a decay.
         steps_done: optimizer steps so far.
+        current_lr: learning rate of the last step, without the factors of single parameters.
+
+    Args:
+        lr_scale: factor on the learning rate of all parameters.
+        lr_scales: factors on that of single parameters; 1 unless given.
+        matrices: parameters that Muon moves, where it was chosen.
 
     Raises `TrainingError` for weights in float16.
     """
@@ -48,6 +54,8 @@ class StageOptimizer:
         config: TrainingConfig,
         *,
         lr_scale: float = 1.0,
+        lr_scales: Mapping[nn.Parameter, float] | None = None,
+        matrices: Collection[nn.Parameter] = (),
         ema_decay: float = 0.0,
     ):
         self.parameters = list(parameters)
@@ -61,7 +69,9 @@ class StageOptimizer:
         self.masters = [_make_master(parameter) for parameter in self.parameters]
         self.lr = config.lr * lr_scale
         self.lr_factor = config.lr_factors()
-        self.optimizer = config.make_optimizer(self.masters, self.lr)
+        self.current_lr = self.lr
+        groups = self._make_groups(lr_scales or {}, matrices if config.optimizer == "Muon" else ())
+        self.optimizer = config.make_optimizer(groups, self.lr)
         self.average: EMAModel | None = None
         if ema_decay:
             from diffusers.training_utils import EMAModel  # brings all models of diffusers
@@ -69,10 +79,18 @@ class StageOptimizer:
             self.average = EMAModel(self.masters, decay=ema_decay, foreach=True)
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=config.precision == "fp16")
 
-    @property
-    def current_lr(self) -> float:
-        """Learning rate of the last step."""
-        return self.optimizer.param_groups[0]["lr"]
+    def _make_groups(
+        self, lr_scales: Mapping[nn.Parameter, float], matrices: Collection[nn.Parameter]
+    ) -> list[dict[str, Any]]:
+        """Return the masters in groups of one factor and one optimizer, in their order."""
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            key = (lr_scales.get(parameter, 1.0), parameter in matrices)
+            groups.setdefault(key, []).append(master)
+        return [
+            {"params": masters, "lr_scale": scale, "is_matrix": is_matrix}
+            for (scale, is_matrix), masters in groups.items()
+        ]
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of one batch."""
@@ -101,8 +119,10 @@ class StageOptimizer:
     def step(self) -> None:
         """Move the weights, then their average."""
         # Set rather than scheduled, so that a resumed run needs no scheduler's state.
+        self.current_lr = self.lr * self.lr_factor(self.steps_done)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * self.lr_factor(self.steps_done)
+            # Checkpoints of earlier versions have no factors.
+            group["lr"] = self.current_lr * group.get("lr_scale", 1.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.clear_gradients()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import diffusers_graft as dg
-from diffusers_graft.errors import TrainingError
+from diffusers_graft.errors import RuleError, TrainingError
 from diffusers_graft.training.config import TrainingConfig, list_optimizers
 from diffusers_graft.training.optimizer import StageOptimizer
 
@@ -61,7 +61,7 @@ def test_the_average_is_in_place_before_a_callback_can_fail():
 
 
 STEPS, WARMUP = 20, 5
-MATRICES_ALONE, WITHOUT_DECAY = {"Muon"}, {"Rprop"}  # what torch says of them
+WITHOUT_DECAY = {"Rprop"}  # what torch says of it
 
 
 @pytest.mark.parametrize("name", list_optimizers())
@@ -75,9 +75,6 @@ def test_every_optimizer_of_torch_trains(name):
         optimizer.clip_gradients()
         optimizer.step()
     assert weight.square().sum() < 4 * 4 * 2.0**2
-    if name in MATRICES_ALONE:
-        with pytest.raises(TrainingError, match="does not take these settings"):
-            StageOptimizer([torch.nn.Parameter(torch.ones(4))], TrainingConfig(optimizer=name))
     if name in WITHOUT_DECAY:
         with pytest.raises(TrainingError, match="weight_decay"):
             StageOptimizer([weight], TrainingConfig(optimizer=name, weight_decay=0.1))
@@ -205,3 +202,89 @@ def test_weight_decay_spares_biases_and_norms():
     optimizer.step()
     assert torch.equal(bias, torch.ones(2))
     torch.testing.assert_close(matrix.detach(), torch.full((2, 2), 1 - 0.1 * 0.5))
+
+
+def steps_of(weights, gradients, optimizers):
+    for gradient in gradients:
+        for weight, value in zip(weights, gradient, strict=True):
+            weight.grad = value.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    return [weight.detach() for weight in weights]
+
+
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon is in torch from 2.9 on")
+
+
+@needs_muon
+def test_muon_moves_matrices_and_adamw_the_rest():
+    """As two optimizers of torch by hand, also where a state was loaded on the way."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4,), (4, 6), (6, 4)]  # a bias, a matrix, and an embedding, which is no matrix
+
+    def draw():
+        return [torch.randn(shape, generator=generator) for shape in shapes]
+
+    values, gradients = draw(), [draw() for _ in range(4)]
+    config = TrainingConfig(optimizer="Muon", lr=0.1, schedule="constant", weight_decay=0.1, max_grad_norm=1e9)
+
+    def make(values):
+        weights = [torch.nn.Parameter(value.clone()) for value in values]
+        return weights, StageOptimizer(weights, config, matrices={weights[1]}, lr_scales={weights[2]: 0.5})
+
+    weights, first = make(values)
+    steps_of(weights, gradients[:2], [first])
+    again, second = make(values)
+    second.load_state_dict(first.state_dict())
+    moved = steps_of(again, gradients[2:], [second])
+
+    bias, matrix, embedding = (torch.nn.Parameter(value.clone()) for value in values)
+    by_hand = [
+        torch.optim.Muon([matrix], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([bias], lr=0.1, weight_decay=0.0),
+        torch.optim.AdamW([embedding], lr=0.05, weight_decay=0.1),
+    ]
+    expected = steps_of([bias, matrix, embedding], gradients, by_hand)
+    assert all(map(torch.equal, moved, expected))
+
+
+@needs_muon
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_muon_serves_both_stages_and_resumes(stage, tmp_path):
+    def run(folder, **arguments):
+        settings = {"steps": 4, "save_every": 2, "output_dir": folder, "warmup": 0, "optimizer": "Muon", **arguments}
+        if stage == "one":
+            model, graft, _ = run_distill({"self_attention[1]": RANDOM}, **settings)
+            return graft.tensors(model)
+        model = grafted_model(rules={"self_attention[1]": RANDOM})
+        run_finetune(model, **settings)
+        return model.state_dict()
+
+    expected = {name: tensor.clone() for name, tensor in run(tmp_path / "through").items()}
+    with pytest.raises(StopError):
+        run(tmp_path / "cut", callbacks=[StopAt(3)])
+    assert same(run(tmp_path / "cut", resume=True), expected)
+
+
+def test_an_older_torch_says_that_it_has_no_muon(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(TrainingError, match="from 2.9 on"):
+        run_finetune(grafted_model(), optimizer="Muon")
+
+
+def test_rates_differ_by_rule_key_and_for_the_rest():
+    """Steps of plain descent are as long as the gradient times the factor."""
+    moved = []
+    for lr_scale in ({}, {"rest": 0.0, "self_attention[:]": 2.0, "self_attention[1]": 0.5}):
+        model = grafted_model()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        settings = {"optimizer": "SGD", "lr": 0.1, "schedule": "constant", "steps": 1, "max_grad_norm": 1e9}
+        run_finetune(model, lr_scale=lr_scale, **settings)
+        moved.append({name: tensor - before[name] for name, tensor in model.state_dict().items()})
+    for name, change in moved[1].items():
+        factor = 0.0
+        if ".attn1." in name:
+            factor = 0.5 if name.startswith("transformer_blocks.1.") else 2.0
+        torch.testing.assert_close(change, factor * moved[0][name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(RuleError):
+        run_finetune(grafted_model(), lr_scale={"self_attention[9]": 1.0})

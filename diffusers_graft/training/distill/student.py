@@ -16,6 +16,7 @@ from ...errors import TrainingError
 from ...inspection import evaluating
 from ..config import TrainingConfig
 from ..distributed import mean_over_processes
+from ..muon import linear_weights
 from ..optimizer import StageOptimizer
 from .capture import CapturedCall
 from .losses import Loss, relative_error_and_cosine
@@ -122,7 +123,7 @@ class Student:
         self.seat = seat
         self.loss = loss
         self.patience = patience
-        self.optimizer = StageOptimizer(parameters, config, lr_scale=lr_scale)
+        self.optimizer = StageOptimizer(parameters, config, lr_scale=lr_scale, matrices=linear_weights(seat))
         self.buffers = list(buffers)
         self.report = SiteReport(site)
         self.best: list[torch.Tensor] = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...errors import TrainingError
@@ -13,6 +14,9 @@ from .objective import VARIANCES
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+# Key of all parameters that no rule key names.
+REST = "rest"
 
 TRAINABLE = ("operators", "operators+lora", "all")
 
@@ -31,6 +35,8 @@ class FinetuneConfig(TrainingConfig):
             given. LoRA layers are trained beside whatever else `train` names.
         ema_decay: decay of an exponential moving average (diffusers' `EMAModel`), whose weights are the result; 0
             has the last ones. `"auto"` averages over the last tenth of the run: 1 - 10 / steps, at most 0.9999.
+        lr_scale: factors on the learning rate of sites by rule key, grafted or not, where later keys win; `"rest"` is
+            everything else, such as `{"self_attention[1::2]": 3.0, "rest": 0.3}`.
         variance: of models that predict it: `"auto"`, `"vb"` or `"ignore"`, see
             `diffusers_graft.training.finetune.objective`.
         min_snr: gamma of min-SNR weighting, 5 is usual; None weights all noise levels alike.
@@ -47,6 +53,7 @@ class FinetuneConfig(TrainingConfig):
     train: str | None = None
     lora: LoraConfig | None = None
     ema_decay: float | str = 0.0
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
     variance: str = "auto"
     min_snr: float | None = None
     denoising: float = 1.0
@@ -68,6 +75,8 @@ class FinetuneConfig(TrainingConfig):
             object.__setattr__(self, "lora", LoraConfig(r=64, lora_alpha=64, target_modules="all-linear"))
         if self.ema_decay != "auto" and not (isinstance(self.ema_decay, int | float) and 0 <= self.ema_decay < 1):
             raise TrainingError(f'A decay lies from 0 up to 1, or is "auto"; got {self.ema_decay!r}.')
+        if not all(isinstance(scale, int | float) and scale >= 0 for scale in self.lr_scale.values()):
+            raise TrainingError(f"Factors on the learning rate are numbers from zero; got {self.lr_scale!r}.")
         weights = (self.denoising, self.distill_output, self.distill_features)
         if min(weights) < 0 or not any(weights):
             raise TrainingError(

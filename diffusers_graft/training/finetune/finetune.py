@@ -28,7 +28,7 @@ from ..previews import Preview
 from ..session import Session
 from .config import FinetuneConfig
 from .lora import add_lora, refuse_foreign_lora, remove_lora
-from .stage import FinetuneStage
+from .stage import FinetuneStage, scales_by_parameter
 from .teacher import Teacher
 
 
@@ -129,6 +129,8 @@ def _require_trainable(model: ModelMixin, config: FinetuneConfig) -> Graft:
         raise StateError("Stage two trains the grafted model: call model.enable_graft() first.")
     check_processors(graft)
     refuse_foreign_lora(model, graft)
+    # Raises for keys that name no site.
+    scales_by_parameter(model, graft, config.lr_scale)
     if recomputes_blocks(config.gradient_checkpointing) and not model._supports_gradient_checkpointing:
         raise TrainingError(f"{type(model).__name__} cannot recompute its blocks: set gradient_checkpointing=False.")
     return graft

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from torch import nn
 
 from ...errors import StateError, TrainingError
 from ...injection.graft import Graft, get_graft, is_enabled
 from ...inspection import evaluating, predict
+from ...planning.rules import select
 from .. import distributed as processes
 from ..batches import Batch, BatchStream
-from ..fsdp import gather_state, shard_like
+from ..fsdp import find_blocks, gather_state, shard_like
 from ..loop import Stage
+from ..muon import linear_weights
 from ..noised_batch import NoisedBatch, Noising
 from ..optimizer import StageOptimizer, mixed_precision
-from .config import FinetuneConfig
+from .config import REST, FinetuneConfig
 from .objective import denoising_loss, objective
 from .teacher import Teacher
 
@@ -52,13 +55,8 @@ class FinetuneStage(Stage):
     ):
         self.config = config
         super().__init__(model, graft, noising, stream, held_out)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not parameters:
-            raise TrainingError(
-                'None of the new parts has weights: train="operators+lora" or "all" trains the others.'
-            )
         self.teacher = teacher
-        self.optimizer = StageOptimizer(parameters, config, ema_decay=config.average_decay)
+        self.optimizer = make_optimizer(model, graft, config)
         self.forward: Callable[..., Any] = model
         if config.compile is True:
             self.forward = torch.compile(model)
@@ -206,6 +204,33 @@ class FinetuneStage(Stage):
         pairs = zip(state["best"], self.optimizer.masters, strict=False)
         self.best = [shard_like(saved, master).to(master.device) for saved, master in pairs]
         super().load_state_dict(state)
+
+
+def make_optimizer(model: ModelMixin, graft: Graft, config: FinetuneConfig) -> StageOptimizer:
+    """Create the optimizer of the parameters with `requires_grad`. Raises `TrainingError` where there is none."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise TrainingError('None of the new parts has weights: train="operators+lora" or "all" trains the others.')
+    inner = find_blocks(model, graft.sites) or list(graft.seats)
+    return StageOptimizer(
+        parameters,
+        config,
+        lr_scales=scales_by_parameter(model, graft, config.lr_scale),
+        matrices=set().union(*(linear_weights(model.get_submodule(path)) for path in inner)),
+        ema_decay=config.average_decay,
+    )
+
+
+def scales_by_parameter(model: ModelMixin, graft: Graft, lr_scale: Mapping[str, float]) -> dict[nn.Parameter, float]:
+    """Return the factor on the learning rate of every parameter: of its site by rule key, or that of the rest.
+
+    Raises `RuleError` for keys that name no site of the model.
+    """
+    scales = dict.fromkeys(model.parameters(), lr_scale.get(REST, 1.0))
+    for key in [key for key in lr_scale if key != REST]:
+        for path in [path for site in select(graft.sites, key) for path in site.paths]:
+            scales |= dict.fromkeys(model.get_submodule(path).parameters(), lr_scale[key])
+    return scales
 
 
 def _require_target(noised: NoisedBatch) -> None:
