@@ -20,6 +20,7 @@ from ..errors import OperatorError, UnknownNameError
 from .base import AttentionOperator, Projections, rare
 from .ops.backends import Backend, WithBackends, compute_dtype
 from .ops.depthwise import Convolve, ShortConvolution, ShortConvolutions
+from .ops.opaque import call_kernel
 from .ops.scans import FEW, count_pair_products, decay_start, gated_delta_rule, pad_to_chunks
 from .ops.settings import require_count, require_flag
 
@@ -30,9 +31,14 @@ GATES = ("silu", "sigmoid")
 SILU_OF_ONE = 1.2784645427610738
 
 
-def _fla(operator: GatedDeltanet, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+def _fla_rule(value, query, key, log_decay, strength, *, size: int) -> torch.Tensor:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
+    mixed, _ = chunk_gated_delta_rule(query, key, value, g=log_decay, beta=strength, scale=1.0)
+    return mixed
+
+
+def _fla(operator: GatedDeltanet, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
     # Heads are rows of the batch: [B, N, H, E] with one head. The kernel multiplies in half precision, and adds up
     # strengths and decays in float32.
     held = compute_dtype(hidden_states)
@@ -42,8 +48,8 @@ def _fla(operator: GatedDeltanet, hidden_states: torch.Tensor, context: Context)
     for backwards in operator.directions():
         turned = [part.flip(1) if backwards else part for part in (*parts, strength, log_decay)]
         query, key, value, beta, decay = turned
-        mixed, _ = chunk_gated_delta_rule(query, key, value, g=decay, beta=beta, scale=1.0)
-        mixed = mixed[:, :, 0]
+        # It is closed to torch.compile by its authors.
+        mixed = call_kernel(_fla_rule, value, query, key, decay, beta)[:, :, 0]
         outputs.append(mixed.flip(1) if backwards else mixed)
     return operator.project_out(outputs, hidden_states)
 

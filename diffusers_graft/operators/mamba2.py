@@ -20,6 +20,7 @@ from ..core.sites import AttentionSite, Site
 from ..errors import OperatorError, UnknownNameError
 from .base import AttentionOperator
 from .ops.backends import HALF, Backend, WithBackends, compute_dtype
+from .ops.opaque import call_kernel
 from .ops.scans import ORDERS, decay_start, pad_to_chunks, state_space, visits
 from .ops.settings import require_count, require_flag
 
@@ -27,16 +28,21 @@ from .ops.settings import require_count, require_flag
 Scan = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _mamba_ssm(operator: Mamba2, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
+def _ssd(value, step, rate, key, query, *, size: int) -> torch.Tensor:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
+    return mamba_chunk_scan_combined(value, step, rate, key, query, size)
+
+
+def _mamba_ssm(operator: Mamba2, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
     held = compute_dtype(hidden_states)
     # The kernel wants decays in float32, and chunks of 16 tokens at least.
     rate = -operator.A_log.float().exp()
     chunk = max(16, operator.config.chunk)
 
     def scan_one_way(value, key, query, step):
-        return mamba_chunk_scan_combined(value.contiguous(), step, rate, key[:, :, None], query[:, :, None], chunk)
+        parts = value.contiguous(), step, rate, key[:, :, None], query[:, :, None]
+        return call_kernel(_ssd, *parts, size=chunk)
 
     def scan(value, key, query, step):
         # The kernel multiplies in the precision of its tensors, and adds its state up in float32.

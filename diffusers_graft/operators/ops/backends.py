@@ -1,8 +1,10 @@
 """Faster ways to compute an operator, where a machine has them; plain torch is always there, and the default.
 
 `backend="torch"` never changes by itself. A backend asked for by name runs, or is an error that says what is missing.
-`backend="auto"` takes the first that this device and precision allow and that agrees with plain torch on a small
-example, and says once what it chose.
+`backend="auto"` takes the fastest of those that this device and precision allow and that agree with plain torch. It
+measures them in the first forward of a class of shapes, says once what it chose, and keeps to it while the process
+lives, so that a graft that is loaded again computes the same bits. In another process two that are about as fast may
+come in first by turns, and their results differ by rounding: what must be the same everywhere names its backend.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import functools
 import importlib
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.benchmark import Timer
 
 from ...core.context import Context, Grid
 from ...core.sites import AttentionSite
@@ -26,6 +30,14 @@ from ..base import Mixer, Operator, OperatorConfig
 logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
+
+# The largest relative difference to plain torch, in half precision, with which a backend is right.
+TOLERANCE = 0.03
+
+# Times within this factor of the best are a tie, which the backend that is listed first wins.
+TIE = 1.05
+
+SECONDS = 0.05  # for which each backend is measured
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,10 @@ class WithBackends(Operator):
         if context is None:
             # It comes last, by name or not.
             context = tensors.pop()
-        backend = self.backend_for(*tensors)
+        return self.run_by(self.backend_for(tensors, context), tensors, context)
+
+    def run_by(self, backend: Backend | None, tensors: Sequence[torch.Tensor], context: Context) -> torch.Tensor:
+        """Compute by a backend; None is plain torch."""
         if backend is None:
             return self.in_torch(*tensors, context)
         if backend.casts_inputs:
@@ -109,7 +124,7 @@ class WithBackends(Operator):
             tensors = [tensor.to(compute_dtype(tensor)) for tensor in tensors]
         return backend.run(self, *tensors, context)
 
-    def backend_for(self, *inputs: torch.Tensor) -> Backend | None:
+    def backend_for(self, inputs: Sequence[torch.Tensor], context: Context) -> Backend | None:
         """Choose the backend of this forward; None means plain torch.
 
         Raises `OperatorError` where the one asked for by name cannot run.
@@ -122,14 +137,42 @@ class WithBackends(Operator):
         dtype = compute_dtype(like)
         grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
         if name == "auto":
-            return self.constant(_best, self.settings, like.shape[-1], like.device.type, dtype, grad)
-        backend = next(backend for backend in self.backends if backend.name == name)
+            return self._choose(inputs, context, dtype, grad)
+        backend = self._named(name)
+        assert backend is not None
         obstacle = backend.obstacle(like.device.type, dtype, grad)
         if obstacle:
             raise OperatorError(
                 f'{self.name}: backend {name!r} was asked for, but {obstacle}. Choose "torch" or "auto".'
             )
         return backend
+
+    def _named(self, name: str) -> Backend | None:
+        for backend in self.backends:
+            if backend.name == name:
+                return backend
+        return None
+
+    def _choose(
+        self, inputs: Sequence[torch.Tensor], context: Context, dtype: torch.dtype, grad: bool
+    ) -> Backend | None:
+        """Return the backend of `"auto"`, measured where nothing is known of this class of shapes."""
+        *_, tokens, width = inputs[0].shape
+        device = inputs[0].device.type
+        lengths: tuple[int, ...] = (tokens,)
+        if context.grid is not None:
+            lengths = (tokens, context.grid.frames, context.grid.height, context.grid.width)
+        if torch.compiler.is_compiling():
+            lengths = tuple(map(specialize, lengths))
+            # By name: compiled code takes no constants of a class of ours.
+            return self._named(self.constant(_recall, self.settings, lengths, width, device, dtype, grad))
+        candidates = _candidates(type(self), device, dtype, grad)
+        if not candidates:
+            return None
+        key = (self.config, _class_of(lengths), width, device, dtype, grad)
+        if key not in _chosen and _can_measure(device):
+            _chosen[key] = _measure(self, candidates, inputs, context, dtype, grad)
+        return _chosen.get(key)
 
 
 def runs_in_pieces(like: torch.Tensor) -> bool:
@@ -210,54 +253,158 @@ def _import(backend: Backend, operator: str) -> None:
         raise MissingDependencyError(f"Backend {backend.name!r} of {operator}", needs, extra="kernels") from error
 
 
-def _best(config: WithBackends.Config, *case: Any) -> Backend | None:
-    return _find_best(config, *case)
+# What "auto" has measured: a config and a class of shapes -> the fastest backend, None for plain torch.
+_chosen: dict[tuple[Any, ...], Backend | None] = {}
+
+
+def _class_of(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Return what numbers up to the same power of two have in common."""
+    return tuple((length - 1).bit_length() for length in lengths)
+
+
+def _candidates(owner: type[WithBackends], device: str, dtype: torch.dtype, grad: bool) -> list[Backend]:
+    backends = [backend for backend in owner.backends if device in backend.pays_on]
+    return [backend for backend in backends if not backend.obstacle(device, dtype, grad)]
+
+
+def _can_measure(device: str) -> bool:
+    """Return whether this forward is an ordinary one: not counted, pretended or recorded."""
+    if is_in_torch_dispatch_mode():
+        return False
+    return device != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _recall(
+    config: WithBackends.Config, lengths: tuple[int, ...], width: int, device: str, dtype: torch.dtype, grad: bool
+) -> str:
+    """Return the name of what was measured, for compiled code; where nothing was, of the first that is right."""
+    key = (config, _class_of(lengths), width, device, dtype, grad)
+    if key in _chosen:
+        return _name(_chosen[key])
+    for backend in _candidates(config.owner, device, dtype, grad):
+        if _is_right(backend, config, _is_video(lengths), width, device, dtype, grad):
+            return backend.name
+    return "torch"
+
+
+def _name(backend: Backend | None) -> str:
+    return backend.name if backend else "torch"
+
+
+def _is_video(lengths: tuple[int, ...]) -> bool:
+    return len(lengths) > 1 and lengths[1] > 1
+
+
+def _measure(
+    operator: WithBackends,
+    candidates: list[Backend],
+    inputs: Sequence[torch.Tensor],
+    context: Context,
+    dtype: torch.dtype,
+    grad: bool,
+) -> Backend | None:
+    """Time the backends that are right, and plain torch, on tensors like the inputs; the fastest is logged."""
+    like = inputs[0]
+    device = like.device.type
+    is_video = context.grid is not None and context.grid.frames > 1
+    case = (operator.config, is_video, like.shape[-1], device, dtype, grad)
+    rivals: list[Backend | None] = [backend for backend in candidates if _is_right(backend, *case)]
+    rivals.append(None)
+    seconds = [0.0]
+    if len(rivals) > 1:
+        seconds = [_time(operator, rival, inputs, context, grad) for rival in rivals]
+    limit = TIE * min(seconds)
+    choice, taken = next(pair for pair in zip(rivals, seconds, strict=True) if pair[1] <= limit)
+    share = f", {taken / seconds[-1]:.2f} of the time of plain torch" if choice else ""
+    logger.warning("%s: backend %s on %s, %s%s", operator.name, _name(choice), device, dtype, share)
+    return choice
+
+
+def _time(
+    operator: WithBackends,
+    backend: Backend | None,
+    inputs: Sequence[torch.Tensor],
+    context: Context,
+    grad: bool,
+) -> float:
+    """Return the seconds of a forward, in training with its backward; infinite for a backend that cannot run it."""
+    like = inputs[0]
+    generator = torch.Generator(like.device).manual_seed(0)
+
+    def step() -> None:
+        output = operator.run_by(backend, drawn, context)
+        if grad:
+            torch.autograd.grad(output.sum(), trained, allow_unused=True)
+
+    with _apart():
+        drawn = [torch.empty_like(part).normal_(generator=generator).requires_grad_(grad) for part in inputs]
+        trained = [*drawn, *(parameter for parameter in operator.parameters() if parameter.requires_grad)]
+        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+        with torch.set_grad_enabled(grad):
+            try:
+                return timer.blocked_autorange(min_run_time=SECONDS).median
+            except Exception as problem:  # memory that is not there, among others
+                if backend is None:
+                    raise
+                logger.debug("%s: backend %s cannot run here: %s", operator.name, backend.name, problem)
+                return float("inf")
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Compute beside a forward that is under way, without leaving a trace in it."""
+    # Hooks of gradient checkpointing would count what is saved here as the forward's own.
+    nothing = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), nothing:
+        yield
 
 
 @functools.cache
-def _find_best(config: WithBackends.Config, width: int, device: str, dtype: torch.dtype, grad: bool) -> Backend | None:
-    """Return the first backend that is there, allowed and right; logged once, since the answer is cached."""
+def _is_right(
+    backend: Backend,
+    config: WithBackends.Config,
+    is_video: bool,
+    width: int,
+    device: str,
+    dtype: torch.dtype,
+    grad: bool,
+) -> bool:
+    """Return whether a backend is there and agrees with plain torch on a small example."""
     owner = config.owner
-    for backend in owner.backends:
-        if device not in backend.pays_on or backend.obstacle(device, dtype, grad):
-            continue
-        try:
-            _import(backend, owner.name)
-            error = _disagreement(backend, config, width, device, dtype, grad)
-        except Exception as problem:  # a kernel that cannot run this shape is no reason to stop
-            logger.debug("%s: backend %s cannot run here: %s", owner.name, backend.name, problem)
-            continue
-        if error < 0.03:
-            logger.warning("%s: backend %s on %s, %s", owner.name, backend.name, device, dtype)
-            return backend
-        logger.warning(
-            "%s: backend %s differs from plain torch by %.2g and is not used", owner.name, backend.name, error
-        )
-    logger.warning("%s: backend torch on %s, %s", owner.name, device, dtype)
-    return None
+    try:
+        _import(backend, owner.name)
+        grid = Grid(frames=4, height=24, width=24) if is_video else Grid(height=48, width=48)
+        error = _disagreement(backend, config, grid, width, device, dtype, grad)
+    except Exception as problem:  # a kernel that cannot run this shape is no reason to stop
+        logger.debug("%s: backend %s cannot run here: %s", owner.name, backend.name, problem)
+        return False
+    if error < TOLERANCE:
+        return True
+    logger.warning("%s: backend %s differs from plain torch by %.2g and is not used", owner.name, backend.name, error)
+    return False
 
 
 def _disagreement(
-    backend: Backend, config: WithBackends.Config, width: int, device: str, dtype: torch.dtype, grad: bool
+    backend: Backend,
+    config: WithBackends.Config,
+    grid: Grid,
+    width: int,
+    device: str,
+    dtype: torch.dtype,
+    grad: bool,
 ) -> float:
     """Return the largest relative difference to plain torch, of outputs and, in training, of gradients."""
     site = AttentionSite(kind="self_attention", index=0, path="example", width=2 * width, heads=2, head_width=width)
-    context = Context(grid=Grid(height=48, width=48))
-    shape = (1, 48 * 48, 2 * width)
+    context = Context(grid=grid)
+    shape = (1, grid.tokens, 2 * width)
     count = 1
     if issubclass(config.owner, Mixer):
-        shape = (1, 2, 48 * 48, width)
+        shape = (1, 2, grid.tokens, width)
         count = 3
     # Drawn on the CPU: the same numbers for every device.
     generator = torch.Generator().manual_seed(0)
-    device_type = torch.device(device).type
     # Autocast may be on around the forward that asks; the example has its precision already.
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device_type, enabled=False),
-    ):
+    with _apart(), torch.enable_grad(), torch.autocast(device, enabled=False):
         operator = replace(config, backend="torch").build(site).to(device, dtype)
         drawn = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(count + 1)]
         inputs = [tensor.requires_grad_(grad) for tensor in drawn[:-1]]

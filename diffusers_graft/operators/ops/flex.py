@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 # (query place, key place) on one axis of a grid -> whether it is seen; elementwise on index tensors.
 Sees = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -47,21 +47,50 @@ _TENSORS = (
 )
 
 
+def _seen_blocks(
+    rule: Callable[..., Sees], axes: tuple[tuple[int, ...], ...], tokens: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return whether a block of queries sees a block of keys in part, and in full, [blocks, blocks] each."""
+    sees = mask_of(rule, axes)
+    count = -(-tokens // BLOCK)
+    keys = torch.arange(count * BLOCK, device=device)
+    nothing = torch.tensor(0, device=device)
+    some = []
+    full = []
+    # One row of blocks at a time: all pairs of 32,768 tokens would take gigabytes.
+    for start in range(0, tokens, BLOCK):
+        queries = keys[start : start + BLOCK, None]
+        visible = sees(nothing, nothing, queries, keys) & (queries < tokens) & (keys < tokens)
+        blocks = visible.unflatten(1, (count, BLOCK))
+        full.append(blocks.all(2).all(0))
+        some.append(blocks.any(2).any(0) & ~full[-1])
+    return torch.stack(some), torch.stack(full)
+
+
+def _list_blocks(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how many blocks each sees, and which come first, as a BlockMask has them."""
+    ordered = seen.int().argsort(dim=1, descending=True, stable=True)
+    return seen.sum(1, dtype=torch.int32)[None, None], ordered.int()[None, None]
+
+
 @functools.lru_cache(maxsize=64)
 def _make_blocks(
-    rule: Callable[..., Sees], axes: tuple[tuple[int, ...], ...], tokens: int, device: str
+    rule: Callable[..., Sees], axes: tuple[tuple[int, ...], ...], tokens: int, device: torch.device
 ) -> tuple[torch.Tensor, ...]:
     # Blocks outlive the mode they are made in, and inference tensors could never be trained with.
     with torch.inference_mode(False):
-        made = create_block_mask(mask_of(rule, axes), None, None, tokens, tokens, device=device, BLOCK_SIZE=BLOCK)
-    return tuple(getattr(made, name) for name in _TENSORS)
+        seen = _seen_blocks(rule, axes, tokens, device)
+        lists = []
+        for blocks in (*seen, *(part.T for part in seen)):
+            lists += _list_blocks(blocks)
+        return tuple(lists)
 
 
 @torch.compiler.assume_constant_result
 def _blocks(
-    rule: Callable[..., Sees], axes: tuple[tuple[int, ...], ...], tokens: int, device: str
+    rule: Callable[..., Sees], axes: tuple[tuple[int, ...], ...], tokens: int, device: torch.device
 ) -> tuple[torch.Tensor, ...]:
-    """Find the blocks from a mask of all pairs, once for a grid; compiled code holds them as constants."""
+    """Find the blocks of a grid, once; compiled code holds them as constants."""
     return _make_blocks(rule, axes, tokens, device)
 
 
@@ -75,7 +104,7 @@ def flex(
 ) -> torch.Tensor:
     """Compute softmax attention over the keys a rule lets each query see: [B, H, N, E] in and out."""
     tokens = query.shape[2]
-    blocks = dict(zip(_TENSORS, _blocks(rule, axes, tokens, query.device.type), strict=True))
+    blocks = dict(zip(_TENSORS, _blocks(rule, axes, tokens, query.device), strict=True))
     sides = (BLOCK, BLOCK)
     mask = BlockMask(seq_lengths=(tokens, tokens), BLOCK_SIZE=sides, mask_mod=mask_of(rule, axes), **blocks)
     # Within compiled code it is compiled along; alone it would compute all pairs.

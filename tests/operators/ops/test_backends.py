@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -120,6 +121,50 @@ def test_calls_of_causal_conv1d(monkeypatch, name):
         _hyena._causal_conv1d(dg.operators.get(name).Config(kernel_size=5).build(SITE), *qkv(30), Context())
 
 
+@pytest.mark.parametrize("name", ["gated_deltanet", "mamba2"])
+def test_kernels_that_torch_cannot_compile_leave_graphs_whole(monkeypatch, name):
+    """fla closes its functions to torch.compile."""
+
+    class Every(torch.autograd.Function):
+        """The first tensor times the sum of all that are in the others."""
+
+        @staticmethod
+        def forward(ctx, value, *others):
+            ctx.save_for_backward(value, *others)
+            return value * sum(other.sum() for other in others)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            value, *others = ctx.saved_tensors
+            by_others = [(gradient * value).sum().expand(other.shape).contiguous() for other in others]
+            return gradient * sum(other.sum() for other in others), *by_others
+
+    @torch.compiler.disable
+    def chunk_gated_delta_rule(q, k, v, g, beta, scale=None):
+        return Every.apply(v, q, k, g, beta), None
+
+    @torch.compiler.disable
+    def mamba_chunk_scan_combined(x, dt, rate, key, query, chunk_size):
+        assert chunk_size == 32
+        return Every.apply(x, dt, rate, key, query)
+
+    stand_in(monkeypatch, "fla.ops.gated_delta_rule", chunk_gated_delta_rule=chunk_gated_delta_rule)
+    stand_in(monkeypatch, "mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=mamba_chunk_scan_combined)
+    torch.manual_seed(0)
+    operator = dg.operators.get(name).Config().build(SITE)
+    run = type(operator).backends[0].run
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    found = []
+    for call in (run, compiled):
+        tokens = tokens_in().requires_grad_()
+        mixed = call(operator, tokens, Context())
+        parameters = [tokens, *operator.parameters()]
+        found.append([mixed, *torch.autograd.grad(mixed.square().sum(), parameters, allow_unused=True)])
+    assert sum(gradient is not None for gradient in found[0]) > 4
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def tokens_in(number=30):
     return torch.randn(2, number, SITE.width, generator=torch.Generator().manual_seed(1))
 
@@ -218,17 +263,47 @@ def fake(run):
     return Fake.Config(backend="auto").build(SITE)
 
 
+def right(operator, query, key, value, context):
+    return (query * key + value) * 1.001
+
+
+def wrong(operator, query, key, value, context):
+    return (query * key + value) * 1.5
+
+
+def broken(operator, query, key, value, context):
+    return query.no_such_thing
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """What each backend takes by the clock, and the backends that were timed."""
+    table = {"quick": 0.5, "torch": 1.0}
+    timed = []
+
+    def time(operator, backend, inputs, context, grad):
+        timed.append(backend.name if backend else "torch")
+        return table[timed[-1]]
+
+    monkeypatch.setattr(_backends, "_time", time)
+    table["timed"] = timed
+    return table
+
+
 @pytest.mark.parametrize(
-    ("run", "said", "output"),
+    ("run", "taken", "said", "output"),
     [
-        (lambda operator, query, key, value, context: (query * key + value) * 1.001, "backend quick on cpu", 1.001),
-        (lambda operator, query, key, value, context: (query * key + value) * 1.5, "differs from plain torch", 1.0),
-        (lambda operator, query, key, value, context: query.no_such_thing, "backend torch on cpu", 1.0),
+        (right, 0.5, "backend quick on cpu", 1.001),
+        (right, 1.04, "backend quick on cpu", 1.001),
+        (right, 1.1, "backend torch on cpu", 1.0),
+        (wrong, 0.5, "differs from plain torch", 1.0),
+        (broken, 0.5, "backend torch on cpu", 1.0),
     ],
-    ids=["right", "wrong", "broken"],
+    ids=["faster", "a tie", "slower", "wrong", "broken"],
 )
 @pytest.mark.parametrize("grad", [False, True])
-def test_auto_takes_what_agrees_and_says_so_once(caplog, run, said, output, grad):
+def test_auto_takes_the_fastest_that_agrees_and_says_so_once(caplog, seconds, run, taken, said, output, grad):
+    seconds["quick"] = taken
     operator, (query, key, value) = fake(run), qkv(9)
     query.requires_grad_(grad)
     with caplog.at_level(logging.WARNING):
@@ -236,6 +311,68 @@ def test_auto_takes_what_agrees_and_says_so_once(caplog, run, said, output, grad
             mixed = operator(query, key, value, Context())
     torch.testing.assert_close(mixed, (query * key + value) * output)
     assert sum(said in message for message in caplog.messages) == 1
+
+
+def test_auto_measures_once_for_a_class_of_shapes(seconds):
+    operator = fake(right)
+    timed = seconds["timed"]
+    for tokens in (9, 12, 16):
+        operator(*qkv(tokens), Context())
+    type(operator).Config(backend="auto").build(SITE)(*qkv(9), Context())
+    assert timed == ["quick", "torch"]
+    operator(*qkv(17), Context())
+    assert len(timed) == 4
+    operator(*qkv(16), Context(grid=Grid(height=4, width=4)))
+    assert len(timed) == 6
+    operator(*qkv(9, requires_grad=True), Context())
+    assert len(timed) == 8
+
+
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_compiled_code_recalls_and_measures_nothing(seconds, is_measured):
+    seconds["quick"] = 2.0
+    operator, inputs = fake(right), qkv(9)
+    if is_measured:
+        operator(*inputs, Context())
+        seconds["timed"].clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(operator, fullgraph=True, backend="eager")
+    query, key, value = inputs
+    # Where nothing was measured, the first backend that is right.
+    factor = 1.0 if is_measured else 1.001
+    torch.testing.assert_close(compiled(*inputs, Context()), (query * key + value) * factor)
+    assert not seconds["timed"]
+
+
+def test_a_counted_forward_measures_nothing(seconds):
+    operator, (query, key, value) = fake(right), qkv(9)
+    with FlopCounterMode(display=False):
+        counted = operator(query, key, value, Context())
+    torch.testing.assert_close(counted, query * key + value)
+    assert not seconds["timed"]
+
+
+def test_measuring_leaves_no_trace_in_a_checkpointed_forward():
+    """Its own graph would be taken for the forward's; random numbers stay those that they are."""
+    calls = []
+
+    def run(operator, query, key, value, context):
+        calls.append(query)
+        return (query * key + value) * operator.scale
+
+    operator = fake(run)
+    operator.scale = torch.nn.Parameter(torch.tensor(1.001))
+    query, key, value = qkv(9, requires_grad=True)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    output = torch.utils.checkpoint.checkpoint(operator, query, key, value, Context(), use_reentrant=False)
+    assert torch.equal(torch.rand(1), expected)
+    assert calls
+    assert query.grad is None
+    assert operator.scale.grad is None
+    gradient, *_ = torch.autograd.grad(output.sum(), [query])
+    torch.testing.assert_close(gradient, key * (output / (query * key + value)).detach())
 
 
 @pytest.fixture
@@ -265,7 +402,8 @@ def test_layers_compile_once(compilations, name, grad):
             inputs = [part.requires_grad_(grad) for part in qkv(30)]
             with torch.set_grad_enabled(grad):
                 mixed = operator(*inputs, Context(grid=Grid(height=5, width=6)))
-            found.append([mixed, *(torch.autograd.grad(mixed.square().sum(), inputs) if grad else ())])
+            wanted = [*inputs, *operator.parameters()]
+            found.append([mixed, *(torch.autograd.grad(mixed.square().sum(), wanted) if grad else ())])
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
     assert compilations.frame_count == 1
 

@@ -6,11 +6,14 @@ from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusers_graft as dg
 from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.operators import neighborhood, sliding_window
 from diffusers_graft.operators.conformance.suite import example_site
+from diffusers_graft.operators.ops import flex
 from diffusers_graft.operators.ops.flex import mask_of
 
 from ..examples import as_dense
@@ -93,3 +96,38 @@ def test_compiled_code_holds_no_mask_of_all_pairs(settings_, grid):
 def test_the_mask_function_of_a_neighbourhood_with_strides():
     axes = ((13, 6, 1, 4), (9, 5, 1, 3), (8, 3, 2, 3))
     assert torch.equal(as_mask(neighborhood._sees, axes), as_dense(neighborhood.around, axes))
+
+
+@pytest.mark.parametrize("tokens", [300, 512])
+def test_blocks_are_those_of_torch(tokens):
+    axes = ((tokens, 150, 3),)
+    theirs = create_block_mask(mask_of(sliding_window._sees, axes), None, None, tokens, tokens, device="cpu")
+    made = dict(
+        zip(flex._TENSORS, flex._make_blocks(sliding_window._sees, axes, tokens, torch.device("cpu")), strict=True)
+    )
+    for lists in ("kv", "full_kv", "q", "full_q"):
+        counts = getattr(theirs, f"{lists}_num_blocks")
+        assert torch.equal(made[f"{lists}_num_blocks"], counts)
+        for row, count in enumerate(counts[0, 0].tolist()):
+            expected = getattr(theirs, f"{lists}_indices")[0, 0, row, :count]
+            assert torch.equal(made[f"{lists}_indices"][0, 0, row, :count], expected)
+
+
+def test_blocks_of_a_long_sequence_take_little_memory():
+    axes = ((2**12, 64, 64),)
+    counter = LargestTensor()
+    with counter:
+        flex._make_blocks(sliding_window._sees, axes, 2**12, torch.device("cpu"))
+    assert counter.largest <= 128 * 2**12
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.largest = max(self.largest, made.numel())
+        return made
