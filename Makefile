@@ -76,7 +76,7 @@ bench-planner: $(READY) ## Plans under a budget on the testbed (half an hour on 
 fuzz: $(READY) ## A thousand hostile files: no hang, no raw error, memory within the budget (ten minutes)
 	$(BIN)/python -m benchmarks.fuzz --files 1000
 
-ablate: $(READY) ## The gain from starts and stages at equal compute (half an hour on one core; goes on where it stopped)
+ablate: $(READY) ## Recipes at equal seconds, each beside its control (hours on one core; goes on where it stopped)
 	$(BIN)/python -m benchmarks ablate --output examples/ablation
 
 testbed: $(READY) ## Train the testbed's model and its judge from scratch (hours on two cores)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from diffusers_graft.cli import verbs
 
 NAMES = {
-    "ablate": "the gain from each start and each stage at equal compute, and the paper's recipe beside ours",
+    "ablate": "recipes at equal seconds on the testbed, each beside the original after the same stage two",
     "costs": "hours, memory and disk of grafting DiT-XL/2, PixArt-Sigma and Flux, on paper",
     "depth": "half the depth on the testbed: pairs side by side, blocks removed, a model trained from scratch",
     "families": "operators that run in each transformer class of diffusers, on tiny models, as Markdown",

@@ -1,4 +1,4 @@
-"""The ablation: equal compute, rows that are kept, a report that says what it measured."""
+"""The ablation: recipes at equal seconds, rows that are kept, a report that says what it measured."""
 
 import json
 
@@ -7,73 +7,122 @@ import pytest
 import diffusers_graft as dg
 from benchmarks import ablate as ab
 from benchmarks.__main__ import main
+from benchmarks.equal_seconds import LOOKING, ONE, SOLVING, TWO, Arm, Protocol, Trial, name_price
+from benchmarks.recipes_tried import FIRST, RECIPES, TODAY, Recipe, choose_recipes
+from benchmarks.subjects import Letters, Quality
 
-TINY = ab.Ablation(steps=4, seeds=1, samples=20, sampling_steps=1, rounds=2, more=2, batch_size=4)
+TINY = Protocol(quality=Quality(held_out=10, samples=10, steps=1), probe=1, rounds=2, unit=(2, 2))
 
 
-def test_the_ablation_at_tiny_size_and_again(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(
-        ab, "_measure", lambda model, ablation: dict.fromkeys(ab.MEASURES, float(model.graft is not None))
-    )
-    lines = []
-    report = ab.ablate(TINY, tmp_path, say=lines.append)
-    assert lines == [report]
-    assert (tmp_path / "ablation.md").read_text() == report
+@pytest.fixture
+def measured(monkeypatch):
+    """Make measures cost nothing: 0.2 for the original, 0.21 for a graft, 0.22 for the control."""
+
+    def measure(self, model, quality):
+        loss = 0.2
+        if model.graft is not None:
+            names = {seat.graft.name for seat in model.graft.seats.values()}
+            loss = 0.22 if names == {"self_attention"} else 0.21
+        return {"denoising_loss": loss, "frechet_distance": 1.0}
+
+    monkeypatch.setattr(Letters, "measure", measure)
+
+
+def test_recipes_run_beside_their_controls_and_never_twice(tmp_path, measured, monkeypatch, capfd):
+    recipes = [
+        TODAY.but("looks", held_out=True, batch_size=4, shares=(0.2, 0.8)),
+        TODAY.but("operators", closed_form=1, batch_size=4, shares=(0, 1), two={"train": "operators"}),
+    ]
+    monkeypatch.setattr(ab, "choose_recipes", lambda: recipes)
+    report = ab.ablate(recipes, tmp_path, seeds=1, protocol=TINY)
+    assert (tmp_path / "recipes.md").read_text() == report
     assert not capfd.readouterr().err  # bars are for terminals
-    head, *rows = map(json.loads, (tmp_path / "ablation.jsonl").read_text().splitlines())
-    assert len(rows) == 13
-    for start in ab.STARTS:
-        assert start in report
-    assert "At least as good in every seed" in report
-    assert "What stage one buys" in report
-    cut = "\n".join((tmp_path / "ablation.jsonl").read_text().splitlines()[:-1]) + "\n"
-    (tmp_path / "ablation.jsonl").write_text(cut)
-    ran = []
-    real = ab._run
-    monkeypatch.setattr(ab, "_run", lambda arm, *rest: (ran.append(arm), real(arm, *rest))[1])
-    ab.ablate(TINY, tmp_path, progress=False)
-    assert ran == [ab.Arm("hyena_x", "random", "both", 0, 2)]
+    table = {line.split()[0]: line for line in report.split("```")[1].splitlines() if line}
+    looks = table["looks"]
+    operators = table["operators"]
+    assert "1.050" in looks
+    assert "1.100" in looks  # the control: the original after the same stage two
+    assert "1.100" not in operators
+    before = (tmp_path / "recipes.jsonl").read_text()
+    row = next(row for row in map(json.loads, before.splitlines()) if row.get("recipe") == "operators")
+    assert row["settings"] == {
+        "closed_form": 1,
+        "shares": [0, 1],
+        "batch_size": 4,
+        "one": {},
+        "two": {"train": "operators"},
+    }
+    assert row["scores"]["denoising_loss"] == 0.21
+    assert ab.ablate(recipes, tmp_path, seeds=1, protocol=TINY) == report
+    assert (tmp_path / "recipes.jsonl").read_text() == before
+    with pytest.raises(dg.GraftError, match="'looks'.*another name"):
+        ab.ablate([recipes[0].but("looks", two={"lr": 1e-3})], tmp_path, protocol=TINY)
     with pytest.raises(dg.GraftError, match="another ablation"):
-        ab.ablate(ab.Ablation(), tmp_path)
-    assert main(["ablate", "--output", str(tmp_path)]) == 2
+        ab.ablate(recipes, tmp_path, protocol=Protocol())
+    assert (tmp_path / "recipes.jsonl").read_text() == before
 
 
-def test_blocks_have_a_comparison_of_their_own(tmp_path, capfd):
-    folder = tmp_path / "ablation"
-    assert main(["ablate", "--operator", "parallel", "--sites", "block_pair[:]", "--output", str(folder)]) == 2
-    assert "bench-depth compares blocks" in capfd.readouterr().err
-    assert not folder.exists()
+def priced(tmp_path, prices, recipes):
+    """Return a trial whose prices are given instead of measured."""
+    trial = Trial(Letters(), tmp_path / "recipes.jsonl", Protocol(unit=(100, 50)))
+    for recipe in (TODAY, *recipes):
+        trial.seconds |= {name_price(recipe, part): seconds for part, seconds in prices.items()}
+    return trial
 
 
-def test_a_closed_form_that_costs_more_than_an_arm_leaves_no_steps():
-    seconds = {
-        f"neighborhood: {name}": price
-        for name, price in (("stage one", 1.0), ("stage two", 1.0), ("closed form", 9.0))
-    }
-    arm = ab.Arm("neighborhood", "warm + closed form", "both", 0)
-    assert ab.steps_of(arm, ab.Ablation(steps=1), seconds) == (0, 0)
+def test_recipes_cost_the_same(tmp_path, measured):
+    prices = {SOLVING: 2.0, ONE: 0.25, TWO: 0.5, LOOKING: 1.0}
+    recipes = [recipe for recipe in FIRST if sum(recipe.shares)]
+    trial = priced(tmp_path, prices, recipes)
+    for recipe in recipes:
+        one, two = trial.steps_of(Arm(recipe=recipe, times=2, seed=0))
+        spent = 0.25 * one + 0.5 * two + (2.0 if recipe.closed_form else 0)
+        assert spent == pytest.approx(100, abs=0.5)
+    assert trial.steps_of(Arm(recipe=TODAY, times=1, seed=0)) == [100, 50]
+    again = TODAY.but("again", shares=(0.25, 0.25, 0.25, 0.25))
+    assert trial.steps_of(Arm(recipe=again, times=2, seed=0)) == [100, 50, 100, 50]
 
 
-def test_the_papers_recipe_is_that_of_the_same_sites():
-    ablation = ab.Ablation(operator="mlp", sites="feed_forward[:]")
-    paper = list(ab._arms(ablation))[-1]
-    _, graft = ab._start(paper, ablation)
-    assert {seat.graft.name for seat in graft.seats.values()} == {paper.operator} == {"hyena_mlp"}
-    assert ab.Ablation().papers_operator == "hyena_x"
+def test_looks_at_held_out_batches_are_paid_for(tmp_path, measured):
+    looks = TODAY.but("looks", held_out=True, shares=(0, 1), two={"evaluate_every": 2})
+    trial = priced(tmp_path, {ONE: 0.25, TWO: 0.5, LOOKING: 1.0}, [looks])
+    # One second before the first step, then a step costs half a second and half a look.
+    assert trial.steps_of(Arm(recipe=looks, times=1, seed=0)) == [0, 49]
 
 
-def test_arms_cost_the_same():
-    names = ("stage one", "stage two", "closed form")
-    seconds = {
-        f"{operator}: {name}": price
-        for operator in ("neighborhood", "hyena_x")
-        for name, price in zip(names, (0.25, 0.5, 2.0), strict=True)
-    }
-    ablation = ab.Ablation(steps=100)
-    for start in ab.STARTS:
-        for training in ab.TRAININGS[1:]:
-            one, two = ab.steps_of(ab.Arm("neighborhood", start, training, 0), ablation, seconds)
-            spent = 0.25 * one + 0.5 * two + (2.0 if "closed" in start else 0)
-            assert spent == pytest.approx(50, abs=0.5)
-    one, two = ab.steps_of(ab.Arm("hyena_x", "random", "both", 0, 10), ablation, seconds)
-    assert 0.25 * one + 0.5 * two == pytest.approx(500, abs=0.5)
+def test_a_closed_form_that_costs_more_than_an_arm_leaves_no_steps(tmp_path, measured):
+    solved = TODAY.but("solved", closed_form=8)
+    trial = priced(tmp_path, {ONE: 0.25, TWO: 0.5, SOLVING: 60.0}, [solved])
+    assert trial.steps_of(Arm(recipe=solved, times=1, seed=0)) == [0, 0]
+
+
+def test_targets_and_the_papers_recipe_are_judged(tmp_path, measured):
+    trial = Trial(Letters(), tmp_path / "recipes.jsonl", Protocol())
+    losses = {("today", 1): 0.206, ("default", 0.1): 0.214, ("paper", 1): 0.216}
+    for (name, times), loss in losses.items():
+        row = {"recipe": name, "times": times, "seed": 0, "settings": {}, "scores": {"denoising_loss": loss}}
+        trial.rows.append(row)
+    words = ab.verdict(trial, ab.group_runs(trial))
+    assert "within 1 times today's seconds: today ends at 1.030 of the original's loss (wanted: 1.05, met)" in words
+    assert (
+        "within 2 times today's seconds: today ends at 1.030 of the original's loss (wanted: 1.02, not met)" in words
+    )
+    assert "default is at least as good in every seed at 0.1, 0.100 of its seconds" in words
+
+
+def test_recipes_are_chosen_by_names_that_are_told_apart(capsys, tmp_path):
+    names = [recipe.name for recipe in (*RECIPES, *FIRST)]
+    assert len(names) == len(set(names))
+    assert [recipe.name for recipe in choose_recipes(["paper", "today"])] == ["paper", "today"]
+    assert main(["ablate", "--recipes", "tody", "--output", str(tmp_path / "a")]) == 2
+    assert "today" in capsys.readouterr().err
+    assert main(["ablate", "--list", "--recipes", "paper"]) == 0
+    assert "hyena_x" in capsys.readouterr().out
+    with pytest.raises(dg.GraftError, match="make 1 at most"):
+        Recipe(name="more", shares=(1, 1))
+
+
+def test_a_folder_without_a_model_is_no_subject(tmp_path, capsys):
+    assert main(["ablate", "--model", str(tmp_path), "--output", str(tmp_path / "a")]) == 2
+    assert "config.json is missing" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()

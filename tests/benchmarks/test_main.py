@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
         (["operators", "--rounds", "0"], "got 0"),
         (["operators", "--only", "nothing"], "No table begins with"),
         (["imports", "--rounds", "0"], "got 0"),
-        (["ablate", "--steps", "0"], "counts its steps from 1"),
+        (["ablate", "--times", "0"], "above zero; got [0.0]"),
         (["ablate", "--seeds", "0"], "counts its seeds from 1"),
     ],
 )
