@@ -42,7 +42,10 @@ TWO = "stage two"
 LOOKING = "held out"
 
 # Settings that change no price.
-_FREE = ("steps", "lr", "warmup", "schedule", "schedule_args", "seed", "ema_decay", "min_snr", "timesteps", "progress")
+_FREE = {
+    *("steps", "lr", "lr_scale", "warmup", "schedule", "schedule_args", "seed", "timesteps", "progress"),
+    *("ema_decay", "min_snr", "denoising"),
+}
 # Steps beyond every warm-up, for settings that are compared.
 _MANY = 100_000
 # Seeds of the streams that a run sees, beside the seed of the run: nothing is held out that is trained on.

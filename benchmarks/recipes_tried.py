@@ -39,6 +39,7 @@ TODAY_TWO: dict[str, Any] = {
     "train": "all",
     "ema_decay": 0.98,
     "min_snr": None,
+    "denoising": 1.0,
     "distill_output": 0.0,
     "distill_features": 0.0,
 }
@@ -122,6 +123,12 @@ RECIPES = (
     COSINE.but("teacher 4, 1e-3", two={"distill_output": 4.0, "lr": 1e-3}),
     COSINE.but("features", two={"lr": 3e-4, "distill_features": 1.0}),
     TEACHER.but("teacher 4, features", two={"distill_features": 1.0}),
+    COSINE.but("teacher alone", two={"denoising": 0.0, "distill_output": 1.0}),
+    COSINE.but("teacher and features alone", two={"denoising": 0.0, "distill_output": 1.0, "distill_features": 1.0}),
+    # optimisers
+    COSINE.but("Muon", one={"optimizer": "Muon"}, two={"optimizer": "Muon"}),
+    TEACHER.but("teacher 4, Muon", one={"optimizer": "Muon"}, two={"optimizer": "Muon"}),
+    TEACHER.but("teacher 4, rates by kind", two={"lr_scale": {HALF: 3.0, "rest": 0.5}}),
     # noise levels, and which parameters train
     COSINE.but("min-SNR", two={"min_snr": 5.0}),
     COSINE.but("operators alone", two={"train": "operators", "lr": 2e-3}),
