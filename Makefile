@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 LOWEST := $(VENV)-lowest
 
-.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate docs bench bench-loading bench-operators bench-ordering bench-noise bench-depth bench-pixart bench-planner bench-training testbed testbed-scenes fuzz release lint clean
+.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate docs bench bench-loading bench-operators bench-ordering bench-noise bench-depth bench-pixart bench-planner bench-training testbed testbed-second testbed-scenes fuzz release lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -83,6 +83,9 @@ testbed: $(READY) ## Train the testbed's model and its judge from scratch (hours
 	$(BIN)/python -m diffusers_graft.testbed.classifier --output runs/testbed
 	$(BIN)/python -m benchmarks.testbed.pretrain --output runs/testbed
 	$(BIN)/python -m benchmarks.testbed.card --output runs/testbed
+
+testbed-second: $(READY) ## Train a second model of letters: another width, seed and prediction (20 minutes on one core; goes on where it stopped)
+	$(BIN)/python -m benchmarks.testbed.pretrain --output runs/second --seed 1 --head-width 16 --prediction v_prediction --steps 4000 --decay 1500 --ema-decay 0.998
 
 testbed-scenes: $(READY) ## Train the text-to-image testbed from scratch (twelve hours on two cores; goes on where it stopped)
 	$(BIN)/python -m benchmarks.testbed.scenes.autoencoder --output $(SCENES)

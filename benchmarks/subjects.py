@@ -9,7 +9,13 @@ from typing import Any, Protocol
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel, ModelMixin, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    SchedulerMixin,
+)
 
 from diffusers_graft import testbed
 from diffusers_graft.errors import FileError
@@ -87,7 +93,7 @@ class Letters:
         pairs = zip(images.split(250), labels.split(250), strict=True)
         held_out = [{"sample": sample, "class_labels": label} for sample, label in pairs]
         judged = SampleQuality(count=quality.samples, steps=quality.steps)
-        if self.name != LETTERS:
+        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             judged = DiffusedLetters(self.scheduler, quality.samples, quality.steps)
         return evaluate(model, held_out, noise_scheduler=self.scheduler, metrics=[judged]).values
 

@@ -1,9 +1,10 @@
-"""Train the testbed's diffusion transformer from scratch: `python -m benchmarks.testbed.pretrain --output DIR`.
+"""Train a diffusion transformer of letters from scratch: `python -m benchmarks.testbed.pretrain --output DIR`.
 
-Flow matching on an endless stream of letters (`letters.py`), Muon for the matrices of the blocks and AdamW for the
-rest, a constant learning rate that falls linearly to zero over the last `--decay` steps, and an exponential moving
-average of the weights, which is what ships. Every `--save-every` steps it writes a checkpoint from which the same
-command resumes exactly where it stopped.
+The testbed's own by default; another width, seed and prediction make a second model for what was found on the first.
+Flow matching, or a prediction of DDPM, on an endless stream of letters (`letters.py`), Muon for the matrices of the
+blocks and AdamW for the rest, a constant learning rate that falls linearly to zero over the last `--decay` steps, and
+an exponential moving average of the weights, which is what ships. Every `--save-every` steps it writes a checkpoint
+from which the same command resumes exactly where it stopped.
 """
 
 from __future__ import annotations
@@ -14,16 +15,15 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from tqdm.auto import tqdm
 
 from diffusers_graft.testbed.letters import HELD_OUT_FONTS, IMAGE_SIZE, LETTERS, balanced_labels, draw_letters
 
 MODEL = dict(
-    num_attention_heads=4,
-    attention_head_dim=24,
     num_layers=8,
     sample_size=IMAGE_SIZE,
     patch_size=2,
@@ -35,7 +35,10 @@ MODEL = dict(
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides the weights; written to the log's first line."""
+    """Everything that decides the weights; written to the log's first line.
+
+    `prediction` is `flow`, or of DDPM's noise as diffusers' `prediction_type` names it: `epsilon` or `v_prediction`.
+    """
 
     steps: int = 11_500
     decay: int = 2_750
@@ -45,6 +48,21 @@ class Recipe:
     ema_decay: float = 0.999
     label_dropout: float = 0.1
     seed: int = 0
+    heads: int = 4
+    head_width: int = 24
+    prediction: str = "flow"
+
+    def make_model(self) -> DiTTransformer2DModel:
+        """Return a model with random weights, in evaluation mode."""
+        config: dict[str, Any] = {"num_attention_heads": self.heads, "attention_head_dim": self.head_width, **MODEL}
+        # In train() every block drops labels by its own dice; dropped here, a sample is unconditional everywhere.
+        return DiTTransformer2DModel(**config).eval()
+
+    def make_scheduler(self) -> SchedulerMixin:
+        """Return the noise that the model is trained with; it is saved beside the model."""
+        if self.prediction == "flow":
+            return FlowMatchEulerDiscreteScheduler()
+        return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=self.prediction)
 
 
 def lr_factor(step: int, recipe: Recipe) -> float:
@@ -59,6 +77,23 @@ def flow_matching_loss(model, images, labels, generator: torch.Generator) -> tor
     noised = torch.lerp(images, noise, sigma.view(-1, 1, 1, 1))
     velocity = model(noised, timestep=sigma * 1000, class_labels=labels).sample
     return (velocity - (noise - images)).square().mean()
+
+
+def diffusion_loss(
+    model: DiTTransformer2DModel,
+    scheduler: DDPMScheduler,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Compute the mean squared error of a prediction of DDPM's noise or velocity, at uniform timesteps."""
+    timestep = torch.randint(scheduler.config.num_train_timesteps, (len(images),), generator=generator)
+    noise = torch.randn(images.shape, generator=generator)
+    target = noise
+    if scheduler.config.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(images, noise, timestep)
+    prediction = model(scheduler.add_noise(images, noise, timestep), timestep=timestep, class_labels=labels).sample
+    return (prediction - target).square().mean()
 
 
 def make_optimizers(model: DiTTransformer2DModel, lr: float) -> list[torch.optim.Optimizer]:
@@ -81,11 +116,16 @@ class Pretraining:
     def __init__(self, recipe: Recipe, output: Path):
         torch.manual_seed(recipe.seed)
         self.recipe, self.output, self.step = recipe, output, 0
-        # In train() every block drops labels by its own dice; dropped here, a sample is unconditional everywhere.
-        self.model = DiTTransformer2DModel(**MODEL).eval()
+        self.scheduler = recipe.make_scheduler()
+        self.model = recipe.make_model()
         self.average = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.optimizers = make_optimizers(self.model, recipe.lr)
         self.generator = torch.Generator().manual_seed(recipe.seed)
+
+    def loss(self, model: DiTTransformer2DModel, images, labels, generator: torch.Generator) -> torch.Tensor:
+        if isinstance(self.scheduler, DDPMScheduler):
+            return diffusion_loss(model, self.scheduler, images, labels, generator)
+        return flow_matching_loss(model, images, labels, generator)
 
     def train_step(self) -> float:
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
@@ -94,7 +134,7 @@ class Pretraining:
         images = draw_letters(labels, self.generator)
         dropped = torch.rand(len(labels), generator=self.generator) < self.recipe.label_dropout
         labels = labels.masked_fill(dropped, len(LETTERS))
-        loss = flow_matching_loss(self.model, images, labels, self.generator)
+        loss = self.loss(self.model, images, labels, self.generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -111,7 +151,7 @@ class Pretraining:
             self.average[name].lerp_(tensor, 1 - decay)
 
     def averaged_model(self) -> DiTTransformer2DModel:
-        model = DiTTransformer2DModel(**MODEL).eval()
+        model = self.recipe.make_model()
         model.load_state_dict(self.average)
         return model
 
@@ -121,7 +161,7 @@ class Pretraining:
         generator = torch.Generator().manual_seed(1)
         labels = balanced_labels(1000)
         images = draw_letters(labels, generator, HELD_OUT_FONTS)
-        return flow_matching_loss(self.averaged_model(), images, labels, generator).item()
+        return self.loss(self.averaged_model(), images, labels, generator).item()
 
     def save(self):
         state = {
@@ -171,6 +211,7 @@ def pretrain(recipe: Recipe, output: Path, *, save_every: int = 500) -> DiTTrans
                 losses.clear()
     model = run.averaged_model()
     model.save_pretrained(output)
+    run.scheduler.save_pretrained(output / "scheduler")
     return model
 
 

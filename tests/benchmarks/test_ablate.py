@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import torch
 
 import diffusers_graft as dg
 from benchmarks import ablate as ab
+from benchmarks import subjects
 from benchmarks.__main__ import main
 from benchmarks.equal_seconds import LOOKING, ONE, SOLVING, TWO, Arm, Protocol, Trial, name_price
 from benchmarks.recipes_tried import FIRST, RECIPES, TODAY, Recipe, choose_recipes
-from benchmarks.subjects import Letters, Quality
+from benchmarks.subjects import Letters, Quality, load_subject
+from benchmarks.testbed import pretrain
 
 TINY = Protocol(quality=Quality(held_out=10, samples=10, steps=1), probe=1, rounds=2, unit=(2, 2))
 
@@ -126,3 +129,23 @@ def test_a_folder_without_a_model_is_no_subject(tmp_path, capsys):
     assert main(["ablate", "--model", str(tmp_path), "--output", str(tmp_path / "a")]) == 2
     assert "config.json is missing" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_a_second_model_of_letters_is_a_subject(tmp_path, monkeypatch):
+    recipe = pretrain.Recipe(steps=1, decay=1, warmup=1, batch_size=2, seed=1, head_width=8, prediction="v_prediction")
+    pretrain.pretrain(recipe, tmp_path)
+    subject = load_subject(str(tmp_path))
+    assert subject.load().config.attention_head_dim == 8
+    assert subject.scheduler.config.prediction_type == "v_prediction"
+    # A model that knows the one picture there is predicts the velocity towards it.
+    picture = torch.linspace(-1, 1, 256).view(1, 1, 16, 16)
+
+    def predict(model, inputs):
+        share = subject.scheduler.alphas_cumprod[inputs["timestep"][0]]
+        noise = (inputs["hidden_states"] - share.sqrt() * picture) / (1 - share).sqrt()
+        return share.sqrt() * noise - (1 - share).sqrt() * picture
+
+    monkeypatch.setattr(subjects, "predict", predict)
+    monkeypatch.setattr(subjects, "judge", lambda images, labels: {"error": (images - picture).abs().max().item()})
+    drawn = subjects.DiffusedLetters(subject.scheduler, count=3, steps=5)(subject.load())
+    assert drawn["error"] < 1e-3
