@@ -7,7 +7,7 @@ and removing are the same exchange in both directions, so what was put in can al
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from diffusers import ModelMixin
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import StateError
-from ..inspection import argument_names, bind_arguments, context_of, family_of, require_model
+from ..inspection import argument_names, bind_arguments, context_of, evaluating, family_of, require_model
 from .attention_processor import graft_processor, is_grafted
 from .checkpointing import forget_contexts, remember_contexts
 from .graft import Graft, get_graft, is_enabled
@@ -107,6 +107,34 @@ def original_running(model: ModelMixin) -> Iterator[None]:
             enable(model)
 
 
+@contextlib.contextmanager
+def originals_running_at(model: ModelMixin, paths: Iterable[str]) -> Iterator[None]:
+    """Run the original parts at some paths of an enabled graft inside, frozen and in evaluation mode."""
+    graft = require_graft(model)
+    originals = {path: graft.originals[path] for path in paths}
+    seats = {path: graft.seats[path] for path in originals}
+    _exchange(model, graft, originals, {}, with_body=False)
+    try:
+        with contextlib.ExitStack() as stack:
+            for original in originals.values():
+                stack.enter_context(evaluating(original))
+                stack.enter_context(_frozen(original))
+            yield
+    finally:
+        _exchange(model, graft, seats, {}, with_body=False)
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def require_graft(model: ModelMixin) -> Graft:
     """Return the installed graft. Raises `StateError` where there is none, `ModelError` for a pipeline."""
     graft = get_graft(model)
@@ -196,13 +224,20 @@ def _remove_reader(model: ModelMixin) -> None:
     forget_contexts(model)
 
 
-def _exchange(model: ModelMixin, graft: Graft, parts: dict[str, nn.Module], adapters: dict[str, nn.Module]) -> None:
+def _exchange(
+    model: ModelMixin,
+    graft: Graft,
+    parts: dict[str, nn.Module],
+    adapters: dict[str, nn.Module],
+    *,
+    with_body: bool = True,
+) -> None:
     """Put `parts` and `adapters` at their paths, and swap the trained tensors of the base with those that wait."""
     # All that can refuse comes first, before anything moves.
     refuse_moving_hooked(model, parts)
     tree = TreeState.of(model)
     refuse_newly_quantised(model, tree, parts.values())
-    trained = _trained_parameters(model, graft)
+    trained = _trained_parameters(model, graft) if with_body else {}
     coming = {**parts, **adapters}
     with without_group_offloading(model):
         # Blocks before the parts inside them.

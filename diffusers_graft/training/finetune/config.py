@@ -11,6 +11,7 @@ from ...errors import TrainingError
 from ..config import TrainingConfig, require_one_of
 from .lora import lora_settings
 from .objective import VARIANCES
+from .progression import ORDERS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -46,6 +47,9 @@ class FinetuneConfig(TrainingConfig):
         distill_features: weight of the distance to the ungrafted model's block outputs, as a share of their size and
             with massive activations left out (arXiv 2412.01199, section 4.3); costs the same forward, and holds the
             outputs of all blocks in memory. Alone, it is a loss on the outputs of blocks in place of operators.
+        progressive, progressive_share: replace the sites one after another, each after an equal part of this share of
+            the steps, `"forward"` or from the one with the `"least_harm"` on; the others run as the original does.
+            None replaces all at once. See `diffusers_graft.training.finetune.progression`.
         gradient_checkpointing: recompute blocks in the backward: less memory, a third more time.
         compile: compile the training forward, by a backend's name or True for torch's default.
     """
@@ -59,6 +63,8 @@ class FinetuneConfig(TrainingConfig):
     denoising: float = 1.0
     distill_output: float = 0.0
     distill_features: float = 0.0
+    progressive: str | None = None
+    progressive_share: float = 0.5
     gradient_checkpointing: bool = False
     compile: bool | str = False
 
@@ -77,6 +83,12 @@ class FinetuneConfig(TrainingConfig):
             raise TrainingError(f'A decay lies from 0 up to 1, or is "auto"; got {self.ema_decay!r}.')
         if not all(isinstance(scale, int | float) and scale >= 0 for scale in self.lr_scale.values()):
             raise TrainingError(f"Factors on the learning rate are numbers from zero; got {self.lr_scale!r}.")
+        if self.progressive is not None:
+            require_one_of("order of replacement", self.progressive, ORDERS)
+        if not 0 < self.progressive_share <= 1:
+            raise TrainingError(f"A share of the steps lies above 0, up to 1; got {self.progressive_share}.")
+        if self.progressive is not None and self.compile:
+            raise TrainingError("A model that changes as it trains cannot be compiled: set compile=False.")
         weights = (self.denoising, self.distill_output, self.distill_features)
         if min(weights) < 0 or not any(weights):
             raise TrainingError(

@@ -114,6 +114,8 @@ def finetune(
     row = {"stage": "two", **config.to_dict(), **costs}
     row["first_loss"] = losses[0]
     row["last_loss"] = mean_of_last_tenth(losses)
+    if config.progressive is not None:
+        row["order"] = [site.address for site in stage.order]
     if stage.best_evaluation is not None:
         row["best_step"], row["held_out_loss"] = stage.best_evaluation
     graft.history.append(row)
@@ -129,6 +131,14 @@ def _require_trainable(model: ModelMixin, config: FinetuneConfig) -> Graft:
         raise StateError("Stage two trains the grafted model: call model.enable_graft() first.")
     check_processors(graft)
     refuse_foreign_lora(model, graft)
+    if config.progressive is not None and fsdp_plugin() is not None:
+        raise TrainingError("Weights that are sharded cannot take turns with the original's: set progressive=None.")
+    if graft.is_standalone and (config.uses_teacher or config.progressive is not None):
+        raise StateError(
+            "This model was loaded in full: the parts its graft replaced are not in the file, so there is no original "
+            "to learn from or to take turns with. Load the base model and the graft, or leave distill_output, "
+            "distill_features and progressive out."
+        )
     # Raises for keys that name no site.
     scales_by_parameter(model, graft, config.lr_scale)
     if recomputes_blocks(config.gradient_checkpointing) and not model._supports_gradient_checkpointing:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from ...core.sites import Site
 from ...errors import StateError, TrainingError
 from ...injection.graft import Graft, get_graft, is_enabled
+from ...injection.install import originals_running_at
 from ...inspection import evaluating, predict
 from ...planning.rules import select
 from .. import distributed as processes
@@ -24,6 +26,7 @@ from ..noised_batch import NoisedBatch, Noising
 from ..optimizer import StageOptimizer, mixed_precision
 from .config import REST, FinetuneConfig
 from .objective import denoising_loss, objective
+from .progression import find_waiting, rank_by_harm
 from .teacher import Teacher
 
 
@@ -36,6 +39,7 @@ class FinetuneStage(Stage):
         losses: of every step; the list given grows.
         held_out_losses: steps done and denoising loss of every evaluation.
         best: weights of the smallest one, those of `optimizer.masters`.
+        order: of replacement, where sites are replaced one after another.
 
     Raises `TrainingError` where nothing is to be trained.
     """
@@ -66,6 +70,7 @@ class FinetuneStage(Stage):
         self.terms: dict[str, float] = {}
         self.held_out_losses: list[tuple[int, float]] = []
         self.best: list[torch.Tensor] = []
+        self.order: list[Site] = [edit.site for edit in graft.plan.edits]
 
     @property
     def step(self) -> int:
@@ -75,6 +80,14 @@ class FinetuneStage(Stage):
     def best_evaluation(self) -> tuple[int, float] | None:
         """Steps done and loss of the best evaluation, None without one."""
         return min(self.held_out_losses, key=lambda evaluation: evaluation[1], default=None)
+
+    def start(self, checkpoint: dict[str, Any] | None) -> None:
+        if checkpoint is None and self.config.progressive == "least_harm":
+            # A generator of its own, so that this forward moves no draw of the run.
+            generator = torch.Generator().manual_seed(self.config.seed)
+            noised = self.noising(self.model, self.stream.peek(), generator).local_share()
+            self.order = rank_by_harm(self.model, self.order, noised.inputs)
+        super().start(checkpoint)
 
     def begin_step(self) -> None:
         """Do nothing: this stage has no groups to go through."""
@@ -112,15 +125,30 @@ class FinetuneStage(Stage):
         """Add the gradients of one batch; returns its loss, and the terms that add up to it."""
         with mixed_precision(self.model.device, self.config.precision):
             self.teacher.run(noised.inputs)
-            with self.teacher.capture_features(self.model):
-                prediction = predict(self.model, noised.inputs, self.forward)
+        # The backward is inside, since checkpointed blocks run again there.
+        with self._waiting_parts():
+            return self._backward_student(noised)
+
+    def _waiting_parts(self) -> AbstractContextManager[None]:
+        """Run the originals of sites whose turn has not come inside."""
+        waiting: list[str] = []
+        if self.config.progressive is not None:
+            waiting = find_waiting(self.order, self.step, self.config.progressive_share * self.config.steps)
+        return originals_running_at(self.model, waiting) if waiting else nullcontext()
+
+    def _backward_student(self, noised: NoisedBatch) -> dict[str, torch.Tensor]:
+        autocast = mixed_precision(self.model.device, self.config.precision)
+        with autocast, self.teacher.capture_features(self.model):
+            prediction = predict(self.model, noised.inputs, self.forward)
         # Outside autocast: squares of half precision overflow.
         terms = {}
         if self.config.denoising:
             terms["denoising"] = self.config.denoising * self._denoising_loss(prediction, noised)
         terms |= self.teacher.losses(prediction)
         total = sum(terms.values(), start=torch.zeros((), device=prediction.device))
-        self.optimizer.backward(total)
+        # The first of the parts that take turns may have no weights.
+        if total.requires_grad:
+            self.optimizer.backward(total)
         return {name: term.detach() for name, term in {"loss": total, **terms}.items()}
 
     def _denoising_loss(self, prediction: torch.Tensor, noised: NoisedBatch) -> torch.Tensor:
@@ -195,6 +223,7 @@ class FinetuneStage(Stage):
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "held_out_losses": self.held_out_losses,
             "best": gather_state(self.best),
+            "order": [site.path for site in self.order],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -203,6 +232,9 @@ class FinetuneStage(Stage):
         self.held_out_losses = state["held_out_losses"]
         pairs = zip(state["best"], self.optimizer.masters, strict=False)
         self.best = [shard_like(saved, master).to(master.device) for saved, master in pairs]
+        by_path = {site.path: site for site in self.order}
+        # Checkpoints of earlier versions replaced all sites at once.
+        self.order = [by_path[path] for path in state.get("order", by_path)]
         super().load_state_dict(state)
 
 
