@@ -323,21 +323,30 @@ def attend_chosen(
         head = torch.arange(piece.start, piece.stop, device=part.device) // n
         return torch.cat([found, extra_part.flatten(0, 1).index_select(0, head)[:, None]], dim=2)
 
-    mixed = []
-    for piece in _pieces(cut.key, len(queries), rows.shape[1] * size):
+    def attend(piece: slice) -> torch.Tensor:
         keys = gather(key_rows, extra_key, piece)
         values = gather(value_rows, extra_value, piece)
         mask = None if added is None else added[piece]
-        mixed.append(F.scaled_dot_product_attention(queries[piece], keys, values, attn_mask=mask, scale=cut.scale))
-    joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-    return joined.view(batch, heads, n, size, width)
+        return F.scaled_dot_product_attention(queries[piece], keys, values, attn_mask=mask, scale=cut.scale)
+
+    pieces = _pieces(cut.key, len(queries), rows.shape[1] * size)
+    attended = attend(pieces[0])
+    if len(pieces) > 1:
+        # Into one tensor: new memory for every piece would cost more than copies that are still in cache.
+        joined = attended.new_empty(len(queries), *attended.shape[1:])
+        joined[pieces[0]] = attended
+        for piece in pieces[1:]:
+            joined[piece] = attend(piece)
+        attended = joined
+    return attended.view(batch, heads, n, size, width)
 
 
 def _pieces(like: torch.Tensor, rows: int, keys: int) -> list[slice]:
     """Cut rows into pieces whose keys stay in cache, where that is faster."""
     step = rows
     if runs_in_pieces(like):
-        step = max(1, GATHERED // (keys * like.shape[-1]))
+        # Half of them keys, half of them values.
+        step = max(1, GATHERED // (2 * keys * like.shape[-1]))
     return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 

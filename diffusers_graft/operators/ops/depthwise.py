@@ -88,8 +88,9 @@ class ShortConvolution(nn.Conv2d):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Convolve with channels last in memory, padded as far as `reach` on both sides: the longer of the two."""
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            return self.by_taps(image).to(compute_dtype(image))  # its gradient would be slower than a convolution's
+        if torch.compiler.is_compiling():
+            # One kernel with the gates around it, forward and backward.
+            return self.by_taps(image).to(compute_dtype(image))
         reach = [max(before, size - 1 - before) for size, before in zip(self.kernel_size, self.before, strict=True)]
         # Channels stay last in memory: on CPUs depthwise convolutions are several times faster so.
         image = image.permute(0, 3, 1, 2)

@@ -23,7 +23,7 @@ Axis = tuple[int, ...]
 Rule = Callable[..., list[range]]
 
 # What queries see besides is not said axis by axis: a function of the lengths of the axes, raster indices of queries
-# and of keys, and settings, which come behind it.
+# and of keys, and settings, which come behind it. It asks how far apart two tokens are, not where they are.
 Pairs = tuple[Any, ...]
 
 # First place and length along each axis.
@@ -50,6 +50,8 @@ class Tiling:
         inverse: place of every token in the flattened tiles, [N].
         boxes: those of the queries of each tile, and those of its halo, where both are runs along every axis; else
             none.
+        rows: first tile and number of tiles of each row of tiles along the last axis whose halos lie as far apart as
+            the tiles, under one mask; none without boxes.
     """
 
     queries: torch.Tensor
@@ -57,6 +59,7 @@ class Tiling:
     mask: torch.Tensor | None
     inverse: torch.Tensor
     boxes: tuple[list[Box], list[Box]]
+    rows: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,14 @@ class _Cut:
         keys: the halo of each tile, [tiles, K].
         mask: [tiles, T, K].
         starts: first query and first key of each tile where both are runs, else none.
+        windows: what each query of a tile sees, counted from the first key of its halo.
     """
 
     queries: torch.Tensor
     keys: torch.Tensor
     mask: torch.Tensor
     starts: list[tuple[int, int]]
+    windows: list[list[tuple[int, int]]]
 
 
 def _cut(rule: Rule, axis: Axis, tile: int) -> _Cut:
@@ -99,17 +104,19 @@ def _cut(rule: Rule, axis: Axis, tile: int) -> _Cut:
     if step == 1:
         lows = [min(low, length - halo) for low in lows]
     mask = torch.zeros(len(tiles), tile, halo, dtype=torch.bool)
+    windows = []
     for number, (low, places) in enumerate(zip(lows, tiles, strict=True)):
         for row, place in enumerate(places):
             seen = visible[place]
             first = (seen[0] - low) // step
             mask[number, row, first : (seen[-1] - low) // step + 1 : seen.step // step] = True
+        windows.append([(visible[place][0] - low, visible[place][-1] - low) for place in places])
     # Past the end a dilated halo repeats the last place, which the mask hides.
     keys = (torch.tensor(lows)[:, None] + step * torch.arange(halo)).clamp(max=length - 1)
     starts = []
     if step == 1:
         starts = [(places[0], low) for places, low in zip(tiles, lows, strict=True)]
-    return _Cut(torch.tensor([list(places) for places in tiles]), keys, mask, starts)
+    return _Cut(torch.tensor([list(places) for places in tiles]), keys, mask, starts, windows)
 
 
 def _make_tiling(
@@ -126,12 +133,18 @@ def _make_tiling(
         keys = torch.zeros(1, 1, dtype=torch.long)
         mask = torch.ones(1, 1, 1, dtype=torch.bool)
         runs = []
+        rows: list[tuple[int, int]] = []
         for axis in axes:
             side = tile
             if sees_more and tile < tokens and all(len(row) == 1 for row in rule(*axis)):
                 # Frames that see themselves alone have nothing in common to gather.
                 side = 1
             cut = _cut(rule, axis, side)
+            along = _find_rows(cut)
+            # In the end those along the last axis, once for each tile of the axes before it.
+            rows = [
+                (outer * len(cut.queries) + first, count) for outer in range(len(queries)) for first, count in along
+            ]
             queries = outer_places(queries, cut.queries, axis[0])
             keys = outer_places(keys, cut.keys, axis[0])
             mask = _outer_mask(mask, cut.mask)
@@ -141,11 +154,10 @@ def _make_tiling(
         if pairs is not None:
             mask = mask & _sees_pair(pairs, axes, queries[:, :, None], keys[:, None])
         keys = torch.cat([keys, torch.arange(tokens, tokens + others).expand(len(keys), -1)], dim=1)
-        mask = F.pad(mask[:, None], (0, others), value=True).to(device)
-        if sees_all:
-            # Kernels are faster without a mask than with one that hides nothing.
-            mask = None
-        return Tiling(queries.to(device), keys.to(device), mask, inverse.to(device), _boxes_of(runs))
+        mask = F.pad(mask[:, None], (0, others), value=True)
+        # Kernels are faster without a mask than with one that hides nothing.
+        visible = None if sees_all else mask.to(device)
+        return Tiling(queries.to(device), keys.to(device), visible, inverse.to(device), _boxes_of(runs), rows)
 
 
 def _sees_pair(pairs: Pairs, axes: tuple[Axis, ...], queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -180,7 +192,7 @@ def ragged_tiling(
         inverse[queries.flatten()] = torch.arange(queries.numel())
         keys = torch.cat([keys, torch.arange(tokens, tokens + others).expand(len(keys), -1)], dim=1)
         mask = F.pad(mask[:, None], (0, others), value=True)
-        return Tiling(queries.to(device), keys.to(device), mask.to(device), inverse.to(device), ([], []))
+        return Tiling(queries.to(device), keys.to(device), mask.to(device), inverse.to(device), ([], []), [])
 
 
 def _boxes_of(runs: list[tuple[list[tuple[int, int]], int, int]]) -> tuple[list[Box], list[Box]]:
@@ -192,6 +204,20 @@ def _boxes_of(runs: list[tuple[list[tuple[int, int]], int, int]]) -> tuple[list[
     queries = [[(first, count) for first, _ in starts] for starts, count, _ in runs]
     halos = [[(low, count) for _, low in starts] for starts, _, count in runs]
     return list(itertools.product(*queries)), list(itertools.product(*halos))
+
+
+def _find_rows(cut: _Cut) -> list[tuple[int, int]]:
+    """Return first tile and number of tiles of each row of tiles that differ in nothing but their place in it."""
+    side = cut.queries.size(1)
+    rows: list[tuple[int, int]] = []
+    for number, (query, low) in enumerate(cut.starts):
+        is_moved = number > 0 and cut.starts[number - 1] == (query - side, low - side)
+        if is_moved and cut.windows[number] == cut.windows[number - 1]:
+            first, count = rows[-1]
+            rows[-1] = (first, count + 1)
+        else:
+            rows.append((number, 1))
+    return rows
 
 
 _cached_tiling = functools.lru_cache(maxsize=64)(_make_tiling)
@@ -278,7 +304,7 @@ def attend_in_tiles(
         return F.scaled_dot_product_attention(query, key, value, attn_mask=_combine(cut.mask, mask), scale=scale)
     is_wide = len(lengths) == 1 or len(query) * query.shape[1] * query.shape[3] >= WIDE
     if is_wide and cut.boxes[0] and runs_in_pieces(query):
-        return _tile_by_tile(query, key, value, cut, lengths, scale, mask)
+        return _row_by_row(query, key, value, cut, lengths, scale, mask)
     # Tokens of all heads [B, N, H * E] are gathered fastest, and without gradients a few tiles at a time, which stay
     # in cache.
     parts = tuple(part.transpose(1, 2).flatten(2) for part in (query, key, value))
@@ -294,7 +320,7 @@ def attend_in_tiles(
     return in_order.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
 
 
-def _tile_by_tile(
+def _row_by_row(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -303,7 +329,10 @@ def _tile_by_tile(
     scale: float | None,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attend within one tile after the other, whose tokens and halo are boxes of the grid, cut out of it as slices."""
+    """Attend within one row of tiles after the other, whose tokens and halos are boxes of the grid, cut out as slices.
+
+    Along a sequence halos are views of the keys that overlap, so that nothing is gathered.
+    """
     # Without gradients alone: a backward pass would fill a tensor of all tokens for each tile.
     assert cut.mask is not None
     batch, heads, _, width = value.shape
@@ -314,26 +343,45 @@ def _tile_by_tile(
     mixed = value.new_empty(batch, *lengths, heads, width, dtype=compute_dtype(value))
     if mask is not None and mask.shape[2] == 1:
         mask = mask.expand(*mask.shape[:2], tokens, mask.shape[3])
-    for number, (rows, halo) in enumerate(zip(cut.boxes[0], cut.boxes[1], strict=True)):
-        near = [_select_box(image, halo) for image in images[1:]]
-        if others[0].shape[2]:
-            near = [torch.cat(pair, dim=2) for pair in zip(near, others, strict=True)]
-        visible = cut.mask[number, 0]
+    # What one call copies stays in cache: keys and values of each tile, or along a sequence its outputs alone.
+    copied = cut.keys.size(1) * heads * width
+    if len(lengths) == 1 and not others[0].shape[2]:
+        copied = cut.queries.size(1) * heads * width // 4
+    most = max(1, GATHERED // copied)
+    if mask is not None:
+        # Each tile has its own part of it.
+        most = 1
+    pieces = [
+        (start, min(most, first + count - start))
+        for first, count in cut.rows
+        for start in range(first, first + count, most)
+    ]
+    for (start, count), sample in itertools.product(pieces, range(batch)):
+        rows = cut.boxes[0][start]
+        inputs = []
+        for image, box in zip(images, (rows, cut.boxes[1][start], cut.boxes[1][start]), strict=True):
+            inputs.append(_view_boxes(image[sample], box, count, rows[-1][1]).flatten(2, -2))
+        for place, part in enumerate(others, start=1):
+            if part.shape[2]:
+                inputs[place] = torch.cat([inputs[place], part[sample].expand(count, -1, -1, -1)], dim=2)
+        visible = cut.mask[start, 0]
         if mask is not None:
-            visible = _combine(visible, mask[:, :, cut.queries[number]][..., cut.keys[number]])
-        inputs = _select_box(images[0], rows), *near
-        attended = F.scaled_dot_product_attention(*inputs, attn_mask=visible, scale=scale).transpose(1, 2)
-        place = mixed[(slice(None), *(slice(start, start + length) for start, length in rows))]
-        place.copy_(attended.unflatten(1, place.shape[1:-2]))
+            part = mask[min(sample, len(mask) - 1)]
+            visible = _combine(visible, part[:, cut.queries[start]][..., cut.keys[start]])
+        attended = F.scaled_dot_product_attention(*inputs, attn_mask=visible, scale=scale)
+        target = _view_boxes(mixed[sample], rows, count, rows[-1][1])
+        target.copy_(attended.view(target.shape))
     return mixed.flatten(1, -3).transpose(1, 2)
 
 
-def _select_box(image: torch.Tensor, box: Box) -> torch.Tensor:
-    """Cut a box of places out of [B, ..., H, E]: [B, H, K, E]."""
-    for axis, (start, length) in enumerate(box):
-        image = image.narrow(axis + 1, start, length)
-    # One axis alone stays a view.
-    return image.flatten(1, -3).transpose(1, 2)
+def _view_boxes(image: torch.Tensor, box: Box, count: int, step: int) -> torch.Tensor:
+    """View `count` boxes a step apart along the last axis of [..., H, E], the first one given: [count, H, ..., E]."""
+    *outer, (start, length) = box
+    for axis, (first, size) in enumerate(outer):
+        image = image.narrow(axis, first, size)
+    last = len(outer)
+    boxes = image.narrow(last, start, (count - 1) * step + length).unfold(last, length, step)
+    return boxes.permute(last, last + 1, *range(last), last + 3, last + 2)
 
 
 def _mix_tiles(

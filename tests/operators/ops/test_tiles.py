@@ -157,6 +157,33 @@ def test_a_mask_hides_from_a_window_what_it_hides_from_softmax(spec, height, wid
         torch.testing.assert_close(operator(*inputs, context), expected[0], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("gathered", [1, 10**4, 10**6])
+@pytest.mark.parametrize(
+    ("spec", "lengths"),
+    [
+        ("sliding_window(window=(3, 40))", (1, 1, 301)),
+        ("neighborhood(kernel=7)", (1, 19, 31)),
+        ("neighborhood(kernel=6, stride=2)", (1, 18, 30)),
+        ("neighborhood(kernel=7, shape='circle')", (1, 17, 33)),
+        ("neighborhood(kernel=(1, 3, 5))", (3, 9, 17)),
+        ("neighborhood(kernel=3)", (5, 8, 15)),
+    ],
+)
+def test_rows_of_tiles_without_gradients_are_the_definition(monkeypatch, spec, lengths, gathered):
+    monkeypatch.setattr(_tiles, "WIDE", 1)
+    monkeypatch.setattr(_tiles, "GATHERED", gathered)
+    operator = build(spec)
+    grid = Grid(**dict(zip(("frames", "height", "width"), lengths, strict=True)))
+    query, key, value = (part.expand(2, -1, -1, -1).clone() for part in qkv(grid.tokens + 3))
+    query[1] *= 2
+    inputs = query[:, :, : grid.tokens], key, value
+    context = Context(grid=grid)
+    with torch.no_grad():
+        torch.testing.assert_close(operator(*inputs, context), operator.reference(*inputs, context))
+        own = [part[:, :, : grid.tokens] for part in inputs]
+        torch.testing.assert_close(operator(*own, context), operator.reference(*own, context))
+
+
 @pytest.mark.parametrize("spec", WINDOWS, ids=str)
 def test_a_mask_makes_no_tensor_of_all_pairs(spec):
     operator, grid, largest = build(spec), Grid(height=40, width=40), []
