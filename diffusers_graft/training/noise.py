@@ -232,6 +232,24 @@ def add_noise(
     return signal * sample + noisiness * noise, timestep, targets[scheduler.config.prediction_type]
 
 
+def split_noised(
+    scheduler: NoiseScheduler, noised: torch.Tensor, timestep: torch.Tensor, prediction: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sample and the noise that a prediction finds in a noised sample: the inverse of `add_noise`."""
+    if is_flow(scheduler):
+        sigma = _expand(timestep / scheduler.config.num_train_timesteps, noised)
+        sample = noised - sigma * prediction
+        return sample, sample + prediction
+    signal_variance = scheduler.alphas_cumprod.to(noised.device)[timestep]
+    signal = _expand(signal_variance.sqrt(), noised)
+    noisiness = _expand((1 - signal_variance).sqrt(), noised)
+    if scheduler.config.prediction_type == "epsilon":
+        return (noised - noisiness * prediction) / signal, prediction
+    if scheduler.config.prediction_type == "sample":
+        return prediction, (noised - signal * prediction) / noisiness
+    return signal * noised - noisiness * prediction, noisiness * noised + signal * prediction
+
+
 def convert_for_model(
     model: ModelMixin,
     scheduler: NoiseScheduler,

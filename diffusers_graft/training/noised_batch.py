@@ -34,7 +34,7 @@ class NoisedBatch:
     Attributes:
         inputs: arguments of the model, the noised sample first.
         target: what it should predict; None where that is unknown.
-        sample: the clean sample; None where the batch held model arguments.
+        sample, noise: the clean sample and its noise; None where the batch held model arguments.
         timestep: as the scheduler counts, which may differ from what the model is given; None where the batch held
             model arguments.
         shared: names of arguments that are the same for all samples.
@@ -47,6 +47,7 @@ class NoisedBatch:
     timestep: torch.Tensor | None = None
     shared: frozenset[str] = frozenset()
     is_share: bool = False
+    noise: torch.Tensor | None = None
 
     @property
     def noisy(self) -> torch.Tensor:
@@ -74,6 +75,7 @@ class NoisedBatch:
             local_share(self.sample, self.count),
             local_share(self.timestep, self.count),
             self.shared,
+            noise=local_share(self.noise, self.count),
         )
 
 
@@ -167,7 +169,7 @@ class Noising:
         if find_convention(model).takes_list:
             noised = list(noised)
         arguments = {noisy_name: noised, find_timestep_name(model): model_time, **inputs}
-        return NoisedBatch(arguments, model_target, sample, timestep, shared, is_share)
+        return NoisedBatch(arguments, model_target, sample, timestep, shared, is_share, epsilon)
 
     def require_usable(self, model: ModelMixin, *batches: Batch) -> None:
         """Raise `TrainingError` for batches that the model could not be called with, once they are noised."""

@@ -169,6 +169,7 @@ def test_a_run_ends_at_a_full_disk_and_goes_on_when_there_is_room(stage, tmp_pat
 WAYS = {
     "reuse": {"reuse": 3, "ring": 2, "memory": 40_000},
     "sequential": {"mode": "sequential"},
+    "correcting": {"mode": "correcting"},
     "accumulate": {"accumulate": 2},
     "sites": {"sites": "feed_forward[:]"},
     "momentum": {"optimizer": "SGD", "optimizer_args": {"momentum": 0.9}},
@@ -219,6 +220,7 @@ LORA = LoraConfig(r=2, target_modules=["to_q"])
         {"train": "operators"},
         {"train": "operators+lora", "lora": LORA, "ema_decay": 0.5},
         {"distill_output": 1.0, "accumulate": 2},
+        {"distill_output": 1.0, "denoising": 0, "trajectory": 2},
         {"optimizer": "Adafactor", "schedule": "polynomial", "schedule_args": {"power": 2.0}},
     ],
     ids=str,

@@ -11,7 +11,7 @@ from ...errors import TrainingError
 from ..config import TrainingConfig, require_one_of
 from .losses import LOSSES
 
-MODES = ("parallel", "sequential")
+MODES = ("parallel", "sequential", "correcting")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,10 @@ class DistillConfig(TrainingConfig):
         lr_scale: factors on the learning rate by rule key.
         gated: compare outputs as the block adds them, multiplied by its adaLN gate, instead of raw ones.
         sites: rule keys of the sites to train; None trains all. The teacher's forward ends after the last one.
-        mode: `"parallel"` shows every new part what the original model would; `"sequential"` what reaches it through
-            the new parts before it, whose errors it can then make up for.
+        mode: `"parallel"` shows every new part what the original model would (so does LoLCATs, arXiv 2410.10254);
+            `"sequential"` what reaches it through the new parts before it, and what the original part makes of that;
+            `"correcting"` the same input, and what the original part gives in the original model, so that it makes up
+            for errors before it, for one more forward (compare asymmetric calibration, arXiv 2504.02692).
         closed_form: solve for output layers first, where parts have one (see `dg.closed_form`); a start that costs
             seconds.
         patience: a site that did not improve in so many evaluations is finished, and costs nothing more. None lets
@@ -94,11 +96,11 @@ class DistillConfig(TrainingConfig):
             raise TrainingError(f"Factors on the learning rate are numbers; got {self.lr_scale!r}.")
         if not isinstance(self.closed_form, ClosedFormConfig | None):
             raise TrainingError(f"closed_form takes a dg.ClosedFormConfig(), or None; got {self.closed_form!r}.")
-        if self.reuse > 1 and self.mode == "sequential":
+        if self.reuse > 1 and self.mode != "parallel":
             raise TrainingError(
-                'reuse stores what the original model did, and mode="sequential" changes it: choose one of them.'
+                f'reuse stores what the original model did, and mode="{self.mode}" changes it: choose one of them.'
             )
-        if self.split_sites and (self.patience is not None or self.reuse > 1 or self.mode == "sequential"):
+        if self.split_sites and (self.patience is not None or self.reuse > 1 or self.mode != "parallel"):
             raise TrainingError(
                 "With split_sites, processes know their own sites alone: set patience=None, reuse=1 and "
                 'mode="parallel", or split_sites=False.'

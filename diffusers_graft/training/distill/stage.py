@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ...core.sites import Site
 from ...errors import StateError, TrainingError
@@ -22,7 +24,7 @@ from ..batches import Batch, BatchStream
 from ..loop import Stage
 from ..noised_batch import NoisedBatch, Noising
 from ..optimizer import mixed_precision
-from .capture import Capture, CapturedCall, Visitor
+from .capture import Capture, CapturedCall
 from .config import DistillConfig
 from .losses import loss_for
 from .replay_buffer import batches_that_fit, copy_call, group_sites, size_of_call, usable_memory
@@ -206,7 +208,7 @@ class DistillStage(Stage):
             self._train_on_buffer(active)
         else:
             for _ in range(self.config.accumulate):
-                self.capture.run(self._next_inputs(), *self._make_visitor(active, Student.train_on))
+                self._visit_sites(self._next_inputs(), active, Student.train_on)
         self.stepped = [self.students[path] for path in active]
         self._step_students(self.stepped)
         self.steps_done[self.group] += 1
@@ -231,17 +233,25 @@ class DistillStage(Stage):
         """Return the model's arguments for the samples of this process."""
         return noised.local_share().inputs
 
-    def _make_visitor(
-        self, active: list[str], answer: Callable[[Student, CapturedCall], torch.Tensor]
-    ) -> tuple[list[str], Visitor]:
-        """Return the sites to capture and the function for their calls.
+    def _visit_sites(
+        self, inputs: dict[str, Any], active: list[str], answer: Callable[[Student, CapturedCall], torch.Tensor]
+    ) -> None:
+        """Run the teacher, and let students answer the calls of their sites.
 
-        In sequential mode every new part runs, and its output goes on to the parts behind it.
+        In sequential mode every new part runs, and its output goes on to the parts behind it; correcting, it is
+        compared with the output of a forward in which none did.
         """
-        is_sequential = self.config.mode == "sequential"
+        is_sequential = self.config.mode != "parallel"
+        outputs: dict[str, list[torch.Tensor | tuple]] = {path: [] for path in active}
+
+        def remember(path: str, call: CapturedCall) -> None:
+            # Blocks may write into what a part gave them.
+            outputs[path].append(tree_map_only(torch.Tensor, torch.Tensor.clone, call.output))
 
         def visit(path: str, call: CapturedCall) -> torch.Tensor | None:
             if path in active:
+                if outputs[path]:
+                    call = replace(call, output=outputs[path].pop(0))
                 output = answer(self.students[path], call)
             else:
                 output = self.graft.seats[path](*call.args, **call.kwargs)
@@ -250,9 +260,9 @@ class DistillStage(Stage):
                 return None
             return output.to(call.output.dtype) if isinstance(output, torch.Tensor) else output
 
-        if is_sequential:
-            return list(self.graft.operators()), visit
-        return active, visit
+        if self.config.mode == "correcting":
+            self.capture.run(inputs, active, remember)
+        self.capture.run(inputs, list(self.graft.operators()) if is_sequential else active, visit)
 
     def _train_on_buffer(self, active: list[str]) -> None:
         """Add the gradients of the next batch in the replay buffer, which is filled where it is used up."""
@@ -329,7 +339,7 @@ class DistillStage(Stage):
     def evaluate_batches(self, batches: Iterable[NoisedBatch]) -> dict[str, float]:
         active = self.active_sites
         for noised in batches:
-            self.capture.run(self._own_inputs(noised), *self._make_visitor(active, Student.evaluate_on))
+            self._visit_sites(self._own_inputs(noised), active, Student.evaluate_on)
         evaluations = [self.students[path].record_evaluation() for path in active]
         return {
             "loss": sum(evaluation.loss for evaluation in evaluations) / len(evaluations),

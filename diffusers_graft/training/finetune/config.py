@@ -47,6 +47,9 @@ class FinetuneConfig(TrainingConfig):
         distill_features: weight of the distance to the ungrafted model's block outputs, as a share of their size and
             with massive activations left out (arXiv 2412.01199, section 4.3); costs the same forward, and holds the
             outputs of all blocks in memory. Alone, it is a loss on the outputs of blocks in place of operators.
+        trajectory: steps by which the grafted model goes from pure noise to the states that it is trained on, in place
+            of noised data (arXiv 2510.08318); each costs a forward. Goes with `denoising=0`; 4 is a good number. See
+            `diffusers_graft.training.finetune.trajectory`.
         progressive, progressive_share: replace the sites one after another, each after an equal part of this share of
             the steps, `"forward"` or from the one with the `"least_harm"` on; the others run as the original does.
             None replaces all at once. See `diffusers_graft.training.finetune.progression`.
@@ -63,6 +66,7 @@ class FinetuneConfig(TrainingConfig):
     denoising: float = 1.0
     distill_output: float = 0.0
     distill_features: float = 0.0
+    trajectory: int = 0
     progressive: str | None = None
     progressive_share: float = 0.5
     gradient_checkpointing: bool = False
@@ -81,14 +85,29 @@ class FinetuneConfig(TrainingConfig):
             object.__setattr__(self, "lora", LoraConfig(r=64, lora_alpha=64, target_modules="all-linear"))
         if self.ema_decay != "auto" and not (isinstance(self.ema_decay, int | float) and 0 <= self.ema_decay < 1):
             raise TrainingError(f'A decay lies from 0 up to 1, or is "auto"; got {self.ema_decay!r}.')
-        if not all(isinstance(scale, int | float) and scale >= 0 for scale in self.lr_scale.values()):
-            raise TrainingError(f"Factors on the learning rate are numbers from zero; got {self.lr_scale!r}.")
+        scales = self.lr_scale.values() if isinstance(self.lr_scale, Mapping) else [None]
+        if not all(isinstance(scale, int | float) and scale >= 0 for scale in scales):
+            raise TrainingError(
+                f"Factors on the learning rate are numbers from zero by rule key; got {self.lr_scale!r}."
+            )
+        self._check_progressive()
+        self._check_objective()
+
+    def _check_progressive(self) -> None:
         if self.progressive is not None:
             require_one_of("order of replacement", self.progressive, ORDERS)
         if not 0 < self.progressive_share <= 1:
             raise TrainingError(f"A share of the steps lies above 0, up to 1; got {self.progressive_share}.")
         if self.progressive is not None and self.compile:
             raise TrainingError("A model that changes as it trains cannot be compiled: set compile=False.")
+
+    def _check_objective(self) -> None:
+        if type(self.trajectory) is not int or self.trajectory < 0:
+            raise TrainingError(f"The steps of a trajectory are a whole number from zero; got {self.trajectory!r}.")
+        if self.trajectory and self.denoising:
+            raise TrainingError(
+                "States of the model's own sampling have no target but the ungrafted model's: set denoising=0."
+            )
         weights = (self.denoising, self.distill_output, self.distill_features)
         if min(weights) < 0 or not any(weights):
             raise TrainingError(

@@ -28,6 +28,7 @@ from .config import REST, FinetuneConfig
 from .objective import denoising_loss, objective
 from .progression import find_waiting, rank_by_harm
 from .teacher import Teacher
+from .trajectory import reach_by_sampling
 
 
 class FinetuneStage(Stage):
@@ -123,7 +124,11 @@ class FinetuneStage(Stage):
 
     def _backward(self, noised: NoisedBatch) -> dict[str, torch.Tensor]:
         """Add the gradients of one batch; returns its loss, and the terms that add up to it."""
-        with mixed_precision(self.model.device, self.config.precision):
+        autocast = mixed_precision(self.model.device, self.config.precision)
+        if self.config.trajectory:
+            with self._waiting_parts(), autocast:
+                noised = reach_by_sampling(self.model, noised, self.noising.scheduler, self.config.trajectory)
+        with autocast:
             self.teacher.run(noised.inputs)
         # The backward is inside, since checkpointed blocks run again there.
         with self._waiting_parts():

@@ -103,6 +103,23 @@ def test_sequential_mode_shows_the_output_of_the_new_parts_before():
     torch.testing.assert_close(seen[0], heard["sequential"])
 
 
+def test_correcting_mode_compares_with_the_original_models_own_output():
+    """The second site is shown what the first new part makes of it, and compared with the intact model's site."""
+    model, graft, reports = run_distill({"self_attention[:2]": HYENA}, steps=1, lr=1e-12, mode="correcting", loss="l2")
+    inputs = Noising(scheduler=SCHEDULER)(model, batches()[0], torch.Generator().manual_seed(0)).inputs
+    outputs = []
+    for is_grafted in (False, True):
+        if is_grafted:
+            model.set_graft(graft)
+        attention = model.transformer_blocks[1].attn1
+        handle = attention.register_forward_hook(lambda m, args, output: outputs.append(output))
+        with torch.no_grad():
+            model(**inputs)
+        handle.remove()
+    expected = torch.nn.functional.mse_loss(*outputs).item()
+    assert reports["self_attention[1]"].losses[0] == pytest.approx(expected, rel=1e-4)
+
+
 def test_sequential_mode_passes_over_a_part_that_is_never_called():
     model = tiny_dit()
     model.transformer_blocks[3].forward = lambda hidden_states, **_: hidden_states

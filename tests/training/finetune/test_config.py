@@ -19,8 +19,16 @@ def test_the_average_by_length_covers_the_last_tenth():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"ema_decay": "long"}, {"ema_decay": 1.0}, {"denoising": 0}, {"denoising": -1.0}]
+    "settings",
+    [
+        {"ema_decay": "long"},
+        {"ema_decay": 1.0},
+        {"denoising": 0},
+        {"denoising": -1.0},
+        {"lr_scale": "x"},
+        {"lr_scale": {"rest": -1}},
+    ],
 )
 def test_averages_and_weights_that_make_no_sense_are_refused(settings):
-    with pytest.raises(TrainingError, match="one of them is|A decay lies"):
+    with pytest.raises(TrainingError, match="one of them is|A decay lies|Factors"):
         dg.FinetuneConfig(**settings)
