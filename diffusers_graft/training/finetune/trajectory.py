@@ -2,8 +2,8 @@
 
 Noised data never shows a model where its own errors lead it when it samples. Here the grafted model goes there by
 itself, from pure noise, and the ungrafted model's prediction there is the target: both are matched along the sampling
-trajectory, as in LinVideo (arXiv 2510.08318), but without a gradient through the sampling. Only the shape of samples is
-used, so zeros serve where there is no data.
+trajectory, as in LinVideo (arXiv 2510.08318), but without a gradient through the sampling. Samples give their shape
+alone, so zeros serve where there is no data.
 """
 
 from __future__ import annotations
