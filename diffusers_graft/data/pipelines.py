@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from .shards import Shards, write_shards
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
 
 Conditions = Sequence[str] | Sequence[int] | torch.Tensor
 TextEncoder = Callable[[list[str]], Mapping[str, Any]]
@@ -39,7 +42,8 @@ def from_pipeline(
     Args:
         pipe: with a `transformer` or a `unet`, ungrafted, and any sampler.
         conditions: prompts, or class labels; sample i has condition i, over and over.
-        n: samples. A longer call goes on from a shorter one where that ended with a full shard.
+        n: samples; a warning of the log says where they are fewer than the conditions. A longer call goes on from a
+            shorter one where that ended with a full shard.
         folder: for the shards.
         arguments: of the pipeline's call: `num_inference_steps`, `guidance_scale`, `height` and the like.
 
@@ -54,6 +58,8 @@ def from_pipeline(
     names: list[Any] = list(conditions)
     if not isinstance(names[0], str):
         names = [int(label) for label in conditions]  # numbers, not tensors, for the file
+    if len(names) > n:
+        logger.warning("Of %d conditions only the first %d are drawn: there are as many samples.", len(names), n)
     made = {
         "pipeline": type(pipe).__name__,
         "seed": seed,

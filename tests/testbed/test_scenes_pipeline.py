@@ -1,18 +1,40 @@
 """The pretrained text-to-image pipeline of the testbed, and what it does with bad input."""
 
 import random
+import subprocess
+import sys
 import warnings
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline, UniPCMultistepScheduler
+from safetensors.torch import load_file
 
 import diffusers_graft as dg
 from diffusers_graft import testbed
-from diffusers_graft.errors import GraftError, ModelError, UnknownNameError
+from diffusers_graft.errors import GraftError, ModelError, TrainingError, UnknownNameError
 from diffusers_graft.testbed import scenes
 
 PROMPTS = ["a red circle and a blue star", "three green hearts"]
+# Draws with a saved pipeline, with a saved graft, and without it, under as many threads as the test.
+IN_A_NEW_PROCESS = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from diffusers_graft.testbed import scenes
+folder, threads, *prompts = sys.argv[1:]
+torch.set_num_threads(int(threads))
+settings = {"size": 64, "steps": 2, "progress": False}
+drawn = {"saved": scenes.draw_prompts(DiffusionPipeline.from_pretrained(f"{folder}/pipeline"), prompts, **settings)}
+pipeline = scenes.pipeline()
+pipeline.transformer.load_graft(f"{folder}/graft")
+drawn["grafted"] = scenes.draw_prompts(pipeline, prompts, **settings)
+pipeline.transformer.unset_graft()
+drawn["original"] = scenes.draw_prompts(pipeline, prompts, **settings)
+save_file(drawn, f"{folder}/drawn.safetensors")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +72,21 @@ def test_saved_and_loaded_the_pipeline_draws_the_same_bits(drawing, tmp_path):
     assert torch.equal(draw(PixArtSigmaPipeline.from_pretrained(tmp_path)), draw(drawing))
 
 
-def test_a_grafted_transformer_draws_and_without_its_graft_gives_the_original_bits(drawing):
+def test_grafted_and_without_its_graft_the_pipeline_draws_the_same_bits_here_and_in_a_new_process(drawing, tmp_path):
     before = draw(drawing)
     drawing.transformer.set_graft({"self_attention[1::2]": "sliding_window"})
     grafted = draw(drawing)
+    drawing.save_pretrained(tmp_path / "pipeline")
+    drawing.transformer.save_graft(tmp_path / "graft")
     drawing.transformer.unset_graft()
     assert not torch.equal(grafted, before)
     assert torch.equal(draw(drawing), before)
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(tmp_path), str(torch.get_num_threads()), *PROMPTS]
+    subprocess.run(command, check=True)
+    drawn = load_file(tmp_path / "drawn.safetensors")
+    assert torch.equal(drawn["saved"], grafted)
+    assert torch.equal(drawn["grafted"], grafted)
+    assert torch.equal(drawn["original"], before)
 
 
 def test_pictures_depend_on_their_place_and_seed_and_not_on_the_batch(drawing):
@@ -102,6 +132,17 @@ def test_unknown_words_and_empty_prompts_are_said(drawing):
         drawing("a red circle, a box and two hoops.", clean_caption=False, **settings)
 
 
+def test_unknown_words_are_one_word_and_an_empty_prompt_is_none(drawing):
+    unknown = drawing.tokenizer.unk_token_id
+    assert drawing.tokenizer("a red zebra").input_ids.count(unknown) == 1
+    encoded = scenes.encode_captions(drawing, ["a red zebra", "a red unicorn", "a red star", "", "  "])
+    zebra, unicorn, star, empty, blank = encoded["encoder_hidden_states"]
+    assert torch.equal(zebra, unicorn)
+    assert not torch.equal(zebra, star)
+    assert torch.equal(empty, blank)
+    assert torch.equal(empty, scenes.null_prompt(drawing)["encoder_hidden_states"][0])
+
+
 def test_a_scheduler_of_another_family_is_refused(drawing):
     drawing.scheduler = DDIMScheduler()
     with pytest.raises(GraftError, match="DDIMScheduler .* does not fit"):
@@ -122,6 +163,30 @@ def test_a_size_that_is_no_multiple_of_8_is_refused(drawing):
         draw(drawing, size=60)
     with pytest.raises(GraftError, match="no prompts"):
         scenes.draw_prompts(drawing, [])
+    # The call of the pipeline is checked by diffusers, batches of scenes are ours.
+    with pytest.raises(ValueError, match="divisible by 8"):
+        drawing(PROMPTS[0], height=60, width=64, use_resolution_binning=False)
+    with pytest.raises(GraftError, match="multiples of 8"):
+        next(scenes.scene_batches(drawing, 1, seed=0, size=60))
+
+
+def test_prompts_beyond_the_data_are_refused_or_named(drawing, tmp_path, caplog):
+    pictures = torch.zeros(1, 3, 64, 64)
+    with pytest.raises(TrainingError, match="1 images and 2 prompts"):
+        dg.data.encode(
+            pictures, drawing.vae, dg.data.prompt_encoder(drawing), folder=tmp_path / "encoded", prompts=PROMPTS
+        )
+    settings = {"height": 64, "width": 64, "use_resolution_binning": False, "num_inference_steps": 1}
+    drawn = dg.data.from_pipeline(drawing, PROMPTS, 1, tmp_path / "drawn", clean_caption=False, **settings)
+    assert len(drawn) == 1
+    assert "Of 2 conditions only the first 1 are drawn" in caplog.text
+
+
+def test_diffusers_has_neither_controlnet_nor_inpainting_nor_image_to_image_for_this_family():
+    # Where one appears, `examples/use_grafted_pipeline.py` is to use it in place of its own loop.
+    names = [name for name in dir(diffusers) if name.startswith("PixArt")]
+    assert "PixArtSigmaPipeline" in names
+    assert not [name for name in names if "ControlNet" in name or "Inpaint" in name or "Img2Img" in name]
 
 
 def test_the_score_is_a_metric_of_evaluate(drawing):

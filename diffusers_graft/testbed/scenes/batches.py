@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from diffusers import PixArtSigmaPipeline
 
+from ...errors import GraftError
 from .draw import draw_scenes
 from .grammar import sample_scene
 
@@ -32,7 +33,12 @@ def null_prompt(pipe: PixArtSigmaPipeline) -> dict[str, torch.Tensor]:
 def scene_batches(
     pipe: PixArtSigmaPipeline, batch_size: int, seed: int, *, size: int = 256, steps: int | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Draw an endless stream (or `steps` batches) of real scenes: `sample` [B, 12, size / 8, size / 8] and prompts."""
+    """Draw an endless stream (or `steps` batches) of real scenes: `sample` [B, 12, size / 8, size / 8] and prompts.
+
+    Raises `GraftError` for a size that is no multiple of 8.
+    """
+    if size % 8 or size < 8:
+        raise GraftError(f"The sides of a picture are multiples of 8 pixels; got {size}.")
     rng = random.Random(seed)
     step = 0
     while steps is None or step < steps:
