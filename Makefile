@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 LOWEST := $(VENV)-lowest
 
-.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate docs bench bench-loading bench-operators bench-ordering bench-noise bench-depth bench-pixart bench-planner bench-training testbed testbed-second testbed-scenes fuzz release lint clean
+.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate docs bench bench-loading bench-mixers bench-operators bench-ordering bench-noise bench-depth bench-pixart bench-planner bench-training testbed testbed-second testbed-scenes fuzz release lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -63,6 +63,9 @@ bench-training: $(READY) ## Stage one against the least it could cost, and reuse
 
 bench-depth: $(READY) ## Half the depth on the testbed: side by side, removed, from scratch (half an hour on one core; goes on where it stopped)
 	$(BIN)/python -m benchmarks depth --output examples/benchmarks/depth
+
+bench-mixers: $(READY) ## Every mixer on the letters after the same seconds, and its latency (hours on one core; goes on where it stopped)
+	$(BIN)/python -m benchmarks mixers --output examples/benchmarks/mixers
 
 bench-noise: $(READY) ## The benchmark's own noise, and break-even sizes against the stored table
 	$(BIN)/python -m benchmarks noise --rounds 21 --output examples/benchmarks/noise-cpu.md

@@ -20,6 +20,7 @@ NAMES = {
     "families": "operators that run in each transformer class of diffusers, on tiny models, as Markdown",
     "imports": "what importing this package adds to importing diffusers and its ModelMixin",
     "loading": "loading a graft, against reading its bytes and installing its parts",
+    "mixers": "every mixer in half and in all of a testbed's attentions after the same seconds, and its latency",
     "models": "forward latency of a model and of its grafts, in turns, as ratios",
     "noise": "the original against itself, and break-even sizes against the stored table",
     "operators": "every operator by itself on a CPU: time against softmax, share of a free mixer's speed-up, memory",

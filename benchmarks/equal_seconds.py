@@ -93,6 +93,7 @@ class Trial:
     Attributes:
         head: the first row: what is the same for all, and the original's measures.
         seconds: prices, by what they are of.
+        latency: rows of forwards that were timed, by name.
         rows: of the runs and of controls.
 
     Raises `GraftError` where the rows there are of another model or measured in another way.
@@ -112,7 +113,8 @@ class Trial:
             stored = [write_row(path, {**facts, "torch": torch.__version__, "original": scores})]
         self.head, *others = stored
         self.seconds: dict[str, float] = {row["price"]: row["seconds"] for row in others if "price" in row}
-        self.rows = [row for row in others if "price" not in row]
+        self.latency: dict[str, dict[str, Any]] = {row["latency"]: row for row in others if "latency" in row}
+        self.rows = [row for row in others if "scores" in row]
 
     def _facts(self) -> dict[str, Any]:
         protocol = self.protocol

@@ -13,13 +13,14 @@ from benchmarks.equal_seconds import LOOKING, ONE, SOLVING, TWO, Arm, Protocol, 
 from benchmarks.recipes_tried import FIRST, RECIPES, TODAY, Recipe, choose_recipes
 from benchmarks.subjects import Letters, Quality, load_subject
 from benchmarks.testbed import pretrain
+from diffusers_graft.testbed import letter_batches
 
 TINY = Protocol(quality=Quality(held_out=10, samples=10, steps=1), probe=1, rounds=2, unit=(2, 2))
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Make measures cost nothing: 0.2 for the original, 0.21 for a graft, 0.22 for the control."""
+    """Make measures and batches cost little: 0.2 for the original, 0.21 for a graft, 0.22 for the control."""
 
     def measure(self, model, quality):
         loss = 0.2
@@ -29,6 +30,7 @@ def measured(monkeypatch):
         return {"denoising_loss": loss, "frechet_distance": 1.0}
 
     monkeypatch.setattr(Letters, "measure", measure)
+    monkeypatch.setattr(Letters, "batches", lambda self, size, seed, steps=None: letter_batches(2, seed, steps=steps))
 
 
 def test_recipes_run_beside_their_controls_and_never_twice(tmp_path, measured, monkeypatch, capfd):

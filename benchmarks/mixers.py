@@ -1,0 +1,199 @@
+"""Every mixer in half and in all of a testbed's attentions, after the same seconds: `python -m benchmarks mixers`.
+
+Beside the loss stands what a forward takes at 4,096 tokens, so that the best mixer at equal latency is named. There,
+mixers that leave out keys keep about the share of keys that they have on the letters' 8 x 8 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+
+from diffusers_graft.cli.verbs import say
+from diffusers_graft.errors import UnknownNameError
+from diffusers_graft.evaluation.benchmark import benchmark
+from diffusers_graft.operators import parse_operator
+
+from .ablate import describe, group_runs, list_arms, mean_ratio, ratios_of
+from .equal_seconds import Protocol, Trial
+from .models import SHAPE
+from .output import format_rows, format_spread
+from .recipes_tried import ALL, HALF, Recipe, choose_recipes
+from .rows import write_row
+from .subjects import LETTERS, load_subject
+
+SHARES = {"half": HALF, "all": ALL}
+
+# On 8 x 8 tokens, and what is timed on 64 x 64 in its place where that differs. `radial` is softmax on one frame.
+MIXERS: dict[str, str | None] = {
+    "self_attention": None,
+    "neighborhood(kernel=3)": "neighborhood(kernel=23)",
+    "neighborhood(kernel=3, shape='circle', far=4)": "neighborhood(kernel=23, shape='circle', far=4)",
+    "sliding_window(window=(4, 4))": "sliding_window(window=(288, 288))",
+    "block_sparse(block=2, keep=0.25)": "block_sparse(block=8, keep=0.25)",
+    "block_sparse(block=2, keep=0.25, gate='token')": "block_sparse(block=8, keep=0.25, gate='token')",
+    "sparse_linear(block=2, keep=0.125)": "sparse_linear(block=8, keep=0.125)",
+    "hybrid(first='neighborhood')": "hybrid(first={'operator': 'neighborhood', 'kernel': 23})",
+    "pooled_keys": None,
+    "compressed_linear": None,
+    "linear_attention": None,
+    "linear_attention(feature_map='polynomial')": None,
+    "gated_deltanet": None,
+    "gated_deltanet(decay='channel')": None,
+    "mamba2": None,
+    "ttt": None,
+    "hyena_x": None,
+    "hyena_x(layout='2d', kernel_size=3)": None,
+    "hyena_se": None,
+    "hyena_y": None,
+    "identity": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """How forwards are timed: side of the latents (patches are 2 x 2), and rounds."""
+
+    size: int = 128
+    rounds: int = 3
+
+
+def bench_mixers(
+    mixers: Iterable[str],
+    output: Path,
+    *,
+    recipe: str = "default",
+    times: float = 0.3,
+    seeds: int = 3,
+    model: str = LETTERS,
+    protocol: Protocol | None = None,
+    timed: Timed | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    progress: bool = True,
+) -> str:
+    """Run what has not been run yet, and return the report; `output` gets `mixers.jsonl` and `mixers.md`.
+
+    Args:
+        mixers: of `MIXERS`.
+        recipe: how all are trained, by its name in `benchmarks/recipes_tried.py`.
+        times: seconds of a run, as a multiple of today's quick start.
+
+    Raises `GraftError` for unknown names, no seeds or seconds, and where the rows there are of something else.
+    """
+    mixers = list(mixers)
+    for name in mixers:
+        if name not in MIXERS:
+            raise UnknownNameError("mixer of the table", name, MIXERS)
+    base = choose_recipes([recipe])[0]
+    recipes = [
+        base.but(f"{mixer} in {share}", operator=mixer, sites=sites)
+        for mixer in mixers
+        for share, sites in SHARES.items()
+    ]
+    arms = list_arms(recipes, seeds, [times])
+    trial = Trial(load_subject(model), output / "mixers.jsonl", protocol or Protocol(controls=False))
+    trial.run(arms, say=say, progress=progress)
+    _measure_latency(trial, mixers, timed or Timed(), progress)
+    report = write_report(trial, base)
+    (output / "mixers.md").write_text(report, encoding="utf-8")
+    say(report)
+    return report
+
+
+def _measure_latency(trial: Trial, mixers: Sequence[str], timed: Timed, progress: bool) -> None:
+    """Time what has no latency yet, all in turns with the original."""
+    rules = {
+        f"{mixer} in {share}": {sites: parse_operator(MIXERS[mixer] or mixer)}
+        for mixer in mixers
+        for share, sites in SHARES.items()
+        if f"{mixer} in {share}" not in trial.latency
+    }
+    if not rules:
+        return
+    torch.manual_seed(0)
+    wide = DiTTransformer2DModel(**SHAPE).eval()
+    for row in benchmark(wide, rules, [timed.size], rounds=timed.rounds, progress=progress):
+        found = {name: row[name] for name in ("tokens", "ratio", "low", "high")}
+        trial.latency[row["name"]] = write_row(trial.path, {"latency": row["name"], **found})
+
+
+def write_report(trial: Trial, base: Recipe) -> str:
+    """Return the report on the rows there are."""
+    groups = {name: rows for (name, _), rows in group_runs(trial).items()}
+    original = trial.head["original"]
+    measures = [name for name in original if name != "denoising_loss"]
+    ranked = sorted(groups, key=lambda name: mean_ratio(trial, groups[name]))
+    entries = [["mixer", "steps", "ratio", *(name.replace("_", " ") for name in measures), "latency", "quartiles"]]
+    for name in ranked:
+        rows = groups[name]
+        others = [format_spread([row["scores"][measure] for row in rows], 3) for measure in measures]
+        latency = trial.latency[name]
+        entries.append(
+            [
+                name,
+                " + ".join(map(str, rows[0]["steps"])),
+                format_spread(ratios_of(trial, rows), 3),
+                *others,
+                f"{latency['ratio']:.2f}",
+                f"{latency['low']:.2f} to {latency['high']:.2f}",
+            ]
+        )
+    entries.append(["original", "", "1", *(f"{original[name]:.3f}" for name in measures), "1", ""])
+    some = next(iter(groups.values()))[0]
+    tokens = trial.latency[ranked[0]]["tokens"]
+    seeds = len({row["seed"] for row in trial.rows})
+    seconds = some["times"] * trial.unit_seconds
+    timed = "; ".join(f"{name} as {other}" for name, other in MIXERS.items() if other is not None)
+    return (
+        f"# Mixers on {trial.subject.name}, after the same seconds\n\n`python -m benchmarks mixers`: every mixer in "
+        f"half (every second) and in all self-attentions, trained by the recipe {base.name} ({describe(base)}) for "
+        f"{seconds:.0f} s of one core at prices measured in turns. The ratio is that of the denoising loss on "
+        f"held-out samples to the original's on the same draw, mean +- standard deviation over "
+        f"{seeds} seeds. Latency is a forward at {tokens:,} tokens of a wider model "
+        f"over the original's, measured in turns (torch {trial.head['torch']}, {torch.get_num_threads()} threads).\n\n"
+        f"```\n{format_rows(entries)}\n```\n\n{name_best(trial, groups)}\n\n"
+        f"Timed with about the same share of keys: {timed}.\n"
+    )
+
+
+def name_best(trial: Trial, groups: dict[str, list[dict[str, Any]]]) -> str:
+    """Return in words the best mixer at each latency: those that no other is both faster and better than."""
+    ratios = {name: mean_ratio(trial, rows) for name, rows in groups.items()}
+    best = float("inf")
+    sentences = []
+    for name in sorted(groups, key=lambda name: (trial.latency[name]["ratio"], ratios[name])):
+        if ratios[name] < best:
+            best = ratios[name]
+            sentences.append(f"{name} ({trial.latency[name]['ratio']:.2f} of the latency, {best:.3f} of the loss)")
+    return f"The best at equal latency, from the fastest up: {'; '.join(sentences)}."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this measurement to a parser."""
+    parser.add_argument("--mixers", nargs="+", default=list(MIXERS), metavar="NAME", help="some of the table's mixers")
+    parser.add_argument("--recipe", default="default", help="of benchmarks/recipes_tried.py, that trains all of them")
+    parser.add_argument("--times", type=float, default=0.3, help="seconds of a run, in those of today's quick start")
+    parser.add_argument("--seeds", type=int, default=3, help="that every mixer is run with")
+    parser.add_argument("--model", default=LETTERS, help="testbed:letters, testbed:scenes, or a folder of pretrain's")
+    parser.add_argument(
+        "--output", type=Path, default=Path("mixers"), help="folder; rows that are there are not run again"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure with options that were parsed."""
+    bench_mixers(
+        arguments.mixers,
+        arguments.output,
+        recipe=arguments.recipe,
+        times=arguments.times,
+        seeds=arguments.seeds,
+        model=arguments.model,
+        say=say,
+    )
