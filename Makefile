@@ -52,7 +52,7 @@ bench: $(READY) ## Forward latency of original and grafted models
 bench-loading: $(READY) ## Loading a graft against reading its bytes and installing it
 	$(BIN)/python -m benchmarks loading --output examples/benchmarks/loading-cpu.md
 
-bench-operators: $(READY) ## Every operator by itself, on a CPU
+bench-operators: $(READY) ## Every operator by itself, on a CPU (goes on where it stopped; peers need the extra bench)
 	$(BIN)/python -m benchmarks operators --output examples/benchmarks/operators-cpu.md
 
 bench-pixart: $(READY) ## PixArt-Sigma at 2,048 x 2,048 (needs one CUDA device)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,8 @@ from diffusers_graft.operators import OperatorConfig, parse_operator
 from diffusers_graft.planning.plan import plan_graft
 
 from .output import format_rows, publish, require_writable
+from .peers import Contest, make_contests
+from .rows import read_rows, write_row
 
 # (operator, most of softmax's time it should take: forward at 4,096 tokens, forward and backward at 16,384)
 MIXERS = [
@@ -124,17 +127,36 @@ def bench_operators(
         if not chosen:
             raise GraftError(f"No table begins with {only!r}. There are:\n" + "\n".join(titled))
         require_writable(output)
-        parts = [(title, measured()) for title, measured in chosen]
+        parts = [(title, _measure_once(output, title, rounds, measure)) for title, measure in chosen]
     finally:
         torch.set_num_threads(threads)
     text = "\n\n".join(f"{title}\n\n{format_rows(rows)}" for title, rows in parts)
     text += (
-        f"\n\nOne sample, fp32, one CPU thread, torch {torch.__version__}. Ratios and shares are medians over "
-        f"{rounds} rounds in turns,\neach of one round; so is ms, on its own. FLOPs is the ratio of operations: what "
-        "the time would be at the\nbaseline's density."
+        f"\n\nOne sample, fp32, one CPU thread and its own seconds, torch {torch.__version__}. Ratios and shares are "
+        f"medians over {rounds} rounds\nin turns, each of one round; so is ms, on its own. FLOPs is the ratio of "
+        "operations: what the time would be at the\nbaseline's density."
     )
     command = f"python -m benchmarks operators --only {only!r} --rounds {rounds}" if only else "make bench-operators"
     publish(text, output, title="Operators on a CPU", command=command, say=say)
+    if output is not None:
+        _partial(output).unlink(missing_ok=True)
+
+
+def _partial(output: Path) -> Path:
+    """Return the file of the tables of a run that has not ended."""
+    return output.with_suffix(".partial.jsonl")
+
+
+def _measure_once(
+    output: Path | None, title: str, rounds: int, measure: Callable[[], list[list[str]]]
+) -> list[list[str]]:
+    """Measure a table, or take it from a run that was stopped."""
+    if output is None:
+        return measure()
+    for row in read_rows(_partial(output)):
+        if (row["title"], row["rounds"]) == (title, rounds):
+            return row["table"]
+    return write_row(_partial(output), {"title": title, "rounds": rounds, "table": measure()})["table"]
 
 
 def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, Callable[[], list[list[str]]]]]:
@@ -153,6 +175,11 @@ def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, Callable[[
         )
         title = f"{kind} / softmax, forward + backward, {far.tokens} tokens, 2 heads"
         yield title, partial(_ratios, training, far, 2, less, backward=True)
+    # Without an apostrophe: torch writes the arguments of a command into the code that it compiles.
+    title = f"Peers / softmax, forward, {near.tokens} tokens, {heads} heads"
+    yield title, partial(_beside_peers, near, heads, rounds)
+    title = f"Peers / softmax, forward + backward, {near.tokens} tokens, 2 heads"
+    yield title, partial(_beside_peers, near, 2, less, backward=True)
     title = f"Whole attentions / softmax with its projections, forward, {near.tokens} tokens"
     yield title, partial(_ratios, attentions, near, heads, rounds)
     title = f"Scans of mamba2 / softmax, forward, {near.tokens} tokens, {heads} heads"
@@ -175,7 +202,8 @@ def _ratios(
     wanted: list[tuple[str, float | None]], grid: Grid, heads: int, rounds: int, *, backward: bool = False
 ) -> list[list[str]]:
     configs = _configs(name for name, _ in wanted)
-    costs = operator_costs(configs, grid=grid, width=heads * WIDTH, heads=heads, backward=backward, rounds=rounds)
+    shape = {"grid": grid, "width": heads * WIDTH, "heads": heads}
+    costs = operator_costs(configs, **shape, backward=backward, rounds=rounds, clock=time.process_time)
     rows = [["operator", "ms", "ratio", "quartiles", "FLOPs", "target"]]
     for cost, (name, target) in zip(costs, wanted, strict=True):
         if cost.refusal:
@@ -193,6 +221,47 @@ def _ratios(
             ]
         )
     return rows
+
+
+def _beside_peers(grid: Grid, heads: int, rounds: int, *, backward: bool = False) -> list[list[str]]:
+    """Time others' formulations beside ours, in turns with softmax."""
+    rows = [["formulation", "ms", "ratio", "quartiles", "beside ours"]]
+    for contest in make_contests(grid, heads, WIDTH):
+        try:
+            rows += _contest_rows(contest, grid, heads, rounds, backward)
+        except GraftError:
+            # A window that this grid cannot hold.
+            rows.append([contest.name, "refused", "", "", ""])
+    return rows
+
+
+def _contest_rows(contest: Contest, grid: Grid, heads: int, rounds: int, backward: bool) -> list[list[str]]:
+    softmax = torch.randn(3, 1, grid.tokens, heads, WIDTH, generator=torch.Generator().manual_seed(0)).transpose(2, 3)
+    runs = {"softmax": make_run(F.scaled_dot_product_attention, list(softmax), backward)}
+    with torch.no_grad():
+        expected = contest.ours(*contest.inputs)
+    runs[contest.name] = make_run(contest.ours, contest.inputs, backward)
+    for name, call in contest.peers.items():
+        if backward and name in contest.forward_only:
+            continue
+        with torch.no_grad():
+            torch.testing.assert_close(call(*contest.inputs), expected, rtol=1e-3, atol=1e-3)
+        runs[name] = make_run(call, contest.inputs, backward)
+    _, ours, *peers = compare(runs, rounds=rounds, clock=time.process_time)
+    rows = []
+    for timing in (ours, *peers):
+        name = timing.name if timing is ours else f"- {timing.name}"
+        spread = f"{timing.low:.4f} to {timing.high:.4f}"
+        beside = "" if timing is ours else beside_ours(timing.ratio, ours.ratio)
+        rows.append([name, f"{1000 * timing.seconds:.1f}", f"{timing.ratio:.4f}", spread, beside])
+    without = contest.forward_only if backward else ()
+    return rows + [[f"- {name}", "no backward", "", "", ""] for name in without]
+
+
+def beside_ours(ratio: float, ours: float) -> str:
+    """Return a time over that of our operator as text, which says where it is less."""
+    words = ", faster" if ratio < ours else ""
+    return f"{ratio / ours:.2f} x{words}"
 
 
 def _scans(target: float, grid: Grid, heads: int, rounds: int, *, backward: bool = False) -> list[list[str]]:
@@ -215,7 +284,7 @@ def _scans(target: float, grid: Grid, heads: int, rounds: int, *, backward: bool
             "softmax": make_run(F.scaled_dot_product_attention, list(softmax), backward),
             "scan": make_run(operator.scan_chunks, inputs, backward),
         }
-        timing = compare(runs, rounds=rounds)[1]
+        timing = compare(runs, rounds=rounds, clock=time.process_time)[1]
         met = f"{target:g} {'met' if timing.ratio <= target else 'missed'}"
         rows.append(
             [
@@ -244,6 +313,7 @@ def _in_a_block(size: int, heads: int, rounds: int) -> list[list[str]]:
             dict.fromkeys(grafts, partial(model, **example_inputs(model, size=size))),
             rounds=rounds,
             around=lambda name: with_graft(model, grafts[name]),
+            clock=time.process_time,
         )
     original = timings[-1].ratio
     rows = [["model", "ms", "speed-up", "share of identity's", "quartiles"]]
@@ -266,7 +336,11 @@ def _with_text(grid: Grid, heads: int, rounds: int) -> list[list[str]]:
             mix_with_others, operator, context=example_context(operator, grid), start=TEXT, image=grid.tokens
         )
     forward, training = (
-        compare({name: make_run(call, inputs, backward) for name, call in calls.items()}, rounds=rounds)[1:]
+        compare(
+            {name: make_run(call, inputs, backward) for name, call in calls.items()},
+            rounds=rounds,
+            clock=time.process_time,
+        )[1:]
         for backward in (False, True)
     )
     rows = [["operator", "forward", "quartiles", "forward + backward", "quartiles"]]

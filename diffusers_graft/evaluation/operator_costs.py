@@ -98,6 +98,7 @@ def operator_costs(
     backward: bool = False,
     rounds: int = 5,
     progress: bool = True,
+    clock: Callable[[], float] | None = None,
 ) -> list[OperatorCost]:
     """Time operators on CPU against what they replace, in turns.
 
@@ -107,6 +108,7 @@ def operator_costs(
         backward: forward and backward, instead of forward alone.
         rounds: runs of each that are measured.
         progress: show a bar, where there is a terminal.
+        clock: see `compare`.
 
     Raises `GraftError` for fewer than two rounds; the refusal of an operator is part of its row.
     """
@@ -119,7 +121,7 @@ def operator_costs(
         call = partial(_call, operator, example_context(operator, grid))
         runs = {name: make_run(baseline, inputs, backward), "operator": make_run(call, inputs, backward)}
         try:
-            timing = compare(runs, rounds=rounds)[1]
+            timing = compare(runs, rounds=rounds, clock=clock)[1]
         except GraftError as error:
             # a table of all operators must not end at the one that needs another grid
             rows.append(OperatorCost(config, name, refusal=str(error)))

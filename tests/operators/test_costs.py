@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import diffusers_graft as dg
 from benchmarks import operators as bench_operators_module
+from benchmarks import peers as bench_peers
 from benchmarks.pixart import CONTENDERS, LAYERS, bench_pixart, compiled, pixart_table
 from diffusers_graft.cli.main import main
 from diffusers_graft.core.context import Grid
@@ -212,6 +213,8 @@ def test_the_operator_benchmark_at_tiny_size(tmp_path, monkeypatch):
     monkeypatch.setattr(
         _backends, "_compiled", lambda config: config.owner.in_torch
     )  # compiling takes longer than all else here
+    monkeypatch.setattr(bench_peers, "compiled", lambda call: call)
+    monkeypatch.setattr(bench_peers, "make_local_attention", lambda window: None)
     monkeypatch.setattr(bench_operators_module, "BLOCK", {**bench_operators_module.BLOCK, "attention_head_dim": 8})
     said = []
     bench_operators_module.bench_operators(tmp_path / "tables" / "t.md", rounds=2, side=16, heads=4, say=said.append)
