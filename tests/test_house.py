@@ -59,6 +59,7 @@ HOMES = {
     "datasets": {"data.folders"},
     "trackio": {"samples"},
     **dict.fromkeys(("flash_attn", "natten", "causal_conv1d", "mamba_ssm", "fla", "kernels"), {"operators"}),
+    "triton": {"operators.kernels"},
     "numpy": {"evaluation"},  # npz files
     "transformers": {"evaluation"},  # networks that judge pictures
     **dict.fromkeys(("torchmetrics", "torch_fidelity", "lpips", "ImageReward", "hpsv2"), {"evaluation.metrics"}),
@@ -259,6 +260,12 @@ def test_every_library_has_one_home(path):
 def test_optional_libraries_wait_until_they_are_used(path):
     top = ast.Module([node for node in parsed(path).body if isinstance(node, ast.Import | ast.ImportFrom)], [])
     assert not {target.partition(".")[0] for ours, target in imports_of(top, folder(path)) if not ours} & OPTIONAL
+
+
+@every_file([path for path in FILES if not inside(dotted(path), {"operators.kernels"})])
+def test_kernels_wait_until_they_are_used(path):
+    top = ast.Module([node for node in parsed(path).body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    assert not [target for ours, target in imports_of(top, folder(path)) if ours and "operators.kernels" in target]
 
 
 @every_file()

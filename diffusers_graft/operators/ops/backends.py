@@ -40,6 +40,10 @@ TIE = 1.05
 SECONDS = 0.05  # for which each backend is measured
 
 
+def _serves_all(config: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """A faster way to compute an operator, with the same results up to rounding.
@@ -52,6 +56,7 @@ class Backend:
         runs_on, trains_on: device types of its forward and of its backward.
         pays_on: device types on which `"auto"` considers it.
         flag: attribute of its package that says whether its kernels are there; packages without one have them.
+        refuses: returns why it does not compute what a config asks for, or None.
         casts_inputs: whether its inputs are cast to what autocast computes in; not where torch's own operations do it.
     """
 
@@ -63,6 +68,7 @@ class Backend:
     trains_on: tuple[str, ...] = ("cuda",)
     pays_on: tuple[str, ...] = ("cuda",)
     flag: str = ""
+    refuses: Callable[[Any], str | None] = _serves_all
     casts_inputs: bool = True
 
     def obstacle(self, device: str, dtype: torch.dtype, grad: bool) -> str | None:
@@ -101,9 +107,14 @@ class WithBackends(Operator):
 
     def __init__(self, config, site):
         super().__init__(config, site)
-        for backend in self.backends:
-            if backend.name == config.backend:
-                _import(backend, self.name)
+        backend = self._named(config.backend)
+        if backend is not None:
+            reason = backend.refuses(config)
+            if reason is not None:
+                raise OperatorError(
+                    f'{self.name}: backend {config.backend!r} was asked for, but {reason}. Choose backend="torch".'
+                )
+            _import(backend, self.name)
 
     def in_torch(self, *inputs_and_context: Any) -> torch.Tensor:
         raise OperatorError(f"{self.name} has no way in plain torch: define in_torch.")
@@ -166,7 +177,7 @@ class WithBackends(Operator):
             lengths = tuple(map(specialize, lengths))
             # By name: compiled code takes no constants of a class of ours.
             return self._named(self.constant(_recall, self.settings, lengths, width, device, dtype, grad))
-        candidates = _candidates(type(self), device, dtype, grad)
+        candidates = _candidates(self.config, device, dtype, grad)
         if not candidates:
             return None
         key = (self.config, _class_of(lengths), width, device, dtype, grad)
@@ -262,8 +273,9 @@ def _class_of(lengths: tuple[int, ...]) -> tuple[int, ...]:
     return tuple((length - 1).bit_length() for length in lengths)
 
 
-def _candidates(owner: type[WithBackends], device: str, dtype: torch.dtype, grad: bool) -> list[Backend]:
-    backends = [backend for backend in owner.backends if device in backend.pays_on]
+def _candidates(config: WithBackends.Config, device: str, dtype: torch.dtype, grad: bool) -> list[Backend]:
+    backends = [backend for backend in config.owner.backends if device in backend.pays_on]
+    backends = [backend for backend in backends if backend.refuses(config) is None]
     return [backend for backend in backends if not backend.obstacle(device, dtype, grad)]
 
 
@@ -281,7 +293,7 @@ def _recall(
     key = (config, _class_of(lengths), width, device, dtype, grad)
     if key in _chosen:
         return _name(_chosen[key])
-    for backend in _candidates(config.owner, device, dtype, grad):
+    for backend in _candidates(config, device, dtype, grad):
         if _is_right(backend, config, _is_video(lengths), width, device, dtype, grad):
             return backend.name
     return "torch"

@@ -35,12 +35,41 @@ def _causal_conv1d(operator: GatedConvolution, query, key, value, context: Conte
         sequence = image[:, :, 0].transpose(1, 2)
         return causal_conv1d_fn(sequence, taps, convolution.bias).transpose(1, 2)[:, :, None]
 
-    if operator.config.layout != "causal_1d" or not 2 <= operator.config.kernel_size <= 4:
-        raise OperatorError(
-            f'{operator.name}: backend "causal_conv1d" is for the layout causal_1d and kernel sizes from 2 to 4. '
-            'Choose backend="torch".'
-        )
     return operator.gate(query, key, value, context, convolve)
+
+
+def _refuse_causal_conv1d(config: GatedConvolution.Config) -> str | None:
+    if config.layout != "causal_1d" or not 2 <= config.kernel_size <= 4:
+        return "it is for the layout causal_1d and kernel sizes from 2 to 4"
+    return None
+
+
+def _triton(operator: GatedConvolution, query, key, value, context: Context) -> torch.Tensor:
+    from ..kernels.gated_convolution import gated_convolution
+
+    convolutions = list(operator.convolutions.values())
+    if operator.inner is not None:
+        convolutions.append(operator.inner)
+    precise = torch.promote_types(query.dtype, torch.float32)
+    filters = [torch.cat([part.weight.flatten(1).T, part.bias[None]]).to(precise) for part in convolutions]
+    parts = [part.transpose(1, 2).flatten(2) for part in (query, key, value)]
+    # Views of projections, in one tensor or in three, are taken as they lie.
+    if parts[0].stride(2) != 1 or len({part.stride() for part in parts}) > 1:
+        parts = [part.contiguous() for part in parts]
+    taps = [*convolutions[0].kernel_size, *convolutions[0].before]
+    mixed = gated_convolution(*parts, torch.stack(filters), taps, *operator._layout(query, context))
+    return heads_first(mixed, query)
+
+
+def _refuse_triton(config: GatedConvolution.Config) -> str | None:
+    if config.layout == "3d":
+        return "it knows no layout 3d"
+    taps = config.kernel_size ** (2 if config.layout == "2d" else 1)
+    # A convolution of convolutions is computed anew for every tap of the outer one.
+    most = 8 if config.owner.has_featurisers and config.owner.has_inner else 25
+    if taps > most:
+        return f"it is for filters of at most {most} taps, and these have {taps}"
+    return None
 
 
 class GatedConvolution(WithBackends, Mixer):
@@ -51,7 +80,17 @@ class GatedConvolution(WithBackends, Mixer):
         has_inner: whether the product of keys and values does.
     """
 
-    backends = (Backend("causal_conv1d", _causal_conv1d, "causal_conv1d", dtypes=(*HALF, torch.float32)), COMPILED)
+    backends = (
+        Backend(
+            "causal_conv1d",
+            _causal_conv1d,
+            "causal_conv1d",
+            dtypes=(*HALF, torch.float32),
+            refuses=_refuse_causal_conv1d,
+        ),
+        Backend("triton", _triton, "triton", dtypes=(), refuses=_refuse_triton),
+        COMPILED,
+    )
     has_featurisers: ClassVar[bool] = True
     has_inner: ClassVar[bool] = True
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
@@ -63,7 +102,7 @@ class GatedConvolution(WithBackends, Mixer):
         Attributes:
             kernel_size: taps along each axis.
             layout: `causal_1d` (the paper), `centered_1d`, `2d`, or `3d` for videos.
-            backend: `torch`, `auto`, `causal_conv1d` or `compiled` (by torch).
+            backend: `torch`, `auto`, `causal_conv1d`, `triton` (all in one pass) or `compiled` (by torch).
         """
 
         kernel_size: int = 4

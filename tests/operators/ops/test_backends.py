@@ -115,10 +115,22 @@ def test_calls_of_causal_conv1d(monkeypatch, name):
     operator = dg.operators.get(name).Config().build(SITE)
     mixed = _hyena._causal_conv1d(operator, *qkv(30), Context())
     torch.testing.assert_close(mixed, operator(*qkv(30), Context()))
-    with pytest.raises(OperatorError, match="is for the layout causal_1d"):
-        _hyena._causal_conv1d(dg.operators.get(name).Config(layout="2d").build(SITE), *qkv(30), Context())
-    with pytest.raises(OperatorError, match="kernel sizes from 2 to 4"):
-        _hyena._causal_conv1d(dg.operators.get(name).Config(kernel_size=5).build(SITE), *qkv(30), Context())
+
+
+@pytest.mark.parametrize(
+    ("settings_", "said"),
+    [
+        ({"backend": "causal_conv1d", "layout": "2d"}, "is for the layout causal_1d"),
+        ({"backend": "causal_conv1d", "kernel_size": 5}, "kernel sizes from 2 to 4"),
+        ({"backend": "triton", "layout": "3d"}, "knows no layout 3d"),
+        ({"backend": "triton", "layout": "2d"}, "at most 8 taps, and these have 16"),
+    ],
+    ids=str,
+)
+def test_a_backend_refuses_settings_before_a_model_is_touched(settings_, said):
+    config = dg.operators.configure({"operator": "hyena_se", **settings_})
+    with pytest.raises(OperatorError, match=said):
+        config.build(SITE)
 
 
 @pytest.mark.parametrize("name", ["gated_deltanet", "mamba2"])

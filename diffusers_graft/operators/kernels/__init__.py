@@ -1,0 +1,1 @@
+"""Kernels in Triton, each beside its reference in plain torch. A module here is imported when its backend is used."""
