@@ -29,8 +29,9 @@ from diffusers_graft.inspection import evaluating, predict
 from diffusers_graft.operators import parse_operator
 from diffusers_graft.planning.plan import Edit, GraftPlan, plan_graft
 from diffusers_graft.planning.rules import interleaved
+from diffusers_graft.search.judge import HarmJudge
 from diffusers_graft.search.planner import Survey
-from diffusers_graft.search.survey import HarmJudge, survey
+from diffusers_graft.search.survey import survey
 from diffusers_graft.testbed.sampling import measure, scheduler
 from diffusers_graft.training.distill.config import ClosedFormConfig, DistillConfig
 from diffusers_graft.training.finetune.config import FinetuneConfig

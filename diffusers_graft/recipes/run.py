@@ -31,7 +31,7 @@ from ..planning.rules import low_local, top_local
 from ..reporting.report import try_report
 from ..samples import SampleConfig, Samples
 from ..search.planner import Survey
-from ..search.survey import survey
+from ..search.survey import plan_candidates, survey
 from ..serialization.upload import push_graft
 from ..testbed.sampling import SampleQuality
 from ..testbed.scenes import SceneScore
@@ -241,6 +241,8 @@ def _start(recipe: Recipe, say: Say) -> Run:
     if recipe.plan is not None and not needs_analysis:
         # Before data are drawn: rules may not fit the model.
         plan = resolve_plan(source.model, recipe.plan)
+    if recipe.search is not None:
+        plan_candidates(source.model, recipe.search.candidates)
     if is_main_process():
         save_recipe(recipe, folder)
     say(f"{type(source.model).__name__} of {recipe.model.name}")
@@ -305,14 +307,12 @@ def _search(recipe: Recipe, source: Source, data: Data, folder: Path) -> GraftPl
     assert settings is not None
     path = folder / SURVEY
     noise: Any = {"noise_scheduler": source.noise_scheduler}
-    # Measured once, a survey gives the plan of every budget.
+    # What was found is not measured again: another plan would not fit what was trained since.
+    if path.exists() and (folder / PLAN).exists():
+        return resolve_plan(source.model, str(folder / PLAN))
     if path.exists():
         return Survey.load(path).plan(**settings.budget)
     arguments: dict[str, Any] = {}
-    if settings.distill is not None and settings.latency is None:
-        # A budget that no plan meets is told before candidates are trained; of time there is nothing to count.
-        counted = survey(source.model, settings.candidates, data.held_out[:1], rounds=2, **noise)
-        counted.plan(**settings.budget)
     if settings.distill is not None:
         arguments = {
             "batches": _make_batches(recipe, source, data),
@@ -326,12 +326,17 @@ def _search(recipe: Recipe, source: Source, data: Data, folder: Path) -> GraftPl
         _take(data.held_out, settings.samples),
         rounds=settings.rounds,
         seed=recipe.seed,
+        budget=settings.budget,
         **noise,
         **arguments,
     )
+    measured = measured.correct(source.model, measured.plan(**settings.budget), rounds=settings.rounds)
+    plan = measured.plan(**settings.budget)
+    if settings.trials:
+        plan = measured.plan(**settings.budget, model=source.model, trials=settings.trials)
     if is_main_process():
         measured.save(path)
-    return measured.plan(**settings.budget)
+    return plan
 
 
 def _make_batches(recipe: Recipe, source: Source, data: Data) -> Iterable[Batch]:

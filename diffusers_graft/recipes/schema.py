@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import GraftError
+from ..search.planner import check_budget
 from ..training.distill.config import DistillConfig
 from ..training.finetune.config import FinetuneConfig
 
@@ -46,6 +47,7 @@ class SearchSettings:
         samples: of the data that are judged on.
         distill: stage one of the candidates before they are judged; null judges them as they start.
         rounds: timed runs of each candidate.
+        trials: plans that are measured before one is chosen; 0 chooses by what the survey predicts.
     """
 
     candidates: Mapping[str, list[Any]]
@@ -55,6 +57,7 @@ class SearchSettings:
     samples: int = 64
     distill: DistillConfig | None = None
     rounds: int = 7
+    trials: int = 16
 
     def __post_init__(self):
         # Here, and not when the survey is solved, which comes after hours of measuring.
@@ -62,6 +65,9 @@ class SearchSettings:
             raise GraftError(
                 f"A search has one budget, search.latency, search.flops or search.parameters; got {self.budget}."
             )
+        check_budget(self.budget)
+        if type(self.trials) is not int or self.trials < 0:
+            raise GraftError(f"search.trials counts plans from 0; got {self.trials!r}.")
 
     @property
     def budget(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from ..core.storage import read_json
 from ..errors import FileError
 from ..evaluation.costs import ORIGINAL, PARTS, Benchmark
 from ..evaluation.protocol import group_by_protocol, protocol_differences
-from ..search.planner import MEASURES, Survey
+from ..search.planner import Survey
 from ..training.metrics_log import METRICS_LOG
 from .charts import Lines, draw_bars, draw_front, draw_losses, draw_ratios, draw_site_errors
 from .run_folder import ANALYSIS, BENCHMARK, GRAFT, SCORES, SURVEY, RunFolder, explained
@@ -242,7 +242,9 @@ def describe_survey(run: RunFolder) -> dict[str, Any] | None:
 
 def _predicted(run: RunFolder, survey: Survey) -> dict[str, float] | None:
     """Return what the survey says of the plan that was made, None where that has other edits."""
-    by_row = {(choice.edit.site.path, choice.edit.config.owner.name): choice for choice in survey.choices}
+    by_row = {}
+    for number, choice in enumerate(survey.choices):
+        by_row[choice.edit.site.path, choice.edit.config.owner.name] = number
     edits = run.plan.get("edits") or []
     chosen = []
     for edit in edits:
@@ -252,10 +254,7 @@ def _predicted(run: RunFolder, survey: Survey) -> dict[str, float] | None:
         chosen.append(choice)
     if not chosen:
         return None
-    predicted: dict[str, float] = {"harm": sum(choice.harm for choice in chosen)}
-    for measure in MEASURES:
-        predicted[measure] = 1 - sum(choice.saved[measure] for choice in chosen)
-    return predicted
+    return survey.predict(chosen)
 
 
 def describe_analysis(run: RunFolder) -> dict[str, Any] | None:

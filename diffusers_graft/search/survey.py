@@ -28,9 +28,8 @@ from ..training.batches import Batch
 from ..training.distill.config import DistillConfig
 from ..training.distill.distill import distill
 from ..training.distributed import is_main_process
-from ..training.finetune.objective import mean_of
-from ..training.noised_batch import Noising
-from .planner import Choice, Survey
+from .judge import HarmJudge, cosines_of
+from .planner import Choice, Survey, check_budget
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +47,7 @@ def survey(
     rounds: int = 7,
     seed: int = 0,
     progress: bool = True,
+    budget: Mapping[str, float] | None = None,
 ) -> Survey:
     """Measure the harm and the savings of every candidate at every site, each replaced alone.
 
@@ -66,9 +66,11 @@ def survey(
         rounds: timed runs of each operator, at all sites that are alike together; two or more.
         seed: of random starts and of the noise that parts are judged under.
         progress: show bars, on a terminal.
+        budget: of the plan that is wanted, such as `{"flops": 0.8}`: refused before stage one where no plan meets it.
 
     Raises:
         StateError: a model that is grafted.
+        GraftError: a budget that is no share between 0 and 1, or that no plan meets.
         RuleError: no candidates, one that is named twice, or one that replaces several blocks.
         OperatorError: a candidate that cannot run at a site; and what `plan_graft`, `build_graft` and `dg.distill`
             raise.
@@ -76,11 +78,16 @@ def survey(
             zeros or NaN.
     """
     _require_ready(model, batches, config, rounds)
-    grafts = [build_graft(model, plan, seed=seed) for plan in _plans(model, candidates)]
+    if budget is not None:
+        check_budget(budget)
+    grafts = [build_graft(model, plan, seed=seed) for plan in plan_candidates(model, candidates)]
     judge = HarmJudge(model, held_out, noise_scheduler, seed)
     with evaluating(model), torch.no_grad():
         # before hours of training: a part that cannot run is found here
         saved = _savings(model, grafts, judge.inputs[0], rounds)
+    if budget is not None:
+        unjudged = tuple(Choice(edit, 0.0, shares) for edit, shares in saved.items())
+        Survey(type(model).__name__, unjudged).require_reachable(budget)
     if config is not None:
         assert batches is not None
         trainable = [graft for graft in grafts if graft.is_trainable]
@@ -90,7 +97,11 @@ def survey(
     # one part at a time, so that harms are those of single choices
     singles = [(edit, _select_edits(graft, [edit])) for graft in grafts for edit in graft.plan.edits]
     bar = tqdm(singles, desc="survey", unit="choice", disable=hide_bar(progress))
-    choices = [Choice(edit, judge.harm(model, part), saved[edit]) for edit, part in bar]
+    choices = []
+    sketches = {}
+    for edit, part in bar:
+        harm, sketches[edit] = judge.judge(model, part)
+        choices.append(Choice(edit, harm, saved[edit]))
     protocol = {
         "samples": judge.samples,
         "seed": seed,
@@ -99,7 +110,9 @@ def survey(
         "torch": torch.__version__,
         "stage one": config and config.to_dict(),
     }
-    result = Survey(type(model).__name__, _usable(choices), protocol, tuple(grafts))
+    usable = _usable(choices)
+    cosines = cosines_of([sketches[choice.edit] for choice in usable])
+    result = Survey(type(model).__name__, usable, protocol, cosines, tuple(grafts), judge)
     if output_dir is not None and is_main_process():
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         result.save(Path(output_dir) / SURVEY)
@@ -118,7 +131,7 @@ def _require_ready(
     require_rounds(rounds)
 
 
-def _plans(model: ModelMixin, candidates: Mapping[str, Any]) -> list[GraftPlan]:
+def plan_candidates(model: ModelMixin, candidates: Mapping[str, Any]) -> list[GraftPlan]:
     """Return a plan of the first candidates of all sites, one of the second, and so on; then the same for blocks.
 
     Raises `RuleError` for candidates that cannot be surveyed.
@@ -151,60 +164,6 @@ def _select_edits(graft: Graft, edits: list[Edit]) -> Graft:
     seats = {path: graft.seats[path] for path in paths}
     originals = {path: graft.originals[path] for path in paths}
     return replace(graft, plan=plan, seats=seats, originals=originals)
-
-
-class HarmJudge:
-    """Held-out inputs under fixed noise and the intact model's answers to them, which measure any graft's harm.
-
-    Attributes:
-        inputs: arguments of the model, a dict a batch.
-        answers: of the intact model, a tensor a batch.
-        samples: their number.
-    """
-
-    def __init__(
-        self, model: ModelMixin, held_out: Iterable[Batch], noise_scheduler: SchedulerMixin | None, seed: int
-    ):
-        """Record the answers. Raises `TrainingError` for batches or answers that nothing can be judged by."""
-        generator = torch.Generator().manual_seed(seed)
-        noising = Noising(scheduler=noise_scheduler, timesteps="uniform", drop_labels=False)
-        noised = []
-        for batch in held_out:
-            noising.require_usable(model, batch)
-            noised.append(noising(model, batch, generator))
-        if not noised:
-            raise TrainingError("There were no held-out batches to judge on.")
-        self.inputs = [batch.inputs for batch in noised]
-        self.samples = sum(batch.count for batch in noised)
-        self._targets = [batch.target for batch in noised]
-        self.answers = self._predict(model)
-        self._square = sum((answer.square().sum() for answer in self.answers), torch.zeros(())).item()
-        if not 0 < self._square < math.inf:
-            answer = "nothing but zeros" if self._square == 0 else "NaN or infinity"
-            raise TrainingError(
-                f"{type(model).__name__} answers the held-out batches with {answer}, so no change of it can be "
-                "judged: load trained weights, in a precision that holds its answers."
-            )
-
-    def harm(self, model: ModelMixin, graft: Graft) -> float:
-        """Return the squared error of the model with a graft, relative to the square of the intact model's answer."""
-        with with_graft(model, graft):
-            answers = self._predict(model)
-        pairs = zip(answers, self.answers, strict=True)
-        error = sum(((new - old).square().sum() for new, old in pairs), torch.zeros(()))
-        return error.item() / self._square
-
-    @torch.no_grad()
-    def _predict(self, model: ModelMixin) -> list[torch.Tensor]:
-        answers = []
-        with evaluating(model):
-            for inputs, target in zip(self.inputs, self._targets, strict=True):
-                answer = predict(model, inputs)
-                if target is not None:
-                    # models that predict a variance beside the mean are judged by the mean
-                    answer = mean_of(answer, target)
-                answers.append(answer.float())
-        return answers
 
 
 def _savings(

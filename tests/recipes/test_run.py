@@ -203,6 +203,16 @@ def test_a_folder_that_another_run_uses_is_refused(tmp_path):
             GraftError,
             "No plan leaves 0.5 of the flops",
         ),
+        (
+            {"plan": None, "search": {"candidates": {"self_attention[0]": ["identity"]}, "flops": 1.5}},
+            GraftError,
+            "between 0 and 1",
+        ),
+        (
+            {"plan": None, "search": {"candidates": {"self_attention[0]": ["linear_mlp"]}, "flops": 0.9}},
+            GraftError,
+            "feed_forward",
+        ),
     ],
 )
 def test_what_cannot_run_is_told_before_training(tmp_path, monkeypatch, changes, error, words):

@@ -147,6 +147,7 @@ def test_a_save_that_fails_leaves_what_is_there(surveyed, tmp_path, monkeypatch)
         (None, "There is no survey"),
         ('{"format": 1, "model_class": "A", "edits": []}', "KeyError"),
         ('{"format": 1, "model_class": "A", "edits": [], "scores": [1], "protocol": {}}', "longer"),
+        ('{"format": 1, "model_class": "A", "edits": [], "scores": [], "protocol": {}, "cosines": [[]]}', "cosines"),
     ],
 )
 def test_a_file_that_is_no_survey(tmp_path, text, said):

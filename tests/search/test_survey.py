@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from diffusers_graft.errors import (
     TrainingError,
     UnknownNameError,
 )
-from diffusers_graft.evaluation.benchmark import Timing
+from diffusers_graft.evaluation.benchmark import Timing, with_graft
 from diffusers_graft.evaluation.cost import count_flops, count_parameters
+from diffusers_graft.inspection import predict as predict_inputs
+from diffusers_graft.search.judge import HarmJudge
 from diffusers_graft.search.planner import Survey
-from diffusers_graft.search.survey import HarmJudge
 from diffusers_graft.testbed.sampling import scheduler
 from diffusers_graft.training.noised_batch import Noising
 
@@ -123,6 +125,84 @@ def test_harm_is_how_far_the_answer_moves():
     attention, feed_forward = (one.harm for one in found.choices)
     assert attention == 0  # it starts as what it replaces
     assert feed_forward == pytest.approx((moved.square().sum() / before.square().sum()).item(), rel=1e-5)
+
+
+def test_a_survey_predicts_what_parts_do_together_from_each_alone(surveyed):
+    model, found = surveyed
+    plan = dg.plan_graft(model, {"feed_forward[1:]": "linear_mlp"})
+    moves = []
+    for edit in plan.edits:
+        single = found.graft(model, dg.GraftPlan(plan.model_class, (edit,)))
+        moved = []
+        with with_graft(model, single), torch.no_grad():
+            for inputs, answer in zip(found.judge.inputs, found.judge.answers, strict=True):
+                moved.append((predict_inputs(model, inputs) - answer).flatten())
+        moves.append(torch.cat(moved))
+    square = torch.cat(found.judge.answers).square().sum()
+    together = sum(moves).square().sum() / square
+    alone = sum(move.square().sum() for move in moves) / square
+    assert abs(together - alone) > 0.05 * alone  # adding up would be off
+    assert found.predicted(plan)["harm"] == pytest.approx(together.item(), abs=0.03 * alone.item())
+
+
+def test_a_corrected_survey_predicts_what_was_measured(surveyed, monkeypatch):
+    model, found = surveyed
+    timed = [Timing("original", 1.0, 1.0, 1.0, 1.0), Timing("plan", 0.9, 0.9, 0.9, 0.9)]
+    monkeypatch.setattr("diffusers_graft.search.planner.compare", lambda *arguments, **settings: timed)
+    slow = tuple(replace(one, saved={**one.saved, "latency": 0.05}) for one in found.choices)
+    found = replace(found, choices=slow)
+    plan = dg.plan_graft(model, {"feed_forward[1:]": "linear_mlp"})
+    measured = found.measure(model, plan)
+    assert measured["flops"] == pytest.approx(found.predicted(plan)["flops"])
+    corrected = found.correct(model, plan)
+    assert corrected.predicted(plan) == pytest.approx(measured)
+    # three choices were to save 0.15 of the time and save 0.1, so two of them no longer do
+    assert (len(found.plan(latency=0.91).edits), len(corrected.plan(latency=0.91).edits)) == (2, 3)
+
+
+def test_a_plan_is_measured_with_its_rivals(surveyed, monkeypatch):
+    model, found = surveyed
+    harm = found.judge.harm
+    judged = []
+
+    def watched(model, graft):
+        judged.append((harm(model, graft), graft.plan))
+        return judged[-1][0]
+
+    monkeypatch.setattr(found.judge, "harm", watched)
+    plan = found.plan(parameters=0.9, model=model, trials=5)
+    assert len(judged) == len({plan for _, plan in judged}) == 5
+    assert judged[0][1] == found.plan(parameters=0.9)
+    assert plan == min(judged, key=lambda one: one[0])[1]
+    assert all(found.predicted(one)["parameters"] <= 0.9 for _, one in judged)
+    with pytest.raises(GraftError, match="1 trial or more"):
+        found.plan(parameters=0.9, model=model, trials=0)
+    with pytest.raises(StateError, match="cannot measure plans"):
+        replace(found, grafts=(), judge=None).plan(parameters=0.9, model=model)
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ({"flops": 0.3}, "No plan leaves 0.3 of the flops"),
+        ({"latency": 0.01}, "No plan leaves 0.01 of the latency"),
+        ({"flops": 2}, "between 0 and 1"),
+        ({"time": 0.5}, "latency"),
+        ({}, "one budget"),
+    ],
+)
+def test_a_budget_that_no_candidates_meet_is_told_before_stage_one(budget, said):
+    with pytest.raises(GraftError, match=said):
+        dg.survey(
+            tiny_dit(2),
+            {"self_attention[:]": ["neighborhood"]},
+            batches(1),
+            batches=Dying(0),
+            config=TAUGHT,
+            noise_scheduler=SCHEDULER,
+            rounds=2,
+            budget=budget,
+        )
 
 
 def test_judging_keeps_no_graph_for_gradients():
