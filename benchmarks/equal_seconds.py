@@ -1,7 +1,8 @@
 """Recipes run at equal seconds: what a step of each stage costs is measured in turns, and steps are what seconds buy.
 
-Seconds of a busy machine say little, so prices are ratios to today's stage two in the same round, and a row holds the
-steps that were bought. Rows are written as they come; a run that is started again goes on behind the last.
+Seconds of a busy machine say little, so a price is a ratio to today's stage two, measured in turns on the clock of the
+process, and a row holds the steps that were bought. Rows are written as they come; a run that is started again goes on
+behind the last.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.evaluate import evaluate
-from diffusers_graft.evaluation.timing import compare, require_rounds
+from diffusers_graft.evaluation.timing import Timing, compare, require_rounds
 from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.injection.install import install, uninstall
 from diffusers_graft.operators import OperatorConfig, parse_operator
@@ -159,24 +160,32 @@ class Trial:
     def measure_prices(self, recipes: Iterable[Recipe], say: Callable[[str], None]) -> None:
         """Measure what is not priced yet, in turns with today's stage two."""
         reference = name_price(TODAY, TWO)
-        new: dict[str, Callable[[], Any]] = {}
+        parts: dict[str, Callable[[], Any]] = {}
         for recipe in (TODAY, *recipes):
             for part in parts_of(recipe):
                 name = name_price(recipe, part)
-                if name not in self.seconds and name not in new:
-                    new[name] = self._make_probe(recipe, part)
-        if not new:
+                if name not in self.seconds and name not in parts:
+                    parts[name] = self._make_probe(recipe, part)
+        if not parts:
             return
-        say(f"Measuring what {len(new)} parts of recipes cost, in turns.")
-        timings = compare({reference: self._make_probe(TODAY, TWO)} | new, rounds=self.protocol.rounds)
-        unit = self.seconds.get(reference, timings[0].seconds / self.protocol.probe)
-        for timing in timings:
-            if timing.name in new or reference not in self.seconds:
-                # Stages are priced by the step, the others whole.
-                steps = self.protocol.probe if timing.name.startswith("stage") else 1
-                price = timing.ratio * unit * self.protocol.probe / steps
-                write_row(self.path, {"price": timing.name, "seconds": price, "ratio": timing.ratio})
-                self.seconds[timing.name] = price
+        say(f"Measuring what {len(parts)} parts of recipes cost, each in turns with today's stage two.")
+        yardstick = self._make_probe(TODAY, TWO)
+        probe = self.protocol.probe
+        # The time of this process alone, and pairs by themselves: a busy machine changes from minute to minute.
+        settings: dict[str, Any] = {"rounds": self.protocol.rounds, "clock": time.process_time}
+        if parts.pop(reference, None):
+            (alone,) = compare({reference: yardstick}, **settings)
+            self._add_price(reference, alone.seconds / probe, alone)
+        for name, run in parts.items():
+            _, timing = compare({reference: yardstick, name: run}, **settings)
+            # Stages are priced by the step, the others whole.
+            steps = probe if name.startswith("stage") else 1
+            self._add_price(name, timing.ratio * self.seconds[reference] * probe / steps, timing)
+
+    def _add_price(self, name: str, seconds: float, timing: Timing) -> None:
+        spread = {"ratio": timing.ratio, "low": timing.low, "high": timing.high}
+        write_row(self.path, {"price": name, "seconds": seconds, **spread})
+        self.seconds[name] = seconds
 
     def price(self, recipe: Recipe, part: str) -> float:
         """Return the seconds of a step of a recipe's stage, or of a whole closed form or look at held-out batches."""
