@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 from diffusers_graft.cli.verbs import say
 from diffusers_graft.core.context import Context, ContextSlot, Grid
 from diffusers_graft.core.sites import AttentionSite
+from diffusers_graft.core.storage import write_text
 from diffusers_graft.core.tables import Table
-from diffusers_graft.errors import OperatorError
+from diffusers_graft.errors import FileError, OperatorError
 from diffusers_graft.operators import AttentionOperator, Operator, parse_operator
 
 from .output import publish, require_writable
@@ -44,27 +46,51 @@ ROWS = (
     "ttt",
     "hyena_x",
     "hyena_x(layout='3d', kernel_size=3)",
+    "hyena_se",
+    "hyena_y",
+    "hybrid",
     "identity",
 )
+
+# The table in a document: the block of code behind the command that prints it.
+IN_DOCUMENT = re.compile(r"(?<=python -m benchmarks prices`)([^`]*```\n)(.*?)(?=\n```)", re.DOTALL)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this measurement."""
     parser.add_argument("--output", type=Path, help="file for the table, as Markdown")
+    parser.add_argument("--document", type=Path, help="Markdown with this table in it, such as README.md, to renew it")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the table, and store it where an output is named."""
+    """Print the table, and store it where an output or a document is named."""
     require_writable(arguments.output)
+    text = price_table()
+    publish(text, arguments.output, title="What mixers cost", command="python -m benchmarks prices", say=say)
+    if arguments.document is not None:
+        renew(arguments.document, text)
+
+
+def price_table() -> str:
+    """Return the table, and below it what its columns are."""
     heading = ("operator", "is softmax with", "adds a layer", *(f"at {grid.tokens:,}" for grid in GRIDS), "kernels")
     text = Table(list(_rows()), heading=heading, numbers=(2, 3, 4), is_ruled=True).to_text()
-    text += (
+    return text + (
         f"\n\nAn attention of width {SITE.width} with {SITE.heads} heads, on grids of {GRIDS[0]} and {GRIDS[1]}. "
         "Shares are of softmax's operations,\n4 N^2 D, of whole attentions of those and their four projections; "
         "added are parameters besides the projections that\nare replaced. Operations are no time: see the benchmark "
         "of operators for that."
     )
-    publish(text, arguments.output, title="What mixers cost", command="python -m benchmarks prices", say=say)
+
+
+def renew(document: Path, text: str) -> None:
+    """Put the table in the place of the one that a document has. Raises `FileError` where there is none."""
+    before = document.read_text(encoding="utf-8")
+    if IN_DOCUMENT.search(before) is None:
+        raise FileError(
+            f"{document} has no block of code behind `python -m benchmarks prices`. Give another --document."
+        )
+    write_text(document, IN_DOCUMENT.sub(lambda found: found[1] + text, before, count=1))
 
 
 def _rows() -> Iterator[tuple[str, ...]]:
