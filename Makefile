@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 LOWEST := $(VENV)-lowest
 
-.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate docs bench bench-loading bench-mixers bench-operators bench-ordering bench-noise bench-depth bench-pixart bench-planner bench-training testbed testbed-second testbed-scenes fuzz release lint clean
+.PHONY: help quickstart test test-all test-lowest test-diffusers-versions ablate docs bench bench-loading bench-mixers bench-operators bench-ordering bench-noise bench-depth bench-pixart bench-planner bench-training testbed testbed-second testbed-scenes fuzz gpu release lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -54,6 +54,9 @@ bench-loading: $(READY) ## Loading a graft against reading its bytes and install
 
 bench-operators: $(READY) ## Every operator by itself, on a CPU (goes on where it stopped; peers need the extra bench)
 	$(BIN)/python -m benchmarks operators --output examples/benchmarks/operators-cpu.md
+
+gpu: $(READY) ## All that one CUDA device alone can show, in under ten minutes and one file
+	$(BIN)/python -m benchmarks gpu --output examples/benchmarks/gpu.md
 
 bench-pixart: $(READY) ## PixArt-Sigma at 2,048 x 2,048 (needs one CUDA device)
 	$(BIN)/python -m benchmarks pixart --output examples/benchmarks/pixart-sigma.md

@@ -18,6 +18,7 @@ NAMES = {
     "costs": "hours, memory and disk of grafting DiT-XL/2, PixArt-Sigma and Flux, on paper",
     "depth": "half the depth on the testbed: pairs side by side, blocks removed, a model trained from scratch",
     "families": "operators that run in each transformer class of diffusers, on tiny models, as Markdown",
+    "gpu": "all that one CUDA device alone can show: operators and kernels, models, a video, training, in ten minutes",
     "imports": "what importing this package adds to importing diffusers and its ModelMixin",
     "loading": "loading a graft, against reading its bytes and installing its parts",
     "mixers": "every mixer in half and in all of a testbed's attentions after the same seconds, and its latency",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from diffusers import PixArtTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_graft.cli.verbs import say
+from diffusers_graft.core.context import Context
 from diffusers_graft.errors import GraftError
 from diffusers_graft.evaluation.benchmark import compare
 from diffusers_graft.inspection import example_inputs
+from diffusers_graft.operators.identity import Identity
 
 from .output import format_rows, publish, require_writable
 
@@ -34,8 +37,17 @@ SHAPE = dict(
     caption_channels=4096,
 )
 LAYERS = {"14 of 28": "8,10,12,14,16,18,20:28", "28 of 28": ":"}
-CONTENDERS = ("identity", "hyena_x", "neighborhood(kernel=7, backend='auto')", "linear_attention")
+CONTENDERS = ("identity", "identity_uncopied", "hyena_x", "neighborhood(kernel=7, backend='auto')", "linear_attention")
 SOFTMAX = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+class IdentityUncopied(Identity):
+    """Values as they are: less than any operator can cost, since what follows may write into its output."""
+
+    name = "identity_uncopied"
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+        return value
 
 
 def bench_pixart(output: Path | None, *, rounds: int = 7, say: Callable[[str], None]) -> None:
@@ -73,6 +85,8 @@ def pixart_table(
     softmax: tuple[SDPBackend, ...],
     rounds: int,
     make: Callable,
+    contenders: Sequence[str] = CONTENDERS,
+    is_time_left: Callable[[], bool] = lambda: True,
 ) -> str:
     """Forward times of a model and its grafts, in turns, as text; all under the softmax that is fastest for the
     original.
@@ -81,33 +95,46 @@ def pixart_table(
         layers: which self-attentions to replace, by name.
         softmax: backends to choose from; empty leaves the choice to torch.
         make: what is timed, from a model: `compiled`, say.
+        contenders: what replaces them, `identity` the first. One that cannot run is named below the table.
+        is_time_left: asked before each contender; those that come too late are named, too.
     """
     inputs = example_inputs(model)
     best = _fastest_softmax(model, inputs, softmax)  # as it is: a compiled graph keeps to the softmax it was made with
     rows = [["layers", "operator", "ms", "speed-up", "quartiles", "share of identity's"]]
+    notes = [f"Softmax of the layers that keep it: {best.name if best else 'chosen by torch'}."]
     # What takes a mask falls back on the other.
     with sdpa_kernel([best, SDPBackend.EFFICIENT_ATTENTION], set_priority=True) if best else nullcontext():
         original = make(copy.deepcopy(model))
         for name, items in layers.items():
-            contenders = {"original": original, **dict(_grafted(model, items, inputs, make))}
-            runs = {one: lambda call=call: call(**inputs, return_dict=False) for one, call in contenders.items()}
+            calls = {"original": original}
+            for contender in contenders:
+                if not is_time_left():
+                    notes.append(f"{name}, {contender}: no time was left.")
+                    continue
+                try:
+                    calls[contender] = _grafted(model, items, contender, inputs, make)
+                except Exception as error:  # of a compiler or a kernel, or no memory: the others are worth a table
+                    reason = next(iter(str(error).splitlines()), "")
+                    notes.append(f"{name}, {contender}: {type(error).__name__}: {reason}")
+            runs = {one: lambda call=call: call(**inputs, return_dict=False) for one, call in calls.items()}
             timings = {timing.name: timing for timing in compare(runs, rounds=rounds)}
-            free = timings["identity"].ratio
+            free = timings["identity"].ratio if "identity" in timings else math.nan
             for one, row in timings.items():
                 share = "" if one == "original" else f"{free / row.ratio:.3f}"
                 spread = "" if one == "original" else f"{1 / row.high:.3f} to {1 / row.low:.3f}"
                 rows.append([name, one, f"{1000 * row.seconds:.1f}", f"{1 / row.ratio:.3f}", spread, share])
-    return format_rows(rows) + f"\n\nSoftmax of the layers that keep it: {best.name if best else 'chosen by torch'}."
+    return format_rows(rows) + "\n\n" + "\n".join(notes)
 
 
-def _grafted(
-    model: PixArtTransformer2DModel, items: str, inputs: dict, make: Callable
-) -> Iterator[tuple[str, Callable]]:
-    for name in CONTENDERS:
-        twin = copy.deepcopy(model)
-        twin.set_graft({f"self_attention[{items}]": name})
-        twin(**inputs, return_dict=False)  # `auto` tries its backends here, and not while it is compiled
-        yield name, make(twin)
+def _grafted(model: PixArtTransformer2DModel, items: str, name: str, inputs: dict, make: Callable) -> Callable:
+    twin = copy.deepcopy(model)
+    # It is no operator that a plan on disk could name.
+    rule = IdentityUncopied.Config() if name == IdentityUncopied.name else name
+    twin.set_graft({f"self_attention[{items}]": rule})
+    twin(**inputs, return_dict=False)  # `auto` measures its backends here, and not while it is compiled
+    made = make(twin)
+    made(**inputs, return_dict=False)
+    return made
 
 
 def _fastest_softmax(call: Callable, inputs: dict, softmax: tuple[SDPBackend, ...]) -> SDPBackend | None:
