@@ -2,7 +2,8 @@
 
 Papers: Transformers are RNNs, arXiv 2006.16236, Eq. 6 (elu + 1); The Hedgehog and the Porcupine, arXiv 2402.04347
 (learnable softmax features); LiT, arXiv 2501.12976 (a depthwise convolution of the values, fewer and wider heads);
-Attention Surgery, arXiv 2509.24899 (powers of a learned map).
+Attention Surgery, arXiv 2509.24899 (powers of a learned map); SANA-Video, arXiv 2509.24695 (features before the rotary
+embedding).
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from ..errors import OperatorError, UnknownNameError
 from .base import Mixer, rare
 from .ops.backends import COMPILED, WithBackends, runs_in_pieces
 from .ops.depthwise import ShortConvolution, heads_first, tokens_last
-from .ops.features import LEAST, features_of
+from .ops.features import LEAST, features_of, turn_as
 from .ops.masks import key_weights
 from .ops.settings import require_count, require_odd
 from .self_attention import regroup_heads, require_divided, require_mask_of_heads
 
 FEATURE_MAPS = ("elu", "relu", "softmax", "mlp", "polynomial")
+PAIRS = ("neighbours", "halves")
 
 # Tokens at a time where nothing is saved for a backward pass: as many as stay in cache.
 TOGETHER = 128
@@ -51,12 +53,17 @@ class LinearAttention(WithBackends, Mixer):
             value_conv: side of a depthwise convolution of the values on each frame's grid, added to the output and
                 starting at zero; odd, or 0 for none.
             heads: how many heads share the width; None means as many as in the replaced attention (LiT: fewer).
+            rotary: takes the features of queries and keys before the model's rotary embedding, and turns them by it
+                where they meet the values, not in the normaliser, which stays positive (SANA-Video). It says which
+                channels the embedding turns together: `neighbours` (as in Flux and Wan) or `halves`. None takes them
+                behind it.
             backend: `torch`, `auto` or `compiled` (by torch).
         """
 
         feature_map: str = "elu"
         value_conv: int = 0
         heads: int | None = rare(None)
+        rotary: str | None = rare(None)
 
         def __post_init__(self):
             super().__post_init__()
@@ -66,6 +73,13 @@ class LinearAttention(WithBackends, Mixer):
                 require_odd("linear_attention", "value_conv", self.value_conv)
             if self.heads is not None:
                 require_count("linear_attention", "heads", self.heads, example=4)
+            if self.rotary is not None and self.rotary not in PAIRS:
+                raise UnknownNameError("rotary of linear_attention", self.rotary, PAIRS)
+            if self.rotary is not None and self.feature_map not in ("elu", "relu"):
+                raise OperatorError(
+                    f"linear_attention: rotary turns features that are channels, and {self.feature_map!r} has others. "
+                    'Choose feature_map="relu" or "elu".'
+                )
 
     def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
@@ -73,6 +87,12 @@ class LinearAttention(WithBackends, Mixer):
         self.feature_first = None
         self.feature_second = None
         self.value_convolution = None
+        self.before_rotary = config.rotary is not None
+        if self.before_rotary and site.head_width % 2:
+            raise OperatorError(
+                f"linear_attention: rotary turns pairs of channels, and heads of {site.path} have {site.head_width}. "
+                "Leave it out."
+            )
         self.heads = config.heads or site.heads
         require_divided(self.name, self.heads, site)
         width = site.inner_width // self.heads
@@ -101,17 +121,36 @@ class LinearAttention(WithBackends, Mixer):
 
     def in_torch(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         precise = torch.promote_types(query.dtype, torch.float32)
+        turned = self._turned_features(query, key, context)
         query, key, value = (regroup_heads(part, self.heads) for part in (query, key, value))
         visible = None
         if context.mask is not None:
             require_mask_of_heads(self.name, context.mask, self.heads)
             visible = key_weights(self.name, context.mask, key.shape[2], precise)
-        state, weight = self._write(key, value.to(precise), visible)
-        mixed = regroup_heads(self._read(query, state, weight).to(value.dtype), self.site.heads)
+        if turned:
+            mixed = _mix_turned(turned, value.to(precise), visible)
+        else:
+            state, weight = self._write(key, value.to(precise), visible)
+            mixed = self._read(query, state, weight)
+        mixed = regroup_heads(mixed.to(value.dtype), self.site.heads)
         if self.value_convolution is None:
             return mixed
         image = self._value_image(value, visible, context)
         return mixed + heads_first(self.value_convolution(image), mixed)
+
+    def _turned_features(self, query: torch.Tensor, key: torch.Tensor, context: Context) -> list[torch.Tensor]:
+        """Return features of queries and keys before rotary embeddings, and then both as these turn them; or none."""
+        if self.config.rotary is None:
+            return []
+        assert context.unrotated is not None
+        precise = torch.promote_types(query.dtype, torch.float32)
+        found = []
+        turned = []
+        for before, after in zip(context.unrotated, (query, key), strict=True):
+            features = features_of(self.config.feature_map, before.to(precise))
+            found.append(features)
+            turned.append(turn_as(features, before.to(precise), after.to(precise), self.config.rotary))
+        return [regroup_heads(part, self.heads) for part in (*found, *turned)]
 
     def _write(
         self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
@@ -149,13 +188,20 @@ class LinearAttention(WithBackends, Mixer):
 
     def reference(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         """Compute by definition: all N x M weights, normalised row by row; the convolution tap by tap."""
+        turned = self._turned_features(query, key, context)
         query, key, value = (regroup_heads(part, self.heads) for part in (query, key, value))
-        weights = self._features(query, 0) @ self._features(key, 1).transpose(-1, -2)
+        if turned:
+            shares = turned[0] @ turned[1].transpose(-1, -2)
+            weights = turned[2] @ turned[3].transpose(-1, -2)
+        else:
+            shares = self._features(query, 0) @ self._features(key, 1).transpose(-1, -2)
+            weights = shares
         visible = None
         if context.mask is not None:
             visible = key_weights(self.name, context.mask, key.shape[2], key.dtype)
+            shares = shares * visible.transpose(-1, -2)
             weights = weights * visible.transpose(-1, -2)
-        mixed = (weights / weights.sum(-1, keepdim=True).clamp(min=LEAST)) @ value
+        mixed = (weights / shares.sum(-1, keepdim=True).clamp(min=LEAST)) @ value
         mixed = regroup_heads(mixed, self.site.heads)
         if self.value_convolution is None:
             return mixed
@@ -199,6 +245,16 @@ class LinearAttention(WithBackends, Mixer):
         if self.value_convolution is not None:
             operations += self.value_convolution.flops(tokens)
         return operations + tokens * self.heads * (4 * features * width + 2 * features)
+
+
+def _mix_turned(features: list[torch.Tensor], value: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """Read values through turned features, normalised by those that are not, [B, H, N, E]."""
+    query, key, turned_query, turned_key = features
+    if visible is not None:
+        key = key * visible
+        turned_key = turned_key * visible
+    weight = query @ key.sum(-2)[..., None]
+    return (turned_query @ (turned_key.transpose(-1, -2) @ value)) / weight.clamp(min=LEAST)
 
 
 def _split_tokens(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

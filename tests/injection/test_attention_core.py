@@ -10,12 +10,15 @@ import torch.nn.functional as F
 import diffusers_graft as dg
 from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.core.sites import Site
-from diffusers_graft.errors import OperatorError
+from diffusers_graft.errors import GraftError, OperatorError
 from diffusers_graft.evaluation.benchmark import PeakMemory
 from diffusers_graft.injection import attention_core as mixing
 from diffusers_graft.injection.attention_core import fields_of, mix_with_others
+from diffusers_graft.operators import Mixer, configure
+from diffusers_graft.operators.conformance.case import Subject, example_site
 
 from ..inspection.models import predict, tiny
+from ..operators.conformance.test_suite import CASES
 
 GRID = Grid(height=4, width=6)
 SITE = Site(kind="self_attention", index=0, path="attn", width=8, heads=2, head_width=4)
@@ -334,3 +337,39 @@ def test_a_token_and_its_neighbours_count_exactly_in_a_large_field():
     columns = torch.bincount(drawn_tokens[0] % 40, minlength=40)
     assert rows.min() > 0
     assert columns.min() > 0
+
+
+MIXERS = [case for case in CASES if issubclass(configure(case).owner, Mixer)]
+
+
+@pytest.mark.parametrize("case", MIXERS, ids=str)
+def test_beside_text_every_mixer_is_its_definition_forward_and_backward(case):
+    """On an odd, rectangular grid and a video, with text before the image, behind it, and on both sides."""
+    operator = Subject(configure(case), example_site("self_attention")).build()
+    if not hasattr(operator, "reference"):
+        pytest.skip("its forward is its definition")
+    generator = torch.Generator().manual_seed(3)
+    for grid, before, after in (
+        (Grid(height=5, width=7), 3, 0),
+        (Grid(frames=3, height=5, width=7), 0, 2),
+        (Grid(frames=3, height=5, width=7), 2, 1),
+    ):
+        tokens = before + grid.tokens + after
+        inputs = [torch.randn(2, 3, tokens, 4, dtype=torch.float64, generator=generator) for _ in range(5)]
+        inputs.append(torch.randn(2, tokens, 12, dtype=torch.float64, generator=generator))
+        inputs = [part.requires_grad_() for part in inputs]
+        *parts, unrotated_query, unrotated_key, hidden_states = inputs
+        context = Context(grid=grid, hidden_states=hidden_states, unrotated=(unrotated_query, unrotated_key))
+        results = []
+        try:
+            for call in (operator.forward, operator.reference):
+                operator.forward = call
+                mixed = mix_with_others(operator, *parts, context, start=before, image=grid.tokens)
+                results.append([mixed, *torch.autograd.grad(mixed.square().sum(), inputs, allow_unused=True)])
+        except GraftError:
+            # A window larger than this grid, or a layout for videos, is refused in words.
+            continue
+        finally:
+            del operator.forward
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)

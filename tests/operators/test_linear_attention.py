@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusers_graft.core.context import Context, Grid
-from diffusers_graft.errors import GeometryError, OperatorError
+from diffusers_graft.errors import GeometryError, GraftError, OperatorError
 from diffusers_graft.operators import configure
 from diffusers_graft.operators.conformance.suite import example_site
 
@@ -170,3 +170,41 @@ def test_two_powers_at_wans_width_take_the_parameters_counted():
     assert (
         sum(parameter.numel() for parameter in operator.parameters()) == 2 * 12 * (128 * 256 + 256 * 256) == 2_359_296
     )
+
+
+@pytest.mark.parametrize("pairs", ["neighbours", "halves"])
+def test_features_before_the_rotary_embedding_are_turned_but_not_their_sums(pairs):
+    """SANA-Video: relu, then rotary in the numerator alone."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 10, 4, dtype=torch.float64, generator=generator) for _ in range(3))
+    key[0, 0, 0] = 0
+    angles = torch.arange(10.0, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.3], dtype=torch.float64)
+    first, second = ((0, 2), (1, 3)) if pairs == "neighbours" else ((0, 1), (2, 3))
+
+    def rotate(part):
+        x, y = part[..., first], part[..., second]
+        turned = torch.empty_like(part)
+        turned[..., first] = angles.cos() * x - angles.sin() * y
+        turned[..., second] = angles.sin() * x + angles.cos() * y
+        return turned
+
+    operator = build({"operator": "linear_attention", "feature_map": "relu", "rotary": pairs})
+    features = [part.clamp(min=0) + 1e-3 for part in (query, key)]
+    weights = rotate(features[0]) @ rotate(features[1]).mT
+    weights[0, 0, :, 0] = rotate(features[0])[0, 0] @ features[1][0, 0, 0]  # no angle can be read off zeros
+    expected = weights / (features[0] @ features[1].mT).sum(-1, keepdim=True) @ value
+    context = Context(unrotated=(query, key))
+    for call in (operator, operator.reference):
+        torch.testing.assert_close(call(rotate(query), rotate(key), value, context), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rotary": "quarters"}, "rotary of linear_attention"),
+        ({"rotary": "halves", "feature_map": "softmax"}, 'Choose feature_map="relu" or "elu"'),
+    ],
+)
+def test_pairs_that_are_none_are_refused(settings, message):
+    with pytest.raises(GraftError, match=message):
+        configure({"operator": "linear_attention", **settings})

@@ -19,6 +19,35 @@ def features_of(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.softmax(-1)
 
 
+def turn_as(features: torch.Tensor, before: torch.Tensor, after: torch.Tensor, pairs: str) -> torch.Tensor:
+    """Turn features as a rotary embedding turned the tensor they are of, [..., E] each.
+
+    The angle of every pair of channels is read off the pair before and after it; a pair of zeros is not turned.
+
+    Args:
+        pairs: which channels are one: `neighbours`, or `halves` for each with the one half a head further on.
+    """
+    x, y = _split_pairs(features, pairs)
+    a, b = _split_pairs(before, pairs)
+    c, d = _split_pairs(after, pairs)
+    size = a.square() + b.square()
+    is_zero = size == 0
+    size = size.masked_fill(is_zero, 1)
+    cosine = ((a * c + b * d) / size).masked_fill(is_zero, 1)
+    sine = (a * d - b * c) / size
+    turned = torch.stack([cosine * x - sine * y, sine * x + cosine * y], dim=-1)
+    if pairs == "halves":
+        turned = turned.transpose(-1, -2)
+    return turned.flatten(-2)
+
+
+def _split_pairs(tensor: torch.Tensor, pairs: str) -> tuple[torch.Tensor, ...]:
+    """Return the first and the second channels of all pairs, [..., E / 2] each."""
+    if pairs == "halves":
+        return tensor.chunk(2, dim=-1)
+    return tensor.unflatten(-1, (-1, 2)).unbind(-1)
+
+
 class EluPlusOne(torch.autograd.Function):
     """elu(x) + 1 without the slow part of elu, exp(x) - 1.
 

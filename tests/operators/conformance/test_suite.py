@@ -83,6 +83,8 @@ CASES = [
     {"operator": "linear_attention", "feature_map": "mlp"},
     {"operator": "linear_attention", "feature_map": "polynomial", "heads": 2},
     {"operator": "linear_attention", "heads": 1, "value_conv": 3},
+    {"operator": "linear_attention", "feature_map": "relu", "rotary": "neighbours"},
+    {"operator": "linear_attention", "heads": 2, "rotary": "halves"},
     "ttt",
     {"operator": "ttt", "steps": 3},
     {"operator": "ttt", "steps": 2, "convolution": False},
