@@ -102,8 +102,9 @@ def test_trackers_are_given_pairs_of_pictures_and_scores(tmp_path, monkeypatch):
     pipe = dit_pipeline()
     data = [{"sample": torch.randn(4, 8, 8), "class_labels": torch.tensor(number)} for number in range(4)]
     config = dg.SampleConfig(conditions=[1, 2, 3], every=2, arguments=CALL)
+    held_out = [{**sample, "sample": -sample["sample"]} for sample in data]
     one = train(
-        tmp_path, data, pipe, samples=config, eval_dataset=data, both={"trackers": ("fake",), "precision": "bf16"}
+        tmp_path, data, pipe, samples=config, eval_dataset=held_out, both={"trackers": ("fake",), "precision": "bf16"}
     )
     assert Tracker.logged == [
         (step, {f"{stage}/samples": [(8, 16, 3)] * 3}) for stage in ("one", "two") for step in (2, 4)

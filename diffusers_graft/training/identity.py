@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from diffusers import ModelMixin
 
+from ..errors import TrainingError
 from ..injection.graft import Graft, base_tensors
-from .batches import Batch, BatchStream, PlacedBatches, SequentialBatches, ShuffledBatches
+from .batches import Batch, BatchStream, PlacedBatches, SequentialBatches, ShuffledBatches, read_first
 from .config import TrainingConfig
 from .noised_batch import Noising
 from .random_state import seeded
@@ -24,6 +25,8 @@ UNVERIFIED = "unverified"
 
 _MOST_VALUES = 4096
 _DIGEST_LENGTH = 12
+# Training batches that held-out ones are compared with.
+_MOST_COMPARED = 64
 
 
 def describe_run(
@@ -58,6 +61,28 @@ def describe_run(
         "data": data,
         UNVERIFIED: unverified,
     }
+
+
+def read_held_out(held_out: Iterable[Batch] | None, count: int, stream: BatchStream) -> list[Batch] | None:
+    """Return the first held-out batches, None without any.
+
+    Raises `TrainingError` where there is none to read, and where they are training data: of the same dataset, or among
+    the first batches of the stream.
+    """
+    if held_out is None:
+        return None
+    found = read_first(held_out, count)
+    first = [stream.peek()]
+    if isinstance(stream.batches, list | tuple):
+        first = stream.batches[:_MOST_COMPARED]
+    dataset = getattr(held_out, "dataset", None)
+    is_same_dataset = dataset is not None and dataset is getattr(stream.batches, "dataset", None)
+    if is_same_dataset or not set(map(digest, found)).isdisjoint(map(digest, first)):
+        raise TrainingError(
+            "The held-out batches are training data, on which a model looks better than it is: hold others out, or "
+            "give none."
+        )
+    return found
 
 
 def find_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -7,8 +7,9 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 import diffusers_graft as dg
+from diffusers_graft.errors import TrainingError
 from diffusers_graft.training.batches import BatchStream, ShuffledBatches
-from diffusers_graft.training.identity import UNVERIFIED, describe_run, digest, find_differences
+from diffusers_graft.training.identity import UNVERIFIED, describe_run, digest, find_differences, read_held_out
 from diffusers_graft.training.noised_batch import Noising
 
 from ..models import batches, tiny_dit
@@ -117,3 +118,23 @@ def test_data_that_are_read_once_and_held_out_batches_are_not_verified():
     one = identity(data=iter(batches()), held_out=batches(1))
     other = identity(data=iter(batches(seed=7)), held_out=batches(1, seed=7))
     assert set(find_differences(one, other)) == {f"{UNVERIFIED}.first batch", f"{UNVERIFIED}.held-out batches"}
+
+
+def test_held_out_batches_that_are_training_data_are_refused():
+    data = batches(4)
+    dataset = [{"sample": torch.full((1, 8, 8), float(number))} for number in range(4)]
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2)
+    for training, held_out in (
+        (data, data[2:]),
+        (iter(data), [batches(1)[0]]),
+        (loader, torch.utils.data.DataLoader(dataset, batch_size=3)),
+    ):
+        with pytest.raises(TrainingError, match="are training data"):
+            read_held_out(held_out, 4, BatchStream(training))
+    assert read_held_out(batches(3, seed=9), 2, BatchStream(data))[1]["sample"].shape == (8, 1, 8, 8)
+    model, graft = build({"self_attention[1]": "hyena_x"})
+    with pytest.raises(TrainingError, match="are training data"):
+        dg.distill(model, graft, data, noise_scheduler=DDPMScheduler(), held_out=data)
+    model.set_graft(graft)
+    with pytest.raises(TrainingError, match="are training data"):
+        dg.finetune(model, data, noise_scheduler=DDPMScheduler(), held_out=data)

@@ -20,11 +20,11 @@ from ...injection.graft import Graft, is_enabled
 from ...injection.install import require_built_beside
 from ...inspection import evaluating
 from ...planning.rules import select
-from ..batches import Batch, BatchStream, read_first
+from ..batches import Batch, BatchStream
 from ..config import config_or_default
 from ..distributed import process_state
 from ..fsdp import seats_beside, shard
-from ..identity import describe_run
+from ..identity import describe_run, read_held_out
 from ..loop import train
 from ..noised_batch import Noising
 from ..previews import Preview
@@ -77,8 +77,8 @@ def distill(
     Raises:
         StateError: the graft is enabled, or a callback enables it: its parts would be compared with themselves; it is
             no graft of this model; or the checkpoint is of another run.
-        TrainingError: a loss that is not finite, batches that ran out, other settings, or a launch that is not
-            supported.
+        TrainingError: a loss that is not finite, batches that ran out, held-out batches that are training data, other
+            settings, or a launch that is not supported.
         FileError: an `output_dir` that cannot be written to, or no checkpoint at the path to resume from.
     """
     config = config_or_default(config, DistillConfig)
@@ -89,7 +89,7 @@ def distill(
     sites = _choose_sites(graft, config)
     losses = by_site(graft, config.loss, "auto")
     lr_scales = by_site(graft, config.lr_scale, 1.0)
-    evaluated = None if held_out is None else read_first(held_out, config.held_out_batches)
+    evaluated = read_held_out(held_out, config.held_out_batches, stream)
     noising.require_usable(model, stream.peek(), *(evaluated or ()))
     session = Session(
         "one",

@@ -17,11 +17,11 @@ from diffusers.models.embeddings import LabelEmbedding
 from ...errors import StateError, TrainingError
 from ...injection.graft import Graft, is_enabled
 from ...injection.install import check_processors, require_graft
-from ..batches import Batch, BatchStream, read_first
+from ..batches import Batch, BatchStream
 from ..config import config_or_default
 from ..distill.student import mean_of_last_tenth
 from ..fsdp import fsdp_plugin, recomputes_blocks, shard, shard_original
-from ..identity import describe_run
+from ..identity import describe_run, read_held_out
 from ..loop import train
 from ..noised_batch import Noising
 from ..previews import Preview
@@ -75,8 +75,9 @@ def finetune(
     Raises:
         StateError: no graft is installed and enabled, LoRA is there already, a callback takes the graft out, or the
             checkpoint is of another run.
-        TrainingError: a loss that is not finite, batches that ran out, blocks that cannot be recomputed, other
-            settings, or a launch that is not supported.
+        TrainingError: a loss that is not finite, batches that ran out, held-out batches that are training data, a
+            teacher that is the model itself, blocks that cannot be recomputed, other settings, or a launch that is not
+            supported.
         FileError: an `output_dir` that cannot be written to, or no checkpoint at the path to resume from.
     """
     config = config_or_default(config, FinetuneConfig)
@@ -84,7 +85,7 @@ def finetune(
     graft = _require_trainable(model, config)
     noising = Noising.from_config(config, noise_scheduler, null_prompt)
     stream = BatchStream(batches)
-    evaluated = None if held_out is None else read_first(held_out, config.held_out_batches)
+    evaluated = read_held_out(held_out, config.held_out_batches, stream)
     noising.require_usable(model, stream.peek(), *(evaluated or ()))
     session = Session(
         "two",
@@ -138,6 +139,11 @@ def _require_trainable(model: ModelMixin, config: FinetuneConfig) -> Graft:
             "This model was loaded in full: the parts its graft replaced are not in the file, so there is no original "
             "to learn from or to take turns with. Load the base model and the graft, or leave distill_output, "
             "distill_features and progressive out."
+        )
+    if not graft.plan.edits and not config.denoising:
+        raise TrainingError(
+            "This graft replaces nothing, so the ungrafted model that it would learn from is the model itself: set "
+            "denoising=1, or make a plan with an edit."
         )
     # Raises for keys that name no site.
     scales_by_parameter(model, graft, config.lr_scale)

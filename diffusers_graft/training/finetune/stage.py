@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,6 +30,8 @@ from .objective import denoising_loss, objective
 from .progression import find_waiting, rank_by_harm
 from .teacher import Teacher
 from .trajectory import reach_by_sampling
+
+logger = logging.getLogger(__name__)
 
 
 class FinetuneStage(Stage):
@@ -109,6 +112,12 @@ class FinetuneStage(Stage):
             raise TrainingError(
                 f"Stage two: the {what} at step {self.step}, batch {self.stream.position - 1}; the weights are those "
                 "of the step before. Look at that batch for values that are not finite, or lower FinetuneConfig.lr."
+            )
+        # Where parts take turns, the first one may be exact.
+        if loss == 0 and self.step == 0 and not self.config.denoising and self.config.progressive is None:
+            logger.warning(
+                "The grafted model predicts exactly what the ungrafted one does: with denoising=0, there is nothing "
+                "to learn."
             )
         self.optimizer.step()
         self.losses.append(loss)

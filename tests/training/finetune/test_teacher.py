@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import LabelEmbedding
 
+import diffusers_graft as dg
 from diffusers_graft.errors import TrainingError
 from diffusers_graft.training.finetune.teacher import masked_error
 from diffusers_graft.training.fsdp import find_blocks
@@ -97,3 +98,13 @@ def test_the_teacher_alone_needs_no_target():
         torch.testing.assert_close(parameter.detach(), start - 0.1 * gradient, rtol=1e-4, atol=1e-6)
     with pytest.raises(TrainingError, match="what to predict"):
         run_finetune(model, [noised.inputs], steps=1, distill_output=3.0)
+
+
+def test_a_teacher_that_is_the_student_is_told(caplog):
+    settings = {"steps": 1, "denoising": 0, "distill_output": 1.0}
+    run_finetune(grafted_model(rules={"self_attention[1]": "self_attention"}), **settings)
+    assert "there is nothing to learn" in caplog.text
+    model = tiny_dit()
+    model.set_graft(dg.build_graft(model, dg.GraftPlan(type(model).__name__, ())))
+    with pytest.raises(TrainingError, match="replaces nothing"):
+        run_finetune(model, **settings)
