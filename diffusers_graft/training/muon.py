@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from ..errors import TrainingError
 def linear_weights(module: nn.Module) -> set[nn.Parameter]:
     """Return the weights of all linear layers inside a module: what Muon moves."""
     # Embedding tables and filters have two axes too, and are no maps from one space to another.
-    return {layer.weight for layer in module.modules() if isinstance(layer, nn.Linear)}
+    return {cast(nn.Parameter, layer.weight) for layer in module.modules() if isinstance(layer, nn.Linear)}
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -35,13 +35,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
             )
         matrices = [group for group in groups if group["is_matrix"]]
         others = [group for group in groups if not group["is_matrix"]]
-        common = {"lr": lr, "weight_decay": weight_decay}
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             settings = {"adjust_lr_fn": "match_rms_adamw", **settings}
-            self.parts.append(torch.optim.Muon(matrices, **common, **settings))
+            self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, **settings))
         if others:
-            self.parts.append(torch.optim.AdamW(others, **common))
+            self.parts.append(torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share_state()
 
