@@ -50,14 +50,12 @@ def read_ratios() -> dict[str, list[tuple[int, float]]]:
 def read_designs() -> dict[str, list[tuple[float, float]]]:
     """Return (share of the FLOPs, denoising loss after stage two) by design, means of the seeds of `bench-planner`."""
     lines = (EXAMPLES / "benchmarks" / "planner" / "planner.jsonl").read_text(encoding="utf-8").splitlines()
-    seeds = [row for row in map(json.loads, lines) if "designs" in row]
-    original = statistics.fmean(row["original"] for row in seeds)
+    rows = [json.loads(line) for line in lines]
+    original = statistics.fmean(row["original"] for row in rows if "original" in row)
     values: dict[tuple[float, str], list[tuple[float, float]]] = {}
-    for row in seeds:
-        for design in row["designs"]:
-            name = {"planned": "planned", "chance": "chance"}.get(design["name"])
-            if name is not None:
-                values.setdefault((design["budget"], name), []).append((design["flops"], design["after"]))
+    for row in rows:
+        if row.get("name") in ("planned", "chance"):
+            values.setdefault((row["budget"], row["name"]), []).append((row["flops"], row["after"]))
     designs = {"planned": [(1.0, original)], "chance": [(1.0, original)]}
     for (_, name), points in sorted(values.items(), reverse=True):
         flops, losses = zip(*points, strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,99 +11,125 @@ from diffusers_graft.evaluation.plots import draw_front
 
 from .output import format_rows, format_spread
 
+ADDITIVE = "additive"
 PLANNED = "planned"
+MEASURED = "measured"
+LEARNED = "learned"
+INTERLEAVED = "interleaved"
 CHANCE = "chance"
+SEARCHES = (ADDITIVE, PLANNED, MEASURED, LEARNED, INTERLEAVED, CHANCE)
+
+# Titles of the columns with the digits of a mean and its deviation; of counts all values are shown.
+COLUMNS = {
+    "searched": ("judgements", 0),
+    "edits": ("edits", 0),
+    "flops": ("FLOPs", 3),
+    "sum": ("sum of harms", 4),
+    "predicted": ("harm predicted", 4),
+    "harm": ("harm", 4),
+    "before": ("loss before stage two", 4),
+    "after": ("after", 4),
+}
+# Within which latencies are promised, as a share of the promise.
+CLOSE = 0.05
 
 
-def _kind(design: dict[str, Any]) -> str:
-    return design["name"] if design["name"] in (PLANNED, CHANCE) else "one operator"
-
-
-def report_of(
-    budgets: Sequence[float], facts: str, latency: list[dict[str, float]], seeds: list[dict[str, Any]], output: Path
-) -> str:
-    """The report, written to `planner.md` of the folder with the picture `planner.png` beside it.
-
-    Args:
-        budgets: of FLOPs.
-        facts: how it was made.
-        latency: rows of plans under a budget of latency.
-        seeds: the rows.
-    """
+def report_of(rows: list[dict[str, Any]], output: Path) -> str:
+    """Write the report of rows to `planner.md` of a folder with the picture `planner.png`, and return it."""
+    head, *others = rows
+    seeds = [row for row in others if "original" in row]
+    designs = [row for row in others if "name" in row]
     original = format_spread([row["original"] for row in seeds], 4)
-    text = f"# Plans under a budget\n\n{facts} The original has {original}. "
+    text = f"# Plans under a budget\n\n{head['facts']} The original has {original}. "
     text += f"Mean +- standard deviation over {len(seeds)} seeds.\n\n"
-    for budget in budgets:
-        text += f"## {budget:.0%} of the FLOPs\n\n```\n{_table(seeds, budget)}\n```\n\n{_verdict(seeds, budget)}\n\n"
-    text += f"## Budgets of latency\n\n```\n{_promises(latency)}\n```\n\n"
-    text += "One sample of 1,024 tokens, a model of width 384 with random weights; as a share of the original's, "
-    text += "in turns.\n\n"
-    text += f"## Whether harms add up\n\n{_additive(seeds)}\n\n![Harm against FLOPs](planner.png)\n"
+    for budget in head["spending"]["flops"]:
+        same = [design for design in designs if design["budget"] == budget]
+        text += f"## {budget:.0%} of the FLOPs\n\n```\n{_table(same)}\n```\n\n{_verdict(same)}\n\n"
+    text += f"## Budgets of latency\n\n```\n{_promises(head['latency'])}\n```\n\n{_closeness(head['latency'])}\n\n"
+    text += f"## What parts do to each other\n\n{_together(designs)}\n\n![Harm against FLOPs](planner.png)\n"
     (output / "planner.md").write_text(text, encoding="utf-8")
-    designs = [design for row in seeds for design in row["designs"]]
-    points: dict[str, list[tuple[float, float]]] = {PLANNED: [], "one operator": [], CHANCE: []}
+    points: dict[str, list[tuple[float, float]]] = {}
     for design in designs:
-        points[_kind(design)].append((design["flops"], design["harm"]))
+        kind = design["name"] if design["name"] in SEARCHES else INTERLEAVED
+        points.setdefault(kind, []).append((design["flops"], design["harm"]))
     draw_front(output / "planner.png", [row["front"] for row in seeds], points, measure="FLOPs")
     return text
 
 
-def _table(seeds: list[dict[str, Any]], budget: float) -> str:
-    lines = [["design", "edits", "FLOPs", "harm predicted", "harm", "loss before stage two", "after"]]
-    for name, same in _by_name(seeds, budget).items():
-        counts = sorted({design["edits"] for design in same})
-        columns = []
-        for key, digits in (("flops", 3), ("predicted", 4), ("harm", 4), ("before", 4), ("after", 4)):
-            columns.append(format_spread([design[key] for design in same], digits))
-        lines.append([name, " ".join(map(str, counts)), *columns])
+def _table(designs: list[dict[str, Any]]) -> str:
+    # rows of earlier versions lack some
+    columns = {key: column for key, column in COLUMNS.items() if all(key in design for design in designs)}
+    lines = [["search", *(title for title, _ in columns.values())]]
+    for name in _names(designs):
+        same = [design for design in designs if design["name"] == name]
+        line = [name]
+        for key, (_, digits) in columns.items():
+            values = [design[key] for design in same]
+            line.append(format_spread(values, digits) if digits else " ".join(map(str, sorted(set(values)))))
+        lines.append(line)
     return format_rows(lines)
+
+
+def _names(designs: list[dict[str, Any]]) -> list[str]:
+    """Return the names of the searches, in the order of the first seed."""
+    return list(dict.fromkeys(design["name"] for design in designs))
+
+
+def _verdict(designs: list[dict[str, Any]]) -> str:
+    """Return in how many seeds each search ends with the least loss."""
+    words = []
+    for when, title in (("harm", "harm"), ("after", "loss after stage two")):
+        wins = dict.fromkeys(_names(designs), 0)
+        for seed in {design["seed"] for design in designs}:
+            values = {design["name"]: design[when] for design in designs if design["seed"] == seed}
+            for name, value in values.items():
+                # searches that found the same plan win together
+                wins[name] += value == min(values.values())
+        words.append(f"least {title}: " + ", ".join(f"{name} {count}" for name, count in wins.items() if count))
+    return f"Seeds in which a search has the {'; the '.join(words)}."
 
 
 def _promises(rows: list[dict[str, float]]) -> str:
     lines = [["edits", "promised", "measured", "quartiles"]]
-    lines += [
-        [
-            str(row["edits"]),
-            f"{row['promised']:.3f}",
-            f"{row['measured']:.3f}",
-            f"{row['low']:.3f} to {row['high']:.3f}",
-        ]
-        for row in rows
-    ]
+    for row in rows:
+        shares = [f"{row[key]:.3f}" for key in ("promised", "measured")]
+        lines.append([str(row["edits"]), *shares, f"{row['low']:.3f} to {row['high']:.3f}"])
     return format_rows(lines)
 
 
-def _verdict(seeds: list[dict[str, Any]], budget: float) -> str:
-    """How the plan compares with the best of the others, seed by seed, which nobody could have known beforehand."""
-    best = {"before": 0, "after": 0}
-    for row in seeds:
-        designs = {design["name"]: design for design in row["designs"] if design["budget"] == budget}
-        planned = designs.pop(PLANNED)
-        for when in best:
-            best[when] += planned[when] < min(design[when] for design in designs.values())
-    before, after = (f"{count} of {len(seeds)}" for count in best.values())
-    return f"Of all designs, the plan has the least loss before stage two in {before} seeds, and after it in {after}."
-
-
-def _additive(seeds: list[dict[str, Any]]) -> str:
-    designs = [design for row in seeds for design in row["designs"]]
-    pairs = [
-        pair for row in seeds for pair in combinations(row["designs"], 2) if pair[0]["budget"] == pair[1]["budget"]
-    ]
-    right = sum((one["predicted"] < other["predicted"]) == (one["harm"] < other["harm"]) for one, other in pairs)
-    words = []
-    for kind in (PLANNED, "one operator", CHANCE):
-        ratios = [design["harm"] / design["predicted"] for design in designs if _kind(design) == kind]
-        words.append(f"{kind} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+def _closeness(rows: list[dict[str, float]]) -> str:
+    close = sum(abs(row["measured"] - row["promised"]) <= CLOSE * row["promised"] for row in rows)
     return (
-        f"Measured harm over the sum of its parts', median and range: {', '.join(words)}. "
-        f"The sums put {right} of {len(pairs)} pairs of designs (of one seed and budget) in the order of their "
-        "measured harms."
+        f"{close} of {len(rows)} plans were measured within {CLOSE:.0%} of what was promised. One sample of a model "
+        "of width 384 with random weights; as a share of the original's, in turns."
     )
 
 
-def _by_name(seeds: list[dict[str, Any]], budget: float) -> dict[str, list[dict[str, Any]]]:
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for design in (design for row in seeds for design in row["designs"] if design["budget"] == budget):
-        by_name.setdefault(design["name"], []).append(design)
-    return by_name
+def _together(designs: list[dict[str, Any]]) -> str:
+    words = []
+    for key, title in (("sum", "the sum of its parts'"), ("predicted", "what was predicted")):
+        if not all(key in design for design in designs):
+            continue
+        of_kinds = []
+        for name in _names(designs):
+            ratios = [design["harm"] / design[key] for design in designs if design["name"] == name]
+            of_kinds.append(f"{name} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        right, count = _ordered(designs, key)
+        words.append(
+            f"Measured harm over {title}, median and range: {', '.join(of_kinds)}. It puts {right} of {count} pairs "
+            "of plans (of one seed and budget) in the order of their measured harms."
+        )
+    return "\n\n".join(words)
+
+
+def _ordered(designs: list[dict[str, Any]], key: str) -> tuple[int, int]:
+    """Return how many pairs of plans a prediction puts in the right order, and how many there are."""
+    right = 0
+    count = 0
+    for one, other in combinations(designs, 2):
+        is_pair = (one["seed"], one["budget"]) == (other["seed"], other["budget"])
+        # a plan that two searches found is no pair
+        if is_pair and one["harm"] != other["harm"]:
+            count += 1
+            right += (one[key] < other[key]) == (one["harm"] < other["harm"])
+    return right, count

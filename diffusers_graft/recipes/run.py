@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ from .data import Data, list_conditions, make_data, require_data
 from .reading import RECIPE, load_recipe, save_recipe
 from .schema import EvaluateSettings, Recipe
 from .sources import Source, load_source, require_dtype
+
+logger = logging.getLogger(__name__)
 
 PLAN = "plan.json"
 SCORES = "scores.json"
@@ -330,8 +333,14 @@ def _search(recipe: Recipe, source: Source, data: Data, folder: Path) -> GraftPl
         **noise,
         **arguments,
     )
-    measured = measured.correct(source.model, measured.plan(**settings.budget), rounds=settings.rounds)
     plan = measured.plan(**settings.budget)
+    corrected = measured.correct(source.model, plan, rounds=settings.rounds)
+    if corrected.is_reachable(settings.budget):
+        measured = corrected
+        plan = measured.plan(**settings.budget)
+    else:
+        predicted = corrected.predicted(plan)
+        logger.warning("No plan meets the budget %s as measured; this one leaves %s.", settings.budget, predicted)
     if settings.trials:
         plan = measured.plan(**settings.budget, model=source.model, trials=settings.trials)
     if is_main_process():

@@ -255,15 +255,21 @@ class Survey(Tabular):
                 f"{path} is not a survey that can be read: {error!r}. A survey is what Survey.save wrote."
             ) from error
 
+    def is_reachable(self, budget: Mapping[str, float]) -> bool:
+        """Return whether a plan meets a budget, such as `{"flops": 0.8}`. Raises `GraftError` for anything else."""
+        measure, share = check_budget(budget)
+        return self._most_saved(measure) >= round(UNITS * (1 - share))
+
+    def _most_saved(self, measure: str) -> int:
+        """Return what can be saved at most, in `UNITS`."""
+        return sum(max(0, *(option.saved for option in options)) for options in self._places(measure))
+
     def require_reachable(self, budget: Mapping[str, float]) -> None:
         """Raise `GraftError` where no plan meets a budget, such as `{"flops": 0.8}`."""
-        measure, share = check_budget(budget)
-        most = 0
-        for options in self._places(measure):
-            most += max(0, *(option.saved for option in options))
-        if most < round(UNITS * (1 - share)):
+        if not self.is_reachable(budget):
+            measure, share = check_budget(budget)
             # rounded up, so that this share itself can be met
-            least = math.ceil(10**4 * (1 - most / UNITS)) / 10**4
+            least = math.ceil(10**4 * (1 - self._most_saved(measure) / UNITS)) / 10**4
             raise GraftError(f"No plan leaves {share:g} of the {measure}: with these choices {least} is the least.")
 
     def _least_harmful(
