@@ -28,7 +28,7 @@ NAMES = {
     "ordering": "which half of the self-attentions to replace: interleaved, most local, least local, deepest",
     "overview": "the picture at the top of the README, from measurements that are there",
     "pixart": "PixArt-Sigma at 2,048 x 2,048 on one CUDA device: what grafts save of a forward",
-    "planner": "plans under a budget of FLOPs on the testbed: added up, corrected, measured, learned, interleaved, by chance",
+    "planner": "plans under a budget of FLOPs on the testbed: six ways to search at equal time",
     "prices": "the table of mixers: what each is exact in, adds to a layer, and costs in operations",
     "training": "stage one against the least it could cost, and what reusing the teacher's passes saves",
 }
