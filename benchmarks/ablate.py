@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,15 @@ def ablate(
     arms = list_arms(recipes, seeds, times)
     trial = Trial(load_subject(model), output / "recipes.jsonl", protocol)
     trial.run(arms, say=say, progress=progress)
-    report = write_report(trial, choose_recipes())
-    (output / "recipes.md").write_text(report, encoding="utf-8")
-    say(report)
-    return report
+    return report(output, say=say)
+
+
+def report(output: Path, *, say: Callable[[str], None] = lambda text: None) -> str:
+    """Write the report on the rows there are, and return it. Raises `FileError` where there are none."""
+    text = write_report(Trial.read(output / "recipes.jsonl"))
+    (output / "recipes.md").write_text(text, encoding="utf-8")
+    say(text)
+    return text
 
 
 def list_arms(recipes: Iterable[Recipe], seeds: int, times: Sequence[float] | None = None) -> list[Arm]:
@@ -66,7 +71,7 @@ def list_arms(recipes: Iterable[Recipe], seeds: int, times: Sequence[float] | No
     ]
 
 
-def write_report(trial: Trial, recipes: Iterable[Recipe]) -> str:
+def write_report(trial: Trial) -> str:
     """Return the report on the rows there are."""
     original = trial.head["original"]
     measures = [name for name in original if name != "denoising_loss"]
@@ -81,14 +86,13 @@ def write_report(trial: Trial, recipes: Iterable[Recipe]) -> str:
         entries.append([name, f"{times:.2g}", steps, ratio, _control(trial, rows), format_spread(losses, 4), *others])
     first = ["original", "", "", "1", "", f"{original['denoising_loss']:.4f}"]
     entries.append([*first, *(f"{original[name]:.3f}" for name in measures)])
-    words = [
-        f"- {recipe.name}: {describe(recipe)}" for recipe in recipes if any(key[0] == recipe.name for key in groups)
-    ]
+    words = {name: describe(rows[0]["settings"]) for (name, _), rows in groups.items()}
     seeds = len({row["seed"] for row in trial.rows})
     return (
         f"# Recipes at equal seconds\n\n{_facts(trial)}\n\n```\n{format_rows([heading, *entries])}\n```\n\n"
         f"Mean +- standard deviation over up to {seeds} seeds. {verdict(trial, groups)}\n\n"
-        "What differs from today's recipe:\n\n" + "\n".join(words) + "\n"
+        "What differs from today's recipe:\n\n"
+        + "".join(f"- {name}: {settings}\n" for name, settings in words.items())
     )
 
 
@@ -121,7 +125,7 @@ def _control(trial: Trial, rows: Sequence[dict[str, Any]]) -> str:
 
 def _facts(trial: Trial) -> str:
     quality = trial.head["quality"]
-    steps = trial.head["today"]["steps"]
+    steps = trial.head["unit"]
     return (
         f"`python -m benchmarks ablate`: {trial.subject.name}. `times` are multiples of the seconds that today's "
         f"{steps[0]} + {steps[1]} steps cost, {trial.unit_seconds:.0f} s of one core here; steps are of stage one and "
@@ -172,14 +176,13 @@ def _against_paper(trial: Trial, groups: dict[tuple[str, float], list[dict[str, 
     return sentences
 
 
-def describe(recipe: Recipe) -> str:
-    """Return what differs from today's recipe, in one line."""
-    settings = settings_of(recipe)
-    stages = {"stage one": settings.pop("one"), "stage two": settings.pop("two")}
-    parts = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items()]
-    for stage, changes in stages.items():
-        words = ", ".join(f"{name} {value}" for name, value in changes.items())
-        parts += [f"{stage} with {words}"] if words else []
+def describe(settings: Mapping[str, Any]) -> str:
+    """Return what differs from today's recipe, as `settings_of` gives it, in one line."""
+    parts = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if name not in ("one", "two")]
+    for stage in ("one", "two"):
+        words = ", ".join(f"{name} {value}" for name, value in settings[stage].items())
+        if words:
+            parts.append(f"stage {stage} with {words}")
     return "; ".join(parts) or "nothing"
 
 
@@ -208,10 +211,14 @@ def run(arguments: argparse.Namespace) -> None:
     recipes = choose_recipes(arguments.recipes)
     if arguments.list:
         for recipe in recipes:
-            say(f"{recipe.name}: {describe(recipe)}; times {', '.join(f'{count:.2g}' for count in recipe.times)}")
+            times = ", ".join(f"{count:.2g}" for count in recipe.times)
+            say(f"{recipe.name}: {describe(settings_of(recipe))}; times {times}")
+        return
+    if arguments.report:
+        report(arguments.output, say=say)
         return
     ablate(
-        [] if arguments.report else recipes,
+        recipes,
         arguments.output,
         seeds=arguments.seeds,
         times=arguments.times,

@@ -20,7 +20,7 @@ import torch
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from diffusers_graft.errors import GraftError
+from diffusers_graft.errors import FileError, GraftError
 from diffusers_graft.evaluation.evaluate import evaluate
 from diffusers_graft.evaluation.timing import Timing, compare, require_rounds
 from diffusers_graft.injection.graft import Graft, build_graft
@@ -35,7 +35,7 @@ from diffusers_graft.training.finetune.finetune import finetune
 
 from .recipes_tried import ALL, TODAY, TODAY_ONE, TODAY_STEPS, TODAY_TWO, Recipe
 from .rows import read_rows, write_row
-from .subjects import Quality, Subject
+from .subjects import Letters, Quality, Subject
 
 SOLVING = "closed form"
 ONE = "stage one"
@@ -106,7 +106,7 @@ class Trial:
         self.path = path
         stored = read_rows(path)
         facts = self._facts()
-        if stored and {name: stored[0].get(name) for name in facts} != facts:
+        if stored and not _agrees(stored[0], facts):
             raise GraftError(f"{path} holds rows of another ablation: {stored[0]}. Give another --output.")
         if not stored:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,10 +117,23 @@ class Trial:
         self.latency: dict[str, dict[str, Any]] = {row["latency"]: row for row in others if "latency" in row}
         self.rows = [row for row in others if "scores" in row]
 
+    @classmethod
+    def read(cls, path: Path) -> Trial:
+        """Return the runs of a file, of whatever model and protocol they are. Raises `FileError` without a file."""
+        rows = read_rows(path)
+        if not rows:
+            raise FileError(f"{path} holds no rows to report on. Run something first.")
+        quality = Quality(**rows[0]["quality"])
+        protocol = Protocol(quality=quality, unit=tuple(rows[0]["unit"]))
+        return cls(Letters(rows[0]["subject"]), path, protocol)
+
     def _facts(self) -> dict[str, Any]:
-        protocol = self.protocol
-        today = {ONE: TODAY_ONE, TWO: TODAY_TWO, "steps": protocol.unit}
-        facts = {"subject": self.subject.name, "quality": asdict(protocol.quality), "today": today}
+        facts = {
+            "subject": self.subject.name,
+            "quality": asdict(self.protocol.quality),
+            "unit": self.protocol.unit,
+            "today": {ONE: make_distill(TODAY, _MANY).to_dict(), TWO: make_finetune(TODAY, _MANY).to_dict()},
+        }
         return json.loads(json.dumps(facts))
 
     def run(self, arms: Sequence[Arm], *, say: Callable[[str], None], progress: bool = True) -> None:
@@ -360,6 +373,15 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     one = _find_differences(make_distill(recipe, _MANY), make_distill(TODAY, _MANY))
     two = _find_differences(make_finetune(recipe, _MANY), make_finetune(TODAY, _MANY))
     return {**recipe.difference, "one": one, "two": two}
+
+
+def _agrees(stored: dict[str, Any], facts: dict[str, Any]) -> bool:
+    """Return whether rows are of these facts; settings that came later are no disagreement."""
+    today = facts["today"]
+    is_same = all(stored.get(name) == facts[name] for name in facts.keys() - {"today"})
+    for stage, settings in stored.get("today", {}).items():
+        is_same = is_same and {**today[stage], **settings} == today[stage]
+    return is_same
 
 
 def _find_differences(config: Any, other: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .ablate import describe, group_runs, list_arms, mean_ratio, ratios_of
 from .equal_seconds import Protocol, Trial
 from .models import SHAPE
 from .output import format_rows, format_spread
-from .recipes_tried import ALL, HALF, Recipe, choose_recipes
+from .recipes_tried import ALL, HALF, choose_recipes
 from .rows import write_row
 from .subjects import LETTERS, load_subject
 
@@ -98,12 +98,18 @@ def bench_mixers(
     ]
     arms = list_arms(recipes, seeds, [times])
     trial = Trial(load_subject(model), output / "mixers.jsonl", protocol or Protocol(controls=False))
-    trial.run(arms, say=say, progress=progress)
+    # First, so that a table that was stopped can be reported on.
     _measure_latency(trial, mixers, timed or Timed(), progress)
-    report = write_report(trial, base)
-    (output / "mixers.md").write_text(report, encoding="utf-8")
-    say(report)
-    return report
+    trial.run(arms, say=say, progress=progress)
+    return report(output, say=say)
+
+
+def report(output: Path, *, say: Callable[[str], None] = lambda text: None) -> str:
+    """Write the report on the rows there are, and return it. Raises `FileError` where there are none."""
+    text = write_report(Trial.read(output / "mixers.jsonl"))
+    (output / "mixers.md").write_text(text, encoding="utf-8")
+    say(text)
+    return text
 
 
 def _measure_latency(trial: Trial, mixers: Sequence[str], timed: Timed, progress: bool) -> None:
@@ -120,12 +126,15 @@ def _measure_latency(trial: Trial, mixers: Sequence[str], timed: Timed, progress
     wide = DiTTransformer2DModel(**SHAPE).eval()
     for row in benchmark(wide, rules, [timed.size], rounds=timed.rounds, progress=progress):
         found = {name: row[name] for name in ("tokens", "ratio", "low", "high")}
+        found["threads"] = torch.get_num_threads()
         trial.latency[row["name"]] = write_row(trial.path, {"latency": row["name"], **found})
 
 
-def write_report(trial: Trial, base: Recipe) -> str:
+def write_report(trial: Trial) -> str:
     """Return the report on the rows there are."""
-    groups = {name: rows for (name, _), rows in group_runs(trial).items()}
+    # Where a mixer was run with different seconds, the most of them count.
+    ordered = sorted(group_runs(trial).items(), key=lambda item: item[0][1])
+    groups = {name: rows for (name, _), rows in ordered}
     original = trial.head["original"]
     measures = [name for name in original if name != "denoising_loss"]
     ranked = sorted(groups, key=lambda name: mean_ratio(trial, groups[name]))
@@ -146,17 +155,18 @@ def write_report(trial: Trial, base: Recipe) -> str:
         )
     entries.append(["original", "", "1", *(f"{original[name]:.3f}" for name in measures), "1", ""])
     some = next(iter(groups.values()))[0]
-    tokens = trial.latency[ranked[0]]["tokens"]
+    latency = trial.latency[ranked[0]]
+    settings = {name: value for name, value in some["settings"].items() if name not in ("operator", "sites")}
     seeds = len({row["seed"] for row in trial.rows})
     seconds = some["times"] * trial.unit_seconds
     timed = "; ".join(f"{name} as {other}" for name, other in MIXERS.items() if other is not None)
     return (
         f"# Mixers on {trial.subject.name}, after the same seconds\n\n`python -m benchmarks mixers`: every mixer in "
-        f"half (every second) and in all self-attentions, trained by the recipe {base.name} ({describe(base)}) for "
-        f"{seconds:.0f} s of one core at prices measured in turns. The ratio is that of the denoising loss on "
-        f"held-out samples to the original's on the same draw, mean +- standard deviation over "
-        f"{seeds} seeds. Latency is a forward at {tokens:,} tokens of a wider model "
-        f"over the original's, measured in turns (torch {trial.head['torch']}, {torch.get_num_threads()} threads).\n\n"
+        "half (every second) and in all self-attentions, trained by one recipe (what differs from today's: "
+        f"{describe(settings)}) for {seconds:.0f} s of one core at prices measured in turns. The ratio is that of the "
+        "denoising loss on held-out samples to the original's on the same draw, mean +- standard deviation over "
+        f"{seeds} seeds. Latency is a forward at {latency['tokens']:,} tokens of a wider model over the original's, "
+        f"measured in turns (torch {trial.head['torch']}, {latency['threads']} threads).\n\n"
         f"```\n{format_rows(entries)}\n```\n\n{name_best(trial, groups)}\n\n"
         f"Timed with about the same share of keys: {timed}.\n"
     )
@@ -179,6 +189,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS), metavar="NAME", help="some of the table's mixers")
     parser.add_argument("--recipe", default="default", help="of benchmarks/recipes_tried.py, that trains all of them")
     parser.add_argument("--times", type=float, default=0.3, help="seconds of a run, in those of today's quick start")
+    parser.add_argument(
+        "--report", action="store_true", help="write the report on the rows there are, and run nothing"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="that every mixer is run with")
     parser.add_argument("--model", default=LETTERS, help="testbed:letters, testbed:scenes, or a folder of pretrain's")
     parser.add_argument(
@@ -188,6 +201,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure with options that were parsed."""
+    if arguments.report:
+        report(arguments.output, say=say)
+        return
     bench_mixers(
         arguments.mixers,
         arguments.output,

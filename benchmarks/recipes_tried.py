@@ -125,6 +125,12 @@ RECIPES = (
     TEACHER.but("teacher 4, features", two={"distill_features": 1.0}),
     COSINE.but("teacher alone", two={"denoising": 0.0, "distill_output": 1.0}),
     COSINE.but("teacher and features alone", two={"denoising": 0.0, "distill_output": 1.0, "distill_features": 1.0}),
+    TEACHER.but("teacher 4, average auto", two={"ema_decay": "auto"}),
+    COSINE.but(
+        "teacher on its own trajectory", two={"denoising": 0.0, "distill_output": 1.0, "trajectory": 4, "lr": 3e-4}
+    ),
+    TEACHER.but("progressive", two={"progressive": "forward"}),
+    TEACHER.but("progressive, least harm", two={"progressive": "least_harm"}),
     # optimisers
     COSINE.but("Muon", one={"optimizer": "Muon"}, two={"optimizer": "Muon"}),
     TEACHER.but("teacher 4, Muon", one={"optimizer": "Muon"}, two={"optimizer": "Muon"}),
@@ -143,6 +149,7 @@ RECIPES = (
     ALONE.but("closed form, teacher 4, 5e-4", two={"distill_output": 4.0, "lr": 5e-4}, times=(1, 2)),
     SOLVED.but("closed form, a fifth for stage one", shares=(0.2, 0.8), two=ALONE.two),
     TODAY.but("sequential", one={"mode": "sequential"}),
+    TODAY.but("correcting", one={"mode": "correcting"}),
     TODAY.but("relative L2", one={"loss": "relative_l2"}),
     TODAY.but("reuse 4", one={"reuse": 4}),
     TODAY.but("gated", one={"gated": True}),

@@ -1,6 +1,8 @@
 """The ablation: recipes at equal seconds, rows that are kept, a report that says what it measured."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from benchmarks.subjects import Letters, Quality, load_subject
 from benchmarks.testbed import pretrain
 from diffusers_graft.testbed import letter_batches
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = Protocol(quality=Quality(held_out=10, samples=10, steps=1), probe=1, rounds=2, unit=(2, 2))
 
 
@@ -33,12 +36,11 @@ def measured(monkeypatch):
     monkeypatch.setattr(Letters, "batches", lambda self, size, seed, steps=None: letter_batches(2, seed, steps=steps))
 
 
-def test_recipes_run_beside_their_controls_and_never_twice(tmp_path, measured, monkeypatch, capfd):
+def test_recipes_run_beside_their_controls_and_never_twice(tmp_path, measured, capfd):
     recipes = [
         TODAY.but("looks", held_out=True, batch_size=4, shares=(0.2, 0.8)),
         TODAY.but("operators", closed_form=1, batch_size=4, shares=(0, 1), two={"train": "operators"}),
     ]
-    monkeypatch.setattr(ab, "choose_recipes", lambda: recipes)
     report = ab.ablate(recipes, tmp_path, seeds=1, protocol=TINY)
     assert (tmp_path / "recipes.md").read_text() == report
     assert not capfd.readouterr().err  # bars are for terminals
@@ -59,6 +61,8 @@ def test_recipes_run_beside_their_controls_and_never_twice(tmp_path, measured, m
     }
     assert row["scores"]["denoising_loss"] == 0.21
     assert ab.ablate(recipes, tmp_path, seeds=1, protocol=TINY) == report
+    (tmp_path / "recipes.md").unlink()
+    assert ab.report(tmp_path) == report
     assert (tmp_path / "recipes.jsonl").read_text() == before
     with pytest.raises(dg.GraftError, match="'looks'.*another name"):
         ab.ablate([recipes[0].but("looks", two={"lr": 1e-3})], tmp_path, protocol=TINY)
@@ -151,3 +155,21 @@ def test_a_second_model_of_letters_is_a_subject(tmp_path, monkeypatch):
     monkeypatch.setattr(subjects, "judge", lambda images, labels: {"error": (images - picture).abs().max().item()})
     drawn = subjects.DiffusedLetters(subject.scheduler, count=3, steps=5)(subject.load())
     assert drawn["error"] < 1e-3
+
+
+def test_settings_that_came_later_leave_rows_valid_and_changed_ones_do_not(tmp_path, measured):
+    Trial(Letters(), tmp_path / "recipes.jsonl", TINY)
+    head = json.loads((tmp_path / "recipes.jsonl").read_text())
+    del head["today"][ONE]["reuse"]
+    (tmp_path / "recipes.jsonl").write_text(json.dumps(head) + "\n")
+    Trial(Letters(), tmp_path / "recipes.jsonl", TINY)
+    head["today"][TWO]["ema_decay"] = 0.5
+    (tmp_path / "recipes.jsonl").write_text(json.dumps(head) + "\n")
+    with pytest.raises(dg.GraftError, match="another ablation"):
+        Trial(Letters(), tmp_path / "recipes.jsonl", TINY)
+
+
+@pytest.mark.parametrize("stored", sorted(EXAMPLES.rglob("recipes.jsonl")), ids=str)
+def test_stored_reports_are_what_their_rows_say(stored, tmp_path):
+    shutil.copy(stored, tmp_path)
+    assert ab.report(tmp_path) == stored.with_suffix(".md").read_text(encoding="utf-8")

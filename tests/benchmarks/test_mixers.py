@@ -1,5 +1,8 @@
 """The table of mixers on a testbed: the same seconds for all, and the best one at equal latency."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 import diffusers_graft as dg
@@ -10,6 +13,7 @@ from benchmarks.subjects import Letters, Quality
 from diffusers_graft import operators
 from diffusers_graft.testbed import letter_batches
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = Protocol(quality=Quality(held_out=10, samples=10, steps=1), probe=1, rounds=2, unit=(1, 1), controls=False)
 
 
@@ -45,6 +49,12 @@ def test_the_table_names_the_best_at_equal_latency_and_goes_on(tmp_path, monkeyp
     rows = (tmp_path / "mixers.jsonl").read_text()
     assert mixers.bench_mixers(["hyena_x"], tmp_path, **settings) == report
     assert (tmp_path / "mixers.jsonl").read_text() == rows
+
+
+@pytest.mark.parametrize("stored", sorted(EXAMPLES.rglob("mixers.jsonl")), ids=str)
+def test_stored_reports_are_what_their_rows_say(stored, tmp_path):
+    shutil.copy(stored, tmp_path)
+    assert mixers.report(tmp_path) == stored.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def test_every_mixer_of_images_is_in_the_table(capsys, tmp_path):
