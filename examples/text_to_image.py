@@ -1,134 +1,145 @@
 """The text-to-image run of the paper (Section 5) on scenes: synthetic pairs, both stages, score, time, picture.
 
-    python examples/text_to_image.py [--output runs/text_to_image] [--rows original removed ...] [--seeds 0 1 2]
+    python examples/text_to_image.py [--output runs/text_to_image] [--size 128] [--rows original removed ...]
 
 Every row is trained on pairs that the pipeline drew itself, stage two by LoRA of rank 64, saved, loaded in a new
-process, and measured there. A row that is finished is not run again, so the same command goes on where it stopped;
-`--brief` runs everything at a size that takes minutes. The table is in `table.md` of the output folder.
+process, and measured there. The settings of both stages stand in `recipes/scenes_section5.yaml`, the paper's, and in
+`recipes/scenes.yaml`, this library's. A row that is finished is not run again, so the same command goes on where it
+stopped; `--brief` runs everything at a size that takes minutes. The table is `table.md` in the output folder: complete
+after the first seed, with a spread after the next ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
 import re
 import subprocess
 import sys
-import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 import diffusers_graft as dg
+from diffusers_graft.core.storage import read_json, write_json
+from diffusers_graft.recipes.reading import load_recipe
+from diffusers_graft.recipes.run import run_recipe
 from diffusers_graft.testbed import scenes
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+PAPER = "scenes_section5.yaml"
+OURS = "scenes.yaml"
 DEFAULT = "neighborhood"
 HALF = dg.interleaved("self_attention", 0.5)
-PAPER = {"self_attention[2]": "hyena_x", "self_attention[4]": "hyena_x", "self_attention[6:]": "hyena_x"}
-RULES = {
-    # The paper's recipe: Hyena-X from a random start; its layers 8, 10 ... 18 and 20 to 27 of 28, scaled to 8.
-    "hyena_x, random start, interleaved": {HALF: {"operator": "hyena_x", "init": "random"}},
-    "hyena_x, random start, the paper's layers": {
-        key: {"operator": name, "init": "random"} for key, name in PAPER.items()
-    },
-    f"{DEFAULT}, interleaved": {HALF: DEFAULT},
-    f"{DEFAULT}, the paper's layers": dict.fromkeys(PAPER, DEFAULT),
-    f"{DEFAULT}, the survey's layers": None,  # as many layers, chosen by what their replacement costs
-    f"{DEFAULT}, all layers": {"self_attention[:]": DEFAULT},
+# The paper's layers 8, 10 ... 18 and 20 to 27 of 28, scaled to 8.
+PAPER_LAYERS = "self_attention[2,4,6,7]"
+SURVEY = "survey"
+# Recipe and plan of every row that is trained.
+ROWS = {
+    "hyena_x, random start, the paper's layers": (PAPER, {PAPER_LAYERS: {"operator": "hyena_x", "init": "random"}}),
+    "hyena_x, random start, interleaved": (PAPER, {HALF: {"operator": "hyena_x", "init": "random"}}),
+    f"{DEFAULT}, interleaved": (OURS, {HALF: DEFAULT}),
+    f"{DEFAULT}, the paper's layers": (OURS, {PAPER_LAYERS: DEFAULT}),
+    f"{DEFAULT}, the survey's layers": (OURS, SURVEY),
+    f"{DEFAULT}, all layers": (OURS, {"self_attention[:]": DEFAULT}),
 }
 UNTRAINED = ("original", "removed")
-SETTINGS = {
-    "pairs": 512,
-    "size": 256,
-    "steps_one": 300,
-    "steps_two": 200,
-    "batch_size": 8,
-    "count": 50,
-    "held_out": 64,
-    "sampling_steps": 16,
-    "rounds": 5,
-    "pictures": 64,
-}
-BRIEF = {
-    "pairs": 16,
-    "size": 64,
-    "steps_one": 4,
-    "steps_two": 2,
-    "batch_size": 4,
-    "count": 1,
-    "held_out": 8,
-    "sampling_steps": 2,
-    "rounds": 2,
-    "pictures": 8,
-}
+# For `--brief`, over the keys of both recipes.
+FEWER_STEPS = ["--distill.steps=2", "--distill.warmup=1", "--finetune.steps=2", "--finetune.warmup=1"]
 
 
-def draw_pairs(folder: Path, settings: dict) -> dg.data.Shards:
-    """Let the pipeline draw its own training set from captions of training scenes."""
-    rng = random.Random(0)
-    captions = [scenes.sample_scene(rng).caption for _ in range(settings["pairs"])]
-    return dg.data.from_pipeline(
-        scenes.pipeline(),
-        captions,
-        settings["pairs"],
-        folder,
-        batch_size=16,
-        num_inference_steps=settings["sampling_steps"],
-        guidance_scale=3.0,
-        height=settings["size"],
-        width=settings["size"],
-        use_resolution_binning=False,
-        clean_caption=False,
-        max_sequence_length=32,
-    )
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the table; those of both stages are in the recipes.
+
+    Attributes:
+        size: pixels of a side, of the training pairs and of the pictures that are scored.
+        count: prompts of each kind.
+        held_out: real scenes that the loss is measured on.
+        sampling_steps: of the pairs and of the pictures.
+        timed: height and width of the latents, so 256, 1,024 and 4,096 tokens.
+        rounds: timed runs of each model.
+        is_brief: whether both stages take two steps, on few pairs.
+    """
+
+    size: int = 128
+    count: int = 15
+    held_out: int = 64
+    sampling_steps: int = 16
+    timed: tuple[int, ...] = (16, 32, 64)
+    rounds: int = 5
+    is_brief: bool = False
 
 
-def held_out_batches(pipeline, settings: dict) -> list[dict[str, torch.Tensor]]:
+BRIEF = Settings(size=64, count=1, held_out=8, sampling_steps=2, timed=(8, 16), rounds=2, is_brief=True)
+
+
+def read_row_recipe(name: str, overrides: list[str]):
+    """Read a recipe with options over its keys, and with the captions whatever the working directory is."""
+    captions = RECIPES / "scenes_captions.txt"
+    return load_recipe(RECIPES / name, [f"--data.synthetic.prompts={captions}", *overrides])
+
+
+def draw_pairs(folder: Path, settings: Settings) -> None:
+    """Let the pipeline draw the training set of all rows, as the paper's recipe has it."""
+    synthetic = read_row_recipe(PAPER, []).data.synthetic
+    assert synthetic is not None
+    assert isinstance(synthetic.prompts, str)
+    count = 16 if settings.is_brief else synthetic.samples
+    captions = dg.data.read_prompts(synthetic.prompts)[:count]
+    arguments = dict(synthetic.arguments)
+    arguments |= {"height": settings.size, "width": settings.size, "num_inference_steps": settings.sampling_steps}
+    dg.data.from_pipeline(scenes.pipeline(), captions, count, folder, **arguments)
+
+
+def held_out_batches(pipeline, settings: Settings) -> list[dict[str, torch.Tensor]]:
     """Latents of real scenes of another seed, with their captions."""
-    steps = settings["held_out"] // 8
-    return list(scenes.scene_batches(pipeline, 8, seed=10**6, size=settings["size"], steps=steps))
+    steps = settings.held_out // 8
+    return list(scenes.scene_batches(pipeline, 8, seed=10**6, size=settings.size, steps=steps))
 
 
-def choose_plan(name: str, pipeline, settings: dict) -> dg.GraftPlan:
-    """Choose the plan of a row; the survey's replaces what harms least at the latency of the interleaved plan."""
-    transformer = pipeline.transformer
-    if RULES[name] is not None:
-        return dg.plan_graft(transformer, RULES[name])
-    survey = dg.survey(
-        transformer,
-        {"self_attention[:]": [DEFAULT]},
-        held_out_batches(pipeline, settings)[:2],
-        noise_scheduler=pipeline.scheduler,
-        rounds=settings["rounds"],
-    )
-    interleaved = dg.plan_graft(transformer, {HALF: DEFAULT})
-    latency = survey.predicted(interleaved)["latency"]
-    # Where the grafts save no time, every choice has that latency.
-    return interleaved if latency >= 1 else survey.plan(latency=min(latency + 1e-3, 0.9999))
-
-
-def train_row(name: str, seed: int, folder: Path, pairs: dg.data.Shards, settings: dict) -> float:
-    """Both stages of one row; saves the graft, and gives the seconds they took."""
-    started = time.monotonic()
+def choose_by_survey(output: Path, settings: Settings) -> dg.GraftPlan:
+    """Choose the layers whose replacement does the least harm, at the time of the interleaved plan."""
     pipeline = scenes.pipeline()
     transformer = pipeline.transformer
-    training = {"noise_scheduler": pipeline.scheduler, "null_prompt": scenes.null_prompt(pipeline)}
-    graft = dg.build_graft(transformer, choose_plan(name, pipeline, settings), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    loader = DataLoader(pairs, settings["batch_size"], shuffle=True, drop_last=True, generator=generator)
-    one = dg.DistillConfig(steps=settings["steps_one"], lr=2e-3, seed=seed, reuse=4)
-    dg.distill(transformer, graft, loader, one, output_dir=folder / "stage_one", resume=True, **training)
-    transformer.set_graft(graft)
-    lora = LoraConfig(r=64, lora_alpha=64, target_modules="all-linear")
-    two = dg.FinetuneConfig(steps=settings["steps_two"], lr=5e-4, lora=lora, seed=seed)
-    dg.finetune(transformer, loader, two, output_dir=folder / "stage_two", resume=True, **training)
-    transformer.save_graft(folder / "graft")
-    return time.monotonic() - started
+    folder = output / "survey"
+    if not (folder / "survey.json").exists():
+        dg.survey(
+            transformer,
+            {"self_attention[:]": [DEFAULT]},
+            held_out_batches(pipeline, settings)[:2],
+            noise_scheduler=pipeline.scheduler,
+            output_dir=folder,
+            rounds=settings.rounds,
+        )
+    survey = dg.Survey.load(folder / "survey.json")
+    interleaved = dg.plan_graft(transformer, {HALF: DEFAULT})
+    # The layers are of one shape, so an equal share of the operations is an equal time, whatever the size.
+    return survey.plan(flops=survey.predicted(interleaved)["flops"] + 1e-6)
+
+
+def train_row(name: str, seed: int, folder: Path, output: Path, settings: Settings) -> None:
+    """Run both stages of one row by its recipe, which saves the graft; a run that was stopped goes on."""
+    recipe, plan = ROWS[name]
+    if plan == SURVEY:
+        plan = str(output / "survey" / "plan.json")
+        choose_by_survey(output, settings).save(plan)
+    options = {
+        "plan": plan,
+        "data.synthetic": None,
+        "data.latents": str(output / "pairs"),
+        "evaluate": None,
+        "benchmark": None,
+        "seed": seed,
+        "output": str(folder),
+    }
+    overrides = [f"--{key}={json.dumps(value)}" for key, value in options.items()]
+    if settings.is_brief:
+        overrides += FEWER_STEPS
+    run_recipe(read_row_recipe(recipe, overrides), last="finetune")
 
 
 def remove_attention(transformer) -> None:
@@ -137,22 +148,22 @@ def remove_attention(transformer) -> None:
         block.attn1.register_forward_hook(lambda module, arguments, output: torch.zeros_like(output))
 
 
-def measure(name: str, folder: Path, output: Path, settings: dict) -> None:
-    """Score, held-out loss, distance to the original's pictures, and time, of a graft loaded from its folder."""
+def measure(name: str, seed: int, folder: Path, output: Path, settings: Settings) -> dict[str, float]:
+    """Measure score, held-out loss, distance to the original's pictures, and time, of a graft in a folder."""
     pipeline = scenes.pipeline()
     transformer = pipeline.transformer
-    plan = None
+    values = {}
     if name == "removed":
         remove_attention(transformer)
     elif name != "original":
-        transformer.load_graft(folder / "graft")
-        plan = transformer.graft.plan
+        transformer.load_graft(folder)
+        values["training_seconds"] = sum(row.get("seconds", 0.0) for row in transformer.graft.history)
     held_out = held_out_batches(pipeline, settings)
-    values = dict(dg.evaluate(transformer, held_out, noise_scheduler=pipeline.scheduler).values)
+    values |= dg.evaluate(transformer, held_out, noise_scheduler=pipeline.scheduler).values
     drawn = []
     for prompts in ("seen", "held_out"):
         metric = scenes.SceneScore(
-            prompts=prompts, count=settings["count"], size=settings["size"], steps=settings["sampling_steps"]
+            prompts=prompts, count=settings.count, size=settings.size, steps=settings.sampling_steps
         )
         texts = [line["prompt"] for line in metric.metadata()]
         pictures = scenes.draw_prompts(pipeline, texts, size=metric.size, steps=metric.steps)
@@ -163,46 +174,54 @@ def measure(name: str, folder: Path, output: Path, settings: dict) -> None:
         save_file({"pictures": pictures}, output / "original.safetensors")
     original = load_file(output / "original.safetensors")["pictures"]
     values["distance_to_original"] = (pictures - original).abs().mean().item()
-    scenes.save_picture_grid(folder / "pictures.png", pictures[: settings["pictures"]])
-    if plan is not None:
-        values |= time_graft(plan, settings)
-    temporary = folder / "values.tmp"
-    temporary.write_text(json.dumps(values), encoding="utf-8")
-    os.replace(temporary, folder / "values.json")
-
-
-def time_graft(plan, settings: dict) -> dict[str, float]:
-    """Time of a forward as a ratio to the original's, with quartiles, and the smallest size at which it pays."""
-    sizes = (16, 24, 32, 48, 64) if settings["size"] == 256 else (8, 16)
-    rules = {edit.site.address: edit.config for edit in plan.edits}
-    rows = dg.benchmark(scenes.pipeline().transformer, {"graft": rules}, sizes, rounds=settings["rounds"])
-    values = {}
-    for row in rows:
-        if row["name"] == "graft":
-            values |= {f"ratio_{row['tokens']}_{key}": row[key] for key in ("ratio", "low", "high")}
-    pays = [row["tokens"] for row in rows if row["name"] == "graft" and row["high"] < 1]
-    values["break_even_tokens"] = min(pays, default=float("nan"))
+    scenes.save_picture_grid(folder / "pictures.png", pictures[:64])
+    # Other seeds have the same plan.
+    if name not in UNTRAINED and seed == 0:
+        values |= time_graft(transformer.graft.plan, settings)
     return values
 
 
-def run_row(name: str, seed: int, output: Path, pairs: dg.data.Shards, settings: dict) -> dict[str, float]:
+def time_graft(plan: dg.GraftPlan, settings: Settings) -> dict[str, float]:
+    """Time a forward of plan and original in turns: ratios with quartiles, and the tokens from which on it pays.
+
+    LoRA is left out: fused into the weights, it costs nothing.
+    """
+    rules = {edit.site.address: edit.config for edit in plan.edits}
+    measured = dg.benchmark(scenes.pipeline().transformer, {"graft": rules}, settings.timed, rounds=settings.rounds)
+    values = {}
+    for row in measured:
+        if row["name"] == "graft":
+            values |= {f"{key}_at_{row['tokens']}": row[key] for key in ("ratio", "low", "high")}
+    [break_even] = measured.break_even
+    if break_even.tokens is not None:
+        values["break_even_tokens"] = break_even.tokens
+    return values
+
+
+def run_row(name: str, seed: int, output: Path, settings: Settings) -> dict[str, float]:
     """Train, save, and measure in a new process, unless all this is done already."""
     folder = output / "rows" / f"{re.sub('[^a-z_]+', '_', name)}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "values.json").exists():
-        seconds = folder / "seconds.json"
-        if name not in UNTRAINED and not seconds.exists():
-            seconds.write_text(json.dumps(train_row(name, seed, folder, pairs, settings)), encoding="utf-8")
-        request = json.dumps({"name": name, "folder": str(folder), "output": str(output), "settings": settings})
-        subprocess.run([sys.executable, __file__, "--measure", request], check=True)
-    values = json.loads((folder / "values.json").read_text(encoding="utf-8"))
-    if (folder / "seconds.json").exists():
-        values["seconds"] = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
-    return values
+    path = folder / "values.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if name not in UNTRAINED:
+            train_row(name, seed, folder, output, settings)
+        request = {"name": name, "seed": seed, "folder": str(folder), "output": str(output)}
+        command = [sys.executable, __file__, "--measure", json.dumps({**request, "settings": asdict(settings)})]
+        subprocess.run(command, check=True)
+    return read_json(path)
+
+
+def answer_request(request: dict) -> None:
+    """Measure what another process trained, and write the values beside it."""
+    settings = Settings(**request["settings"])
+    folder = Path(request["folder"])
+    values = measure(request["name"], request["seed"], folder, Path(request["output"]), settings)
+    write_json(folder / "values.json", values)
 
 
 def write_table(results: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """One line a row, means over seeds with the spread where there are several."""
+    """Write one line a row, means over seeds with the spread where there are several."""
     columns = list(dict.fromkeys(key for values in results.values() for one in values for key in one))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, values in results.items():
@@ -217,28 +236,39 @@ def write_table(results: dict[str, list[dict[str, float]]], path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def require_same(path: Path, settings: Settings) -> None:
+    """Exit where the output folder holds rows of other settings, which one table must not mix."""
+    wanted = json.loads(json.dumps(asdict(settings)))
+    if path.exists() and read_json(path) != wanted:
+        sys.exit(f"{path.parent} holds rows of {read_json(path)}, and {wanted} is asked for. Give another --output.")
+    write_json(path, wanted)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/text_to_image"))
-    parser.add_argument("--rows", nargs="+", default=[*UNTRAINED, *RULES], choices=[*UNTRAINED, *RULES])
+    parser.add_argument("--size", type=int, default=Settings.size, help="pixels of a side, a multiple of 8")
+    parser.add_argument("--count", type=int, default=Settings.count, help="prompts of each kind")
+    parser.add_argument("--rows", nargs="+", default=[*UNTRAINED, *ROWS], choices=[*UNTRAINED, *ROWS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--brief", action="store_true", help="everything, at a size that takes minutes")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     if parsed.measure is not None:
-        request = json.loads(parsed.measure)
-        measure(request["name"], Path(request["folder"]), Path(request["output"]), request["settings"])
+        answer_request(json.loads(parsed.measure))
         return
-    settings = BRIEF if parsed.brief else SETTINGS
+    settings = BRIEF if parsed.brief else Settings(size=parsed.size, count=parsed.count)
     parsed.output.mkdir(parents=True, exist_ok=True)
-    pairs = draw_pairs(parsed.output / "pairs", settings)
-    results: dict[str, list[dict[str, float]]] = {}
+    require_same(parsed.output / "settings.json", settings)
+    draw_pairs(parsed.output / "pairs", settings)
     # The original comes first: the other rows are compared with its pictures.
-    for name in dict.fromkeys(["original", *parsed.rows]):
-        seeds = parsed.seeds if name not in UNTRAINED else [0]
-        for seed in seeds:
-            results.setdefault(name, []).append(run_row(name, seed, parsed.output, pairs, settings))
-            write_table(results, parsed.output / "table.md")
+    rows = list(dict.fromkeys(["original", *parsed.rows]))
+    runs = [(name, 0) for name in rows if name in UNTRAINED]
+    runs += [(name, seed) for seed in parsed.seeds for name in rows if name not in UNTRAINED]
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
+    for name, seed in tqdm(runs, desc="rows", unit="row", disable=None):
+        results[name].append(run_row(name, seed, parsed.output, settings))
+        write_table(results, parsed.output / "table.md")
     sys.stdout.write((parsed.output / "table.md").read_text(encoding="utf-8"))
 
 

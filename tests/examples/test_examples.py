@@ -1,18 +1,20 @@
 """Every example runs at its smallest, and does what its first lines say."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.operators.conformance.suite import example_site
+from diffusers_graft.testbed import scenes
 
 FOLDER = Path(__file__).parents[2] / "examples"
-# Tested at its smallest by tests/testbed/test_text_to_image.py, whose grafts the other one takes.
-ELSEWHERE = {"text_to_image", "use_grafted_pipeline"}
+ELSEWHERE = {"text_to_image"}  # tests/testbed/test_text_to_image.py
 
 
 @pytest.fixture
@@ -117,9 +119,55 @@ def by_definition(config, query, key, value, hidden, width):
     return output
 
 
+def test_every_use_of_a_grafted_pipeline_is_scored_before_and_after_and_none_twice(
+    load, tmp_path, capsys, monkeypatch
+):
+    example = load("use_grafted_pipeline")
+    arguments = ["--brief", "--output", str(tmp_path)]
+    example.main(arguments)
+    table = capsys.readouterr().out
+    rows = json.loads((tmp_path / "uses.json").read_text())["rows"]
+    assert list(rows) == list(example.USES)
+    for row in rows.values():
+        assert 0 <= row["low"] <= row["original"] <= row["high"] <= 1
+        assert 0 <= row["grafted"] <= 1
+    monkeypatch.delattr(example, "measure")
+    example.main(arguments)
+    assert capsys.readouterr().out == table
+    with pytest.raises(SystemExit, match="Give another --output"):
+        example.main(["--output", str(tmp_path)])
+
+
+def test_the_loop_of_that_example_draws_what_the_pipeline_does_and_keeps_what_it_should(load):
+    example = load("use_grafted_pipeline")
+    pipeline = scenes.pipeline()
+    line = scenes.load_prompts()[0]
+    noise = example.sample_noise((1, 12, 8, 8))
+    # A solver of the first order takes Euler's steps.
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, solver_order=1)
+    settings = {"height": 64, "width": 64, "use_resolution_binning": False, "clean_caption": False}
+    settings |= {"guidance_scale": example.GUIDANCE, "max_sequence_length": 32, "num_inference_steps": 3}
+    expected = pipeline(line["prompt"], latents=noise, output_type="pt", **settings).images * 2 - 1
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    # The pipeline's timesteps are rounded ones.
+    steps = pipeline.scheduler
+    scheduler.set_timesteps(sigmas=steps.sigmas[:-1].tolist(), timesteps=steps.timesteps.double().tolist())
+    drawn = example.denoise(pipeline, scheduler, [line["prompt"]], noise)
+    assert torch.allclose(drawn.clamp(-1, 1), expected, atol=1e-3)
+    with torch.no_grad():
+        clean = example.encode_fitting_pictures(pipeline, [line], 64)
+        given = pipeline.vae.decode(clean / pipeline.vae.config.scaling_factor).sample
+    untouched = example.draw_from_pictures(pipeline, [line], example.BRIEF, strength=0.0)
+    assert torch.equal(untouched, given)
+    painted = example.inpaint(pipeline, [line], example.BRIEF)
+    # The decoder looks over the border of the halves.
+    assert torch.allclose(painted[..., :16], given[..., :16], atol=1e-4)
+    assert not torch.allclose(painted[..., 40:], given[..., 40:], atol=0.05)
+
+
 def test_every_example_is_run_and_says_how_to_run_it():
     names = {path.stem for path in FOLDER.glob("*.py")}
-    tested = {*GRAFTS, *ELSEWHERE, "together", "skill_packs", "reference_attention"}
+    tested = {*GRAFTS, *ELSEWHERE, "together", "skill_packs", "reference_attention", "use_grafted_pipeline"}
     assert names == tested
     for name in names:
         text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")

@@ -1,14 +1,28 @@
 """The text-to-image run of the examples at its smallest, one row and one seed; marked long."""
 
+import importlib.util
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import diffusers_graft as dg
+from diffusers_graft import testbed
+from diffusers_graft.recipes.reading import load_recipe
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "text_to_image.py"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    spec = importlib.util.spec_from_file_location("example_text_to_image", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses are looked up in the module that they were defined in.
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.long
@@ -20,18 +34,47 @@ def test_one_row_from_drawn_pairs_to_the_table_goes_on_where_it_stopped(tmp_path
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["original", *rows]
     folder = tmp_path / "rows" / "neighborhood_interleaved-0"
     values = json.loads((folder / "values.json").read_text(encoding="utf-8"))
-    assert {"seen.score", "held_out.score", "denoising_loss", "distance_to_original", "ratio_256_high"} <= set(values)
+    assert {"seen.score", "held_out.score", "denoising_loss", "distance_to_original"} <= set(values)
+    assert {"ratio_at_256", "high_at_256", "training_seconds"} <= set(values)
     assert (folder / "pictures.png").exists()
     before = (folder / "values.json").stat().st_mtime_ns
     again = subprocess.run([*command, *rows], check=True, capture_output=True, text=True)
     assert again.stdout == table
     assert (folder / "values.json").stat().st_mtime_ns == before
+    other = subprocess.run([*command[:2], *command[3:], *rows], capture_output=True, text=True)
+    assert other.returncode == 1
+    assert "Give another --output" in other.stderr
 
 
-def test_the_rows_of_the_example_are_those_of_the_paper_and_ours():
-    example = runpy.run_path(str(SCRIPT))
-    assert example["UNTRAINED"] == ("original", "removed")
-    assert sum(name.startswith("hyena_x, random start") for name in example["RULES"]) == 2
-    assert any(name.endswith("all layers") for name in example["RULES"])
+def test_the_rows_of_the_example_are_those_of_the_paper_and_ours(example):
+    model = testbed.load_named("testbed:scenes")
+    assert example.UNTRAINED == ("original", "removed")
+    replaced = {}
+    for name, (recipe, plan) in example.ROWS.items():
+        assert load_recipe(example.RECIPES / recipe).finetune.lora.r == 64
+        if plan != example.SURVEY:
+            replaced[name] = [edit.site.block for edit in dg.plan_graft(model, plan).edits]
+    # Layers 8, 10, ... 18 and 20 to 27 of 28, at two sevenths of their depth.
+    paper = sorted({8 * layer // 28 for layer in (8, 10, 12, 14, 16, 18, *range(20, 28))})
+    assert {len(layers) for layers in replaced.values()} == {4, 8}
+    assert replaced["hyena_x, random start, the paper's layers"] == [2, 4, 6, 7]
+    assert set(replaced["hyena_x, random start, the paper's layers"]) < set(paper)
+    assert replaced["hyena_x, random start, interleaved"] == replaced["neighborhood, interleaved"]
+    # The recipe alone is the paper's row.
+    alone = dg.plan_graft(model, load_recipe(example.RECIPES / example.PAPER).plan)
+    assert alone == dg.plan_graft(model, example.ROWS["hyena_x, random start, the paper's layers"][1])
     with pytest.raises(SystemExit):
-        example["main"](["--rows", "no such row"])
+        example.main(["--rows", "no such row"])
+
+
+def test_the_survey_of_the_example_chooses_as_many_layers_at_the_same_operations(example, tmp_path):
+    plan = example.choose_by_survey(tmp_path, example.BRIEF)
+    assert len(plan.edits) == 4
+    survey = dg.Survey.load(tmp_path / "survey" / "survey.json")
+    model = testbed.load_named("testbed:scenes")
+    interleaved = dg.plan_graft(model, {example.HALF: example.DEFAULT})
+    chosen = survey.predicted(plan)
+    assert chosen["flops"] == pytest.approx(survey.predicted(interleaved)["flops"])
+    assert chosen["harm"] <= survey.predicted(interleaved)["harm"]
+    # Measured once, it is read from its file.
+    assert example.choose_by_survey(tmp_path, example.BRIEF) == plan
