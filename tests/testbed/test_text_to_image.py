@@ -53,7 +53,7 @@ def test_the_rows_of_the_example_are_those_of_the_paper_and_ours(example):
     for name, (recipe, plan) in example.ROWS.items():
         assert load_recipe(example.RECIPES / recipe).finetune.lora.r == 64
         if plan != example.SURVEY:
-            replaced[name] = [edit.site.block for edit in dg.plan_graft(model, plan).edits]
+            replaced[name] = [edit.site.index for edit in dg.plan_graft(model, plan).edits]
     # Layers 8, 10, ... 18 and 20 to 27 of 28, at two sevenths of their depth.
     paper = sorted({8 * layer // 28 for layer in (8, 10, 12, 14, 16, 18, *range(20, 28))})
     assert {len(layers) for layers in replaced.values()} == {4, 8}
