@@ -133,6 +133,7 @@ def train_row(name: str, seed: int, folder: Path, output: Path, settings: Settin
         "data.latents": str(output / "pairs"),
         "evaluate": None,
         "benchmark": None,
+        "report": False,
         "seed": seed,
         "output": str(folder),
     }

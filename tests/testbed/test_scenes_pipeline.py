@@ -100,6 +100,24 @@ def test_it_draws_at_the_sizes_it_was_trained_at(drawing, size):
     assert draw(drawing, size).shape == (2, 3, size, size)
 
 
+def test_negative_prompts_and_guidance_move_a_picture_and_offloading_does_not():
+    pipeline = scenes.pipeline()
+    latents = torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def draw_one(**changes):
+        settings = {"height": 64, "width": 64, "use_resolution_binning": False, "clean_caption": False}
+        settings |= {"num_inference_steps": 2, "guidance_scale": 3.0, "latents": latents, **changes}
+        return pipeline(PROMPTS[0], output_type="pt", **settings).images
+
+    plain = draw_one()
+    assert torch.equal(draw_one(negative_prompt=""), plain)
+    assert not torch.allclose(draw_one(negative_prompt=PROMPTS[1]), plain, atol=0.01)
+    # Away from the prompt itself is nowhere, as no guidance is.
+    assert torch.allclose(draw_one(negative_prompt=PROMPTS[0]), draw_one(guidance_scale=1.0), atol=1e-4)
+    pipeline.transformer.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(draw_one(), plain)
+
+
 def test_other_schedulers_of_flow_matching_draw(drawing):
     drawing.scheduler = UniPCMultistepScheduler.from_config(
         drawing.scheduler.config, use_flow_sigmas=True, prediction_type="flow_prediction"
@@ -125,6 +143,8 @@ def test_unknown_words_and_empty_prompts_are_said(drawing):
     settings = {"num_inference_steps": 1, "height": 64, "width": 64, "use_resolution_binning": False}
     with pytest.warns(UserWarning, match="read as <unk>: zebra"):
         drawing("a red circle and a zebra", **settings)
+    with pytest.warns(UserWarning, match="read as <unk>: zebra"):
+        drawing("a red circle", negative_prompt="a zebra", **settings)
     with pytest.warns(UserWarning, match="An empty prompt"):
         drawing("", **settings)
     with warnings.catch_warnings():

@@ -39,6 +39,10 @@ def _encode_checked_prompt(
     check_pipeline(pipe)
     if prompt is not None:
         warn_of_unknown_words(pipe, [prompt] if isinstance(prompt, str) else prompt)
+    # An empty negative prompt is the usual one.
+    if settings.get("negative_prompt"):
+        negative = settings["negative_prompt"]
+        warn_of_unknown_words(pipe, [negative] if isinstance(negative, str) else [one for one in negative if one])
     encode = PixArtSigmaPipeline.encode_prompt
     return encode(pipe, prompt, *arguments, **settings)  # pyright: ignore[reportArgumentType]  # None with embeddings
 
