@@ -14,6 +14,8 @@ from typing import Any
 from diffusers_graft.errors import GraftError, UnknownNameError
 
 HALF = "self_attention[1::2]"
+# The half whose replacement by 3 x 3 neighbourhoods moves the answer least.
+LEAST_HARM = "self_attention[0,3,4,6]"
 ALL = "self_attention[:]"
 
 # The quick start's settings when this table was begun, in full: changed defaults of the library change no row of it.
@@ -105,6 +107,9 @@ COSINE = TODAY.but("cosine", two={"schedule": "cosine"})
 TEACHER = COSINE.but("teacher 4", two={"lr": 3e-4, "distill_output": 4.0})
 SOLVED = TODAY.but("closed form", closed_form=8)
 ALONE = SOLVED.but("closed form, stage two", shares=(0, 1), two={"schedule": "cosine", "lr": 1e-3})
+# The ungrafted model alone teaches: its answer, and the output of every block.
+BLOCKS = ALONE.but("blocks", two={"denoising": 0.0, "distill_output": 1.0, "distill_features": 5.0, "ema_decay": 0.0})
+MUON = BLOCKS.but("blocks, Muon", two={"optimizer": "Muon", "lr": 3e-3})
 PAPER = TODAY.but("paper", operator="hyena_x", init="random", times=(1,))
 
 RECIPES = (
@@ -154,7 +159,22 @@ RECIPES = (
     TODAY.but("reuse 4", one={"reuse": 4}),
     TODAY.but("gated", one={"gated": True}),
     TEACHER.but("distilled again", closed_form=8, shares=(0.2, 0.4, 0.1, 0.3)),
+    # a closed form, then stage two by the ungrafted model alone
+    BLOCKS.but("closed form, teacher alone", two={"distill_features": 0.0}),
+    BLOCKS,
+    MUON.but("blocks, Muon", times=(1, 2)),
+    TODAY.but("least harm: today", sites=LEAST_HARM),
+    MUON.but("least harm: blocks, Muon", sites=LEAST_HARM, times=(1, 2)),
+    MUON.but("blocks, Muon, uniform noise", two={"timesteps": "uniform"}),
+    MUON.but("blocks, Muon, batches of 16", batch_size=16),
+    MUON.but("blocks, Muon, progressive", two={"progressive": "least_harm"}),
+    MUON.but("blocks, Muon, own trajectory", two={"trajectory": 4}),
+    MUON.but("blocks, Muon, a fifth for stage one", shares=(0.2, 0.8)),
+    MUON.but("blocks, Muon, a fifth correcting", one={"mode": "correcting"}, shares=(0.2, 0.8)),
+    MUON.but("blocks, Muon, data too", two={"denoising": 1.0}),
+    MUON.but("blocks, Muon, average", two={"ema_decay": "auto"}),
     # all attention
+    MUON.but("all: blocks, Muon", sites=ALL, times=(1, 4)),
     TODAY.but("all: today", sites=ALL, times=(1, 4)),
     TEACHER.but("all: teacher 4", sites=ALL, closed_form=8, times=(1, 4)),
     # the paper's recipe, which ours is to match at a tenth and at a thirtieth of its seconds
