@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 
 from diffusers_graft.cli.verbs import say
-from diffusers_graft.core.context import Grid
-from diffusers_graft.errors import GraftError
+from diffusers_graft.core.context import Context, Grid
+from diffusers_graft.errors import GeometryError, GraftError
 from diffusers_graft.evaluation.benchmark import compare, with_graft
 from diffusers_graft.evaluation.operator_costs import (
     build_example,
     example_context,
+    example_tensors,
     make_run,
     operator_costs,
     peak_memory,
@@ -29,7 +30,7 @@ from diffusers_graft.evaluation.operator_costs import (
 from diffusers_graft.injection.attention_core import mix_with_others
 from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.inspection import example_inputs
-from diffusers_graft.operators import OperatorConfig, parse_operator
+from diffusers_graft.operators import Operator, OperatorConfig, parse_operator
 from diffusers_graft.planning.plan import plan_graft
 
 from .output import format_rows, publish, require_writable
@@ -180,6 +181,8 @@ def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, Callable[[
     yield title, partial(_beside_peers, near, heads, rounds)
     title = f"Peers / softmax, forward + backward, {near.tokens} tokens, 2 heads"
     yield title, partial(_beside_peers, near, 2, less, backward=True)
+    title = f"Forward + backward at {far.tokens} tokens / at {near.tokens}, 2 heads: 4 where time grows as tokens do"
+    yield title, partial(_growth, near, far, less)
     title = f"Whole attentions / softmax with its projections, forward, {near.tokens} tokens"
     yield title, partial(_ratios, attentions, near, heads, rounds)
     title = f"Scans of mamba2 / softmax, forward, {near.tokens} tokens, {heads} heads"
@@ -229,7 +232,7 @@ def _beside_peers(grid: Grid, heads: int, rounds: int, *, backward: bool = False
     for contest in make_contests(grid, heads, WIDTH):
         try:
             rows += _contest_rows(contest, grid, heads, rounds, backward)
-        except GraftError:
+        except GeometryError:
             # A window that this grid cannot hold.
             rows.append([contest.name, "refused", "", "", ""])
     return rows
@@ -262,6 +265,28 @@ def beside_ours(ratio: float, ours: float) -> str:
     """Return a time over that of our operator as text, which says where it is less."""
     words = ", faster" if ratio < ours else ""
     return f"{ratio / ours:.2f} x{words}"
+
+
+def _growth(near: Grid, far: Grid, rounds: int) -> list[list[str]]:
+    """Time every mixer at both sizes in turns; attentions grow with the square, as `self_attention` shows."""
+    rows = [["operator", "ratio", "quartiles"]]
+    for config in _configs(["self_attention", *(name for name, _, _ in MIXERS), *ATTENTIONS]):
+        operator = build_example(config, width=2 * WIDTH, heads=2)
+        runs = {}
+        for grid in (near, far):
+            call = partial(_call_on, operator, example_context(operator, grid))
+            runs[str(grid)] = make_run(call, example_tensors(operator, grid.tokens), backward=True)
+        try:
+            timing = compare(runs, rounds=rounds, clock=time.process_time)[1]
+        except GeometryError:
+            rows.append([str(config), "refused", ""])
+            continue
+        rows.append([str(config), f"{timing.ratio:.1f}", f"{timing.low:.1f} to {timing.high:.1f}"])
+    return rows
+
+
+def _call_on(operator: Operator, context: Context, *inputs: torch.Tensor) -> torch.Tensor:
+    return operator(*inputs, context)
 
 
 def _scans(target: float, grid: Grid, heads: int, rounds: int, *, backward: bool = False) -> list[list[str]]:

@@ -383,13 +383,51 @@ def gated_delta_rule(
     solved = torch.linalg.solve_triangular(system, given, upper=backwards, unitriangular=True)
     # What the chunk writes is what it would write to an empty state, less what its keys recall of the one it enters
     # with.
-    added, erased = ((key * decay(total - since)).transpose(-1, -2) @ solved).split(width, dim=-1)
+    alone, recalled = solved.split(width, dim=-1)
+    asking = query * decay(since)
+    written_as = key * decay(total - since)
+    if runs_in_pieces(value):
+        mixed = _write_chunk_by_chunk(alone, recalled, asking, written_as, read, decay(total).mT, backwards)
+        return mixed.flatten(1, 2)[:, :tokens]
+    added, erased = (written_as.transpose(-1, -2) @ solved).split(width, dim=-1)
     factor = decay(total).mT * torch.eye(width, dtype=key.dtype, device=key.device) - erased
     state = carry_states(added, factor, backwards=backwards, matrices=True)
-    alone, recalled = solved.split(width, dim=-1)
-    from_state = (query * decay(since)) @ state
-    mixed = from_state + read @ (alone - recalled @ state)
+    mixed = asking @ state + read @ (alone - recalled @ state)
     return mixed.flatten(1, 2)[:, :tokens]
+
+
+def _write_chunk_by_chunk(
+    alone: torch.Tensor,
+    recalled: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    read: torch.Tensor,
+    factor: torch.Tensor,
+    backwards: bool,
+) -> torch.Tensor:
+    """Mix the tokens of each chunk with one another and with the state it enters with, [B, T, Q, E].
+
+    Args:
+        alone, recalled: what a chunk writes to an empty state, and what it writes less for each value that the state
+            holds.
+        query, key: with the decays since the chunk was entered, and until it is left.
+        read: weights of what the chunk writes for each of its tokens, [B, T, Q, Q].
+        factor: of each chunk on the state before it.
+    """
+    # One state at a time, which stays in cache, and no matrix from state to state.
+    mixed = torch.empty_like(alone)
+    state = alone.new_zeros(len(alone), key.shape[-1], alone.shape[-1])
+    chunks = list(range(alone.shape[1]))
+    if backwards:
+        chunks.reverse()
+    # Under autocast a sum of many chunks would be spoilt by a short mantissa.
+    with torch.autocast(autocast_device(alone), enabled=False):
+        read = read.to(alone.dtype)
+        for chunk in chunks:
+            written = torch.baddbmm(alone[:, chunk], recalled[:, chunk], state, alpha=-1)
+            mixed[:, chunk] = torch.baddbmm(read[:, chunk] @ written, query[:, chunk], state)
+            state = torch.baddbmm(factor[:, chunk] * state, key[:, chunk].mT, written)
+    return mixed
 
 
 def decay_start(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
