@@ -65,22 +65,21 @@ class Letters:
     """A model of letters: the shipped one, or that of a folder with its scheduler beside it."""
 
     name: str = LETTERS
+    folder: Path | None = None
     second: str = "frechet_distance"
 
     def load(self) -> DiTTransformer2DModel:
         """Return the pretrained model, in evaluation mode."""
-        if self.name == LETTERS:
+        if self.folder is None:
             return testbed.load()
-        return DiTTransformer2DModel.from_pretrained(self.name).eval()
+        return DiTTransformer2DModel.from_pretrained(self.folder).eval()
 
     @property
     def scheduler(self) -> Any:
         """The noise that the model was trained with."""
-        folder = Path(self.name) / "scheduler"
-        if self.name == LETTERS:
+        if self.folder is None:
             return flow_matching()
-        config = diffusers.DDPMScheduler.load_config(str(folder))
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+        return load_scheduler(self.folder)
 
     def batches(self, batch_size: int, seed: int, steps: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """Return training batches, the same for the same seed."""
@@ -156,11 +155,24 @@ def load_subject(name: str = LETTERS) -> Subject:
     """
     if name == SCENES:
         return Scenes()
-    if name != LETTERS:
-        for needed in ("config.json", "scheduler/scheduler_config.json"):
-            if not (Path(name) / needed).is_file():
-                raise FileError(
-                    f"{name} is no model of letters: {needed} is missing. Give a folder that "
-                    "`python -m benchmarks.testbed.pretrain` wrote, testbed:letters or testbed:scenes."
-                )
-    return Letters(name)
+    if name == LETTERS:
+        return Letters()
+    folder = Path(name)
+    for needed in ("config.json", "scheduler/scheduler_config.json"):
+        if not (folder / needed).is_file():
+            raise FileError(
+                f"{name} is no model of letters: {needed} is missing. Give a folder that "
+                "`python -m benchmarks.testbed.pretrain` wrote, testbed:letters or testbed:scenes."
+            )
+    # Rows say which model it is, wherever it lies.
+    config = DiTTransformer2DModel.load_config(str(folder))
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    scheduler = load_scheduler(folder)
+    prediction = scheduler.config.get("prediction_type", "flow matching")
+    return Letters(f"letters of width {width}, {type(scheduler).__name__}, {prediction}", folder)
+
+
+def load_scheduler(folder: Path) -> Any:
+    """Return the scheduler beside a model."""
+    config = diffusers.DDPMScheduler.load_config(str(folder / "scheduler"))
+    return getattr(diffusers, config["_class_name"]).from_config(config)

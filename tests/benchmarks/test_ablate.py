@@ -142,6 +142,7 @@ def test_a_second_model_of_letters_is_a_subject(tmp_path, monkeypatch):
     pretrain.pretrain(recipe, tmp_path)
     subject = load_subject(str(tmp_path))
     assert subject.load().config.attention_head_dim == 8
+    assert subject.name == "letters of width 32, DDPMScheduler, v_prediction"
     assert subject.scheduler.config.prediction_type == "v_prediction"
     # A model that knows the one picture there is predicts the velocity towards it.
     picture = torch.linspace(-1, 1, 256).view(1, 1, 16, 16)
