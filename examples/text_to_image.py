@@ -222,19 +222,29 @@ def answer_request(request: dict) -> None:
 
 
 def write_table(results: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Write one line a row, means over seeds with the spread where there are several."""
+    """Write one line a row, means over seeds with the spread where there are several, and intervals in brackets."""
     columns = list(dict.fromkeys(key for values in results.values() for one in values for key in one))
+    columns = [column for column in columns if not {"low", "high"} & set(re.split(r"[._]", column))]
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, values in results.items():
-        cells = []
-        for column in columns:
-            numbers = torch.tensor([one[column] for one in values if column in one])
-            text = f"{numbers.mean():.4g}" if len(numbers) else ""
-            if len(numbers) > 1:
-                text += f" ± {numbers.std():.2g}"
-            cells.append(text)
+        cells = [make_cell(values, column) for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def make_cell(values: list[dict[str, float]], column: str) -> str:
+    """Write the mean of a column over the seeds of a row; scores and ratios have bounds of their own."""
+    numbers = torch.tensor([one[column] for one in values if column in one])
+    if len(numbers) == 0:
+        return ""
+    text = f"{numbers.mean():.4g}"
+    if len(numbers) > 1:
+        text += f" ± {numbers.std():.2g}"
+    low, high = (re.sub("score|ratio", bound, column) for bound in ("low", "high"))
+    if low != column:
+        bounds = [torch.tensor([one[name] for one in values if name in one]).mean() for name in (low, high)]
+        text += f" ({bounds[0]:.3g} to {bounds[1]:.3g})"
+    return text
 
 
 def require_same(path: Path, settings: Settings) -> None:

@@ -62,6 +62,11 @@ def test_the_pipeline_is_diffusers_own_and_small(drawing):
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
 
 
+def test_the_pipeline_loads_without_a_warning(caplog):
+    assert type(scenes.pipeline().vae).__name__ == "AutoencoderTiny"
+    assert not [record.getMessage() for record in caplog.records]
+
+
 def test_the_pipeline_with_its_defaults_draws_256_pixels(drawing):
     images = drawing(PROMPTS[0], num_inference_steps=1, output_type="pt").images
     assert images.shape == (1, 3, 256, 256)

@@ -67,6 +67,25 @@ def test_the_rows_of_the_example_are_those_of_the_paper_and_ours(example):
         example.main(["--rows", "no such row"])
 
 
+def test_the_table_has_means_over_seeds_with_their_spread_and_intervals(example, tmp_path):
+    seed = {
+        "seen.score": 0.5,
+        "seen.low": 0.4,
+        "seen.high": 0.6,
+        "ratio_at_64": 0.8,
+        "low_at_64": 0.7,
+        "high_at_64": 0.9,
+    }
+    results = {"original": [], "grafted": [{**seed, "loss": 1.0}, {"loss": 3.0}]}
+    example.write_table(results, tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_text(encoding="utf-8").splitlines() == [
+        "| | seen.score | ratio_at_64 | loss |",
+        "|---|---|---|---|",
+        "| original |  |  |  |",
+        "| grafted | 0.5 (0.4 to 0.6) | 0.8 (0.7 to 0.9) | 2 ± 1.4 |",
+    ]
+
+
 def test_the_survey_of_the_example_chooses_as_many_layers_at_the_same_operations(example, tmp_path):
     plan = example.choose_by_survey(tmp_path, example.BRIEF)
     assert len(plan.edits) == 4

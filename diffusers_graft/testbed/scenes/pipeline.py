@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers.utils import logging
 
 from ...errors import GraftError, ModelError
 
@@ -26,7 +27,13 @@ def pipeline(transformer: PixArtTransformer2DModel | None = None) -> PixArtSigma
     components = {}
     if transformer is not None:
         components["transformer"] = transformer
-    loaded = PixArtSigmaPipeline.from_pretrained(str(WEIGHTS), **components)
+    # diffusers warns of every AutoencoderTiny in this pipeline, and of a setting that its class writes itself.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        loaded = PixArtSigmaPipeline.from_pretrained(str(WEIGHTS), **components)
+    finally:
+        logging.set_verbosity(verbosity)
     loaded.transformer.eval()
     # An attribute of the instance, so that the pipeline is saved and loaded as diffusers' own class.
     loaded.encode_prompt = functools.partial(_encode_checked_prompt, loaded)
