@@ -64,7 +64,7 @@ bench-pixart: $(READY) ## PixArt-Sigma at 2,048 x 2,048 (needs one CUDA device)
 bench-training: $(READY) ## Stage one against the least it could cost, and reuse of the teacher's passes
 	$(BIN)/python -m benchmarks training --output examples/benchmarks/training-cpu.md
 
-bench-depth: $(READY) ## Half the depth on the testbed: side by side, removed, from scratch (half an hour on one core; goes on where it stopped)
+bench-depth: $(READY) ## Half the depth on the testbed: side by side, removed, from scratch (an hour on one core; goes on where it stopped)
 	$(BIN)/python -m benchmarks depth --output examples/benchmarks/depth
 
 bench-mixers: $(READY) ## Every mixer on the letters after the same seconds, and its latency (hours on one core; goes on where it stopped)
@@ -76,7 +76,7 @@ bench-noise: $(READY) ## The benchmark's own noise, and break-even sizes against
 bench-ordering: $(READY) ## Which half of the self-attentions to replace, on the testbed (half an hour on one core; goes on where it stopped)
 	$(BIN)/python -m benchmarks ordering --output examples/benchmarks/ordering
 
-bench-planner: $(READY) ## Plans under a budget on the testbed (half an hour on one core; goes on where it stopped)
+bench-planner: $(READY) ## Plans under a budget on the testbed (an hour and a half on one core; goes on where it stopped)
 	$(BIN)/python -m benchmarks planner --output examples/benchmarks/planner
 
 fuzz: $(READY) ## A thousand hostile files: no hang, no raw error, memory within the budget (ten minutes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from diffusers_graft.evaluation.benchmark import benchmark, compare
 from diffusers_graft.injection.graft import Graft, build_graft
 from diffusers_graft.injection.install import install, uninstall
 from diffusers_graft.planning.plan import plan_graft
+from diffusers_graft.testbed import quickstart
 from diffusers_graft.testbed.sampling import SampleQuality, measure, scheduler
 from diffusers_graft.training.distill.config import DistillConfig
 from diffusers_graft.training.distill.distill import distill
@@ -41,16 +42,35 @@ BOTH = "both at once"
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Steps of both stages, in batches of `batch_size`; every run that is finetuned gets the same of stage two."""
+    """Steps of both stages, in batches of `batch_size`; every run that is finetuned gets the same of stage two.
+
+    Other settings are the quick start's, but for the learning rate `lr` of stage one: pairs are whole pretrained
+    blocks, no new operators.
+    """
 
     stage_one: int = 100
-    stage_two: int = 200
+    stage_two: int = 400
     batch_size: int = 32
-    lr: tuple[float, float] = (5e-4, 5e-4)
+    lr: float = 5e-4
     seeds: int = 3
     samples: int = 200
     sampling_steps: int = 8
     rounds: int = 7
+
+    def distill(self, steps: int, seed: int = 0) -> DistillConfig:
+        """Return the settings of stage one."""
+        recipe = quickstart.Budget().distill
+        return replace(recipe, steps=steps, lr=self.lr, closed_form=None, seed=seed, progress=False)
+
+    def finetune(self, steps: int, *, pretrained: bool = True, seed: int = 0) -> FinetuneConfig:
+        """Return the settings of stage two; a model that starts from scratch has no teacher."""
+        recipe = replace(quickstart.Budget().finetune, steps=steps, seed=seed, progress=False)
+        if not pretrained:
+            recipe = replace(recipe, denoising=1.0, distill_output=0.0, distill_features=0.0)
+        return recipe
+
+
+QUICK = Budget(stage_one=1, stage_two=1, batch_size=2, samples=30, sampling_steps=1, rounds=2, seeds=1)
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,11 @@ class Run:
     @property
     def seeded(self) -> bool:
         return any(self.rows)
+
+    @property
+    def priced(self) -> str:
+        """Name of the price of a step of stage two."""
+        return self.model if self.pretrained else f"{self.model} from scratch"
 
 
 RUNS = (
@@ -106,6 +131,7 @@ def _head(budget: Budget) -> dict[str, Any]:
     models = benchmark(model, RULES, [model.config.sample_size], rounds=budget.rounds, progress=False)
     return {
         "budget": asdict(budget),
+        "recipe": _recipe(budget),
         "torch": torch.__version__,
         "device": model.device.type,
         "seconds": prices(budget),
@@ -117,30 +143,43 @@ def prices(budget: Budget) -> dict[str, float]:
     """Seconds of one step of each stage, measured in turns: by model and stage."""
     steps = 4
     contenders: dict[str, Callable[[], None]] = {}
-    for name, rules in RULES.items():
-        model, graft = _start(rules, 0)
+    for run in RUNS:
+        if run.model not in RULES or f"{run.priced}: {TWO}" in contenders:
+            continue
+        model, graft = _start(RULES[run.model], 0, run.pretrained)
+        distilling = replace(budget.distill(steps), lr=1e-9)
+        finetuning = replace(budget.finetune(steps, pretrained=run.pretrained), lr=1e-9)
         batches = list(testbed.letter_batches(budget.batch_size, 0, steps=steps))
 
-        def one(model=model, graft=graft, batches=batches):
-            distill(
-                model, graft, batches, DistillConfig(steps=steps, lr=1e-9, progress=False), noise_scheduler=scheduler()
-            )
+        def one(model=model, graft=graft, batches=batches, config=distilling):
+            distill(model, graft, batches, config, noise_scheduler=scheduler())
 
-        def two(model=model, graft=graft, batches=batches):
+        def two(model=model, graft=graft, batches=batches, config=finetuning):
             install(model, graft)
-            finetune(model, batches, FinetuneConfig(steps=steps, lr=1e-9, progress=False), noise_scheduler=scheduler())
+            finetune(model, batches, config, noise_scheduler=scheduler())
             uninstall(model)
 
-        contenders |= {f"{name}: {ONE}": one, f"{name}: {TWO}": two} if name == "pairs" else {f"{name}: {TWO}": two}
+        if run.priced == "pairs":
+            contenders[f"pairs: {ONE}"] = one
+        contenders[f"{run.priced}: {TWO}"] = two
     return {timing.name: timing.seconds / steps for timing in compare(contenders, rounds=budget.rounds)}
 
 
-def steps_of(stage: str | None, model: str, budget: Budget, seconds: dict[str, float]) -> int:
+def steps_of(stage: str | None, priced: str, budget: Budget, seconds: dict[str, float]) -> int:
     """Steps of a stage; of `BOTH`, what both stages of the pairs cost buys."""
     if stage != BOTH:
         return {None: 0, ONE: budget.stage_one, TWO: budget.stage_two}[stage]
     spent = budget.stage_one * seconds[f"pairs: {ONE}"] + budget.stage_two * seconds[f"pairs: {TWO}"]
-    return round(spent / seconds[f"{model}: {TWO}"])
+    return round(spent / seconds[f"{priced}: {TWO}"])
+
+
+def _recipe(budget: Budget) -> str:
+    """Return the settings of both stages in words."""
+    two = budget.finetune(1)
+    return (
+        f"peak learning rates {budget.lr:g} and {two.lr:g} ({two.schedule}), weight {two.distill_output:g} of the "
+        "teacher's output in stage two, but from scratch"
+    )
 
 
 def _start(rules: str | None, seed: int, pretrained: bool = True) -> tuple[DiTTransformer2DModel, Graft | None]:
@@ -154,22 +193,15 @@ def _start(rules: str | None, seed: int, pretrained: bool = True) -> tuple[DiTTr
 def _run(run: Run, budget: Budget, seed: int, seconds: dict[str, float]) -> Iterator[dict[str, Any]]:
     model, graft = _start(RULES.get(run.model), seed, run.pretrained)
     batches = testbed.letter_batches(budget.batch_size, 100 + seed)
-    quiet = {"progress": False, "seed": seed}
     spent = []
     for stage, name in run.rows.items():
-        steps = steps_of(stage, run.model, budget, seconds)
+        steps = steps_of(stage, run.priced, budget, seconds)
         if stage == ONE:
-            distill(
-                model,
-                graft,
-                batches,
-                DistillConfig(steps=steps, lr=budget.lr[0], **quiet),
-                noise_scheduler=scheduler(),
-            )
+            distill(model, graft, batches, budget.distill(steps, seed), noise_scheduler=scheduler())
         if graft is not None and model.graft is None:
             install(model, graft)
         if stage in (TWO, BOTH):
-            config = FinetuneConfig(steps=steps, lr=budget.lr[1], ema_decay=0.98, **quiet)
+            config = budget.finetune(steps, pretrained=run.pretrained, seed=seed)
             finetune(model, batches, config, noise_scheduler=scheduler())
         spent += [steps] if steps else []
         yield {"name": name, "seed": seed, "steps": list(spent), "scores": _measure(model, budget)}
@@ -181,7 +213,8 @@ def _measure(model: DiTTransformer2DModel, budget: Budget) -> dict[str, float]:
 
 def _read(path: Path, budget: Budget) -> list[dict[str, Any]]:
     rows = read_rows(path)
-    if rows and rows[0].get("budget") != json.loads(json.dumps(asdict(budget))) or rows and "models" not in rows[0]:
+    asked = {"budget": json.loads(json.dumps(asdict(budget))), "recipe": _recipe(budget)}
+    if rows and any(rows[0].get(name) != settings for name, settings in asked.items()):
         raise GraftError(f"{path} holds rows of another budget. Give another --output.")
     return rows
 
@@ -191,8 +224,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("depth"), help="folder; rows that are there are not run again"
     )
+    parser.add_argument("--quick", action="store_true", help="a few steps and samples, to see that it runs")
+    for name in ("seeds", "stage_one", "stage_two"):
+        value = getattr(Budget(), name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{value} unless given")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure with options that were parsed."""
-    bench_depth(arguments.output, say=say)
+    budget = QUICK if arguments.quick else Budget()
+    given = {name: getattr(arguments, name) for name in ("seeds", "stage_one", "stage_two")}
+    given = {name: value for name, value in given.items() if value is not None}
+    bench_depth(arguments.output, replace(budget, **given), say=say)

@@ -37,12 +37,13 @@ def _words(head: dict[str, Any], runs: dict[str, list[dict]], rules: dict[str, s
     price = ", ".join(f"{name} {value:.3f} s" for name, value in head["seconds"].items())
     return (
         f"# Half the depth\n\n`make bench-depth`: the testbed, pairs are `{rules['pairs']}`, removed is "
-        f"`{rules['removed']}`; batches of {budget['batch_size']}, peak learning rates {budget['lr'][0]:g} and "
-        f"{budget['lr'][1]:g}. Mean +- standard deviation over seeds of training ({budget['seeds']} for rows that are "
+        f"`{rules['removed']}`; batches of {budget['batch_size']}, {head['recipe']}. "
+        f"Mean +- standard deviation over seeds of training ({budget['seeds']} for rows that are "
         f"trained); denoising loss on held-out fonts, {budget['samples']} samples of {budget['sampling_steps']} steps "
         f"for the rest.\n\n```\n{_results(runs)}\n```\n\n(e) and (f) get the stage two that (d) gets; (d) had stage "
         "one besides. (e+) and (f+) therefore get all that (d) got, both stages, as stage two. Prices of a step, "
-        f"measured in turns: {price}. (b) to (f+) share their depth, not their parameters (below).\n\n"
+        f"measured in turns: {price}; at these (d) takes {_spent(head):.0f} s. "
+        "(b) to (f+) share their depth, not their parameters (below).\n\n"
         f"{_verdict(runs, SAME_STAGE_TWO)}\n\n{_verdict(runs, SAME_COMPUTE)}\n\n![Half the depth](depth.png)\n\n"
         f"## What each costs\n\n```\n{_costs(head['models'])}\n```\n\nForward of one sample, measured in turns (torch "
         f"{head['torch']}, {head['device']}); ratios to the original of the same round, with quartiles. Pairs side by "
@@ -56,6 +57,13 @@ def _results(runs: dict[str, list[dict]]) -> str:
         steps = " + ".join(str(count) for count in run[0]["steps"])
         lines.append([name, steps, *(_spread(run, measure) for measure in MEASURES)])
     return format_rows(lines)
+
+
+def _spent(head: dict[str, Any]) -> float:
+    """Return the seconds of (d) at the prices of its steps."""
+    prices = head["seconds"]
+    budget = head["budget"]
+    return budget["stage_one"] * prices["pairs: stage one"] + budget["stage_two"] * prices["pairs: stage two"]
 
 
 def _costs(models: dict[str, dict]) -> str:

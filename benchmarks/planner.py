@@ -76,7 +76,7 @@ class Spending:
     stage_two: int = Budget().finetune.steps
     batch_size: int = Budget().batch_size
     seeds: int = 3
-    judged: int = 200
+    judged: int = 100
     trials: int = 24
     samples: int = 1000
     latency_size: int = 64
@@ -118,8 +118,10 @@ def bench_planner(output: Path, spending: Spending | None = None, *, say: Callab
     output.mkdir(parents=True, exist_ok=True)
     path = output / "planner.jsonl"
     rows = read_rows(path)
+    # more seeds or budgets go on in the same table
+    fixed = {name: value for name, value in asdict(spending).items() if name not in ("seeds", "flops")}
     asked = {
-        "spending": asdict(spending),
+        "spending": fixed,
         "distill": spending.distill(0).identity(),
         "finetune": spending.finetune(0).identity(),
     }
@@ -361,6 +363,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("planner"), help="folder; rows that are there are not run again"
     )
     parser.add_argument("--quick", action="store_true", help="a few steps and samples, to see that it runs")
+    parser.add_argument("--flops", type=float, nargs="+", help="budgets, 0.8 0.6 0.5 unless given")
     for name in ("seeds", "stage_one", "stage_two"):
         value = getattr(Spending(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, help=f"{value} unless given")
@@ -371,4 +374,6 @@ def run(arguments: argparse.Namespace) -> None:
     spending = QUICK if arguments.quick else Spending()
     given = {name: getattr(arguments, name) for name in ("seeds", "stage_one", "stage_two")}
     given = {name: value for name, value in given.items() if value is not None}
+    if arguments.flops:
+        given["flops"] = tuple(arguments.flops)
     bench_planner(arguments.output, dataclasses.replace(spending, **given), say=say)

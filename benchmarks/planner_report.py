@@ -42,7 +42,7 @@ def report_of(rows: list[dict[str, Any]], output: Path) -> str:
     original = format_spread([row["original"] for row in seeds], 4)
     text = f"# Plans under a budget\n\n{head['facts']} The original has {original}. "
     text += f"Mean +- standard deviation over {len(seeds)} seeds.\n\n"
-    for budget in head["spending"]["flops"]:
+    for budget in sorted({design["budget"] for design in designs}, reverse=True):
         same = [design for design in designs if design["budget"] == budget]
         text += f"## {budget:.0%} of the FLOPs\n\n```\n{_table(same)}\n```\n\n{_verdict(same)}\n\n"
     text += f"## Budgets of latency\n\n```\n{_promises(head['latency'])}\n```\n\n{_closeness(head['latency'])}\n\n"

@@ -1,12 +1,15 @@
 """The table of half the depth."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmarks.depth import RUNS, Budget, bench_depth, steps_of
+from benchmarks.depth import QUICK, RULES, RUNS, Budget, bench_depth, steps_of
+from benchmarks.depth_report import report_of
+from benchmarks.rows import read_rows
 from diffusers_graft.errors import GraftError
+from diffusers_graft.testbed import quickstart
+from diffusers_graft.training.finetune.config import FinetuneConfig
 
 STORED = Path(__file__).parents[2] / "examples" / "benchmarks" / "depth"
 
@@ -19,19 +22,28 @@ def test_others_get_the_compute_of_the_pairs_in_steps_at_their_price():
     assert steps_of("stage two", "removed", budget, prices) == 200
 
 
+def test_both_stages_are_the_quick_starts_and_a_model_from_scratch_has_no_teacher(monkeypatch):
+    recipe = quickstart.Budget(finetune=FinetuneConfig(steps=7, lr=3e-5, denoising=0.5, distill_output=2.0))
+    monkeypatch.setattr(quickstart, "Budget", lambda: recipe)
+    found = Budget().finetune(50, seed=3)
+    assert (found.steps, found.lr, found.denoising, found.distill_output, found.seed) == (50, 3e-5, 0.5, 2.0, 3)
+    scratch = Budget().finetune(50, pretrained=False)
+    assert (scratch.lr, scratch.denoising, scratch.distill_output) == (3e-5, 1.0, 0.0)
+    assert Budget().distill(9).schedule == recipe.distill.schedule
+
+
 def test_the_stored_report_is_what_its_rows_say(tmp_path):
-    shutil.copy(STORED / "depth.jsonl", tmp_path)
-    assert bench_depth(tmp_path, say=[].append) == (STORED / "depth.md").read_text(encoding="utf-8")
+    head, *rows = read_rows(STORED / "depth.jsonl")
+    assert report_of(head, rows, RULES, tmp_path) == (STORED / "depth.md").read_text(encoding="utf-8")
     assert (tmp_path / "depth.png").stat().st_size > 10_000
 
 
 @pytest.mark.long
 def test_the_table_of_half_the_depth_goes_on_where_it_stopped(tmp_path):
-    budget = Budget(stage_one=1, stage_two=1, batch_size=2, samples=30, sampling_steps=1, rounds=2, seeds=1)
-    report = bench_depth(tmp_path, budget, say=[].append)
+    report = bench_depth(tmp_path, QUICK, say=[].append)
     assert all(name in report for run in RUNS for name in run.rows.values())
     rows = (tmp_path / "depth.jsonl").read_text().splitlines()
     (tmp_path / "depth.jsonl").write_text("\n".join(rows[:4]) + "\n")  # killed between the two stages of the pairs
-    assert bench_depth(tmp_path, budget, say=[].append) == report
+    assert bench_depth(tmp_path, QUICK, say=[].append) == report
     with pytest.raises(GraftError, match="another budget"):
         bench_depth(tmp_path, Budget(seeds=1), say=[].append)
