@@ -47,7 +47,7 @@ MIXERS = (
     "neighborhood(kernel=7, backend='auto')",
     "neighborhood(kernel=23, backend='auto')",
     "sliding_window(window=(128, 128), backend='auto')",
-    "block_sparse(keep=0.1)",
+    "block_sparse(keep=0.1, backend='auto')",
     "sparse_linear(keep=0.1)",
     "pooled_keys",
     "compressed_linear",

@@ -6,6 +6,7 @@ NABLA, arXiv 2507.13546 (blocks up to a share of the pooled mass).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,12 @@ from ..core.shapes import HeadTensor, KeyTensor
 from ..core.sites import AttentionSite
 from ..errors import OperatorError, UnknownNameError
 from .base import Mixer
+from .ops.backends import HALF, Backend, WithBackends
 from .ops.blocks import (
     BlockConfig,
     Cut,
     attend_chosen,
+    attend_chosen_in_triton,
     count_blocks,
     cut_into_blocks,
     join_blocks,
@@ -31,13 +34,18 @@ from .ops.tiles import masked_softmax
 GATES = ("channel", "token")
 
 
-class BlockSparse(Mixer):
+def _triton(operator: BlockSparse, query, key, value, context: Context) -> torch.Tensor:
+    return operator.mix(query, key, value, context, attend_chosen_in_triton)
+
+
+class BlockSparse(WithBackends, Mixer):
     """One exact softmax over the kept keys, the same for all queries of a block; with all kept, softmax attention.
 
     Scores of blocks are products of mean queries and mean keys; choosing has no gradient. A prompt's keys are always
     kept, in the same softmax.
     """
 
+    backends = (Backend("triton", _triton, "triton", dtypes=(*HALF, torch.float32)),)
     needs_grid = True
     chooses_tokens = True
     ignores_attention_backend = True
@@ -46,7 +54,7 @@ class BlockSparse(Mixer):
     start = "projections keep their pretrained weights; with a gate, the coarse branch starts closed (zero)"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(BlockConfig):
+    class Config(WithBackends.Config, BlockConfig):
         """Settings of the choice.
 
         Attributes:
@@ -57,6 +65,7 @@ class BlockSparse(Mixer):
             gate: adds the pooled attention itself, one output for a block, times a gate that starts at zero:
                 `"channel"`, one number for each channel, or `"token"`, a linear map of the hidden states (VSA). None
                 adds nothing.
+            backend: `torch`, `auto` or `triton`.
         """
 
         mass: float | None = None
@@ -76,8 +85,9 @@ class BlockSparse(Mixer):
     def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
         # Pooled attention is no part of the one softmax that other keys share and that masks are for.
-        self.honours_others = config.gate is None
-        self.honours_mask = config.gate is None
+        # A kernel knows its blocks and no more.
+        self.honours_others = config.gate is None and config.backend == "torch"
+        self.honours_mask = config.gate is None and config.backend == "torch"
         self.needs_hidden_states = config.gate == "token"
         self.gate = None
         self.gate_projection = None
@@ -88,7 +98,18 @@ class BlockSparse(Mixer):
             nn.init.zeros_(self.gate_projection.weight)
             nn.init.zeros_(self.gate_projection.bias)
 
-    def forward(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
+    def in_torch(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
+        return self.mix(query, key, value, context, attend_chosen)
+
+    def mix(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: Context,
+        attend: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """Compute the output with `attend(cut, chosen, dropped=...)`, as `attend_chosen`, for its softmax."""
         if self._sees_all(query, context):
             return context.attend(query, key, value, mask=context.mask, scale=context.scale)
         cut = cut_into_blocks(self, query, key, value, context)
@@ -100,7 +121,7 @@ class BlockSparse(Mixer):
         if self.config.mass is not None:
             # By the mass before each block: the one that reaches the share is kept, and so always the first.
             dropped = largest.cumsum(-1) - largest >= self.config.mass
-        mixed = join_blocks(attend_chosen(cut, chosen, dropped=dropped), cut.blocks).to(value.dtype)
+        mixed = join_blocks(attend(cut, chosen, dropped=dropped), cut.blocks).to(value.dtype)
         if self.config.gate is None:
             return mixed
         return mixed + self._open_gate(context) * join_blocks(self._coarse(cut, weights), cut.blocks).to(value.dtype)

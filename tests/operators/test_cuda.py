@@ -5,6 +5,8 @@ one.
 import pytest
 import torch
 
+from diffusers_graft.core.context import Grid
+from diffusers_graft.core.sites import AttentionSite
 from diffusers_graft.operators import configure
 from diffusers_graft.operators.conformance.case import Subject, gradients, in_context
 from diffusers_graft.operators.conformance.suite import example_site
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 BACKENDS = [
     *({"operator": "sliding_window", "backend": name} for name in ("flash", "varlen", "flex", "auto")),
     *({"operator": "neighborhood", "kernel": 5, "backend": name} for name in ("natten", "flex", "auto")),
+    *({"operator": name, "backend": "triton"} for name in ("hyena_x", "hyena_se", "hyena_y", "block_sparse")),
     *({"operator": name, "backend": "compiled"} for name in ("hyena_x", "hyena_se", "linear_attention", "ttt")),
     *(
         {"operator": name, "backend": "auto"}
@@ -70,7 +73,9 @@ def test_in_bf16_and_compiled(case):
 
 @pytest.mark.parametrize("case", BACKENDS, ids=str)
 def test_backends_agree_with_plain_torch(case):
-    subject = subject_of({**case, "backend": "torch"})
+    # Kernels take heads of at least 16 channels; 72 are PixArt's.
+    site = AttentionSite(kind="self_attention", index=0, path="attn", width=144, heads=2, head_width=72)
+    subject = Subject(configure({**case, "backend": "torch"}), site, Grid(height=16, width=24))
     try:
         fast = configure(case).resolved(subject.site).build(subject.site)
     except ImportError as missing:

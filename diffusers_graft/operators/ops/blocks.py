@@ -341,6 +341,28 @@ def attend_chosen(
     return attended.view(batch, heads, n, size, width)
 
 
+def attend_chosen_in_triton(cut: Cut, chosen: torch.Tensor, *, dropped: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute what `attend_chosen` does by a kernel that gathers nothing; without masks and other keys.
+
+    Args:
+        dropped: of the chosen blocks, the last ones of each row.
+    """
+    from ..kernels.block_sparse import block_sparse
+
+    _, _, n, size, _ = cut.key.shape
+    parts = [part.flatten(0, 1).contiguous() for part in (cut.query, cut.key, cut.value)]
+    rows = chosen.flatten(0, 1).int().contiguous()
+    counts = torch.full(rows.shape[:2], rows.shape[2], dtype=torch.int32, device=rows.device)
+    if dropped is not None:
+        counts = counts - dropped.flatten(0, 1).sum(-1, dtype=torch.int32)
+    # Without a mask it is the same in all heads: places without a token.
+    bias = torch.zeros(n, size, device=rows.device)
+    if cut.bias is not None:
+        bias = cut.bias[0, 0].float()
+    mixed, _ = block_sparse(*parts, bias, rows, counts, cut.scale)
+    return mixed.view(cut.query.shape)
+
+
 def _pieces(like: torch.Tensor, rows: int, keys: int) -> list[slice]:
     """Cut rows into pieces whose keys stay in cache, where that is faster."""
     step = rows

@@ -1,9 +1,5 @@
 """The kernel of gated convolutions against their definition, forward and gradients; without a device interpreted."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -95,30 +91,3 @@ def test_the_kernel_leaves_graphs_whole():
     found = outputs_and_gradients(lambda *inputs: compiled(operator, *inputs), operator, heads, projected, Context())
     expected = outputs_and_gradients(operator.reference, operator, heads, projected, Context())
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.long
-def test_the_kernel_compiles_for_a_gpu():
-    """In a process of its own, where Triton does not interpret: its compiler needs no device."""
-    program = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from diffusers_graft.operators.kernels import gated_convolution as kernels
-
-constants = dict(TAPS=(4, 1, 3, 0), TOKENS=32, CHANNELS=64, width=1)
-for kernel in (kernels._forward, kernels._backward_gates, kernels._backward_features):
-    names = kernel.arg_names
-    chosen = {name: constants[name] for name in names if name in constants}
-    chosen |= {name: True for name in ("FEATURISED", "INNER") if name in names}
-    kinds = {name: "*bf16" for name in names if name not in chosen}
-    kinds |= {name: "*fp32" for name in ("filters", "sums") if name in names}
-    kinds |= {name: "i32" for name in ("sample_stride", "stride", "height", "channels")}
-    kinds |= {name: "constexpr" for name in chosen}
-    places = {(names.index(name),): value for name, value in chosen.items()}
-    source = ASTSource(kernel, {name: kinds[name] for name in names}, places)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.WARPS})
-    assert "ld.global" in made.asm["ptx"], kernel
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
