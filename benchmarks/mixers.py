@@ -7,6 +7,7 @@ mixers that leave out keys keep about the share of keys that they have on the le
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,39 @@ MIXERS: dict[str, str | None] = {
     "identity": None,
 }
 
+# Where sources contradict each other: what is done here by default, and what is done elsewhere.
+CHOICES = {
+    "blocks by number, or by mass": ("block_sparse(block=2, keep=4)", "block_sparse(block=2, keep=1.0, mass=0.8)"),
+    "no coarse branch, or one gated": (
+        "block_sparse(block=2, keep=4)",
+        "block_sparse(block=2, keep=4, gate='token')",
+    ),
+    "softmax over the largest scores, or nearby": (
+        "sparse_linear(block=2, keep=4)",
+        "sparse_linear(block=2, keep=4, choose='nearest')",
+    ),
+    "features beside softmax": (
+        "sparse_linear(block=2, keep=4)",
+        "sparse_linear(block=2, keep=4, feature_map='elu')",
+    ),
+    "windows shifted at borders, or cut": ("neighborhood(kernel=5)", "neighborhood(kernel=5, shape='circle')"),
+    "no far keys, or averages": (
+        "neighborhood(kernel=5, shape='circle')",
+        "neighborhood(kernel=5, shape='circle', far=4)",
+    ),
+    "features of linear attention": ("linear_attention", "linear_attention(feature_map='softmax')"),
+    "heads of linear attention": (
+        "linear_attention(feature_map='relu')",
+        "linear_attention(feature_map='relu', heads=2, value_conv=5)",
+    ),
+    "no convolutions in the delta rule, or four taps": (
+        "gated_deltanet",
+        "gated_deltanet(short_conv=4, silu=True)",
+    ),
+    "a decay for a head, or for a channel": ("gated_deltanet", "gated_deltanet(decay='channel')"),
+    "how far EDiT's convolution narrows": ("compressed_linear", "compressed_linear(narrow=8)"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
@@ -80,16 +114,17 @@ def bench_mixers(
     """Run what has not been run yet, and return the report; `output` gets `mixers.jsonl` and `mixers.md`.
 
     Args:
-        mixers: of `MIXERS`.
+        mixers: of `MIXERS` and `CHOICES`.
         recipe: how all are trained, by its name in `benchmarks/recipes_tried.py`.
         times: seconds of a run, as a multiple of today's quick start.
 
     Raises `GraftError` for unknown names, no seeds or seconds, and where the rows there are of something else.
     """
     mixers = list(mixers)
+    known = {*MIXERS, *itertools.chain(*CHOICES.values())}
     for name in mixers:
-        if name not in MIXERS:
-            raise UnknownNameError("mixer of the table", name, MIXERS)
+        if name not in known:
+            raise UnknownNameError("mixer of the table", name, known)
     base = choose_recipes([recipe])[0]
     recipes = [
         base.but(f"{mixer} in {share}", operator=mixer, sites=sites)
@@ -115,7 +150,7 @@ def report(output: Path, *, say: Callable[[str], None] = lambda text: None) -> s
 def _measure_latency(trial: Trial, mixers: Sequence[str], timed: Timed, progress: bool) -> None:
     """Time what has no latency yet, all in turns with the original."""
     rules = {
-        f"{mixer} in {share}": {sites: parse_operator(MIXERS[mixer] or mixer)}
+        f"{mixer} in {share}": {sites: parse_operator(MIXERS.get(mixer) or mixer)}
         for mixer in mixers
         for share, sites in SHARES.items()
         if f"{mixer} in {share}" not in trial.latency
@@ -187,6 +222,9 @@ def name_best(trial: Trial, groups: dict[str, list[dict[str, Any]]]) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this measurement to a parser."""
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS), metavar="NAME", help="some of the table's mixers")
+    parser.add_argument(
+        "--choices", action="store_true", help="instead of those, what sources contradict each other on"
+    )
     parser.add_argument("--recipe", default="default", help="of benchmarks/recipes_tried.py, that trains all of them")
     parser.add_argument("--times", type=float, default=0.3, help="seconds of a run, in those of today's quick start")
     parser.add_argument(
@@ -204,8 +242,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.report:
         report(arguments.output, say=say)
         return
+    mixers = arguments.mixers
+    if arguments.choices:
+        mixers = list(dict.fromkeys(itertools.chain(*CHOICES.values())))
     bench_mixers(
-        arguments.mixers,
+        mixers,
         arguments.output,
         recipe=arguments.recipe,
         times=arguments.times,

@@ -68,3 +68,11 @@ def test_every_mixer_of_images_is_in_the_table(capsys, tmp_path):
     with pytest.raises(dg.GraftError, match="seeds from 1"):
         mixers.bench_mixers(["hyena_x"], tmp_path / "a", seeds=0)
     assert not (tmp_path / "a").exists()
+
+
+def test_choices_between_sources_are_two_settings_of_one_operator():
+    for here, elsewhere in mixers.CHOICES.values():
+        first = operators.parse_operator(here)
+        second = operators.parse_operator(elsewhere)
+        assert first.owner is second.owner
+        assert first != second
