@@ -170,6 +170,24 @@ def test_the_loop_of_that_example_draws_what_the_pipeline_does_and_keeps_what_it
     assert not torch.allclose(decoded[-1][..., 4:], clean[..., 4:], atol=0.1)
 
 
+@pytest.mark.parametrize("rules", [{}, {"self_attention[1::2]": "neighborhood"}])
+def test_the_cache_of_that_example_computes_every_second_attention_and_leaves_no_trace(load, rules):
+    example = load("use_grafted_pipeline")
+    pipeline = scenes.pipeline()
+    if rules:
+        pipeline.transformer.set_graft(rules)
+    lines = scenes.load_prompts()[:1]
+    before = example.draw_with()(pipeline, lines, example.BRIEF)
+    calls = []
+    query = pipeline.transformer.transformer_blocks[1].attn1.to_q
+    handle = query.register_forward_hook(lambda *arguments: calls.append(1))
+    cached = example.draw_with_cache(pipeline, lines, example.BRIEF)
+    handle.remove()
+    assert len(calls) == example.BRIEF.steps / 2
+    assert not torch.allclose(cached, before, atol=0.01)
+    assert torch.equal(example.draw_with()(pipeline, lines, example.BRIEF), before)
+
+
 def test_every_example_is_run_and_says_how_to_run_it():
     names = {path.stem for path in FOLDER.glob("*.py")}
     tested = {*GRAFTS, *ELSEWHERE, "together", "skill_packs", "reference_attention", "use_grafted_pipeline"}
