@@ -107,7 +107,7 @@ def test_a_closed_form_that_costs_more_than_an_arm_leaves_no_steps(tmp_path, mea
 
 def test_targets_and_the_papers_recipe_are_judged(tmp_path, measured):
     trial = Trial(Letters(), tmp_path / "recipes.jsonl", Protocol())
-    losses = {("today", 1): 0.206, ("default", 0.1): 0.214, ("paper", 1): 0.216}
+    losses = {("today", 1): 0.206, ("default", 0.1): 0.214, ("short", 0.0333): 0.22, ("paper", 1): 0.216}
     for (name, times), loss in losses.items():
         row = {"recipe": name, "times": times, "seed": 0, "settings": {}, "scores": {"denoising_loss": loss}}
         trial.rows.append(row)
@@ -116,7 +116,11 @@ def test_targets_and_the_papers_recipe_are_judged(tmp_path, measured):
     assert (
         "within 2 times today's seconds: today ends at 1.030 of the original's loss (wanted: 1.02, not met)" in words
     )
-    assert "default is at least as good in every seed at 0.1, 0.100 of its seconds" in words
+    assert (
+        "The paper's recipe at 1 ends at 1.080. Within a 10th of those seconds default ends at 1.070, at least"
+        in words
+    )
+    assert "Within a 30th of those seconds short ends at 1.100, not as good in every seed." in words
 
 
 def test_recipes_are_chosen_by_names_that_are_told_apart(capsys, tmp_path):
