@@ -48,7 +48,7 @@ class FinetuneConfig(TrainingConfig):
             with massive activations left out (arXiv 2412.01199, section 4.3); costs the same forward, and holds the
             outputs of all blocks in memory. Alone, it is a loss on the outputs of blocks in place of operators.
         trajectory: steps by which the grafted model goes from pure noise to the states that it is trained on, in place
-            of noised data (arXiv 2510.08318); each costs a forward. Goes with `denoising=0`; 4 is a good number. See
+            of noised data (arXiv 2510.08318); each costs a forward. Goes with `denoising=0`. See
             `diffusers_graft.training.finetune.trajectory`.
         progressive, progressive_share: replace the sites one after another, each after an equal part of this share of
             the steps, `"forward"` or from the one with the `"least_harm"` on; the others run as the original does.
