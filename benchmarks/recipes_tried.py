@@ -17,6 +17,7 @@ HALF = "self_attention[1::2]"
 # The half whose replacement by 3 x 3 neighbourhoods moves the answer least.
 LEAST_HARM = "self_attention[0,3,4,6]"
 ALL = "self_attention[:]"
+HYBRID = "hybrid(first='neighborhood')"
 
 # The quick start's settings when this table was begun, in full: changed defaults of the library change no row of it.
 TODAY_ONE: dict[str, Any] = {
@@ -110,6 +111,7 @@ ALONE = SOLVED.but("closed form, stage two", shares=(0, 1), two={"schedule": "co
 # The ungrafted model alone teaches: its answer, and the output of every block.
 BLOCKS = ALONE.but("blocks", two={"denoising": 0.0, "distill_output": 1.0, "distill_features": 5.0, "ema_decay": 0.0})
 MUON = BLOCKS.but("blocks, Muon", two={"optimizer": "Muon", "lr": 3e-3})
+EVEN = MUON.but("blocks, Muon, uniform noise", two={"timesteps": "uniform"})
 PAPER = TODAY.but("paper", operator="hyena_x", init="random", times=(1,))
 
 RECIPES = (
@@ -165,7 +167,8 @@ RECIPES = (
     MUON.but("blocks, Muon", times=(1, 2)),
     TODAY.but("least harm: today", sites=LEAST_HARM),
     MUON.but("least harm: blocks, Muon", sites=LEAST_HARM, times=(1, 2)),
-    MUON.but("blocks, Muon, uniform noise", two={"timesteps": "uniform"}),
+    EVEN,
+    EVEN.but("least harm: blocks, Muon, uniform noise", sites=LEAST_HARM, times=(1, 2)),
     MUON.but("blocks, Muon, batches of 16", batch_size=16),
     MUON.but("blocks, Muon, progressive", two={"progressive": "least_harm"}),
     MUON.but("blocks, Muon, own trajectory", two={"trajectory": 4}),
@@ -174,7 +177,8 @@ RECIPES = (
     MUON.but("blocks, Muon, data too", two={"denoising": 1.0}),
     MUON.but("blocks, Muon, average", two={"ema_decay": "auto"}),
     # all attention
-    MUON.but("all: blocks, Muon", sites=ALL, times=(1, 4)),
+    EVEN.but("all: blocks, Muon, uniform noise", sites=ALL, times=(1, 4)),
+    EVEN.but("all: hybrid, blocks, Muon, uniform noise", sites=ALL, operator=HYBRID, times=(1, 4)),
     TODAY.but("all: today", sites=ALL, times=(1, 4)),
     TEACHER.but("all: teacher 4", sites=ALL, closed_form=8, times=(1, 4)),
     # the paper's recipe, which ours is to match at a tenth and at a thirtieth of its seconds
