@@ -17,11 +17,15 @@ from diffusers_graft.errors import GraftError
 
 from .equal_seconds import Arm, Protocol, Trial, settings_of
 from .output import format_rows, format_spread
-from .recipes_tried import ALL, HALF, PAPER, Recipe, choose_recipes
+from .recipes_tried import ALL, HALF, LEAST_HARM, PAPER, Recipe, choose_recipes
 from .subjects import LETTERS, load_subject
 
-# (sites, multiple of today's seconds, most that the ratio to the original may be)
-TARGETS = ((HALF, 1, 1.05), (HALF, 2, 1.02), (ALL, 4, 1.05))
+# (what is replaced, its keys, multiple of today's seconds, most that the ratio to the original may be)
+TARGETS = (
+    ("Half of the attention", (HALF, LEAST_HARM), 1, 1.05),
+    ("Half of the attention", (HALF, LEAST_HARM), 2, 1.02),
+    ("All attention", (ALL,), 4, 1.05),
+)
 # Parts of the paper's seconds within which its recipe is to be matched.
 PARTS = (10, 30)
 
@@ -141,18 +145,19 @@ def _facts(trial: Trial) -> str:
 def verdict(trial: Trial, groups: dict[tuple[str, float], list[dict[str, Any]]]) -> str:
     """Return in words which targets are met, and at what share of its seconds the paper's recipe is matched."""
     sentences = []
-    for sites, times, bound in TARGETS:
+    for words, keys, times, bound in TARGETS:
         candidates = {
             key: rows
             for key, rows in groups.items()
-            if key[1] <= times and rows[0]["settings"].get("sites", HALF) == sites
+            if key[1] <= times and rows[0]["settings"].get("sites", HALF) in keys
         }
         if candidates:
             best = min(candidates, key=lambda key: mean_ratio(trial, candidates[key]))
             ratio = mean_ratio(trial, candidates[best])
+            outcome = "met" if ratio <= bound else "not met"
             sentences.append(
-                f"{sites} within {times} times today's seconds: {best[0]} ends at {ratio:.3f} of the original's loss "
-                f"(wanted: {bound}, {'met' if ratio <= bound else 'not met'})."
+                f"{words} within {times} times today's seconds: {best[0]} ends at {ratio:.3f} of the original's loss, "
+                f"seeds: {len(candidates[best])} (wanted: {bound}, {outcome})."
             )
     sentences += _against_paper(trial, groups)
     return " ".join(sentences)

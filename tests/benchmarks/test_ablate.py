@@ -112,9 +112,13 @@ def test_targets_and_the_papers_recipe_are_judged(tmp_path, measured):
         row = {"recipe": name, "times": times, "seed": 0, "settings": {}, "scores": {"denoising_loss": loss}}
         trial.rows.append(row)
     words = ab.verdict(trial, ab.group_runs(trial))
-    assert "within 1 times today's seconds: today ends at 1.030 of the original's loss (wanted: 1.05, met)" in words
     assert (
-        "within 2 times today's seconds: today ends at 1.030 of the original's loss (wanted: 1.02, not met)" in words
+        "Half of the attention within 1 times today's seconds: today ends at 1.030 of the original's loss, seeds: 1 (wanted: 1.05, met)"
+        in words
+    )
+    assert (
+        "within 2 times today's seconds: today ends at 1.030 of the original's loss, seeds: 1 (wanted: 1.02, not met)"
+        in words
     )
     assert (
         "The paper's recipe at 1 ends at 1.080. Within a 10th of those seconds default ends at 1.070, at least"
