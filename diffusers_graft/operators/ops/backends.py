@@ -124,6 +124,7 @@ class WithBackends(Operator):
         if context is None:
             # It comes last, by name or not.
             context = tensors.pop()
+        assert context is not None
         return self.run_by(self.backend_for(tensors, context), tensors, context)
 
     def run_by(self, backend: Backend | None, tensors: Sequence[torch.Tensor], context: Context) -> torch.Tensor:

@@ -66,7 +66,8 @@ def _refuse_triton(config: GatedConvolution.Config) -> str | None:
         return "it knows no layout 3d"
     taps = config.kernel_size ** (2 if config.layout == "2d" else 1)
     # A convolution of convolutions is computed anew for every tap of the outer one.
-    most = 8 if config.owner.has_featurisers and config.owner.has_inner else 25
+    owner: Any = config.owner
+    most = 8 if owner.has_featurisers and owner.has_inner else 25
     if taps > most:
         return f"it is for filters of at most {most} taps, and these have {taps}"
     return None

@@ -29,7 +29,7 @@ def load_hub_kernel(repo_id: str, *, revision: str, trust_remote_code: bool = Fa
             f"got {revision!r}."
         )
     try:
-        from kernels import get_kernel
+        from kernels import get_kernel  # pyright: ignore[reportAttributeAccessIssue]  # taken for our own folder
     except ImportError as error:
         raise MissingDependencyError(f"The kernel {repo_id}", "kernels", extra="hub-kernels") from error
     try:
