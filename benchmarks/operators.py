@@ -137,7 +137,9 @@ def bench_operators(
         f"medians over {rounds} rounds\nin turns, each of one round; so is ms, on its own. FLOPs is the ratio of "
         "operations: what the time would be at the\nbaseline's density."
     )
-    command = f"python -m benchmarks operators --only {only!r} --rounds {rounds}" if only else "make bench-operators"
+    command = "make bench-operators"
+    if only:
+        command = f"python -m benchmarks operators --only {only!r} --rounds {rounds} --heads {heads}"
     publish(text, output, title="Operators on a CPU", command=command, say=say)
     if output is not None:
         _partial(output).unlink(missing_ok=True)
@@ -394,9 +396,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this measurement to a parser."""
     parser.add_argument("--only", default="", help='tables whose titles begin so, as in "Compiled|Image and text"')
     parser.add_argument("--rounds", type=int, default=7, help="measured runs of each, in turns; 2 or more")
+    parser.add_argument("--heads", type=int, default=16, help="of the model, each as wide as PixArt's")
     parser.add_argument("--output", type=Path, help="Markdown file to store the tables in")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure with options that were parsed."""
-    bench_operators(arguments.output, rounds=arguments.rounds, only=arguments.only, say=say)
+    settings = {"rounds": arguments.rounds, "heads": arguments.heads, "only": arguments.only}
+    bench_operators(arguments.output, **settings, say=say)
