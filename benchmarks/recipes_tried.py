@@ -20,6 +20,16 @@ ALL = "self_attention[:]"
 HYBRID = "hybrid(first='neighborhood')"
 
 # The quick start's settings when this table was begun, in full: changed defaults of the library change no row of it.
+_BOTH: dict[str, Any] = {
+    "schedule_args": {},
+    "optimizer_args": {},
+    "accumulate": 1,
+    "timesteps": "auto",
+    "prompt_dropout": 0.1,
+    "evaluate_every": 100,
+    "held_out_batches": 4,
+    "lr_scale": {},
+}
 TODAY_ONE: dict[str, Any] = {
     "loss": "auto",
     "lr": 2e-3,
@@ -31,6 +41,9 @@ TODAY_ONE: dict[str, Any] = {
     "gated": False,
     "mode": "parallel",
     "reuse": 1,
+    "closed_form": None,
+    "patience": None,
+    **_BOTH,
 }
 TODAY_TWO: dict[str, Any] = {
     "lr": 5e-4,
@@ -45,6 +58,9 @@ TODAY_TWO: dict[str, Any] = {
     "denoising": 1.0,
     "distill_output": 0.0,
     "distill_features": 0.0,
+    "trajectory": 0,
+    "progressive": None,
+    **_BOTH,
 }
 # Steps of stage one and of stage two: what they cost is the unit of `times`.
 TODAY_STEPS = (500, 250)
