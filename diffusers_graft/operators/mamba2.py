@@ -24,6 +24,11 @@ from .ops.opaque import call_kernel
 from .ops.scans import ORDERS, decay_start, pad_to_chunks, state_space, visits
 from .ops.settings import require_count, require_flag
 
+EPSILON = 1e-5  # of the norm, beside a mean of squares
+
+# What gates an output and normalises it: the output in the state's precision [B, N, D], the gate -> [B, N, D].
+Normalise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 # A recurrence: value [B, N, heads, P], key and query [B, N, S], step [B, N, heads] -> as value.
 Scan = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -32,6 +37,12 @@ def _ssd(value, step, rate, key, query, *, size: int) -> torch.Tensor:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     return mamba_chunk_scan_combined(value, step, rate, key, query, size)
+
+
+def _gated_norm(mixed, gate, weight, *, size: int) -> torch.Tensor:
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+
+    return rmsnorm_fn(mixed, weight, None, z=gate, eps=EPSILON, norm_before_gate=False)
 
 
 def _mamba_ssm(operator: Mamba2, hidden_states: torch.Tensor, context: Context) -> torch.Tensor:
@@ -54,7 +65,12 @@ def _mamba_ssm(operator: Mamba2, hidden_states: torch.Tensor, context: Context) 
             mixed = mixed - _count_itself(value, key, query, step)
         return mixed.to(value.dtype)
 
-    return operator.run(hidden_states, context, scan)
+    def normalise(mixed, gate):
+        # In float32 and rounded once, gate and norm in one pass.
+        weight = operator.norm.weight
+        return call_kernel(_gated_norm, mixed.contiguous(), gate.to(mixed.dtype), weight).to(hidden_states.dtype)
+
+    return operator.run(hidden_states, context, scan, normalise)
 
 
 class Mamba2(WithBackends, AttentionOperator):
@@ -130,7 +146,7 @@ class Mamba2(WithBackends, AttentionOperator):
         self.dt_bias = nn.Parameter(step_bias)
         self.A_log = nn.Parameter(log_rate)
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = nn.RMSNorm(self.inner, eps=1e-5)
+        self.norm = nn.RMSNorm(self.inner, eps=EPSILON)
         self.out_proj = nn.Linear(self.inner, site.width, bias=False)
         self.needs_grid = config.scan != "raster"
         self.causal_operator = not (config.bidirectional or self.needs_grid)
@@ -142,17 +158,19 @@ class Mamba2(WithBackends, AttentionOperator):
         """Compute by definition: token by token."""
         return self.run(hidden_states, context, self.scan_tokens)
 
-    def run(self, hidden_states: torch.Tensor, context: Context, scan: Scan) -> torch.Tensor:
-        """Compute the block, [B, N, D] in and out, with `scan` for its recurrence."""
+    def run(
+        self, hidden_states: torch.Tensor, context: Context, scan: Scan, normalise: Normalise | None = None
+    ) -> torch.Tensor:
+        """Compute the block, [B, N, D] in and out, with `scan` for its recurrence and `normalise` for its end."""
         if not self.needs_grid:
-            return self.out_proj(self._run_block(hidden_states, scan))
+            return self.out_proj(self._run_block(hidden_states, scan, normalise))
         grid = context.require_grid(self.name, hidden_states.shape[1])
         order = visits(grid, self.config.scan, hidden_states.device)
-        mixed = self._run_block(hidden_states[:, order], scan)
+        mixed = self._run_block(hidden_states[:, order], scan, normalise)
         # Back in raster order before the last layer, which is solved for in that order.
         return self.out_proj(mixed[:, order.argsort()])
 
-    def _run_block(self, hidden_states: torch.Tensor, scan: Scan) -> torch.Tensor:
+    def _run_block(self, hidden_states: torch.Tensor, scan: Scan, normalise: Normalise | None) -> torch.Tensor:
         """Run the Mamba-2 block up to its output projection, on tokens in the order of the scan."""
         # A state in half precision forgets what is small beside it.
         precise = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -165,6 +183,8 @@ class Mamba2(WithBackends, AttentionOperator):
         value = value.unflatten(-1, (self.heads, -1))
         step = F.softplus(step.to(precise) + self.dt_bias)
         mixed = scan(value, key, query, step) + value * self.D[:, None]
+        if normalise is not None:
+            return normalise(mixed.flatten(2), gate)
         mixed = mixed.flatten(2) * F.silu(gate.to(precise))
         return self.norm(mixed.to(hidden_states.dtype))
 

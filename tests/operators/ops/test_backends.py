@@ -37,6 +37,14 @@ def qkv(tokens, seed=0, **options):
     return [torch.randn(2, 3, tokens, 4, generator=generator, **options) for _ in range(3)]
 
 
+def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+    """The norm of mamba-ssm, which knows nothing of promotion."""
+    assert bias is None
+    assert not norm_before_gate
+    assert x.dtype == z.dtype
+    return torch.nn.functional.rms_norm(x * torch.nn.functional.silu(z), weight.shape, weight.to(x.dtype), eps)
+
+
 def band_softmax(query, key, value, scale, window):
     """Softmax in a band: [B, N, H, E] as flash-attn takes it."""
     mask = as_dense(sliding_window.band, ((query.shape[1], *window),))
@@ -160,8 +168,12 @@ def test_kernels_that_torch_cannot_compile_leave_graphs_whole(monkeypatch, name)
         assert chunk_size == 32
         return Every.apply(x, dt, rate, key, query)
 
+    def every_norm(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+        return Every.apply(x, z, weight)
+
     stand_in(monkeypatch, "fla.ops.gated_delta_rule", chunk_gated_delta_rule=chunk_gated_delta_rule)
     stand_in(monkeypatch, "mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=mamba_chunk_scan_combined)
+    stand_in(monkeypatch, "mamba_ssm.ops.triton.layernorm_gated", rmsnorm_fn=every_norm)
     torch.manual_seed(0)
     operator = dg.operators.get(name).Config().build(SITE)
     run = type(operator).backends[0].run
@@ -209,7 +221,9 @@ def test_calls_of_mamba_ssm(monkeypatch, settings_):
         return torch.stack(outputs, 1)
 
     stand_in(monkeypatch, "mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=mamba_chunk_scan_combined)
+    stand_in(monkeypatch, "mamba_ssm.ops.triton.layernorm_gated", rmsnorm_fn=rmsnorm_fn)
     operator = dg.operators.get("mamba2").Config(**settings_).build(SITE)
+    torch.nn.init.normal_(operator.norm.weight)
     context = Context(grid=Grid(height=5, width=6))
     torch.testing.assert_close(mamba2._mamba_ssm(operator, tokens_in(), context), operator(tokens_in(), context))
 
@@ -536,6 +550,7 @@ def test_the_kernel_of_mamba_computes_in_the_precision_of_its_block(monkeypatch,
         return x
 
     stand_in(monkeypatch, "mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=mamba_chunk_scan_combined)
+    stand_in(monkeypatch, "mamba_ssm.ops.triton.layernorm_gated", rmsnorm_fn=rmsnorm_fn)
     operator = dg.operators.get("mamba2").Config().build(SITE)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         mamba2._mamba_ssm(operator, tokens_in(), Context())
