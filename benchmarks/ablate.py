@@ -149,7 +149,7 @@ def verdict(trial: Trial, groups: dict[tuple[str, float], list[dict[str, Any]]])
         candidates = {
             key: rows
             for key, rows in groups.items()
-            if key[1] <= times and rows[0]["settings"].get("sites", HALF) in keys
+            if key[1] <= times and rows[0]["settings"].get("sites", HALF) in keys and _replaces_softmax(rows[0])
         }
         if candidates:
             best = min(candidates, key=lambda key: mean_ratio(trial, candidates[key]))
@@ -161,6 +161,11 @@ def verdict(trial: Trial, groups: dict[tuple[str, float], list[dict[str, Any]]])
             )
     sentences += _against_paper(trial, groups)
     return " ".join(sentences)
+
+
+def _replaces_softmax(row: dict[str, Any]) -> bool:
+    """Return whether no head of the chosen sites keeps its softmax, as in a hybrid."""
+    return not row["settings"].get("operator", "").startswith(("hybrid", "self_attention"))
 
 
 def _against_paper(trial: Trial, groups: dict[tuple[str, float], list[dict[str, Any]]]) -> list[str]:
