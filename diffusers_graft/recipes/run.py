@@ -31,7 +31,6 @@ from ..planning.plan import GraftPlan, plan_graft
 from ..planning.rules import low_local, top_local
 from ..reporting.report import try_report
 from ..samples import SampleConfig, Samples
-from ..search.planner import Survey
 from ..search.survey import plan_candidates, survey
 from ..serialization.upload import push_graft
 from ..testbed.sampling import SampleQuality
@@ -308,13 +307,10 @@ def _search(recipe: Recipe, source: Source, data: Data, folder: Path) -> GraftPl
     """Survey the candidates, unless that was done, and solve for the budget."""
     settings = recipe.search
     assert settings is not None
-    path = folder / SURVEY
-    noise: Any = {"noise_scheduler": source.noise_scheduler}
     # What was found is not measured again: another plan would not fit what was trained since.
-    if path.exists() and (folder / PLAN).exists():
+    if (folder / PLAN).exists():
         return resolve_plan(source.model, str(folder / PLAN))
-    if path.exists():
-        return Survey.load(path).plan(**settings.budget)
+    budget: dict[str, Any] = settings.budget
     arguments: dict[str, Any] = {}
     if settings.distill is not None:
         arguments = {
@@ -329,22 +325,22 @@ def _search(recipe: Recipe, source: Source, data: Data, folder: Path) -> GraftPl
         _take(data.held_out, settings.samples),
         rounds=settings.rounds,
         seed=recipe.seed,
-        budget=settings.budget,
-        **noise,
+        budget=budget,
+        noise_scheduler=source.noise_scheduler,
         **arguments,
     )
-    plan = measured.plan(**settings.budget)
+    plan = measured.plan(**budget)
     corrected = measured.correct(source.model, plan, rounds=settings.rounds)
-    if corrected.is_reachable(settings.budget):
+    if corrected.is_reachable(budget):
         measured = corrected
-        plan = measured.plan(**settings.budget)
+        plan = measured.plan(**budget)
     else:
         predicted = corrected.predicted(plan)
-        logger.warning("No plan meets the budget %s as measured; this one leaves %s.", settings.budget, predicted)
+        logger.warning("No plan meets the budget %s as measured; this one leaves %s.", budget, predicted)
     if settings.trials:
-        plan = measured.plan(**settings.budget, model=source.model, trials=settings.trials)
+        plan = measured.plan(**budget, model=source.model, trials=settings.trials)
     if is_main_process():
-        measured.save(path)
+        measured.save(folder / SURVEY)
     return plan
 
 

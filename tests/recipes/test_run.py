@@ -41,6 +41,7 @@ import os, sys, threading, time
 from diffusers_graft.recipes.dry_run import estimate
 from diffusers_graft.recipes.reading import load_recipe
 from diffusers_graft.recipes.run import run_recipe
+from diffusers_graft.search.planner import Survey
 recipe = load_recipe(sys.argv[1])
 threading.Thread(target=lambda: (time.sleep(float(sys.argv[2])), os._exit(9)), daemon=True).start()
 run_recipe(recipe)
@@ -233,13 +234,18 @@ def test_a_plan_for_another_model_is_refused(done, tmp_path):
         run_recipe(letters(tmp_path / "out", plan=str(tmp_path / "plan.json")))
 
 
-def test_a_search_gives_the_plan_of_its_budget(tmp_path):
+def test_a_search_gives_the_plan_of_its_budget(tmp_path, monkeypatch):
     search = {"candidates": {"self_attention[:2]": ["identity"]}, "flops": 0.995, "samples": 4, "rounds": 2}
     recipe = letters(tmp_path, plan=None, search=search)
     run_recipe(recipe, last="plan")
     plan = yaml.safe_load((tmp_path / "plan.json").read_text())
     assert [edit["operator"] for edit in plan["edits"]] == ["identity"]
     assert (tmp_path / "survey.json").exists()
+    assert Survey.load(tmp_path / "survey.json").protocol["corrected"].keys() == {"latency", "cosines"}
+    # started again, it goes on with the plan that was found
+    monkeypatch.setattr("diffusers_graft.recipes.run.survey", None)
+    run_recipe(recipe, last="plan")
+    assert yaml.safe_load((tmp_path / "plan.json").read_text()) == plan
 
 
 def test_a_search_trains_its_candidates_on_samples_that_the_pipeline_drew(pixart, tmp_path):
