@@ -12,6 +12,7 @@ import yaml
 from diffusers import DDIMScheduler, PixArtSigmaPipeline
 from filelock import FileLock
 
+import diffusers_graft as dg
 from diffusers_graft import testbed
 from diffusers_graft.errors import FileError, GraftError, StateError
 from diffusers_graft.recipes.dry_run import estimate
@@ -41,7 +42,6 @@ import os, sys, threading, time
 from diffusers_graft.recipes.dry_run import estimate
 from diffusers_graft.recipes.reading import load_recipe
 from diffusers_graft.recipes.run import run_recipe
-from diffusers_graft.search.planner import Survey
 recipe = load_recipe(sys.argv[1])
 threading.Thread(target=lambda: (time.sleep(float(sys.argv[2])), os._exit(9)), daemon=True).start()
 run_recipe(recipe)
@@ -241,7 +241,7 @@ def test_a_search_gives_the_plan_of_its_budget(tmp_path, monkeypatch):
     plan = yaml.safe_load((tmp_path / "plan.json").read_text())
     assert [edit["operator"] for edit in plan["edits"]] == ["identity"]
     assert (tmp_path / "survey.json").exists()
-    assert Survey.load(tmp_path / "survey.json").protocol["corrected"].keys() == {"latency", "cosines"}
+    assert dg.Survey.load(tmp_path / "survey.json").protocol["corrected"].keys() == {"latency", "cosines"}
     # started again, it goes on with the plan that was found
     monkeypatch.setattr("diffusers_graft.recipes.run.survey", None)
     run_recipe(recipe, last="plan")
