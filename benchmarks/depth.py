@@ -66,7 +66,7 @@ class Budget:
         """Return the settings of stage two; a model that starts from scratch has no teacher."""
         recipe = replace(quickstart.Budget().finetune, steps=steps, seed=seed, progress=False)
         if not pretrained:
-            recipe = replace(recipe, denoising=1.0, distill_output=0.0, distill_features=0.0)
+            recipe = replace(recipe, denoising=1.0, distill_output=0.0, distill_features=0.0, timesteps="auto")
         return recipe
 
 

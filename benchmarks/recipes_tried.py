@@ -132,7 +132,7 @@ PAPER = TODAY.but("paper", operator="hyena_x", init="random", times=(1,))
 
 RECIPES = (
     TODAY,
-    TODAY.but("default", defaults=True, times=(1 / 30, 1 / 10, 1, 2)),
+    TODAY.but("default", defaults=True, closed_form=8, shares=(0, 1), times=(1 / 30, 1 / 10, 1, 2)),
     # rates and decay of stage two
     COSINE,
     COSINE.but("cosine, 1e-4", two={"lr": 1e-4}),

@@ -262,7 +262,8 @@ def _graft(model: ModelMixin, training: Training) -> None:
         distill(model, graft, LetterBatches(training.one, training.seed), config, noise_scheduler=scheduler())
     install(model, graft)
     if training.two:
-        config = FinetuneConfig(steps=STEPS[1], lr=LEARNING_RATES[1], ema_decay=0.98, **settings)
+        papers = {"denoising": 1.0, "distill_output": 0.0, "schedule": "constant_with_warmup"}
+        config = FinetuneConfig(steps=STEPS[1], lr=LEARNING_RATES[1], ema_decay=0.98, **papers, **settings)
         finetune(model, LetterBatches(training.two, training.seed), config, noise_scheduler=scheduler())
 
 

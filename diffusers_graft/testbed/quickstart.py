@@ -33,7 +33,7 @@ from ..reporting.report import try_report
 from ..reporting.samples import save_samples
 from ..serialization.graft_folder import load_graft, save_graft
 from ..serialization.tensors import checksum
-from ..training.distill.config import DistillConfig
+from ..training.distill.config import ClosedFormConfig, DistillConfig
 from ..training.distill.distill import distill
 from ..training.finetune.config import FinetuneConfig
 from ..training.finetune.finetune import finetune
@@ -51,8 +51,8 @@ _TIMED_SAMPLES = 64
 class Budget:
     """The steps and samples of a quick start. The defaults take a few minutes on two cores."""
 
-    distill: DistillConfig = field(default_factory=lambda: DistillConfig(steps=500, lr=2e-3))
-    finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(steps=250, lr=5e-4, ema_decay=0.98))
+    distill: DistillConfig = field(default_factory=lambda: DistillConfig(steps=100, closed_form=ClosedFormConfig()))
+    finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(steps=280))
     batch_size: int = 32
     samples: int = 500
     sampling_steps: int = 12

@@ -67,6 +67,7 @@ class StageOptimizer:
                 'model.to(torch.float32) first, with precision="fp16" or "bf16" for speed.'
             )
         self.masters = [_make_master(parameter) for parameter in self.parameters]
+        assert config.lr is not None  # a stage knows the width of its model
         self.lr = config.lr * lr_scale
         self.lr_factor = config.lr_factors()
         self.current_lr = self.lr

@@ -135,8 +135,7 @@ class Session:
     def _require_same_run(self, path: Path, saved: dict[str, Any]) -> None:
         """Raise `StateError` for a checkpoint of another run; differences that may be on purpose are reported."""
         before = dict(saved["identity"])
-        # Settings that an earlier version did not know had the effect of their defaults.
-        before["config"] = {**type(self.config)().identity(), **before["config"]}
+        before["config"] = {**self.config.came_later, **before["config"]}
         now = dict(self.identity)
         reported = find_differences(before.pop(UNVERIFIED, {}), now.pop(UNVERIFIED, {}))
         differences = find_differences(before, now)

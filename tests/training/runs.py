@@ -40,8 +40,12 @@ def distill_config(steps=4, **settings):
     return dg.DistillConfig(**{"steps": steps, "lr": 1e-3, "progress": False, **settings})
 
 
+# The paper's stage two: the model's own objective, without a teacher.
+PAPER = {"denoising": 1.0, "distill_output": 0.0, "distill_features": 0.0}
+
+
 def finetune_config(steps=3, **settings):
-    return dg.FinetuneConfig(**{"steps": steps, "lr": 1e-3, "progress": False, **settings})
+    return dg.FinetuneConfig(**{"steps": steps, "lr": 1e-3, "progress": False, **PAPER, **settings})
 
 
 def build(rules, seed=0):

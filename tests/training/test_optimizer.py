@@ -77,7 +77,7 @@ def test_every_optimizer_of_torch_trains(name):
     assert weight.square().sum() < 4 * 4 * 2.0**2
     if name in WITHOUT_DECAY:
         with pytest.raises(TrainingError, match="weight_decay"):
-            StageOptimizer([weight], TrainingConfig(optimizer=name, weight_decay=0.1))
+            StageOptimizer([weight], TrainingConfig(optimizer=name, lr=1e-2, weight_decay=0.1))
 
 
 def test_weight_decay_reaches_the_optimizer():
@@ -126,7 +126,7 @@ def test_the_average_is_the_one_of_every_steps_weights():
 
 def test_the_average_of_bfloat16_weights_is_in_float32():
     weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    optimizer = StageOptimizer([weight], TrainingConfig(), ema_decay=0.999)
+    optimizer = StageOptimizer([weight], TrainingConfig(lr=1e-4), ema_decay=0.999)
     optimizer.average.optimization_step = 10**6
     optimizer.set_weights([torch.full_like(weight, 1.25)])
     for _ in range(100):
@@ -170,7 +170,7 @@ def test_steps_that_bfloat16_rounds_away_add_up():
 
 def test_small_gradients_accumulate_beside_large_ones_in_bfloat16():
     weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
-    optimizer = StageOptimizer([weight], TrainingConfig(accumulate=3))
+    optimizer = StageOptimizer([weight], TrainingConfig(lr=1e-4, accumulate=3))
     for factor in (3.0, 0.003, 0.003):
         optimizer.backward(factor * weight.sum())
     assert optimizer.masters[0].grad.item() == pytest.approx(1.002, rel=1e-3)

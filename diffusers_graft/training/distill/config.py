@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ...errors import TrainingError
 from ..config import TrainingConfig, require_one_of
@@ -67,12 +67,14 @@ class DistillConfig(TrainingConfig):
             with their gradients and optimizers do not fit one device. The result is that of one process.
     """
 
+    # Parts learn by themselves, so that a rate may be higher than that of the whole model.
+    rate_of_width: ClassVar[float] = 0.2
+
     loss: str | Mapping[str, str] = "auto"
     lr_scale: Mapping[str, float] = field(default_factory=dict)
     gated: bool = False
     sites: str | tuple[str, ...] | None = None
     mode: str = "parallel"
-    schedule: str = "cosine"
     max_grad_norm: float = 10.0
     closed_form: ClosedFormConfig | None = None
     patience: int | None = None

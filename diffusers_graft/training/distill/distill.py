@@ -81,7 +81,7 @@ def distill(
             settings, or a launch that is not supported.
         FileError: an `output_dir` that cannot be written to, or no checkpoint at the path to resume from.
     """
-    config = config_or_default(config, DistillConfig)
+    config = config_or_default(config, DistillConfig).for_model(model, graft.sites)
     # Everything is checked before anything is changed.
     _require_original_model(model, graft)
     noising = Noising.from_config(config, noise_scheduler, null_prompt)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from diffusers import ModelMixin
+
+from ...core.sites import Sites
 from ...errors import TrainingError
 from ..config import TrainingConfig, require_one_of
+from ..fsdp import find_blocks, fsdp_plugin
 from .lora import lora_settings
 from .objective import VARIANCES
 from .progression import ORDERS
@@ -19,6 +23,9 @@ if TYPE_CHECKING:
 # Key of all parameters that no rule key names.
 REST = "rest"
 
+# Of blocks, as a multiple of the output's.
+FEATURES_WEIGHT = 5.0
+
 TRAINABLE = ("operators", "operators+lora", "all")
 
 
@@ -26,7 +33,10 @@ TRAINABLE = ("operators", "operators+lora", "all")
 class FinetuneConfig(TrainingConfig):
     """Settings of stage two, beside those of both stages (`diffusers_graft.training.config.TrainingConfig`).
 
-    The paper: learning rate 1e-4 after 1,000 steps of warm-up.
+    The ungrafted model is the teacher, whose answer and whose blocks the grafted one learns to give, so that training
+    cannot take it away from what it was pretrained for. `denoising=1` trains on the data, too. The paper does that
+    alone, without a teacher: `denoising=1, distill_output=0`, learning rate 1e-4 after 1,000 steps of warm-up. The
+    defaults are those of the table in examples/ablation.
 
     Attributes:
         train: `"operators"` (the new parts), `"operators+lora"` (LoRA on the rest of the model beside them), or
@@ -43,10 +53,12 @@ class FinetuneConfig(TrainingConfig):
         min_snr: gamma of min-SNR weighting, 5 is usual; None weights all noise levels alike.
         denoising: weight of the model's own objective. With 0, the ungrafted model is all there is to learn from, and
             training batches need no target.
+        timesteps: of the noise; None is `"uniform"` without that objective, and else `"auto"`.
         distill_output: weight of the distance to the ungrafted model's prediction; costs its forward at every step.
         distill_features: weight of the distance to the ungrafted model's block outputs, as a share of their size and
             with massive activations left out (arXiv 2412.01199, section 4.3); costs the same forward, and holds the
-            outputs of all blocks in memory. Alone, it is a loss on the outputs of blocks in place of operators.
+            outputs of all blocks in memory. Alone, it is a loss on the outputs of blocks in place of operators. None
+            is five times `distill_output` where the sites lie in lists of blocks that are not sharded, and else 0.
         trajectory: steps by which the grafted model goes from pure noise to the states that it is trained on, in place
             of noised data (arXiv 2510.08318); each costs a forward. Goes with `denoising=0`. See
             `diffusers_graft.training.finetune.trajectory`.
@@ -57,15 +69,24 @@ class FinetuneConfig(TrainingConfig):
         compile: compile the training forward, by a backend's name or True for torch's default.
     """
 
+    came_later: ClassVar[Mapping[str, Any]] = {
+        "lr_scale": {},
+        "denoising": 1.0,
+        "trajectory": 0,
+        "progressive": None,
+        "progressive_share": 0.5,
+    }
+
     train: str | None = None
     lora: LoraConfig | None = None
     ema_decay: float | str = 0.0
     lr_scale: Mapping[str, float] = field(default_factory=dict)
     variance: str = "auto"
     min_snr: float | None = None
-    denoising: float = 1.0
-    distill_output: float = 0.0
-    distill_features: float = 0.0
+    denoising: float = 0.0
+    timesteps: str | None = None
+    distill_output: float = 1.0
+    distill_features: float | None = None
     trajectory: int = 0
     progressive: str | None = None
     progressive_share: float = 0.5
@@ -75,6 +96,8 @@ class FinetuneConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         # The class is frozen, so defaults that depend on other settings are set past it.
+        if self.timesteps is None:
+            object.__setattr__(self, "timesteps", "auto" if self.denoising else "uniform")
         if self.train is None:
             object.__setattr__(self, "train", "all" if self.lora is None else "operators+lora")
         require_one_of("set of weights to train", self.train, TRAINABLE)
@@ -108,12 +131,22 @@ class FinetuneConfig(TrainingConfig):
             raise TrainingError(
                 "States of the model's own sampling have no target but the ungrafted model's: set denoising=0."
             )
-        weights = (self.denoising, self.distill_output, self.distill_features)
+        weights = (self.denoising, self.distill_output, self.distill_features or 0.0)
         if min(weights) < 0 or not any(weights):
             raise TrainingError(
                 "The weights denoising, distill_output and distill_features are not negative, and one of them is "
                 f"above zero; got {weights}."
             )
+
+    def for_model(self, model: ModelMixin, sites: Sites) -> Self:
+        """Return the settings with numbers where the model decides them: learning rate, and weight of features."""
+        config = super().for_model(model, sites)
+        if config.distill_features is not None:
+            return config
+        # Features of a sharded model cannot be compared.
+        has_features = bool(find_blocks(model, sites)) and fsdp_plugin() is None
+        weight = FEATURES_WEIGHT * config.distill_output if has_features else 0.0
+        return dataclasses.replace(config, distill_features=weight)
 
     @property
     def average_decay(self) -> float:

@@ -82,6 +82,7 @@ def finetune(
     """
     config = config_or_default(config, FinetuneConfig)
     # Everything is checked before anything is changed.
+    config = config.for_model(model, require_graft(model).sites)
     graft = _require_trainable(model, config)
     noising = Noising.from_config(config, noise_scheduler, null_prompt)
     stream = BatchStream(batches)
@@ -137,8 +138,8 @@ def _require_trainable(model: ModelMixin, config: FinetuneConfig) -> Graft:
     if graft.is_standalone and (config.uses_teacher or config.progressive is not None):
         raise StateError(
             "This model was loaded in full: the parts its graft replaced are not in the file, so there is no original "
-            "to learn from or to take turns with. Load the base model and the graft, or leave distill_output, "
-            "distill_features and progressive out."
+            "to learn from or to take turns with. Load the base model and the graft, or train on the data alone: "
+            "denoising=1, distill_output=0, progressive=None."
         )
     if not graft.plan.edits and not config.denoising:
         raise TrainingError(

@@ -77,7 +77,7 @@ def test_a_trajectory_needs_no_data_and_learns_from_the_ungrafted_model_alone():
 
 def test_trajectories_without_teacher_or_noise_are_refused():
     with pytest.raises(TrainingError, match="denoising=0"):
-        dg.FinetuneConfig(trajectory=4, distill_output=1.0)
+        dg.FinetuneConfig(trajectory=4, denoising=1.0)
     with pytest.raises(TrainingError, match="whole number"):
         dg.FinetuneConfig(trajectory=1.5, denoising=0, distill_output=1.0)
     model = grafted_model()
