@@ -117,9 +117,7 @@ def _run(budget: Budget, seed: int, name: str) -> dict[str, Any]:
         install(model, graft)
         row["before"] = measure(model, count=budget.held_out).values
     papers = {"denoising": 1.0, "distill_output": 0.0, "schedule": "constant_with_warmup"}
-    two = FinetuneConfig(
-        steps=budget.stage_two, lr=budget.lr[1], ema_decay=0.98, seed=seed, progress=False, **papers
-    )
+    two = FinetuneConfig(steps=budget.stage_two, lr=budget.lr[1], ema_decay=0.98, seed=seed, progress=False, **papers)
     # Drawn anew, so that all selections see the same batches, the control too.
     finetune(model, testbed.letter_batches(budget.batch_size, 200 + seed), two, noise_scheduler=scheduler())
     row["after"] = _scores(model, budget)
