@@ -1,5 +1,6 @@
 """Nothing here may leave the machine, and no test may lean on another's random state."""
 
+import logging
 import os
 import socket
 
@@ -57,6 +58,15 @@ def _no_reports(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """Put the level of the log back, which the command line sets for its process."""
+    logger = logging.getLogger("diffusers_graft")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

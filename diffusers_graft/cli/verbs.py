@@ -166,7 +166,7 @@ def search(arguments: Arguments) -> None:
     say(f"{found}\n\n{plan}\n\n{shares}")
 
 
-def _read_budget(overrides: list[str]) -> dict[str, float]:
+def _read_budget(overrides: list[str]) -> dict[str, Any]:
     """Return the budget that options name, such as `--search.flops 0.8`."""
     budget = {}
     for name, share in zip(overrides[::2], overrides[1::2], strict=False):

@@ -34,6 +34,7 @@ from ..training.distill.student import Student
 from ..training.finetune.finetune import prepared
 from ..training.finetune.objective import denoising_loss
 from ..training.finetune.stage import make_optimizer
+from ..training.finetune.teacher import Teacher
 from .architecture import Architecture, list_downloads, read_architecture
 from .data import require_data
 from .run import choose_local, resolve_plan
@@ -216,9 +217,9 @@ def _cost_data(recipe: Recipe, found: Architecture, forward: int) -> StageCost:
 def _cost_distill(
     recipe: Recipe, model: ModelMixin, graft: Graft, inputs: Mapping[str, Any], devices: int
 ) -> StageCost:
-    config = recipe.distill
-    assert config is not None
+    assert recipe.distill is not None
     sites = [edit.site for edit in graft.plan.edits]
+    config = recipe.distill.for_model(model, graft.sites)
     states: list[torch.Tensor] = []
 
     def make() -> Callable[[], None]:
@@ -277,20 +278,25 @@ def _take_step(student: Student) -> None:
 def _cost_finetune(
     recipe: Recipe, model: ModelMixin, graft: Graft, inputs: Mapping[str, Any], devices: int
 ) -> StageCost:
-    config = recipe.finetune
-    assert config is not None
+    assert recipe.finetune is not None
+    config = recipe.finetune.for_model(model, graft.sites)
     trained: list[torch.Tensor] = []
     before = _weight_bytes(model)
     saved = 0
 
     def make() -> Callable[[], None]:
         optimizer = make_optimizer(model, graft, config)
+        features = config.distill_features or 0.0
+        teacher = Teacher(model, output_weight=config.distill_output, feature_weight=features)
         trained.extend(master.detach().clone() for master in optimizer.masters)
 
         def step() -> None:
-            prediction = predict(model, dict(inputs))
+            teacher.run(dict(inputs))
+            with teacher.capture_features(model):
+                prediction = predict(model, dict(inputs))
             target = torch.zeros_like(prediction)
-            optimizer.backward(denoising_loss(prediction, target))
+            loss = config.denoising * denoising_loss(prediction, target)
+            optimizer.backward(sum(teacher.losses(prediction).values(), start=loss))
             optimizer.clip_gradients()
             optimizer.step()
 

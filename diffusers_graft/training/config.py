@@ -150,7 +150,7 @@ class TrainingConfig:
         Raises `TrainingError` for settings that the schedule does not take.
         """
         # diffusers makes schedules for an optimizer, of which only the factors are used.
-        dummy = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        dummy = torch.optim.SGD([torch.zeros(1)], lr=1.0 if self.lr is None else self.lr)
         settings = {"num_warmup_steps": self.warmup, "num_training_steps": self.steps + 1, **self.schedule_args}
         try:
             factor = get_scheduler(self.schedule, dummy, **settings).lr_lambdas[0]

@@ -81,9 +81,10 @@ def distill(
             settings, or a launch that is not supported.
         FileError: an `output_dir` that cannot be written to, or no checkpoint at the path to resume from.
     """
-    config = config_or_default(config, DistillConfig).for_model(model, graft.sites)
+    config = config_or_default(config, DistillConfig)
     # Everything is checked before anything is changed.
     _require_original_model(model, graft)
+    config = config.for_model(model, graft.sites)
     noising = Noising.from_config(config, noise_scheduler, null_prompt)
     stream = BatchStream(batches)
     sites = _choose_sites(graft, config)

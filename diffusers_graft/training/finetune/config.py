@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from ...core.sites import Sites
 from ...errors import TrainingError
 from ..config import TrainingConfig, require_one_of
-from ..fsdp import find_blocks, fsdp_plugin
+from ..fsdp import find_blocks
 from .lora import lora_settings
 from .objective import VARIANCES
 from .progression import ORDERS
@@ -58,7 +58,7 @@ class FinetuneConfig(TrainingConfig):
         distill_features: weight of the distance to the ungrafted model's block outputs, as a share of their size and
             with massive activations left out (arXiv 2412.01199, section 4.3); costs the same forward, and holds the
             outputs of all blocks in memory. Alone, it is a loss on the outputs of blocks in place of operators. None
-            is five times `distill_output` where the sites lie in lists of blocks that are not sharded, and else 0.
+            is five times `distill_output` where the sites lie in lists of blocks, and else 0.
         trajectory: steps by which the grafted model goes from pure noise to the states that it is trained on, in place
             of noised data (arXiv 2510.08318); each costs a forward. Goes with `denoising=0`. See
             `diffusers_graft.training.finetune.trajectory`.
@@ -143,9 +143,7 @@ class FinetuneConfig(TrainingConfig):
         config = super().for_model(model, sites)
         if config.distill_features is not None:
             return config
-        # Features of a sharded model cannot be compared.
-        has_features = bool(find_blocks(model, sites)) and fsdp_plugin() is None
-        weight = FEATURES_WEIGHT * config.distill_output if has_features else 0.0
+        weight = FEATURES_WEIGHT * config.distill_output if find_blocks(model, sites) else 0.0
         return dataclasses.replace(config, distill_features=weight)
 
     @property

@@ -108,7 +108,7 @@ def finetune(
         teacher = Teacher(
             student,
             output_weight=config.distill_output,
-            feature_weight=config.distill_features,
+            feature_weight=config.distill_features or 0.0,
             original=shard_original(model, graft.sites, config.precision) if config.uses_teacher else None,
         )
         stage = FinetuneStage(student, require_graft(student), teacher, config, noising, stream, evaluated, losses)

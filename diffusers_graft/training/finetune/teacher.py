@@ -87,8 +87,9 @@ class Teacher:
                 handle.remove()
 
     def _capture(self, block: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-        # Blocks with two streams return the image's first.
-        self.student_features.append(output if isinstance(output, torch.Tensor) else output[0])
+        streams = [output] if isinstance(output, torch.Tensor) else output
+        # A last block may end the prompt's stream.
+        self.student_features += [stream for stream in streams if isinstance(stream, torch.Tensor)]
 
     def losses(self, prediction: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the terms that were asked for, weighted, by name."""

@@ -182,9 +182,11 @@ def test_the_code_is_for_reading(folders):
     assert "cli.py" not in modules
     asked = {
         alias.name.partition(".")[0]
-        for text in modules.values()
+        for path, text in modules.items()
         for node in ast.parse(text).body
         if isinstance(node, ast.Import)
+        # Kernels are imported where a backend asks for one.
+        and not path.startswith("operators/kernels/")
         for alias in node.names
     }
     asked |= {
