@@ -14,7 +14,8 @@ from typing import Any
 from diffusers_graft.errors import GraftError, UnknownNameError
 
 HALF = "self_attention[1::2]"
-# The half whose replacement by 3 x 3 neighbourhoods moves the answer least.
+# The half whose replacement by 3 x 3 neighbourhoods moves the answer least of all 70, each measured by itself;
+# `dg.survey` names 3, 4, 6 and 7.
 LEAST_HARM = "self_attention[0,3,4,6]"
 ALL = "self_attention[:]"
 HYBRID = "hybrid(first='neighborhood')"
