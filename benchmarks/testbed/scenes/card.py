@@ -34,6 +34,7 @@ for each kind, and six pairs of count and kind, are never shown in training; the
 
 ```python
 from diffusers_graft.testbed import scenes
+
 scenes.pipeline()("a red circle left of a blue star", use_resolution_binning=False, clean_caption=False)
 ```
 
