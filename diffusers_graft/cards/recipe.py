@@ -52,6 +52,8 @@ def _call(config: type, row: dict[str, Any]) -> str:
     """Return the call that makes a config, with the settings of a row that differ from the defaults."""
     settings = []
     defaults = _defaults(config)
+    # Rows of earlier versions lack them.
+    row = {**getattr(config, "came_later", {}), **row}
     for name, default in defaults.items():
         value = row.get(name, default)
         if name in _NO_SETTINGS or value == default:

@@ -314,6 +314,9 @@ def _cost_finetune(
         state += size
     activations = max(0, peak - state) + _gathered(model, devices)
     steps = config.steps * config.accumulate * devices
+    if devices > 1 and config.uses_teacher:
+        # Weights in shards cannot be exchanged, so the original stands beside them.
+        held += before
     # The originals of weights that change stay beside the graft.
     weights = _divide(max(after, before) + held, devices)
     return StageCost(

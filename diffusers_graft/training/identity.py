@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import ModelMixin
+from torch.utils.data import RandomSampler, SequentialSampler
 
 from ..errors import TrainingError
 from ..injection.graft import Graft, base_tensors
@@ -75,14 +76,22 @@ def read_held_out(held_out: Iterable[Batch] | None, count: int, stream: BatchStr
     first = [stream.peek()]
     if isinstance(stream.batches, list | tuple):
         first = stream.batches[:_MOST_COMPARED]
-    dataset = getattr(held_out, "dataset", None)
-    is_same_dataset = dataset is not None and dataset is getattr(stream.batches, "dataset", None)
-    if is_same_dataset or not set(map(digest, found)).isdisjoint(map(digest, first)):
+    if _read_same_dataset(held_out, stream.batches) or not set(map(digest, found)).isdisjoint(map(digest, first)):
         raise TrainingError(
             "The held-out batches are training data, on which a model looks better than it is: hold others out, or "
             "give none."
         )
     return found
+
+
+def _read_same_dataset(*sources: Any) -> bool:
+    """Return whether two sources of batches read one dataset, both of them all of it."""
+    datasets = [getattr(source, "dataset", None) for source in sources]
+    if datasets[0] is None or datasets[0] is not datasets[1]:
+        return False
+    # Other samplers may choose a part, each another one.
+    samplers = [getattr(source, "sampler", None) for source in sources]
+    return all(isinstance(sampler, RandomSampler | SequentialSampler | None) for sampler in samplers)
 
 
 def find_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

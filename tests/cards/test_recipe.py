@@ -57,6 +57,15 @@ def test_the_stages_of_a_card_train_the_graft_again():
     assert torch.equal(predict(again), predict(model))
 
 
+def test_rows_of_earlier_versions_keep_the_objective_they_were_trained_with():
+    model = tiny_dit(2)
+    model.set_graft({"feed_forward[1]": "mlp(expansion=2)"})
+    model.graft.history.append(
+        {"stage": "two", "steps": 2, "lr": 1e-3, "distill_output": 0.0, "distill_features": 0.0}
+    )
+    assert "denoising=1.0" in code_of(card(model))
+
+
 def test_a_full_model_has_no_recipe(tmp_path):
     model = tiny_dit(2)
     model.set_graft({"feed_forward[0]": "linear_mlp"})

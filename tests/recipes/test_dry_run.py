@@ -23,6 +23,10 @@ PIXART = {
 FLUX = {"name": "black-forest-labs/FLUX.1-dev", "config": f"{ARCHITECTURES}/flux-1-dev.json", "dtype": "bfloat16"}
 
 
+# Stage two without a teacher.
+PAPER = {"denoising": 1, "distill_output": 0}
+
+
 def stages_of(recipe, devices=1):
     return {stage.name: stage for stage in estimate(load_recipe(recipe), devices=devices).stages}
 
@@ -91,6 +95,19 @@ def test_stage_one_of_dit_agrees_with_the_arithmetic():
     assert stage.state == pytest.approx(2.4e9, rel=0.01)
 
 
+def test_the_teacher_of_a_sharded_model_is_a_second_one():
+    recipe = {"model": "testbed:letters", "plan": {"self_attention[1::2]": "neighborhood"}, "distill": None}
+    weights = {}
+    for name, objective in (("teacher", {}), ("paper", PAPER)):
+        for devices in (1, 2):
+            two = stages_of({**recipe, "finetune": {"steps": 1, **objective}}, devices)["stage two"]
+            weights[name, devices] = two.weights
+    original = 4 * 1_638_436
+    assert weights["teacher", 2] - weights["paper", 2] == pytest.approx(original / 2, rel=0.02)
+    # On one device graft and original are exchanged in place.
+    assert weights["teacher", 1] == pytest.approx(weights["paper", 1], rel=0.02)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("devices", [1, 8])
 def test_pixart_at_2048_pixels_agrees_with_the_arithmetic(devices):
@@ -99,7 +116,12 @@ def test_pixart_at_2048_pixels_agrees_with_the_arithmetic(devices):
         "plan": {"self_attention[8,10,12,14,16,18,20:28]": "hyena_x"},
         "data": {"synthetic": {"prompts": ["a"], "samples": 12_000}, "batch_size": 1},
         "distill": {"steps": 1},
-        "finetune": {"steps": 1, "lora": {"r": 64, "target_modules": "all-linear"}, "gradient_checkpointing": True},
+        "finetune": {
+            "steps": 1,
+            "lora": {"r": 64, "target_modules": "all-linear"},
+            "gradient_checkpointing": True,
+            **PAPER,
+        },
     }
     costs = estimate(load_recipe(recipe), devices=devices)
     assert costs.flops[0] == pytest.approx(52.4e12, rel=0.002)
@@ -123,7 +145,7 @@ def test_flux_agrees_with_the_arithmetic(devices):
         "plan": {"joint_attention[50%]": "neighborhood"},
         "data": {"latents": ".", "batch_size": 1},
         "distill": None,
-        "finetune": {"steps": 1, "gradient_checkpointing": True},
+        "finetune": {"steps": 1, "gradient_checkpointing": True, **PAPER},
     }
     two = stages_of(recipe, devices)["stage two"]
     parameters = 11_901_408_320

@@ -132,6 +132,10 @@ def test_held_out_batches_that_are_training_data_are_refused():
         with pytest.raises(TrainingError, match="are training data"):
             read_held_out(held_out, 4, BatchStream(training))
     assert read_held_out(batches(3, seed=9), 2, BatchStream(data))[1]["sample"].shape == (8, 1, 8, 8)
+    # Samplers may divide one dataset.
+    training, others = ([0, 1], [2, 3])
+    loader, held_out = (torch.utils.data.DataLoader(dataset, sampler=part) for part in (training, others))
+    assert len(read_held_out(held_out, 4, BatchStream(loader))) == 2
     model, graft = build({"self_attention[1]": "hyena_x"})
     with pytest.raises(TrainingError, match="are training data"):
         dg.distill(model, graft, data, noise_scheduler=DDPMScheduler(), held_out=data)

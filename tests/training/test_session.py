@@ -1,6 +1,7 @@
 """Logs, trackers, callbacks and checkpoints of a run."""
 
 import io
+import json
 import logging
 import re
 import shutil
@@ -113,6 +114,37 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(FileError, match="runs cannot be written to"):
         run("two", tmp_path / "runs")
+
+
+def test_a_checkpoint_from_before_a_setting_goes_on_with_what_it_was_trained_with(tmp_path):
+    """One from before `denoising` was trained on the data: that is resumed, and the teacher alone is another run."""
+    objective = {"distill_output": 0.0, "distill_features": 0.0, "timesteps": "auto"}
+    run_finetune(grafted_model(), output_dir=tmp_path, **objective)
+    (structure,) = (tmp_path / ".checkpoints").glob("stage-two-*/*.json")
+    saved = json.loads(structure.read_text())
+    for name in dg.FinetuneConfig.came_later:
+        assert re.search(f'"{name}"', structure.read_text())
+    text = json.dumps(_without(saved, dg.FinetuneConfig.came_later))
+    structure.write_text(text)
+    with pytest.raises(StateError, match="config.denoising was 1.0 and is 0"):
+        run_finetune(
+            grafted_model(),
+            output_dir=tmp_path,
+            resume=True,
+            steps=5,
+            **{**objective, "denoising": 0.0, "distill_output": 1.0},
+        )
+    losses = run_finetune(grafted_model(), output_dir=tmp_path, resume=True, steps=5, **objective)
+    assert len(losses) == 5
+
+
+def _without(value, names):
+    """A structure of JSON without some keys of its dicts."""
+    if isinstance(value, dict):
+        return {name: _without(item, names) for name, item in value.items() if name not in names}
+    if isinstance(value, list):
+        return [_without(item, names) for item in value]
+    return value
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

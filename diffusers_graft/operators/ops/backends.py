@@ -3,7 +3,8 @@
 `backend="torch"` never changes by itself. A backend asked for by name runs, or is an error that says what is missing.
 `backend="auto"` takes the fastest of those that this device and precision allow and that agree with plain torch. It
 measures them in the first forward of a class of shapes, says once what it chose, and keeps to it while the process
-lives, so that a graft that is loaded again computes the same bits. In another process two that are about as fast may
+lives, so that a graft that is loaded again after it computes the same bits. In another process, or in code that was
+compiled before, two that are about as fast may
 come in first by turns, and their results differ by rounding: what must be the same everywhere names its backend.
 """
 

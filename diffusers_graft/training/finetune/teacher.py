@@ -49,7 +49,7 @@ class Teacher:
         self.original = original
         self.blocks: list[str] = []
         if feature_weight:
-            self.blocks = find_blocks(model, require_graft(model).sites)
+            self.blocks = _find_compared_blocks(model)
             if not self.blocks:
                 raise TrainingError("Features are those of blocks, and this model's sites lie in no list of blocks.")
         self.prediction: torch.Tensor | None = None
@@ -106,6 +106,14 @@ class Teacher:
         self.features = []
         self.student_features = []
         return terms
+
+
+def _find_compared_blocks(model: ModelMixin) -> list[str]:
+    """Return the paths of blocks after which the grafted model is where the ungrafted one is."""
+    graft = require_graft(model)
+    # One part in the place of several blocks gives the output of the last at the place of the first.
+    inner = {path for edit in graft.plan.edits for path in edit.site.paths[:-1]}
+    return [path for path in find_blocks(model, graft.sites) if path not in inner]
 
 
 def masked_error(student: torch.Tensor, teacher: torch.Tensor, *, deviations: float = 2.0) -> torch.Tensor:

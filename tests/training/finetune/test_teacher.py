@@ -6,7 +6,7 @@ from diffusers.models.embeddings import LabelEmbedding
 
 import diffusers_graft as dg
 from diffusers_graft.errors import TrainingError
-from diffusers_graft.training.finetune.teacher import masked_error
+from diffusers_graft.training.finetune.teacher import Teacher, masked_error
 from diffusers_graft.training.fsdp import find_blocks
 from diffusers_graft.training.metrics_log import read_metrics
 from diffusers_graft.training.noised_batch import Noising
@@ -83,6 +83,25 @@ def test_the_teacher_leaves_label_dropout_of_grafted_blocks_off():
     run_finetune(model, steps=2, distill_output=1.0, callbacks=[Watcher()])
     assert training
     assert not any(training)
+
+
+def test_a_part_in_the_place_of_two_blocks_is_compared_behind_the_second():
+    model = grafted_model(rules={"block_pair[0]": "parallel"})
+    blocks = Teacher(model, feature_weight=1.0).blocks
+    assert "transformer_blocks.0" not in blocks
+    assert "transformer_blocks.1" in blocks
+    # Such a part that does what both blocks did has nothing to learn.
+    inputs = Noising(scheduler=SCHEDULER)(model, batches()[0], torch.Generator().manual_seed(0)).inputs
+    seat, *_ = model.graft.seats.values()
+    first, second = (
+        block for name, block in tiny_dit().named_modules() if name in ("transformer_blocks.0", "transformer_blocks.1")
+    )
+    seat.forward = lambda *args, **kwargs: second(first(*args, **kwargs), *args[1:], **kwargs)
+    teacher = Teacher(model, feature_weight=1.0)
+    teacher.run(inputs)
+    with torch.no_grad(), teacher.capture_features(model.eval()):
+        prediction = model(**inputs).sample
+    assert teacher.losses(prediction)["features"] == 0
 
 
 def test_the_teacher_alone_needs_no_target():
