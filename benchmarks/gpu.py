@@ -224,8 +224,7 @@ def _checks(config: OperatorConfig, sizes: Sizes) -> Iterator[tuple[str, Callabl
         return gradients(operator, operator, subject.inputs(), subject.context)
 
     yield "float32 and the CPU's float64", lambda: (run(torch.float32), on_cpu()), FLOAT32
-    in_bf16 = run(torch.bfloat16)
-    yield "compiled, bf16", lambda: (run(torch.bfloat16, compiler=sizes.compiler), in_bf16), BFLOAT16
+    yield "compiled, bf16", lambda: (run(torch.bfloat16, compiler=sizes.compiler), run(torch.bfloat16)), BFLOAT16
     if not issubclass(config.owner, WithBackends):
         return
     for backend in (*(backend.name for backend in config.owner.backends), "auto"):
@@ -291,10 +290,10 @@ def video_table(sizes: Sizes, is_time_left: Callable[[], bool]) -> str:
         if not is_time_left():
             rows.append([text, "no time left", "", "", "", ""])
             continue
-        operator = build_example(parse_operator(text), width=width, heads=sizes.heads)
-        inputs = [part.to(sizes.device, torch.bfloat16) for part in example_tensors(operator, sizes.video.tokens)]
-        context = _move(example_context(operator, sizes.video), sizes.device)
         try:
+            operator = build_example(parse_operator(text), width=width, heads=sizes.heads)
+            inputs = [part.to(sizes.device, torch.bfloat16) for part in example_tensors(operator, sizes.video.tokens)]
+            context = _move(example_context(operator, sizes.video), sizes.device)
             rows.append([text, *_time_on_video(operator.to(sizes.device, torch.bfloat16), inputs, context, sizes)])
         except Exception as error:  # memory, among others
             rows.append([text, first_line(error)[:60], "", "", "", ""])
