@@ -19,6 +19,10 @@ HALF = "self_attention[1::2]"
 LEAST_HARM = "self_attention[0,3,4,6]"
 ALL = "self_attention[:]"
 HYBRID = "hybrid(first='neighborhood')"
+# 3 x 3 neighbours and the means of all 2 x 2 tiles: 25 keys of the letters' 64.
+FAR = "neighborhood(far=2)"
+# Softmax over the quarter of all 2 x 2 tiles that matters most to a query's tile, linear attention over the rest.
+SPARSE = "sparse_linear(block=2, keep=0.25)"
 
 # The quick start's settings when this table was begun, in full: changed defaults of the library change no row of it.
 _BOTH: dict[str, Any] = {
@@ -195,6 +199,8 @@ RECIPES = (
     MUON.but("blocks, Muon, average", two={"ema_decay": "auto"}),
     # all attention
     EVEN.but("all: blocks, Muon, uniform noise", sites=ALL, times=(1, 4)),
+    EVEN.but("all: far neighborhood, blocks, Muon, uniform noise", sites=ALL, operator=FAR, times=(1, 4)),
+    EVEN.but("all: sparse linear, blocks, Muon, uniform noise", sites=ALL, operator=SPARSE, times=(1, 4)),
     EVEN.but("all: hybrid, blocks, Muon, uniform noise", sites=ALL, operator=HYBRID, times=(1, 4)),
     TODAY.but("all: today", sites=ALL, times=(1, 4)),
     TEACHER.but("all: teacher 4", sites=ALL, closed_form=8, times=(1, 4)),
