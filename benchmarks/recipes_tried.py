@@ -190,6 +190,8 @@ RECIPES = (
     MUON.but("least harm: blocks, Muon", sites=LEAST_HARM, times=(1, 2)),
     EVEN,
     EVEN.but("least harm: blocks, Muon, uniform noise", sites=LEAST_HARM, times=(1, 2)),
+    EVEN.but("far neighborhood, blocks, Muon, uniform noise", operator=FAR, times=(1, 2)),
+    EVEN.but("sparse linear, blocks, Muon, uniform noise", operator=SPARSE, times=(1, 2)),
     MUON.but("blocks, Muon, batches of 16", batch_size=16),
     MUON.but("blocks, Muon, progressive", two={"progressive": "least_harm"}),
     MUON.but("blocks, Muon, own trajectory", two={"trajectory": 4}),
