@@ -23,6 +23,7 @@ HYBRID = "hybrid(first='neighborhood')"
 FAR = "neighborhood(far=2)"
 # Softmax over the quarter of all 2 x 2 tiles that matters most to a query's tile, linear attention over the rest.
 SPARSE = "sparse_linear(block=2, keep=0.25)"
+HEDGEHOG = "linear_attention(feature_map='softmax')"
 
 # The quick start's settings when this table was begun, in full: changed defaults of the library change no row of it.
 _BOTH: dict[str, Any] = {
@@ -199,6 +200,9 @@ RECIPES = (
     MUON.but("blocks, Muon, a fifth correcting", one={"mode": "correcting"}, shares=(0.2, 0.8)),
     MUON.but("blocks, Muon, data too", two={"denoising": 1.0}),
     MUON.but("blocks, Muon, average", two={"ema_decay": "auto"}),
+    # features that imitate softmax's weights (Hedgehog), fitted by stage one or by the whole model
+    EVEN.but("Hedgehog", operator=HEDGEHOG, times=(0.5,)),
+    EVEN.but("Hedgehog, a fifth for stage one", operator=HEDGEHOG, shares=(0.2, 0.8), times=(0.5,)),
     # all attention
     EVEN.but("all: blocks, Muon, uniform noise", sites=ALL, times=(1, 4)),
     EVEN.but("all: far neighborhood, blocks, Muon, uniform noise", sites=ALL, operator=FAR, times=(1, 4)),
