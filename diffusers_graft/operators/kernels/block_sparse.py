@@ -281,6 +281,8 @@ def _turn_around(chosen: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tens
 def _save(ctx, inputs, output):
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
+    # Whoever asks for a gradient of the sums gets an error, and not one that leaves them out.
+    ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, gradient, _):

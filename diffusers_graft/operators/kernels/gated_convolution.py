@@ -28,7 +28,8 @@ FEATURE_TOKENS = 64
 def _load(part, stride, y, x, grid, channel):
     """Load tokens of a grid, [T, C]; zeros outside of it."""
     inside = (y >= 0) & (y < grid[0]) & (x >= 0) & (x < grid[1])
-    place = (y * grid[1] + x)[:, None] * stride + channel[0][None, :]
+    # One sample of a long video has more numbers than 32 bits count.
+    place = (y * grid[1] + x).to(tl.int64)[:, None] * stride + channel[0][None, :]
     return tl.load(part + place, mask=inside[:, None] & (channel[0] < channel[1])[None, :], other=0.0)
 
 
@@ -122,7 +123,7 @@ def _forward(
 @triton.jit
 def _store(output, numbers, y, x, grid, channel):
     """Store tokens, [T, C], of one sample whose tokens lie one behind the other."""
-    place = (y * grid[1] + x)[:, None] * channel[1] + channel[0][None, :]
+    place = (y * grid[1] + x).to(tl.int64)[:, None] * channel[1] + channel[0][None, :]
     inside = (y < grid[0])[:, None] & (channel[0] < channel[1])[None, :]
     tl.store(output + place, numbers.to(output.dtype.element_ty), mask=inside)
 

@@ -83,6 +83,39 @@ def test_heads_that_lie_apart_in_memory_are_copied_first():
     torch.testing.assert_close(_triton(operator, *apart, Context()), _triton(operator, *heads, Context()))
 
 
+def test_under_autocast_the_kernel_computes_in_its_precision_and_gradients_keep_that_of_the_inputs():
+    operator = make("hyena_x")
+    projected, heads = heads_of(30, dtype=torch.float32)
+
+    def call(*inputs):
+        *tensors, context = inputs
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return operator.run_by(operator._named("triton"), tensors, context)
+
+    found = outputs_and_gradients(call, operator, heads, projected, Context())
+    exact = outputs_and_gradients(operator.reference, operator, heads, projected, Context())
+    assert found[0].dtype == torch.bfloat16
+    assert all(part.dtype == torch.float32 for part in found[1:])
+    for part, right in zip(found, exact, strict=True):
+        assert (part.float() - right).norm() < 0.02 * right.norm()
+
+
+def test_tokens_that_lie_more_than_32_bits_apart_are_found():
+    """Three tokens in four gigabytes of memory that nobody else touches."""
+    from diffusers_graft.operators.kernels.gated_convolution import gated_convolution
+
+    stride = 2**30
+    try:
+        memory = torch.empty(2 * stride + 4, dtype=torch.float16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("four gigabytes are not there")
+    tokens = memory.as_strided((1, 3, 4), (2 * stride + 4, stride, 1))
+    tokens.copy_(torch.arange(12).view(1, 3, 4))
+    filters = torch.tensor([1.0, 0.0], device=DEVICE)[:, None].expand(1, 2, 4).contiguous()
+    mixed = gated_convolution(tokens, tokens, tokens, filters, [1, 1, 0, 0], 3, 1)
+    assert torch.equal(mixed.cpu().flatten(), torch.arange(12).pow(3).half())
+
+
 def test_the_kernel_leaves_graphs_whole():
     operator = make("hyena_y").double()
     projected, heads = heads_of(30, samples=1)
