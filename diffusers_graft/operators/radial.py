@@ -1,7 +1,7 @@
 """Softmax attention of videos whose reach falls with the distance in time: static rays around the diagonal.
 
 Paper: Radial Attention, arXiv 2506.19852, and its code, where both say how wide a ray is. Reach is along the raster
-order of a frame; what the code does besides, for the blocks of its kernel, is left out.
+order of a frame. The code then sees whole blocks, for its kernel: that is a setting.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..core.context import Context, Grid
 from ..core.shapes import HeadTensor, KeyTensor
 from ..errors import OperatorError
-from .base import Mixer
+from .base import Mixer, rare
 from .ops.settings import require_count, require_flag
 from .ops.tiles import Tiling, attend_in_tiles, masked_softmax, ragged_tiling
 
 # Tokens of a tile, which gathers the keys that any of them sees.
 TILE = 64
+
+# Queries of a tile, and the keys that any of them sees.
+Tile = tuple[list[int], list[int]]
 
 
 class Radial(Mixer):
@@ -45,11 +50,14 @@ class Radial(Mixer):
             decay: factor on every reach, above 0 and up to 1 (the paper: 0.2 to 0.95, by model and length).
             least: tokens below which a reach does not fall (its code: 64 or 128).
             sink: whether every token sees the first frame.
+            block: tokens of a block, of which rays are rounded to whole ones (its code: 64 or 128), in raster order;
+                None leaves them as they are.
         """
 
         decay: float = 1.0
         least: int = 64
         sink: bool = True
+        block: int | None = rare(None)
 
         def __post_init__(self):
             super().__post_init__()
@@ -60,6 +68,8 @@ class Radial(Mixer):
                 )
             require_count("radial", "least", self.least, example=64)
             require_flag("radial", "sink", self.sink)
+            if self.block is not None:
+                require_count("radial", "block", self.block, example=64)
 
         def reaches(self, frames: int, size: int) -> list[int]:
             """List the reach in frames as far away as 0, 1, ...: `size` tokens if all are seen, -1 if none is."""
@@ -110,6 +120,8 @@ class Radial(Mixer):
         if grid is None:
             return tokens**2
         size = grid.height * grid.width
+        if self.config.block is not None:
+            return _count_pairs_of_blocks(self.config.block, tokens, kept_blocks(self.config, (grid.frames, size)))
         reaches = self.config.reaches(grid.frames, size)
         pairs = 0
         for row in range(grid.frames):
@@ -131,6 +143,9 @@ def sees(config: Radial.Config, sides: tuple[int, int], query: torch.Tensor, key
         query, key: raster indices that broadcast.
     """
     frames, size = sides
+    if config.block is not None:
+        kept = torch.tensor(kept_blocks(config, sides), device=query.device)
+        return kept[query // config.block, key // config.block]
     reaches = torch.tensor(config.reaches(frames, size), device=query.device)
     frame = key // size
     reach = reaches[(query // size - frame).abs()]
@@ -140,7 +155,73 @@ def sees(config: Radial.Config, sides: tuple[int, int], query: torch.Tensor, key
     return visible
 
 
+# Numbers and not a tensor, which would belong to one device and one mode.
+@functools.lru_cache(maxsize=64)
+def kept_blocks(config: Radial.Config, sides: tuple[int, int]) -> list[list[bool]]:
+    """Return whether a block of queries sees a block of keys, by the rule of the paper's code, [blocks][blocks].
+
+    It does where more than 60 % of the keys that any of its queries sees are seen by more than a third of them. A
+    block always sees itself.
+    """
+    assert config.block is not None
+    frames, size = sides
+    tokens = frames * size
+    count = -(-tokens // config.block)
+    kept = []
+    with unset_fake_temporarily(), torch.device("cpu"):
+        frame = torch.arange(tokens) // size
+        for number in range(count):
+            first = number * config.block
+            end = min(first + config.block, tokens)
+            seen_by = torch.zeros(tokens, dtype=torch.long)
+            # A block may begin in one frame and end in another.
+            for own in range(first // size, (end - 1) // size + 1):
+                low = max(0, first - own * size)
+                high = min(size, end - own * size) - 1
+                seen_by += _count_seeing(config, sides, own, frame, (low, high))
+            by_block = F.pad(seen_by, (0, count * config.block - tokens)).view(count, config.block)
+            touched = (by_block > 0).sum(1)
+            dense = (3 * by_block > end - first).sum(1)
+            row = (5 * dense > 3 * touched).tolist()
+            row[number] = True
+            kept.append(row)
+    return kept
+
+
+def _count_seeing(
+    config: Radial.Config, sides: tuple[int, int], own: int, frame: torch.Tensor, rows: tuple[int, int]
+) -> torch.Tensor:
+    """Count the queries at the places from `rows[0]` to `rows[1]` of a frame that see each key, [N].
+
+    Args:
+        own: the frame of the queries.
+        frame: of each key.
+    """
+    frames, size = sides
+    low, high = rows
+    place = torch.arange(frames * size) % size
+    reach = torch.tensor(config.reaches(frames, size))[(frame - own).abs()]
+    if config.sink:
+        reach = reach.masked_fill(frame == 0, size)
+    nearest = (place - reach).clamp(min=low)
+    farthest = (place + reach).clamp(max=high)
+    return (farthest - nearest + 1).clamp(min=0)
+
+
+def _count_pairs_of_blocks(block: int, tokens: int, kept: list[list[bool]]) -> int:
+    sizes = [min(block, tokens - start) for start in range(0, tokens, block)]
+    pairs = 0
+    for size, row in zip(sizes, kept, strict=True):
+        pairs += size * sum(other for other, is_kept in zip(sizes, row, strict=True) if is_kept)
+    return pairs
+
+
 def _make_tiling(config: Radial.Config, sides: tuple[int, int], others: int, device: torch.device) -> Tiling:
+    make = _tiles_of_rays if config.block is None else _tiles_of_blocks
+    return ragged_tiling(make(config, sides), functools.partial(sees, config, sides), others, device)
+
+
+def _tiles_of_rays(config: Radial.Config, sides: tuple[int, int]) -> list[Tile]:
     frames, size = sides
     reaches = config.reaches(frames, size)
     count = min(TILE, size)
@@ -160,7 +241,25 @@ def _make_tiling(config: Radial.Config, sides: tuple[int, int], others: int, dev
                     high = min(size, first + count + reach)
                     keys += range(other * size + low, other * size + high)
             tiles.append((list(range(frame * size + first, frame * size + first + count)), keys))
-    return ragged_tiling(tiles, functools.partial(sees, config, sides), others, device)
+    return tiles
+
+
+def _tiles_of_blocks(config: Radial.Config, sides: tuple[int, int]) -> list[Tile]:
+    assert config.block is not None
+    tokens = sides[0] * sides[1]
+    kept = kept_blocks(config, sides)
+    count = min(config.block, tokens)
+    tiles = []
+    for start in range(0, tokens, count):
+        # The last tile begins in the block before, where blocks do not divide the video.
+        first = min(start, tokens - count)
+        rows = kept[first // config.block : (first + count - 1) // config.block + 1]
+        keys = []
+        for other in range(len(kept)):
+            if any(row[other] for row in rows):
+                keys += range(other * config.block, min((other + 1) * config.block, tokens))
+        tiles.append((list(range(first, first + count)), keys))
+    return tiles
 
 
 _cached_tiling = functools.lru_cache(maxsize=64)(_make_tiling)

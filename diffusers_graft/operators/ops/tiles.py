@@ -181,13 +181,13 @@ def ragged_tiling(
     # As in `_make_tiling`: a tiling outlives the mode it is made in.
     with torch.inference_mode(False), torch.device("cpu"):
         most = max(len(keys) for _, keys in tiles)
+        tokens = 1 + max(max(places) for places, _ in tiles)
         queries = torch.tensor([places for places, _ in tiles])
         # Where there are fewer keys, one of them is repeated, and hidden.
         keys = torch.tensor([places + places[:1] * (most - len(places)) for _, places in tiles])
         counts = torch.tensor([len(places) for _, places in tiles])
         is_there = torch.arange(most) < counts[:, None]
         mask = sees(queries[:, :, None], keys[:, None]) & is_there[:, None]
-        tokens = int(queries.max()) + 1
         inverse = torch.empty(tokens, dtype=torch.long)
         inverse[queries.flatten()] = torch.arange(queries.numel())
         keys = torch.cat([keys, torch.arange(tokens, tokens + others).expand(len(keys), -1)], dim=1)

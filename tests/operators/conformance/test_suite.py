@@ -36,6 +36,7 @@ CASES = [
     "radial",
     {"operator": "radial", "least": 4, "decay": 0.5},
     {"operator": "radial", "least": 8, "sink": False},
+    {"operator": "radial", "least": 4, "block": 7},
     "hyena_x",
     {"operator": "hyena_x", "layout": "centered_1d"},
     {"operator": "hyena_x", "layout": "centered_1d", "kernel_size": 2},
