@@ -124,6 +124,30 @@ def test_the_public_function_renders_a_card():
         card(model, licence="mit")
 
 
+def test_a_card_names_and_cites_every_operator_that_there_is():
+    """Cards are written from the registry: an operator that comes along needs no card of its own."""
+    by_kind = {}
+    for name in dg.operators.available():
+        by_kind.setdefault(dg.operators.get(name).kinds[0], []).append(name)
+    assert set(by_kind) == {"self_attention", "feed_forward", "block_pair"}
+    parts = {
+        f"{kind}[{i}]": by_kind[kind][i]
+        for kind in ("self_attention", "feed_forward")
+        for i in range(len(by_kind[kind]))
+    }
+    grafts = [parts, *({"block_pair[0]": name} for name in by_kind["block_pair"])]
+    for rules in grafts:
+        model = tiny_dit(num_layers=max(2, len(rules)))
+        model.set_graft(rules)
+        text = card(model)
+        edits = text.split("## Edits")[1].split("## Recipe")[0]
+        for name in rules.values():
+            assert name in front(text)["tags"]
+            assert re.search(rf"\b{name}\b", edits)
+            number = dg.operators.get(name).paper.partition(", arXiv ")[2]
+            assert number in text.split("## Citation")[1]
+
+
 def test_a_card_in_the_working_directory_names_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny_dit()

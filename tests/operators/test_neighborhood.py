@@ -99,8 +99,9 @@ def test_flops_of_a_video_count_the_keys_of_its_windows():
     assert operator.flops(84) == 4 * 84 * (2 * 3 * 5) * 12
 
 
-def test_a_kernel_of_three_sides_is_refused_on_an_image():
-    operator = build({"operator": "neighborhood", "kernel": (1, 3, 3)})
+@pytest.mark.parametrize("sides", [{"kernel": (1, 3, 3)}, {"kernel": 4, "stride": (2, 2, 2)}], ids=str)
+def test_three_sides_are_refused_on_an_image(sides):
+    operator = build({"operator": "neighborhood", **sides})
     with pytest.raises(GeometryError, match="is for the frames, height and width of a video, and the grid is 5 x 6"):
         operator(*qkv(30), Context(grid=Grid(height=5, width=6)))
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_graft.core.context import Context, Grid
-from diffusers_graft.errors import UnknownNameError
+from diffusers_graft.errors import GeometryError, OperatorError, UnknownNameError
 from diffusers_graft.injection.attention_core import mix_with_others
 from diffusers_graft.operators import configure
 
@@ -78,8 +78,8 @@ def test_kept_keys_of_the_nearest_blocks_by_hand():
 def test_with_every_block_kept_it_is_softmax_to_rounding(grid):
     inputs = qkv(grid.tokens)
     softmax = with_gradients(F.scaled_dot_product_attention, inputs)
-    for choose in ("scores", "nearest"):
-        operator = build({"operator": "sparse_linear", "block": 2, "keep": 1.0, "choose": choose})
+    for choose, keep in itertools.product(("scores", "nearest"), (1.0, 99)):
+        operator = build({"operator": "sparse_linear", "block": 2, "keep": keep, "choose": choose})
         given = with_gradients(lambda *parts, operator=operator: operator(*parts, Context(grid=grid)), inputs)
         for one, other in zip(given, softmax, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
@@ -116,6 +116,41 @@ def test_nearest_frames_are_a_chunk_and_its_neighbours():
         own = slice(6 * frame, 6 * frame + 6)
         expected = F.scaled_dot_product_attention(query[:, :, own], key[:, :, tokens], value[:, :, tokens])
         torch.testing.assert_close(mixed[:, :, own], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("grid", [Grid(height=7, width=10), Grid(frames=3, height=5, width=4)], ids=str)
+def test_blocks_that_do_not_divide_the_grid_hide_their_gaps(grid):
+    """With nothing left for the rest it is `block_sparse`, which is written out by hand on such grids."""
+    operator = build({"operator": "sparse_linear", "block": 3, "keep": 2})
+    with torch.no_grad():
+        operator.log_share.fill_(-80.0)
+    blocks = build({"operator": "block_sparse", "block": 3, "keep": 2})
+    inputs = qkv(grid.tokens)
+    given = with_gradients(lambda *parts: operator(*parts, Context(grid=grid)), inputs)
+    expected = with_gradients(lambda *parts: blocks(*parts, Context(grid=grid)), inputs)
+    for one, other in zip(given, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 1.5}, "sparse_linear: keep is a count of blocks, or a share of them above 0 and up to 1"),
+        ({"keep": 0.0}, "sparse_linear: keep is a count of blocks, or a share of them above 0 and up to 1"),
+        ({"keep": -1}, "sparse_linear: keep is a whole number from 1"),
+        ({"block": (2, 2)}, "sparse_linear: block is a count of tokens, or three of them"),
+    ],
+    ids=str,
+)
+def test_settings_that_choose_nothing_are_refused(settings, message):
+    with pytest.raises(OperatorError, match=message):
+        configure({"operator": "sparse_linear", **settings})
+
+
+def test_a_block_of_three_sides_is_refused_on_an_image():
+    operator = build({"operator": "sparse_linear", "block": (4, 4, 4)})
+    with pytest.raises(GeometryError, match="is for the frames, height and width of a video, and the grid is"):
+        operator(*qkv(GRID.tokens), Context(grid=GRID))
 
 
 @pytest.mark.parametrize(("name", "value"), [("choose", "first"), ("feature_map", "exp")])

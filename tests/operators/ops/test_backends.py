@@ -257,6 +257,18 @@ def test_natten_without_its_kernels_is_as_if_it_were_not_installed(monkeypatch, 
         _backends._import(backend, "neighborhood")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is there")
+@pytest.mark.parametrize("name", ["hyena_x", "block_sparse"])
+def test_a_kernel_of_ours_asked_for_where_it_is_not_says_so(monkeypatch, name):
+    config = dg.operators.configure({"operator": name, "backend": "triton"})
+    pytest.importorskip("triton")
+    with pytest.raises(OperatorError, match="'triton' was asked for, but it runs on cuda, and the tensors are on cpu"):
+        config.build(SITE)(*qkv(64), Context(grid=Grid(height=8, width=8)))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(MissingDependencyError, match=rf"'triton' of {name} needs triton.*diffusers-graft\[kernels\]"):
+        config.build(SITE)
+
+
 def test_an_unknown_backend():
     with pytest.raises(UnknownNameError, match="no backend of neighborhood 'naten'. Did you mean 'natten'"):
         dg.operators.configure({"operator": "neighborhood", "backend": "naten"})
