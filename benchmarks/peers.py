@@ -2,7 +2,8 @@
 
 Sources: local-attention (a package); FlexAttention (torch); one gather for each query, and a mask of all pairs, as
 written by hand; SSD minimal, arXiv 2405.21060, Section 6; the chunks of the gated delta rule, arXiv 2412.06464,
-Section 3.3, by forward substitution; a gated convolution as compiled shifts and sums.
+Section 3.3, by forward substitution; a gated convolution as compiled shifts and sums; blocks of keys that are gathered
+for each block of queries, as the equations of VSA, arXiv 2505.13389, say it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from diffusers_graft.core.context import Grid
 from diffusers_graft.errors import MissingDependencyError
@@ -53,6 +54,7 @@ def make_contests(grid: Grid, heads: int, head_width: int) -> Iterator[Contest]:
     """
     yield _window("sliding_window(window=(128, 128))", grid, heads, head_width)
     yield _window("neighborhood(kernel=7)", grid, heads, head_width)
+    yield _block_sparse("block_sparse(keep=0.1)", grid, heads, head_width)
     yield _gated_convolution(grid, heads, head_width)
     yield _state_space(grid, heads, head_width)
     yield _delta_rule(grid, heads, head_width)
@@ -145,6 +147,93 @@ def _sees_square(grid: Grid, kernel: int, query: torch.Tensor, key: torch.Tensor
     middle_column = (query % grid.width).clamp(reach, grid.width - 1 - reach)
     is_near_row = (key // grid.width - middle_row).abs() <= reach
     return is_near_row & ((key % grid.width - middle_column).abs() <= reach)
+
+
+def _block_sparse(spec: str, grid: Grid, heads: int, head_width: int) -> Contest:
+    operator = _build(spec, heads, head_width)
+    side = operator.config.block
+    rows = grid.height // side
+    columns = grid.width // side
+    kept = operator.config.kept_of(rows * columns)
+
+    def in_blocks(part: torch.Tensor) -> torch.Tensor:
+        # Blocks divide the grid: [B, H, N, E] -> [B, H, n, b, E].
+        tiles = part.unflatten(2, (rows, side, columns, side)).transpose(3, 4)
+        return tiles.flatten(4, 5).flatten(2, 3)
+
+    def in_order(blocks: torch.Tensor) -> torch.Tensor:
+        tiles = blocks.unflatten(2, (rows, columns)).unflatten(4, (side, side))
+        return tiles.transpose(3, 4).flatten(2, 5)
+
+    def by(attend: Call) -> Call:
+        def call(*parts: torch.Tensor) -> torch.Tensor:
+            query, key, value = map(in_blocks, parts)
+            scores = query.detach().mean(3) @ key.detach().mean(3).mT
+            return in_order(attend(query, key, value, scores.topk(kept).indices))
+
+        return call
+
+    flex_name = "FlexAttention, compiled"
+    peers = {
+        "a gather for each block": by(gather_blocks),
+        "softmax under a mask of all pairs": by(mask_pairs_of_blocks),
+        flex_name: by(attend_blocks_flexibly(side * side)),
+    }
+    context = example_context(operator, grid)
+    inputs = example_tensors(operator, grid.tokens)
+    return Contest(spec, inputs, lambda *parts: operator(*parts, context), peers, (flex_name,))
+
+
+def gather_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Compute softmax of each block of queries over gathered blocks: [B, H, n, b, E] and the chosen, [B, H, n, K]."""
+    sample = torch.arange(len(query))[:, None, None, None]
+    head = torch.arange(query.shape[1])[:, None, None]
+    keys = key[sample, head, chosen].flatten(3, 4)
+    values = value[sample, head, chosen].flatten(3, 4)
+    weights = (query @ keys.mT * query.shape[-1] ** -0.5).softmax(-1)
+    return weights @ values
+
+
+def mask_pairs_of_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chosen: torch.Tensor
+) -> torch.Tensor:
+    """Compute softmax over all keys under a mask, head by head, as `gather_blocks` does."""
+    blocks, size = query.shape[2:4]
+    visible = _see_blocks(chosen, blocks)
+    mixed = []
+    # One mask at a time: those of all heads would take gigabytes.
+    for head in range(query.shape[1]):
+        pairs = visible[:, head].repeat_interleave(size, 1).repeat_interleave(size, 2)
+        parts = [part[:, head].flatten(1, 2) for part in (query, key, value)]
+        mixed.append(F.scaled_dot_product_attention(*parts, attn_mask=pairs))
+    return torch.stack(mixed, dim=1).unflatten(2, (blocks, size))
+
+
+def attend_blocks_flexibly(size: int) -> Call:
+    """Return FlexAttention, compiled, over the chosen blocks of `size` tokens, as `gather_blocks` computes it."""
+    attend = compiled(flex_attention)
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        visible = _see_blocks(chosen, query.shape[2])
+        indices = visible.int().argsort(dim=-1, descending=True, stable=True).int()
+        counts = visible.sum(-1, dtype=torch.int32)
+
+        def sees(sample: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+            return visible[sample, head, row // size, column // size]
+
+        # All of a chosen block is seen, so that no mask is computed within it.
+        mask = BlockMask.from_kv_blocks(
+            torch.zeros_like(counts), indices, counts, indices, BLOCK_SIZE=size, mask_mod=sees
+        )
+        mixed = attend(query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3), block_mask=mask)
+        return mixed.unflatten(2, query.shape[2:4])
+
+    return call
+
+
+def _see_blocks(chosen: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Return whether a block of queries sees a block of keys, [B, H, n, n]."""
+    return torch.zeros(*chosen.shape[:-1], blocks, dtype=torch.bool).scatter(-1, chosen, True)
 
 
 def _gated_convolution(grid: Grid, heads: int, head_width: int) -> Contest:
