@@ -131,7 +131,7 @@ def _head(budget: Budget) -> dict[str, Any]:
     models = benchmark(model, RULES, [model.config.sample_size], rounds=budget.rounds, progress=False)
     return {
         "budget": asdict(budget),
-        "recipe": _recipe(budget),
+        "recipe": describe_recipe(budget),
         "torch": torch.__version__,
         "device": model.device.type,
         "seconds": prices(budget),
@@ -173,9 +173,11 @@ def steps_of(stage: str | None, priced: str, budget: Budget, seconds: dict[str, 
     return round(spent / seconds[f"{priced}: {TWO}"])
 
 
-def _recipe(budget: Budget) -> str:
+def describe_recipe(budget: Budget) -> str:
     """Return the settings of both stages in words."""
-    two = budget.finetune(1)
+    model, graft = _start(RULES["pairs"], 0)
+    assert graft is not None
+    two = budget.finetune(1).for_model(model, graft.sites)
     return (
         f"peak learning rates {budget.lr:g} and {two.lr:g} ({two.schedule}), weight {two.distill_output:g} of the "
         "teacher's output in stage two, but from scratch"
@@ -213,7 +215,7 @@ def _measure(model: DiTTransformer2DModel, budget: Budget) -> dict[str, float]:
 
 def _read(path: Path, budget: Budget) -> list[dict[str, Any]]:
     rows = read_rows(path)
-    asked = {"budget": json.loads(json.dumps(asdict(budget))), "recipe": _recipe(budget)}
+    asked = {"budget": json.loads(json.dumps(asdict(budget))), "recipe": describe_recipe(budget)}
     if rows and any(rows[0].get(name) != settings for name, settings in asked.items()):
         raise GraftError(f"{path} holds rows of another budget. Give another --output.")
     return rows

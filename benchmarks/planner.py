@@ -30,6 +30,7 @@ from diffusers_graft.evaluation.benchmark import compare, with_graft
 from diffusers_graft.injection.graft import Graft
 from diffusers_graft.injection.install import install, uninstall
 from diffusers_graft.inspection import evaluating, predict
+from diffusers_graft.inspection.find_sites import find_sites
 from diffusers_graft.planning.plan import Edit, GraftPlan, plan_graft
 from diffusers_graft.planning.rules import interleaved
 from diffusers_graft.search.judge import HarmJudge
@@ -133,7 +134,7 @@ def bench_planner(output: Path, spending: Spending | None = None, *, say: Callab
                     f"{path} holds rows of another spending: {name} {rows[0].get(name)}. Give another --output."
                 )
     else:
-        facts = {"facts": _facts(spending), "torch": torch.__version__, "latency": _promises(spending)}
+        facts = {"facts": describe_spending(spending), "torch": torch.__version__, "latency": _promises(spending)}
         rows = [write_row(path, {**asked, **facts})]
     done = {(row["seed"], row["budget"], row["name"]) for row in rows if "name" in row}
     for seed in range(spending.seeds):
@@ -338,9 +339,10 @@ def _least(found: Survey) -> float:
     return found.front("latency")[-1][0] + 1e-6
 
 
-def _facts(spending: Spending) -> str:
+def describe_spending(spending: Spending) -> str:
     candidates = "; ".join(f"{', '.join(operators)} at {key}" for key, operators in CANDIDATES.items())
-    two = spending.finetune(0)
+    model = testbed.load()
+    two = spending.finetune(0).for_model(model, find_sites(model))
     return (
         f"`make bench-planner`: the testbed, candidates {candidates}. Every part has a closed form and "
         f"{spending.stage_one} steps of stage one before it is judged, every design {spending.stage_two} steps of "

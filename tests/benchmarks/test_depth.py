@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.depth import QUICK, RULES, RUNS, Budget, bench_depth, steps_of
+from benchmarks.depth import QUICK, RULES, RUNS, Budget, bench_depth, describe_recipe, steps_of
 from benchmarks.depth_report import report_of
 from benchmarks.rows import read_rows
 from diffusers_graft.errors import GraftError
@@ -30,6 +30,10 @@ def test_both_stages_are_the_quick_starts_and_a_model_from_scratch_has_no_teache
     scratch = Budget().finetune(50, pretrained=False)
     assert (scratch.lr, scratch.denoising, scratch.distill_output) == (3e-5, 1.0, 0.0)
     assert Budget().distill(9).schedule == recipe.distill.schedule
+
+
+def test_rates_that_the_model_decides_are_numbers_in_the_report():
+    assert "learning rates 0.0005 and 0.00104 (cosine)" in describe_recipe(Budget())
 
 
 def test_the_stored_report_is_what_its_rows_say(tmp_path):

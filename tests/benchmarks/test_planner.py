@@ -9,7 +9,7 @@ import torch
 
 import diffusers_graft as dg
 from benchmarks.placement import gated, learn_placement
-from benchmarks.planner import QUICK, Spending, bench_planner
+from benchmarks.planner import QUICK, Spending, bench_planner, describe_spending
 from benchmarks.planner_report import SEARCHES, report_of
 from benchmarks.rows import read_rows
 from diffusers_graft.errors import (
@@ -30,6 +30,10 @@ def test_the_stored_report_is_what_its_rows_say(tmp_path):
     rows = read_rows(STORED / "planner.jsonl")
     assert report_of(rows, tmp_path) == (STORED / "planner.md").read_text(encoding="utf-8")
     assert (tmp_path / "planner.png").stat().st_size > 10_000
+
+
+def test_rates_that_the_model_decides_are_numbers_in_the_report():
+    assert "learning rate 0.00104, cosine" in describe_spending(Spending())
 
 
 def test_a_report_compares_searches_by_seed_and_counts_a_plan_found_twice_once(tmp_path):
