@@ -221,10 +221,10 @@ def attend_blocks_flexibly(size: int) -> Call:
         def sees(sample: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
             return visible[sample, head, row // size, column // size]
 
-        # All of a chosen block is seen, so that no mask is computed within it.
-        mask = BlockMask.from_kv_blocks(
-            torch.zeros_like(counts), indices, counts, indices, BLOCK_SIZE=size, mask_mod=sees
-        )
+        # All of a chosen block is seen, so that no mask is computed within it. A tensor of its own says that none is
+        # seen in part: torch names one that is given twice once.
+        partly = (torch.zeros_like(counts), torch.zeros_like(indices))
+        mask = BlockMask.from_kv_blocks(*partly, counts, indices, BLOCK_SIZE=size, mask_mod=sees)
         mixed = attend(query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3), block_mask=mask)
         return mixed.unflatten(2, query.shape[2:4])
 

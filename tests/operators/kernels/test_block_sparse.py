@@ -90,6 +90,15 @@ def test_under_autocast_the_kernel_computes_in_its_precision_and_gradients_keep_
         assert (found.float() - right).norm() < 0.02 * right.norm()
 
 
+def test_the_kernel_leaves_graphs_whole():
+    operator = make(16, block=4, keep=2)
+    grid = Grid(height=8, width=8)
+    torch._dynamo.reset()
+    compiled = torch.compile(_triton, fullgraph=True, backend="aot_eager")
+    found = outputs_and_gradients(lambda *inputs: compiled(operator, *inputs), grid, 16)
+    torch.testing.assert_close(found, outputs_and_gradients(operator.in_torch, grid, 16), rtol=1e-4, atol=1e-5)
+
+
 def test_the_sums_have_no_gradient():
     from diffusers_graft.operators.kernels.block_sparse import block_sparse
 
