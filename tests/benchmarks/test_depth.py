@@ -33,7 +33,7 @@ def test_both_stages_are_the_quick_starts_and_a_model_from_scratch_has_no_teache
 
 
 def test_rates_that_the_model_decides_are_numbers_in_the_report():
-    assert "learning rates 0.0005 and 0.00104 (cosine)" in describe_recipe(Budget())
+    assert "learning rates 0.0005 and 0.00313 (Muon, cosine)" in describe_recipe(Budget())
 
 
 def test_the_stored_report_is_what_its_rows_say(tmp_path):

@@ -39,6 +39,17 @@ def test_training_that_is_resumed_gives_the_same_weights(tmp_path, short_check):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+def test_training_in_bf16_gives_nearly_the_same_loss_and_float32_weights(tmp_path):
+    restore(tmp_path)
+    errors = []
+    for is_bf16 in (False, True):
+        run = Pretraining(Recipe(steps=1, is_bf16=is_bf16, **RECIPE), tmp_path)
+        errors.append(run.train_step()[0])
+    assert errors[0] != errors[1]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert {weight.dtype for weight in run.model.parameters()} == {torch.float32}
+
+
 def test_a_phase_leaves_the_transformer_that_the_next_one_starts_from(tmp_path, short_check):
     restore(tmp_path)
     before = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")

@@ -64,6 +64,8 @@ class Recipe:
     # More tokens show the same scene, so that it takes more noise to hide it (arXiv 2403.03206, section 5.3.2).
     shift: float = 1.0
     is_compiled: bool = False
+    # Products of matrices in bfloat16; weights, gradients and averages stay in float32.
+    is_bf16: bool = False
     seed: int = 0
 
 
@@ -153,17 +155,18 @@ class Pretraining:
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
         noise = torch.randn(latents.shape, generator=generator)
         noised = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))
-        velocity = model(
-            noised,
-            timestep=sigma * 1000,
-            encoder_hidden_states=batch["text"],
-            encoder_attention_mask=batch["mask"],
-            return_dict=False,
-        )[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.is_bf16):
+            velocity = model(
+                noised,
+                timestep=sigma * 1000,
+                encoder_hidden_states=batch["text"],
+                encoder_attention_mask=batch["mask"],
+                return_dict=False,
+            )[0].float()
         error = (velocity - (noise - latents)).square().mean()
         if self.planned is None:
             return error, torch.zeros(())
-        planning = F.binary_cross_entropy_with_logits(self.head(self.planned), batch["labels"])
+        planning = F.binary_cross_entropy_with_logits(self.head(self.planned.float()), batch["labels"])
         return error, planning
 
     def train_step(self) -> tuple[float, float]:
@@ -274,7 +277,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--save-every", type=int, default=250)
     for name, value in asdict(Recipe()).items():
-        kind = {"action": "store_true"} if name == "is_compiled" else {"type": type(value), "default": value}
+        kind = {"action": "store_true"} if isinstance(value, bool) else {"type": type(value), "default": value}
         parser.add_argument("--" + name.replace("_", "-"), **kind)
     arguments = vars(parser.parse_args())
     output = arguments.pop("output")
