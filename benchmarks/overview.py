@@ -122,7 +122,7 @@ def _draw_designs(axis: Any, designs: Mapping[str, list[tuple[float, float]]]) -
     for name, colour in (("chance", GREY), ("planned", BLUE)):
         shares, losses = zip(*designs[name], strict=True)
         axis.plot(shares, losses, "o-", color=colour, linewidth=1.8, markersize=4, markeredgewidth=0)
-        words = {"chance": "sites by chance", "planned": "dg.survey's plan"}[name]
+        words = {"chance": "the best of plans by chance", "planned": "dg.survey's plan"}[name]
         place = {"xytext": (-8, 8), "textcoords": "offset points", "ha": "right", "fontsize": 9}
         if name == "planned":
             # below its line, since the other one passes above

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ ORANGE = "#d1704a"
 GREEN = "#6a9955"
 GREY = "#888888"
 BLACK = "#333333"
+PURPLE = "#8a6bb1"
+YELLOW = "#c9a227"
 
 
 def new_figure(purpose: str, width: float, height: float) -> Figure:
@@ -146,8 +149,11 @@ def draw_rows(
             axis.plot(values[row], [row] * len(values[row]), "o", color=BLUE, markersize=5, alpha=0.75)
         axis.set(title=title, xlabel="lower is better; a dot is a seed")
         if title in logarithmic:
-            axis.set(title=f"{title} (logarithmic)", xscale="log")
+            axis.set_title(f"{title} (logarithmic)")
+            # Ticks at 1, 2 and 5, whose numbers do not run into each other.
+            axis.set_xscale("log", subs=[2, 5])
             axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("{x:g}")
         else:
             axis.set_xlim(0, None)
         axis.grid(axis="y", linewidth=0.5, alpha=0.5)
@@ -178,7 +184,8 @@ def draw_front(
         shares, harms = zip(*(point for point in front if point[1] > 0), strict=True)
         label = "predicted, best plans" if number == 0 else None
         axis.plot(shares, harms, color=GREY, linewidth=1, drawstyle="steps-pre", label=label)
-    for (name, points), colour in zip(designs.items(), (ORANGE, BLUE, BLACK, GREEN), strict=False):
+    colours = itertools.cycle((ORANGE, BLUE, BLACK, GREEN, PURPLE, YELLOW))
+    for (name, points), colour in zip(designs.items(), colours, strict=False):
         axis.plot(*zip(*points, strict=True), "o", color=colour, markersize=5, alpha=0.75, label=f"measured, {name}")
     axis.set(xlabel=f"share of the original's {measure}", ylabel="harm (logarithmic)", yscale="log")
     # from the original to the left to the smallest plan on the right

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import diffusers_graft as dg
 from benchmarks.placement import gated, learn_placement
@@ -16,6 +17,7 @@ from diffusers_graft.errors import (
     GraftError,
 )
 from diffusers_graft.evaluation.benchmark import with_graft
+from diffusers_graft.evaluation.plots import draw_front
 from diffusers_graft.testbed.sampling import scheduler
 
 from ..models import batches, predict, same_tensors, tensors_of, tiny_dit
@@ -34,6 +36,18 @@ def test_the_stored_report_is_what_its_rows_say(tmp_path):
 
 def test_rates_that_the_model_decides_are_numbers_in_the_report():
     assert "learning rate 0.00104, cosine" in describe_spending(Spending())
+
+
+def test_the_picture_shows_every_search(tmp_path, monkeypatch):
+    shown = []
+
+    def note(figure, path, **settings):
+        shown.extend(text.get_text() for text in figure.axes[0].get_legend().get_texts())
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    designs = {name: [(0.5, 0.1)] for name in SEARCHES}
+    draw_front(tmp_path / "planner.png", [[(0.5, 0.1)]], designs, measure="FLOPs")
+    assert shown == ["predicted, best plans", *(f"measured, {name}" for name in SEARCHES)]
 
 
 def test_a_report_compares_searches_by_seed_and_counts_a_plan_found_twice_once(tmp_path):
