@@ -101,7 +101,7 @@ _ADVICE = {
         ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project"),
         "trackers are accelerate's, and read their own environment variables",
     ),
-    "hub_token": "log in with huggingface-cli, or pass token to push_to_hub",
+    "hub_token": "log in with `hf auth login`, or pass token to push_to_hub",
 }
 
 

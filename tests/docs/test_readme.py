@@ -85,7 +85,8 @@ def small(monkeypatch, tmp_path):
     def make_arguments(finetune=None, **settings):
         one = dg.DistillConfig(steps=1, warmup=0)
         two = dataclasses.replace(finetune or dg.FinetuneConfig(), steps=1, warmup=0)
-        return arguments(distill=one, finetune=two, per_device_train_batch_size=2, **settings)
+        settings["per_device_train_batch_size"] = 2
+        return arguments(distill=one, finetune=two, **settings)
 
     monkeypatch.setattr(dg, "GraftTrainingArguments", make_arguments)
     letters = testbed.letter_batches
