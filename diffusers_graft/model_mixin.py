@@ -51,7 +51,7 @@ class GraftableModel(Protocol):
         ...
 
     def disable_graft(self) -> None:
-        """Run the original parts; the graft waits."""
+        """Run the original parts; the graft is kept."""
 
     def enable_graft(self) -> None:
         """Run the grafted parts."""
@@ -88,9 +88,12 @@ def set_graft(
             a Hub repository id.
         revision: branch, tag or commit of a Hub repository.
         seed: of random starts, where the parts are built here.
-        graft_name: for several grafts on one model, on disjoint sites; a graft without a name wants the model for
-            itself. Where the others are disabled, it is too, until `enable_graft`.
-        loading: of a folder or repository, as for `load_graft`.
+        graft_name: needed for several grafts on one model, which must be on disjoint sites. Where the others are
+            disabled, this one is too, until `enable_graft`.
+        loading: arguments of `load_graft`, for a folder or a repository.
+
+    Returns:
+        The graft that is installed.
 
     Raises:
         GraftError: one of its kinds, for anything that cannot be installed; the model is then as it was.
@@ -174,8 +177,8 @@ def save_graft(model: ModelMixin, folder: str | Path, *, graft_name: str | None 
     """Write a model's graft, its proof and a card to a folder; a graft saved there before is replaced.
 
     Args:
-        model: with a graft.
-        folder: made where it does not exist.
+        model: a grafted model.
+        folder: created if it does not exist.
         graft_name: which graft, where the model has several.
         settings: those of `diffusers_graft.serialization.graft_folder.save_graft`: `scores`, `about`, `variant` and
             more.

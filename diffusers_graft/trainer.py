@@ -65,14 +65,14 @@ class GraftTrainingArguments:
         save_steps, save_total_limit, logging_steps, eval_steps, gradient_accumulation_steps, report_to, disable_tqdm,
             bf16, fp16: as in `transformers.TrainingArguments`, for both stages; None leaves what each stage says.
         push_to_hub, hub_model_id, hub_private_repo: push the graft, to this repository.
-        hub_strategy: when; `"stage"` after each stage, `"end"` after the last one, `"every_save"` after each stage and
-            in the background after every checkpoint.
+        hub_strategy: when to push: `"stage"` after each stage, `"end"` after the last one, `"every_save"` after each
+            stage and in the background after every checkpoint.
         resolution: height and width in pixels to which the trainer's pipeline encodes pictures; None is that of the
             model.
         samples: pictures drawn by the trainer's pipeline while it trains.
 
-    Raises `TrainingError` for counts below one, and for settings that belong elsewhere, with the place; and
-    `UnknownNameError` for others.
+    Raises `TrainingError` for counts below one, and for settings of `transformers.TrainingArguments` that are set
+    elsewhere (the message says where); and `UnknownNameError` for unknown settings.
     """
 
     output_dir: str | Path
@@ -148,7 +148,7 @@ class GraftTrainer:
     """Trainer of a graft: both stages, evaluation, saving and sharing, in the shape of `transformers.Trainer`.
 
     Args:
-        model: a diffusers model, not grafted; moved to the device of its process, unless its weights are to be
+        model: a diffusers model, not grafted. It is moved to the device of its process, unless its weights will be
             sharded.
         plan: a `GraftPlan`, or rules.
         args: settings.
@@ -156,7 +156,8 @@ class GraftTrainer:
             list or any iterable, or batches of them in a list or any iterable. With evaluation data, the weights that
             are best on them are the result of a stage.
         noise_scheduler: of the model's pipeline.
-        null_prompt: conditioning of no prompt; prompts are dropped where it is given.
+        null_prompt: conditioning of the empty prompt. If given, it takes the place of prompts at the rate
+            `prompt_dropout` of the stage.
         callbacks: of transformers, or objects with some of their methods; see
             `diffusers_graft.training.callbacks.Callbacks`.
         data_collator: makes a batch of a list of single samples; `dg.data.SampleEncoder(pipe, size=...)` encodes

@@ -49,23 +49,24 @@ def evaluate(
 
     A pipeline, or a model with `sampling`, draws one sample or more for every prompt, class label, or line of
     GenEval's metadata. What can be checked is checked before the first is drawn, and features on the first batch.
-    Several processes, as `accelerate launch` starts them, share the work; a run that was interrupted goes on.
+    Several processes, as `accelerate launch` starts them, share the work. With `output`, a run that was interrupted
+    continues.
 
     Args:
         model: a model; or a pipeline, whose scheduler and autoencoder it is measured with.
         batches: held-out batches, a finite number, as for training. The denoising loss draws its timesteps and noise
-            from `seed` alone, so models measured on the same batches are compared on the same draw. For samples:
-            what they are drawn for.
+            from `seed` alone, so models measured on the same batches are compared on the same noise. For samples:
+            their prompts, labels or lines of metadata.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
         metrics: of `dg.metrics`, or callables from the model to named values, such as `testbed.SampleQuality()`.
         progress: show bars; by default for samples alone.
         sampling: steps, guidance and the like.
-        output: folder of the samples, by default one that goes afterwards.
+        output: folder of the samples; None is a temporary one.
         save_npz: file to write the samples to as ADM's evaluator reads them.
 
     Raises:
         TrainingError: batches that do not fit the model, have no target, or are none at all.
-        GraftError: metrics, conditions and settings that do not fit each other, or images that are none.
+        GraftError: metrics, conditions and settings that do not fit each other, or files that are no images.
         FileError: weights or references that are missing, a folder with other samples, a file that is there already.
         ModelError: a pipeline without a denoising model.
     """

@@ -159,10 +159,11 @@ def _read_edit(row: Mapping[str, Any]) -> Edit:
 
 
 def plan_graft(model: ModelMixin, rules: Rules) -> GraftPlan:
-    """Resolve rules against a model's sites.
+    """Resolve rules against a model's sites: which operator replaces which site.
 
     Args:
-        rules: `{"self_attention[1::2]": "hyena_x"}`, a value being an operator's name or text, Config or dict; or
+        rules: a dict such as `{"self_attention[1::2]": "hyena_x"}`, whose values are an operator's name, its name with
+            settings, a `Config` or a dict; or the same as text,
             `"self_attention[1::2]=hyena_x(kernel_size=4); feed_forward[0]=mlp(expansion=6)"`.
 
     Raises:

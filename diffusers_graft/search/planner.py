@@ -86,18 +86,19 @@ class Survey(Tabular):
     ) -> GraftPlan:
         """Choose the plan of the least harm that meets a budget.
 
-        First the sum of harms is solved: it is the least there is. Only where so many plans compete that proving it
-        would take long, it is at most 1 % above the least, and an info line of the log says so. From there one or two
-        sites change at a time as long as parts do less harm together; no such change is left that helps.
+        First it solves for the least sum of harms. Where so many plans compete that the proof would take long, the sum
+        is at most 1 % above the least, and an info line of the log says so. Then it changes one or two sites at a
+        time, until no such change makes the parts do less harm together.
 
         Args:
             latency, flops, parameters: the budget, one of them: 0.8 leaves 80 % of the original's.
-            model: that was surveyed; measures the plan and its nearest rivals, so that harm is no longer predicted.
-            trials: plans that the model measures, at most, each one forward of the held-out batches.
+            model: the model that was surveyed. If given, the plan and its nearest rivals are measured on it, and the
+                one with the least measured harm is chosen.
+            trials: plans that are measured at most; each costs a forward of the held-out batches.
 
         Raises:
             GraftError: anything else than one share between 0 and 1, or one that no plan meets; no trial.
-            StateError: a survey from a file, given a model; and what `graft` raises.
+            StateError: `model` is given and the survey was read from a file; and what `graft` raises.
         """
         measure, share = check_budget({"latency": latency, "flops": flops, "parameters": parameters})
         self.require_reachable({measure: share})

@@ -58,15 +58,15 @@ def survey(
         candidates: a list of operators by rule key, as in `{"self_attention[:]": ["hyena_x", "neighborhood"]}`. Blocks
             have candidates, too (`"block[:]": ["remove"]`): a plan replaces a block, or some of its parts.
         held_out: batches to judge on, a finite number; time and FLOPs are those of the first.
-        batches, config: of stage one, which the first candidates of all sites go through, then the second, and so on.
-            Without them parts are judged as they start, which favours those that start close to the original.
+        batches, config: of stage one, which trains the first candidates of all sites, then the second ones, and so
+            on. Without them parts are judged untrained, which favours those that start close to the original.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
-        output_dir, resume: of stage one, as in `dg.distill`, a folder in it for each turn of candidates; `survey.json`
-            and `report.html` are written there, too.
-        rounds: timed runs of each operator, at all sites that are alike together; two or more.
+        output_dir, resume: as in `dg.distill`; stage one has a folder in it for the first candidates, one for the
+            second ones, and so on. `survey.json` and `report.html` are written there, too.
+        rounds: timed runs of each operator, two or more; sites that are alike are timed together.
         seed: of random starts and of the noise that parts are judged under.
         progress: show bars, on a terminal.
-        budget: of the plan that is wanted, such as `{"flops": 0.8}`: refused before stage one where no plan meets it.
+        budget: of the plan that is wanted, such as `{"flops": 0.8}`; an error before stage one if no plan meets it.
 
     Raises:
         StateError: a model that is grafted.
@@ -74,8 +74,8 @@ def survey(
         RuleError: no candidates, one that is named twice, or one that replaces several blocks.
         OperatorError: a candidate that cannot run at a site; and what `plan_graft`, `build_graft` and `dg.distill`
             raise.
-        TrainingError: batches or settings without the other; held-out batches that do not fit, or are answered by
-            zeros or NaN.
+        TrainingError: `batches` without `config`, or the reverse; held-out batches that do not fit, or for which the
+            model gives zeros or NaN.
     """
     _require_ready(model, batches, config, rounds)
     if budget is not None:

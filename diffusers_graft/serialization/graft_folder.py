@@ -59,12 +59,13 @@ def save_graft(
 
     Args:
         scores: measured results by row, as `dg.evaluate` gives them, for the card; `dg.card` says how rows are named.
-        about: what a person adds to the card, as for `dg.card`: `license`, `datasets`, `hardware`, `speed`, `limits`.
-        compress: relative error allowed to updates of pretrained weights, which are then stored as small as that
-            allows.
-        self_contained: the operators' source goes along, for people who do not have them; it runs only where it is
+        about: what you add to the card, as for `dg.card`: `license`, `datasets`, `hardware`, `speed`, `limits`.
+        compress: relative error that is allowed for updates of pretrained weights; they are then stored as small as
+            that allows.
+        self_contained: save the operators' source, too, for people who do not have them; it runs only where it is
             trusted.
-        variant: another set of weights beside the first, as diffusers names them: `graft_model.bf16.safetensors`.
+        variant: name of another set of weights beside the first, as in diffusers: `"bf16"` writes
+            `graft_model.bf16.safetensors`.
 
     Raises:
         StateError: the model has no graft, has lost its processors, or carries LoRA that its tensors do not describe.
@@ -162,7 +163,7 @@ def load_graft(
         allow_base_mismatch: install on a base other than the one the graft was made on.
         subfolder, variant: where the graft lies, and which, as `save_graft` named it.
         device, dtype (or torch_dtype): where the model goes first, if given; the graft follows it.
-        low_cpu_mem_usage: build the parts without initial values, which the file's would replace.
+        low_cpu_mem_usage: build the parts without initial values, since the values of the file replace them.
         trust_remote_code: run operators that come as code; from the Hub also `revision` must then be the id of a
             commit.
         verify: replay the proof, one forward of the model, and compare the base.

@@ -33,8 +33,8 @@ class TrainingConfig:
 
     Attributes:
         steps: optimizer steps.
-        lr, warmup: peak learning rate, reached linearly in so many steps. None is `rate_of_width` over the width of
-            the model, and three times that with Muon.
+        lr, warmup: peak learning rate, and the steps in which it is reached linearly. None is 0.2 / width of the model
+            in stage one and 0.1 / width in stage two (`rate_of_width`), and three times that with Muon.
         schedule, schedule_args: the schedule after the warm-up, by its name in `diffusers.optimization`, and its
             settings.
         optimizer, optimizer_args: any optimizer of `torch.optim` by name, and its settings. `"Muon"` moves the weights
@@ -45,12 +45,12 @@ class TrainingConfig:
         precision: `"no"`, or mixed: `"bf16"`, `"fp16"` (weights stay as they are); None is what `accelerate launch
             --mixed_precision` says, and else `"no"`.
         timesteps: of the noise, see `diffusers_graft.training.noised_batch.Noising`.
-        prompt_dropout: rate at which a prompt is dropped, where a null prompt is given; 0.1 is what most models were
-            trained with. Class labels are dropped at the model's own rate.
+        prompt_dropout: rate at which the null prompt, if given, takes the place of a prompt; 0.1 is what most models
+            were trained with. Class labels are dropped at the model's own rate.
         seed: of the noise, and of new LoRA layers.
-        evaluate_every, held_out_batches: with held-out batches, so many of them are evaluated before the first step,
-            every so many steps and after the last one; the weights that were best on them are the result.
-        save_every, keep: with an output folder, a checkpoint every so many steps, and how many of them stay.
+        evaluate_every, held_out_batches: steps between two evaluations, and batches of each. With held-out batches,
+            there is one before the first step and one after the last, too; the weights that were best are the result.
+        save_every, keep: steps between two checkpoints in the output folder, and how many checkpoints are kept.
         log_every: steps between two rows of `training.jsonl` and two lines of the log.
         trackers: of accelerate, by name; None takes tensorboard where it is installed and there is an output folder.
         progress: show a bar on a terminal, and lines elsewhere.

@@ -43,26 +43,29 @@ class ClosedFormConfig:
 class DistillConfig(TrainingConfig):
     """Settings of stage one, beside those of both stages (`diffusers_graft.training.config.TrainingConfig`).
 
+    Without `lr`, the learning rate is 0.2 / width of the model.
+
     Attributes:
         loss: `"auto"` (the paper's choice: `l1` for attention, `l2` for feed-forwards), `l1`, `l2`, `huber` or
             `relative_l2`; or a loss for each rule key.
         lr_scale: factors on the learning rate by rule key.
-        gated: compare outputs as the block adds them, multiplied by its adaLN gate, instead of raw ones.
+        gated: compare outputs after the block's adaLN gate, as the block adds them, instead of raw outputs.
         sites: rule keys of the sites to train; None trains all. The teacher's forward ends after the last one.
-        mode: `"parallel"` shows every new part what the original model would (so does LoLCATs, arXiv 2410.10254);
-            `"sequential"` what reaches it through the new parts before it, and what the original part makes of that;
-            `"correcting"` the same input, and what the original part gives in the original model, so that it makes up
-            for errors before it, for one more forward (compare asymmetric calibration, arXiv 2504.02692).
+        mode: where input and target of a new part come from. `"parallel"`: both from the original model (so does
+            LoLCATs, arXiv 2410.10254). `"sequential"`: the input passed the new parts before it, and the target is
+            what the original part gives for that input. `"correcting"`: the same input, and the target is the output
+            of the original part in the original model, so that the part makes up for errors before it; this costs one
+            more forward (compare asymmetric calibration, arXiv 2504.02692).
         closed_form: solve for output layers first, where parts have one (see `dg.closed_form`); a start that costs
             seconds.
-        patience: a site that did not improve in so many evaluations is finished, and costs nothing more. None lets
-            every site use all its steps, which a falling learning rate rewards.
-        reuse, ring, memory: each batch of the teacher is used `reuse` times, out of a buffer of up to `ring` batches
+        patience: a site that did not improve in so many evaluations is finished, and costs nothing more. None trains
+            every site for all steps, so that each one has the end of the schedule, at a low learning rate.
+        reuse, ring, memory: each batch of the teacher is used `reuse` times, from a buffer of up to `ring` batches
             that takes at most `memory` bytes (half of what is free, unless given); sites train in groups whose
             activations fit. On the testbed 4 takes half the time of 1 and is as good
-            (examples/benchmarks/training-cpu.md); 1 stores nothing, shows every part fresh noise at every step, and
-            does not depend on what is free, so it is the default.
-        host: put the buffer into the memory of the host instead of the device's.
+            (examples/benchmarks/training-cpu.md). The default, 1, stores nothing, gives every part fresh noise at
+            every step, and does not depend on the memory that is free.
+        host: keep the buffer in the host's memory instead of the device's.
         split_sites: each of several processes trains its own share of the sites, on whole batches, where the new parts
             with their gradients and optimizers do not fit one device. The result is that of one process.
     """

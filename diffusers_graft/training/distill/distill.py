@@ -63,7 +63,8 @@ def distill(
             model arguments.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
         held_out: batches that are never trained on; by their error the best weights are chosen.
-        null_prompt: conditioning of no prompt, one sample of each; prompts are dropped where it is given.
+        null_prompt: conditioning of the empty prompt, one sample of each argument. If given, it takes the place of
+            prompts at the rate `prompt_dropout`.
         output_dir: for `training.jsonl` and checkpoints; nothing is written without it. Checkpoints of an earlier run
             there are moved aside unless it is resumed.
         resume: continue exactly from the newest checkpoint in `output_dir`, or from the checkpoint at this path; a run
@@ -75,8 +76,8 @@ def distill(
         A report for every site that was trained, by address.
 
     Raises:
-        StateError: the graft is enabled, or a callback enables it: its parts would be compared with themselves; it is
-            no graft of this model; or the checkpoint is of another run.
+        StateError: the graft is enabled, or a callback enables it (its parts would be compared with themselves); it
+            belongs to another model; or the checkpoint is of another run.
         TrainingError: a loss that is not finite, batches that ran out, held-out batches that are training data, other
             settings, or a launch that is not supported.
         FileError: an `output_dir` that cannot be written to, or no checkpoint at the path to resume from.

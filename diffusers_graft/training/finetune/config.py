@@ -33,37 +33,37 @@ TRAINABLE = ("operators", "operators+lora", "all")
 class FinetuneConfig(TrainingConfig):
     """Settings of stage two, beside those of both stages (`diffusers_graft.training.config.TrainingConfig`).
 
-    The ungrafted model is the teacher, whose answer and whose blocks the grafted one learns to give, so that training
-    cannot take it away from what it was pretrained for. `denoising=1` trains on the data, too. The paper does that
-    alone, without a teacher: `denoising=1, distill_output=0`, learning rate 1e-4 after 1,000 steps of warm-up. The
-    defaults are those of the table in examples/ablation.
+    The ungrafted model is the teacher: the grafted one learns to give its answer and the outputs of its blocks, so
+    that training does not move it away from what it was pretrained for. `denoising=1` trains on the data, too. The
+    paper trains on the data alone, without a teacher: `denoising=1, distill_output=0`, learning rate 1e-4 after 1,000
+    steps of warm-up. Without `lr`, the rate is 0.1 / width of the model. The defaults were chosen by the table in
+    examples/ablation.
 
     Attributes:
         train: `"operators"` (the new parts), `"operators+lora"` (LoRA on the rest of the model beside them), or
-            `"all"` weights of the model, as in the paper's class-conditional runs; `"all"` unless `lora` is given,
-            which alone means `"operators+lora"`.
-        lora: settings of LoRA; rank 64 on every linear layer of the blocks, as the paper's text-to-image run, unless
-            given. LoRA layers are trained beside whatever else `train` names.
-        ema_decay: decay of an exponential moving average (diffusers' `EMAModel`), whose weights are the result; 0
-            has the last ones. `"auto"` averages over the last tenth of the run: 1 - 10 / steps, at most 0.9999.
+            `"all"` weights of the model, as in the paper's class-conditional runs. None is `"operators+lora"` with
+            `lora`, and `"all"` without.
+        lora: settings of LoRA, whose layers are trained beside whatever else `train` names. None with
+            `"operators+lora"` is rank and alpha 64 on every linear layer; the paper's text-to-image run has that rank.
+        ema_decay: decay of an exponential moving average (diffusers' `EMAModel`), whose weights are the result; with 0
+            the last weights are. `"auto"` averages over the last tenth of the run: 1 - 10 / steps, at most 0.9999.
         lr_scale: factors on the learning rate of sites by rule key, grafted or not, where later keys win; `"rest"` is
             everything else, such as `{"self_attention[1::2]": 3.0, "rest": 0.3}`.
         variance: of models that predict it: `"auto"`, `"vb"` or `"ignore"`, see
             `diffusers_graft.training.finetune.objective`.
         min_snr: gamma of min-SNR weighting, 5 is usual; None weights all noise levels alike.
-        denoising: weight of the model's own objective. With 0, the ungrafted model is all there is to learn from, and
-            training batches need no target.
-        timesteps: of the noise; None is `"uniform"` without that objective, and else `"auto"`.
+        denoising: weight of the model's own objective. With 0, training batches need no target.
+        timesteps: distribution of the noise's timesteps; None is `"uniform"` with `denoising=0`, and else `"auto"`.
         distill_output: weight of the distance to the ungrafted model's prediction; costs its forward at every step.
         distill_features: weight of the distance to the ungrafted model's block outputs, as a share of their size and
-            with massive activations left out (arXiv 2412.01199, section 4.3); costs the same forward, and holds the
-            outputs of all blocks in memory. Alone, it is a loss on the outputs of blocks in place of operators. None
-            is five times `distill_output` where the sites lie in lists of blocks, and else 0.
-        trajectory: steps by which the grafted model goes from pure noise to the states that it is trained on, in place
-            of noised data (arXiv 2510.08318); each costs a forward. Goes with `denoising=0`. See
+            with massive activations left out (arXiv 2412.01199, section 4.3); needs the same forward, and memory for
+            the outputs of all blocks. None is five times `distill_output` where the sites lie in lists of blocks, and
+            else 0.
+        trajectory: train on states of the grafted model's own sampling, in place of noised data: so many steps lead
+            from pure noise to a state, each at the cost of a forward (arXiv 2510.08318). Needs `denoising=0`. See
             `diffusers_graft.training.finetune.trajectory`.
-        progressive, progressive_share: replace the sites one after another, each after an equal part of this share of
-            the steps, `"forward"` or from the one with the `"least_harm"` on; the others run as the original does.
+        progressive, progressive_share: replace the sites one after another, spread evenly over this share of the
+            steps, in `"forward"` order or beginning with the `"least_harm"`; the others run as the original does.
             None replaces all at once. See `diffusers_graft.training.finetune.progression`.
         gradient_checkpointing: recompute blocks in the backward: less memory, a third more time.
         compile: compile the training forward, by a backend's name or True for torch's default.

@@ -1,4 +1,4 @@
-"""Stage two: the grafted model is finetuned on its own objective, against the accumulated error of its new parts.
+"""Stage two: the grafted model is finetuned as a whole, against the accumulated error of its new parts.
 
 Paper: arXiv 2506.05340, section 3.1 (end-to-end finetuning), Eq. 1.
 """
@@ -47,7 +47,7 @@ def finetune(
     callbacks: Iterable[Any] = (),
     previews: Iterable[Preview] = (),
 ) -> list[float]:
-    """Finetune a grafted model in place, on its own denoising objective.
+    """Finetune a grafted model in place: to answer as the ungrafted one does, on the denoising objective, or both.
 
     Weights in bfloat16 are trained through copies in float32. Launched with `--use_fsdp --fsdp_version 2`, weights are
     sharded over processes (see `training.fsdp`): leave the model in the host's memory then.
@@ -55,12 +55,13 @@ def finetune(
     Args:
         model: with its graft installed. `unset_graft` afterwards still gives the original bit for bit: where shared
             weights are trained (`train="all"`), their untrained values stay beside the graft.
-        batches: see `diffusers_graft.training.batches`: a clean `sample` and conditioning, or model arguments with a
-            `target`.
+        batches: see `diffusers_graft.training.batches`: a clean `sample` and conditioning, or model arguments, with a
+            `target` where `denoising` is above zero.
         noise_scheduler: of the model's pipeline, where batches hold clean samples.
         held_out: batches that are never trained on; the weights with the smallest denoising loss on them are the
             result.
-        null_prompt: conditioning of no prompt, one sample of each; prompts are dropped where it is given.
+        null_prompt: conditioning of the empty prompt, one sample of each argument. If given, it takes the place of
+            prompts at the rate `prompt_dropout`.
         output_dir: for `training.jsonl` and checkpoints; nothing is written without it. Checkpoints of an earlier run
             there are moved aside unless it is resumed.
         resume: continue exactly from the newest checkpoint in `output_dir`, or from the checkpoint at this path, on a
