@@ -24,6 +24,7 @@ FAR = "neighborhood(far=2)"
 # Softmax over the quarter of all 2 x 2 tiles that matters most to a query's tile, linear attention over the rest.
 SPARSE = "sparse_linear(block=2, keep=0.25)"
 HEDGEHOG = "linear_attention(feature_map='softmax')"
+MERGED = "linear_attention(feature_map='softmax', heads=2)"
 
 # The quick start's settings when this table was begun, in full: changed defaults of the library change no row of it.
 _BOTH: dict[str, Any] = {
@@ -203,6 +204,7 @@ RECIPES = (
     # features that imitate softmax's weights (Hedgehog), fitted by stage one or by the whole model
     EVEN.but("Hedgehog", operator=HEDGEHOG, times=(0.5,)),
     EVEN.but("Hedgehog, a fifth for stage one", operator=HEDGEHOG, shares=(0.2, 0.8), times=(0.5,)),
+    EVEN.but("Hedgehog, heads merged in pairs", operator=MERGED, times=(0.5,)),
     # all attention
     EVEN.but("all: blocks, Muon, uniform noise", sites=ALL, times=(1, 4)),
     EVEN.but("all: far neighborhood, blocks, Muon, uniform noise", sites=ALL, operator=FAR, times=(1, 4)),
