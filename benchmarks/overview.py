@@ -124,10 +124,10 @@ def _draw_designs(axis: Any, designs: Mapping[str, list[tuple[float, float]]]) -
         axis.plot(shares, losses, "o-", color=colour, linewidth=1.8, markersize=4, markeredgewidth=0)
         words = {"chance": "best plans by chance", "planned": "dg.survey's plan"}[name]
         # One to the left above its line, and one below.
-        offset, side = {"chance": ((-4, 8), "right"), "planned": ((0, -18), "center")}[name]
-        place = {"xytext": offset, "textcoords": "offset points", "ha": side, "fontsize": 9}
-        axis.annotate(words, (shares[1], losses[1]), **place)
-    axis.set(xlabel="share of the original's FLOPs", ylim=(0.2, 0.29))
+        place = {"chance": {"xytext": (-4, 8), "ha": "right"}, "planned": {"xytext": (0, -18), "ha": "center"}}[name]
+        axis.annotate(words, (shares[1], losses[1]), textcoords="offset points", fontsize=9, **place)
+    axis.set(xlabel="share of the original's FLOPs")
+    axis.set_ylim(bottom=0.2)
     axis.set_xlim(1.02, 0.55)
 
 

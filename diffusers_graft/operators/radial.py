@@ -1,7 +1,7 @@
 """Softmax attention of videos whose reach falls with the distance in time: static rays around the diagonal.
 
 Paper: Radial Attention, arXiv 2506.19852, and its code, where both say how wide a ray is. Reach is along the raster
-order of a frame. The code then sees whole blocks, for its kernel: that is a setting.
+order of a frame. The code rounds that to blocks, for its kernel: a setting.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Tile = tuple[list[int], list[int]]
 
 
 class Radial(Mixer):
-    """A token sees all of its own frame and the next on both sides; in others the tokens at places as near as a reach.
+    """A token sees all of its frame and the next on both sides; in others the tokens at places as near as a reach.
 
     The reach halves whenever the distance in frames reaches a power of two; below `least` tokens it stays there, and
     only every so many-th frame is seen. On one or two frames it is softmax attention. A prompt's keys are in the same
@@ -50,8 +50,8 @@ class Radial(Mixer):
             decay: factor on every reach, above 0 and up to 1 (the paper: 0.2 to 0.95, by model and length).
             least: tokens below which a reach does not fall (its code: 64 or 128).
             sink: whether every token sees the first frame.
-            block: tokens of a block, of which rays are rounded to whole ones (its code: 64 or 128), in raster order;
-                None leaves them as they are.
+            block: tokens of a block, in raster order, to which rays are rounded (its code: 64 or 128); None leaves
+                them as they are.
         """
 
         decay: float = 1.0
@@ -73,7 +73,7 @@ class Radial(Mixer):
 
         def reaches(self, frames: int, size: int) -> list[int]:
             """List the reach in frames as far away as 0, 1, ...: `size` tokens if all are seen, -1 if none is."""
-            # The own frame and its neighbours are seen in full.
+            # A token's frame and its neighbours are seen in full.
             found = [size, size][:frames]
             for distance in range(2, frames):
                 reach = 2 ** size.bit_length() / 2 ** distance.bit_length()
@@ -121,7 +121,7 @@ class Radial(Mixer):
             return tokens**2
         size = grid.height * grid.width
         if self.config.block is not None:
-            return _count_pairs_of_blocks(self.config.block, tokens, kept_blocks(self.config, (grid.frames, size)))
+            return _count_pairs_of_blocks(self.config.block, tokens, visible_blocks(self.config, (grid.frames, size)))
         reaches = self.config.reaches(grid.frames, size)
         pairs = 0
         for row in range(grid.frames):
@@ -144,8 +144,8 @@ def sees(config: Radial.Config, sides: tuple[int, int], query: torch.Tensor, key
     """
     frames, size = sides
     if config.block is not None:
-        kept = torch.tensor(kept_blocks(config, sides), device=query.device)
-        return kept[query // config.block, key // config.block]
+        visible = torch.tensor(visible_blocks(config, sides), device=query.device)
+        return visible[query // config.block, key // config.block]
     reaches = torch.tensor(config.reaches(frames, size), device=query.device)
     frame = key // size
     reach = reaches[(query // size - frame).abs()]
@@ -157,7 +157,7 @@ def sees(config: Radial.Config, sides: tuple[int, int], query: torch.Tensor, key
 
 # Numbers and not a tensor, which would belong to one device and one mode.
 @functools.lru_cache(maxsize=64)
-def kept_blocks(config: Radial.Config, sides: tuple[int, int]) -> list[list[bool]]:
+def visible_blocks(config: Radial.Config, sides: tuple[int, int]) -> list[list[bool]]:
     """Return whether a block of queries sees a block of keys, by the rule of the paper's code, [blocks][blocks].
 
     It does where more than 60 % of the keys that any of its queries sees are seen by more than a third of them. A
@@ -167,7 +167,7 @@ def kept_blocks(config: Radial.Config, sides: tuple[int, int]) -> list[list[bool
     frames, size = sides
     tokens = frames * size
     count = -(-tokens // config.block)
-    kept = []
+    visible = []
     with unset_fake_temporarily(), torch.device("cpu"):
         frame = torch.arange(tokens) // size
         for number in range(count):
@@ -175,32 +175,32 @@ def kept_blocks(config: Radial.Config, sides: tuple[int, int]) -> list[list[bool
             end = min(first + config.block, tokens)
             seen_by = torch.zeros(tokens, dtype=torch.long)
             # A block may begin in one frame and end in another.
-            for own in range(first // size, (end - 1) // size + 1):
-                low = max(0, first - own * size)
-                high = min(size, end - own * size) - 1
-                seen_by += _count_seeing(config, sides, own, frame, (low, high))
+            for row_frame in range(first // size, (end - 1) // size + 1):
+                low = max(0, first - row_frame * size)
+                high = min(size, end - row_frame * size) - 1
+                seen_by += _count_seeing(config, sides, row_frame, frame, (low, high))
             by_block = F.pad(seen_by, (0, count * config.block - tokens)).view(count, config.block)
             touched = (by_block > 0).sum(1)
             dense = (3 * by_block > end - first).sum(1)
             row = (5 * dense > 3 * touched).tolist()
             row[number] = True
-            kept.append(row)
-    return kept
+            visible.append(row)
+    return visible
 
 
 def _count_seeing(
-    config: Radial.Config, sides: tuple[int, int], own: int, frame: torch.Tensor, rows: tuple[int, int]
+    config: Radial.Config, sides: tuple[int, int], row_frame: int, frame: torch.Tensor, rows: tuple[int, int]
 ) -> torch.Tensor:
     """Count the queries at the places from `rows[0]` to `rows[1]` of a frame that see each key, [N].
 
     Args:
-        own: the frame of the queries.
+        row_frame: the frame of the queries.
         frame: of each key.
     """
     frames, size = sides
     low, high = rows
     place = torch.arange(frames * size) % size
-    reach = torch.tensor(config.reaches(frames, size))[(frame - own).abs()]
+    reach = torch.tensor(config.reaches(frames, size))[(frame - row_frame).abs()]
     if config.sink:
         reach = reach.masked_fill(frame == 0, size)
     nearest = (place - reach).clamp(min=low)
@@ -208,11 +208,11 @@ def _count_seeing(
     return (farthest - nearest + 1).clamp(min=0)
 
 
-def _count_pairs_of_blocks(block: int, tokens: int, kept: list[list[bool]]) -> int:
+def _count_pairs_of_blocks(block: int, tokens: int, visible: list[list[bool]]) -> int:
     sizes = [min(block, tokens - start) for start in range(0, tokens, block)]
     pairs = 0
-    for size, row in zip(sizes, kept, strict=True):
-        pairs += size * sum(other for other, is_kept in zip(sizes, row, strict=True) if is_kept)
+    for size, row in zip(sizes, visible, strict=True):
+        pairs += size * sum(other for other, is_visible in zip(sizes, row, strict=True) if is_visible)
     return pairs
 
 
@@ -247,15 +247,15 @@ def _tiles_of_rays(config: Radial.Config, sides: tuple[int, int]) -> list[Tile]:
 def _tiles_of_blocks(config: Radial.Config, sides: tuple[int, int]) -> list[Tile]:
     assert config.block is not None
     tokens = sides[0] * sides[1]
-    kept = kept_blocks(config, sides)
+    visible = visible_blocks(config, sides)
     count = min(config.block, tokens)
     tiles = []
     for start in range(0, tokens, count):
         # The last tile begins in the block before, where blocks do not divide the video.
         first = min(start, tokens - count)
-        rows = kept[first // config.block : (first + count - 1) // config.block + 1]
+        rows = visible[first // config.block : (first + count - 1) // config.block + 1]
         keys = []
-        for other in range(len(kept)):
+        for other in range(len(visible)):
             if any(row[other] for row in rows):
                 keys += range(other * config.block, min((other + 1) * config.block, tokens))
         tiles.append((list(range(first, first + count)), keys))
