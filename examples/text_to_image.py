@@ -248,8 +248,8 @@ def make_cell(values: list[dict[str, float]], column: str) -> str:
 
 
 def require_same(path: Path, settings: Settings) -> None:
-    """Exit where the output folder holds rows of other settings, which one table must not mix."""
-    wanted = json.loads(json.dumps(asdict(settings)))
+    """Exit where the output folder holds rows of other settings or weights, which one table must not mix."""
+    wanted = json.loads(json.dumps({**asdict(settings), "weights": scenes.weights_version()}))
     if path.exists() and read_json(path) != wanted:
         sys.exit(f"{path.parent} holds rows of {read_json(path)}, and {wanted} is asked for. Give another --output.")
     write_json(path, wanted)

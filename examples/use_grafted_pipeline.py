@@ -305,7 +305,7 @@ def make_graft(folder: Path, settings: Settings) -> None:
 
 
 def load_rows(path: Path, protocol: dict) -> dict[str, dict[str, float]]:
-    """Return the rows that are measured already. Exits where they were measured under other settings."""
+    """Return the rows that are measured already. Exits where settings or weights were others."""
     if not path.exists():
         return {}
     stored = read_json(path)
@@ -354,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed.output.mkdir(parents=True, exist_ok=True)
     graft = parsed.graft or parsed.output / "graft"
     rows_path = parsed.output / "uses.json"
-    protocol = {**asdict(settings), "graft": str(graft)}
+    protocol = {**asdict(settings), "graft": str(graft), "weights": scenes.weights_version()}
     rows = load_rows(rows_path, protocol)
     left = [name for name in USES if name in parsed.uses and name not in rows]
     if left:

@@ -97,3 +97,12 @@ def test_the_survey_of_the_example_chooses_as_many_layers_at_the_same_operations
     assert chosen["harm"] <= survey.predicted(interleaved)["harm"]
     # Measured once, it is read from its file.
     assert example.choose_by_survey(tmp_path, example.BRIEF) == plan
+
+
+def test_rows_of_other_weights_are_refused(example, tmp_path, monkeypatch):
+    path = tmp_path / "settings.json"
+    example.require_same(path, example.BRIEF)
+    example.require_same(path, example.BRIEF)
+    monkeypatch.setattr(example.scenes, "weights_version", lambda: "of another training")
+    with pytest.raises(SystemExit, match="Give another --output"):
+        example.require_same(path, example.BRIEF)

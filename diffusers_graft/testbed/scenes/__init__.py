@@ -10,7 +10,7 @@ from .detect import Found, detect
 from .draw import draw_scenes
 from .grammar import HELD_OUT_COLOURS, HELD_OUT_COUNTS, Group, Scene, compose, sample_scene, vocabulary
 from .grid import save_picture_grid
-from .pipeline import pipeline
+from .pipeline import pipeline, weights_version
 from .score import SceneScore, draw_prompts, load_prompts
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "save_picture_grid",
     "scene_batches",
     "vocabulary",
+    "weights_version",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from diffusers import FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from diffusers.utils import logging
 
+from ...core.storage import sha256_of
 from ...errors import GraftError, ModelError
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -38,6 +39,11 @@ def pipeline(transformer: PixArtTransformer2DModel | None = None) -> PixArtSigma
     # An attribute of the instance, so that the pipeline is saved and loaded as diffusers' own class.
     loaded.encode_prompt = functools.partial(_encode_checked_prompt, loaded)
     return loaded
+
+
+def weights_version() -> str:
+    """Return what tells trainings of the pipeline from each other: the first digits of its transformer's sha256."""
+    return sha256_of(WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors")[:12]
 
 
 def _encode_checked_prompt(
