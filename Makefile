@@ -101,9 +101,9 @@ testbed-scenes: $(READY) ## Train the text-to-image testbed from scratch (twelve
 	$(BIN)/python -m benchmarks.testbed.scenes.autoencoder --output $(SCENES)
 	$(BIN)/python -m benchmarks.testbed.scenes.text --output $(SCENES)
 	$(BIN)/python -m benchmarks.testbed.scenes.transformer --output $(SCENES) --tokens 64 --steps 60000 --decay 6000
-	$(BIN)/python -m benchmarks.testbed.scenes.transformer --output $(SCENES) --tokens 256 --steps 16000 --decay 3000 --lr 1e-3 --shift 2
-	$(BIN)/python -m benchmarks.testbed.scenes.transformer --output $(SCENES) --tokens 1024 --steps 4000 --decay 2000 --lr 5e-4 --shift 3 --batch-size 16
-	$(BIN)/python -m benchmarks.testbed.scenes.assemble --run $(SCENES) --output diffusers_graft/testbed/scenes/weights
+	$(BIN)/python -m benchmarks.testbed.scenes.transformer --output $(SCENES) --tokens 256 --steps 16000 --decay 3000 --lr 1.2e-3 --shift 4
+	$(BIN)/python -m benchmarks.testbed.scenes.transformer --output $(SCENES) --tokens 1024 --steps 4000 --decay 2000 --lr 6e-4 --shift 6 --batch-size 16
+	$(BIN)/python -m benchmarks.testbed.scenes.assemble --run $(SCENES) --transformer average_256 average_1024 --share 0.4 --shift 3 --output diffusers_graft/testbed/scenes/weights
 	$(BIN)/python -m benchmarks.testbed.scenes.card
 
 docs: $(READY) ## The documentation site, into site/

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.testbed.scenes.assemble import blend
 from benchmarks.testbed.scenes.autoencoder import make_autoencoder, sample_pictures
 from benchmarks.testbed.scenes.prompts import PROMPT_KINDS, sample_prompts
 from benchmarks.testbed.scenes.restore import restore
@@ -58,6 +59,23 @@ def test_a_phase_leaves_the_transformer_that_the_next_one_starts_from(tmp_path, 
     following = Pretraining(Recipe(steps=1, **{**RECIPE, "tokens": 256}), tmp_path)
     assert not torch.equal(after["proj_out.weight"], before["proj_out.weight"])
     assert torch.equal(following.model.state_dict()["proj_out.weight"], after["proj_out.weight"])
+
+
+def test_a_blend_lies_between_two_transformers_of_a_run(tmp_path):
+    model = scenes.pipeline().transformer
+    model.save_pretrained(tmp_path / "first")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1.0)
+    model.save_pretrained(tmp_path / "second")
+    alone = blend(tmp_path, ["first"], 0.25).state_dict()
+    blended = blend(tmp_path, ["first", "second"], 0.25)
+    assert not blended.training
+    for name, tensor in before.items():
+        torch.testing.assert_close(alone[name], tensor)
+    for name, weight in blended.named_parameters():
+        torch.testing.assert_close(weight.data, before[name] + 0.25)
 
 
 def test_the_encoder_is_linear_and_explains_patches():

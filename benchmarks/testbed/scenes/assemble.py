@@ -23,13 +23,26 @@ def make_scheduler(shift: float) -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
-def assemble(run: Path, transformer: Path, shift: float) -> PixArtSigmaPipeline:
-    """The pipeline of a run's parts, with the transformer of this folder, in float32."""
+def blend(run: Path, names: list[str], share: float) -> PixArtTransformer2DModel:
+    """The transformer of the first name, with this share of the way to the second one's weights, if there is one.
+
+    A phase starts from the average of the phase before it, and forgets what that one drew well; between the two lies a
+    model that draws both sizes (WiSE-FT, arXiv 2109.01903, equation 1).
+    """
+    first, *others = (PixArtTransformer2DModel.from_pretrained(run / name, torch_dtype=torch.float32) for name in names)
+    if others:
+        end = others[0].state_dict()
+        first.load_state_dict({name: torch.lerp(tensor, end[name], share) for name, tensor in first.state_dict().items()})
+    return first.eval()
+
+
+def assemble(run: Path, transformer: PixArtTransformer2DModel, shift: float) -> PixArtSigmaPipeline:
+    """The pipeline of a run's parts and this transformer, in float32."""
     return PixArtSigmaPipeline(
         tokenizer=T5Tokenizer.from_pretrained(run / "tokenizer"),
         text_encoder=T5EncoderModel.from_pretrained(run / "text_encoder").eval(),
         vae=AutoencoderTiny.from_pretrained(run / "vae").eval(),
-        transformer=PixArtTransformer2DModel.from_pretrained(transformer).eval(),
+        transformer=transformer,
         scheduler=make_scheduler(shift),
     )
 
@@ -49,11 +62,17 @@ def ship(pipeline: PixArtSigmaPipeline, run: Path, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="the folder that the training wrote")
-    parser.add_argument("--transformer", default="transformer", help="which of its transformers")
+    parser.add_argument(
+        "--transformer", nargs="+", default=["transformer"], help="which of its transformers, or two of them"
+    )
+    parser.add_argument("--share", type=float, default=0.5, help="of the way from the first of two to the second")
     parser.add_argument("--shift", type=float, default=2.0, help="of the scheduler's sigmas")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    pipe = assemble(arguments.run, arguments.run / arguments.transformer, arguments.shift)
+    if len(arguments.transformer) > 2 or not 0 <= arguments.share <= 1:
+        parser.error("one transformer, or two of them and a share between 0 and 1")
+    transformer = blend(arguments.run, arguments.transformer, arguments.share)
+    pipe = assemble(arguments.run, transformer, arguments.shift)
     ship(pipe, arguments.run, arguments.output)
 
 
