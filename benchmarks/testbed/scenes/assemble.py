@@ -23,17 +23,22 @@ def make_scheduler(shift: float) -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
+def load_transformer(folder: Path) -> PixArtTransformer2DModel:
+    return PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+
+
 def blend(run: Path, names: list[str], share: float) -> PixArtTransformer2DModel:
     """The transformer of the first name, with this share of the way to the second one's weights, if there is one.
 
-    A phase starts from the average of the phase before it, and forgets what that one drew well; between the two lies a
-    model that draws both sizes (WiSE-FT, arXiv 2109.01903, equation 1).
+    A phase starts from the average of the phase before it, and forgets some of what that one drew well. Between the
+    weights of both lies a model that draws both sizes (WiSE-FT, arXiv 2109.01903).
     """
-    first, *others = (PixArtTransformer2DModel.from_pretrained(run / name, torch_dtype=torch.float32) for name in names)
-    if others:
-        end = others[0].state_dict()
-        first.load_state_dict({name: torch.lerp(tensor, end[name], share) for name, tensor in first.state_dict().items()})
-    return first.eval()
+    model = load_transformer(run / names[0])
+    if len(names) > 1:
+        end = load_transformer(run / names[1]).state_dict()
+        start = model.state_dict()
+        model.load_state_dict({name: torch.lerp(start[name], end[name], share) for name in start})
+    return model
 
 
 def assemble(run: Path, transformer: PixArtTransformer2DModel, shift: float) -> PixArtSigmaPipeline:
