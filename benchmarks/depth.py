@@ -32,7 +32,7 @@ from diffusers_graft.training.finetune.config import FinetuneConfig
 from diffusers_graft.training.finetune.finetune import finetune
 
 from .depth_report import report_of
-from .rows import read_rows, write_row
+from .rows import read_rows, require_same_weights, weights_of, write_row
 
 RULES = {"pairs": "block_pair[:]=parallel", "removed": "block[1::2]=remove"}
 ONE = "stage one"
@@ -108,12 +108,13 @@ RUNS = (
 def bench_depth(output: Path, budget: Budget | None = None, *, say: Callable[[str], None]) -> str:
     """Run what has not been run yet; `output` gets `depth.jsonl`, `depth.png`, and `depth.md`, which is returned.
 
-    Raises `GraftError` where the rows there are of another budget.
+    Raises `GraftError` where the rows there are of another budget, or of a model with other weights.
     """
     budget = budget or Budget()
     output.mkdir(parents=True, exist_ok=True)
     path = output / "depth.jsonl"
     head, *rows = _read(path, budget) or [write_row(path, _head(budget))]
+    require_same_weights(path, head, testbed.load())
     done = {(row["name"], row["seed"]) for row in rows}
     for seed in range(budget.seeds):  # seed by seed, so that an interrupted table is a complete one of fewer seeds
         for run in RUNS:
@@ -133,6 +134,7 @@ def _head(budget: Budget) -> dict[str, Any]:
     return {
         "budget": asdict(budget),
         "recipe": describe_recipe(budget),
+        "weights": weights_of(model),
         "torch": torch.__version__,
         "device": model.device.type,
         "seconds": prices(budget),

@@ -34,7 +34,7 @@ from diffusers_graft.training.finetune.config import FinetuneConfig
 from diffusers_graft.training.finetune.finetune import finetune
 
 from .recipes_tried import ALL, TODAY, TODAY_ONE, TODAY_STEPS, TODAY_TWO, Recipe
-from .rows import read_rows, write_row
+from .rows import read_rows, require_same_weights, weights_of, write_row
 from .subjects import Letters, Quality, Subject
 
 SOLVING = "closed form"
@@ -110,8 +110,9 @@ class Trial:
             raise GraftError(f"{path} holds rows of another ablation: {stored[0]}. Give another --output.")
         if not stored:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scores = self._measure(subject.load())
-            stored = [write_row(path, {**facts, "torch": torch.__version__, "original": scores})]
+            model = subject.load()
+            head = {**facts, "weights": weights_of(model), "torch": torch.__version__}
+            stored = [write_row(path, {**head, "original": self._measure(model)})]
         self.head, *others = stored
         self.seconds: dict[str, float] = {row["price"]: row["seconds"] for row in others if "price" in row}
         self.latency: dict[str, dict[str, Any]] = {row["latency"]: row for row in others if "latency" in row}
@@ -139,8 +140,10 @@ class Trial:
     def run(self, arms: Sequence[Arm], *, say: Callable[[str], None], progress: bool = True) -> None:
         """Run the arms that have no row yet, in their order, each followed by its control.
 
-        Raises `GraftError`, before anything runs, for a recipe whose rows are of other settings.
+        Raises `GraftError`, before anything runs, for a recipe whose rows are of other settings, and for rows of a
+        model with other weights.
         """
+        require_same_weights(self.path, self.head, self.subject.load())
         for arm in arms:
             self._require_same_settings(arm)
         self.measure_prices([arm.recipe for arm in arms], say)

@@ -36,7 +36,7 @@ from diffusers_graft.training.finetune.config import FinetuneConfig
 from diffusers_graft.training.finetune.finetune import finetune
 
 from .output import format_rows, format_spread
-from .rows import read_rows, write_row
+from .rows import read_rows, require_same_weights, weights_of, write_row
 
 KIND = "self_attention"
 # In the order that the paper found, best first.
@@ -75,7 +75,7 @@ def bench_ordering(
 ) -> str:
     """Run what has not been run yet, and return the report; `output` gets `ordering.jsonl` and `ordering.md`.
 
-    Raises `GraftError` where the rows there are of another budget.
+    Raises `GraftError` where the rows there are of another budget, or of a model with other weights.
     """
     budget = budget or Budget()
     output.mkdir(parents=True, exist_ok=True)
@@ -84,9 +84,11 @@ def bench_ordering(
     asked = json.loads(json.dumps(asdict(budget)))
     if rows and rows[0].get("budget") != asked:
         raise GraftError(f"{path} holds rows of another budget: {rows[0].get('budget')}. Give another --output.")
+    model = testbed.load()
     if not rows:
-        head = {"budget": asked, "torch": torch.__version__, "original": _scores(testbed.load(), budget)}
-        rows.append(write_row(path, head))
+        head = {"budget": asked, "weights": weights_of(model), "torch": torch.__version__}
+        rows.append(write_row(path, {**head, "original": _scores(model, budget)}))
+    require_same_weights(path, rows[0], model)
     done = {(row["seed"], row["selection"]) for row in rows[1:]}
     runs = [(seed, name) for seed in range(budget.seeds) for name in (*SELECTIONS, CONTROL)]
     missing = [run for run in runs if run not in done]

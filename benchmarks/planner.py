@@ -45,7 +45,7 @@ from diffusers_graft.training.finetune.finetune import finetune
 from .models import SHAPE
 from .placement import learn_placement
 from .planner_report import ADDITIVE, CHANCE, INTERLEAVED, LEARNED, MEASURED, PLANNED, SEARCHES, report_of
-from .rows import read_rows, write_row
+from .rows import read_rows, require_same_weights, weights_of, write_row
 
 CANDIDATES = {
     "self_attention[:]": ["neighborhood", "hyena_x(layout='2d')", "identity"],
@@ -113,7 +113,7 @@ def bench_planner(output: Path, spending: Spending | None = None, *, say: Callab
     """Run what has not been run yet; `output` gets `planner.jsonl`, `planner.png`, and `planner.md`, which is
     returned.
 
-    Raises `GraftError` where the rows there are of another spending.
+    Raises `GraftError` where the rows there are of another spending, or of a model with other weights.
     """
     spending = spending or Spending()
     output.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,8 @@ def bench_planner(output: Path, spending: Spending | None = None, *, say: Callab
                 )
     else:
         facts = {"facts": describe_spending(spending), "torch": torch.__version__, "latency": _promises(spending)}
-        rows = [write_row(path, {**asked, **facts})]
+        rows = [write_row(path, {**asked, "weights": weights_of(testbed.load()), **facts})]
+    require_same_weights(path, rows[0], testbed.load())
     done = {(row["seed"], row["budget"], row["name"]) for row in rows if "name" in row}
     for seed in range(spending.seeds):
         wanted = {(seed, budget, name) for budget in spending.flops for name in SEARCHES}

@@ -8,7 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffusers_graft.errors import FileError
+from torch import nn
+
+from diffusers_graft.errors import FileError, GraftError
+from diffusers_graft.serialization.tensors import checksum
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -34,3 +37,18 @@ def write_row(path: Path, row: dict[str, Any]) -> dict[str, Any]:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     return row
+
+
+def weights_of(model: nn.Module) -> str:
+    """Return what tells trainings of a model from each other: the first digits of its checksum."""
+    return checksum(model.state_dict())[:12]
+
+
+def require_same_weights(path: Path, head: dict[str, Any], model: nn.Module) -> None:
+    """Raise `GraftError` where the rows of a file, by its first one, are of the model before it was trained anew."""
+    weights = weights_of(model)
+    if head.get("weights") != weights:
+        raise GraftError(
+            f"{path} holds rows of a model with weights {head.get('weights')}, which are {weights} now. "
+            "Give another --output."
+        )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -234,15 +235,15 @@ def write_table(results: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 def make_cell(values: list[dict[str, float]], column: str) -> str:
     """Write the mean of a column over the seeds of a row; scores and ratios have bounds of their own."""
-    numbers = torch.tensor([one[column] for one in values if column in one])
-    if len(numbers) == 0:
+    numbers = [one[column] for one in values if column in one]
+    if not numbers:
         return ""
-    text = f"{numbers.mean():.4g}"
+    text = f"{statistics.mean(numbers):.4g}"
     if len(numbers) > 1:
-        text += f" ± {numbers.std():.2g}"
+        text += f" ± {statistics.stdev(numbers):.2g}"
     low, high = (re.sub("score|ratio", bound, column) for bound in ("low", "high"))
     if low != column:
-        bounds = [torch.tensor([one[name] for one in values if name in one]).mean() for name in (low, high)]
+        bounds = [statistics.mean(one[name] for one in values if name in one) for name in (low, high)]
         text += f" ({bounds[0]:.3g} to {bounds[1]:.3g})"
     return text
 

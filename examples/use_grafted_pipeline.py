@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm, trange
 
 import diffusers_graft as dg
-from diffusers_graft.core.storage import read_json, write_json
+from diffusers_graft.core.storage import read_json, sha256_of, write_json
 from diffusers_graft.testbed import scenes
 
 GUIDANCE = 3.0
@@ -304,6 +304,12 @@ def make_graft(folder: Path, settings: Settings) -> None:
     transformer.save_graft(folder)
 
 
+def describe_protocol(settings: Settings, graft: Path | None) -> dict:
+    """Return what decides the rows: settings, the pipeline, and the graft where one is given."""
+    weights = None if graft is None else sha256_of(graft / "graft_model.safetensors")[:12]
+    return {**asdict(settings), "graft": weights, "weights": scenes.weights_version()}
+
+
 def load_rows(path: Path, protocol: dict) -> dict[str, dict[str, float]]:
     """Return the rows that are measured already. Exits where settings or weights were others."""
     if not path.exists():
@@ -354,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed.output.mkdir(parents=True, exist_ok=True)
     graft = parsed.graft or parsed.output / "graft"
     rows_path = parsed.output / "uses.json"
-    protocol = {**asdict(settings), "graft": str(graft), "weights": scenes.weights_version()}
+    protocol = describe_protocol(settings, parsed.graft)
     rows = load_rows(rows_path, protocol)
     left = [name for name in USES if name in parsed.uses and name not in rows]
     if left:

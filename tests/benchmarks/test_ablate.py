@@ -13,6 +13,7 @@ from benchmarks import subjects
 from benchmarks.__main__ import main
 from benchmarks.equal_seconds import LOOKING, ONE, SOLVING, TWO, Arm, Protocol, Trial, name_price
 from benchmarks.recipes_tried import FIRST, RECIPES, TODAY, Recipe, choose_recipes
+from benchmarks.rows import read_rows, require_same_weights
 from benchmarks.subjects import Letters, Quality, load_subject
 from benchmarks.testbed import pretrain
 from diffusers_graft.testbed import letter_batches
@@ -179,6 +180,32 @@ def test_settings_that_came_later_leave_rows_valid_and_changed_ones_do_not(tmp_p
     (tmp_path / "recipes.jsonl").write_text(json.dumps(head) + "\n")
     with pytest.raises(dg.GraftError, match="another ablation"):
         Trial(Letters(), tmp_path / "recipes.jsonl", TINY)
+
+
+def test_rows_of_a_model_that_was_trained_anew_are_refused(tmp_path, measured, monkeypatch):
+    trial = Trial(Letters(), tmp_path / "recipes.jsonl", TINY)
+    trial.run([], say=print, progress=False)
+    trained = Letters().load()
+    with torch.no_grad():
+        trained.proj_out_2.weight[0, 0] += 1e-3
+    monkeypatch.setattr(Letters, "load", lambda self: trained)
+    with pytest.raises(dg.GraftError, match=r"recipes\.jsonl holds rows of a model with weights .*another --output"):
+        trial.run([], say=print, progress=False)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        "ablation/recipes.jsonl",
+        "benchmarks/depth/depth.jsonl",
+        "benchmarks/mixers/mixers.jsonl",
+        "benchmarks/ordering/ordering.jsonl",
+        "benchmarks/planner/planner.jsonl",
+    ],
+)
+def test_stored_tables_are_of_the_letters_that_ship(stored):
+    path = EXAMPLES / stored
+    require_same_weights(path, read_rows(path)[0], Letters().load())
 
 
 @pytest.mark.parametrize("stored", sorted(EXAMPLES.rglob("recipes.jsonl")), ids=str)

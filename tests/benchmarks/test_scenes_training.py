@@ -1,13 +1,16 @@
 """The training of the scenes' parts: it resumes exactly, starts from what is shipped, and its encoder is what it says."""
 
+import json
 import random
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.testbed.scenes.assemble import blend
+from benchmarks.testbed.scenes import assemble
+from benchmarks.testbed.scenes.assemble import load_transformer
 from benchmarks.testbed.scenes.autoencoder import make_autoencoder, sample_pictures
+from benchmarks.testbed.scenes.card import describe_training
 from benchmarks.testbed.scenes.prompts import PROMPT_KINDS, sample_prompts
 from benchmarks.testbed.scenes.restore import restore
 from benchmarks.testbed.scenes.text import answers_at_nouns, make_tokenizer, tokenize
@@ -61,21 +64,50 @@ def test_a_phase_leaves_the_transformer_that_the_next_one_starts_from(tmp_path, 
     assert torch.equal(following.model.state_dict()["proj_out.weight"], after["proj_out.weight"])
 
 
-def test_a_blend_lies_between_two_transformers_of_a_run(tmp_path):
-    model = scenes.pipeline().transformer
-    model.save_pretrained(tmp_path / "first")
+def test_a_blend_is_shipped_with_a_line_in_the_log_and_on_the_card(tmp_path, capsys):
+    run = tmp_path / "run"
+    restore(run)
+    model = load_transformer(run / "transformer")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(1.0)
-    model.save_pretrained(tmp_path / "second")
-    alone = blend(tmp_path, ["first"], 0.25).state_dict()
-    blended = blend(tmp_path, ["first", "second"], 0.25)
-    assert not blended.training
-    for name, tensor in before.items():
-        torch.testing.assert_close(alone[name], tensor)
-    for name, weight in blended.named_parameters():
-        torch.testing.assert_close(weight.data, before[name] + 0.25)
+    model.save_pretrained(run / "second")
+    required = ["--run", str(run), "--output", str(tmp_path / "shipped")]
+    assemble.main([*required, "--towards", "second", "--share", "0.25"])
+    shipped = load_transformer(tmp_path / "shipped" / "transformer")
+    for name, weight in shipped.named_parameters():
+        # shipped in bfloat16
+        torch.testing.assert_close(weight.data, before[name] + 0.25, rtol=2**-8, atol=1e-6)
+    *_, last = describe_training(tmp_path / "shipped" / "training.jsonl")
+    assert last == "- Then the weights of `transformer` were moved 0.25 of the way to those of `second`"
+    for wrong in (["--share", "0.5"], ["--towards", "second"], ["--towards", "second", "--share", "1.5"]):
+        with pytest.raises(SystemExit):
+            assemble.main([*required, *wrong])
+        assert "--share" in capsys.readouterr().err
+
+
+def test_the_card_has_a_line_for_every_stretch_of_steps_under_the_same_settings(tmp_path):
+    log = tmp_path / "training.jsonl"
+    recipe = {"tokens": 64, "steps": 100, "decay": 10, "batch_size": 2, "shift": 1.0, "is_compiled": False}
+    rows = [
+        {"recipe": recipe, "step": 0},
+        {"tokens": 64, "step": 40, "held_out_loss": 0.5},
+        # stopped, and gone on: the same settings, then another shift with fewer steps
+        {"recipe": {**recipe, "is_compiled": True}, "step": 40},
+        {"tokens": 64, "step": 50, "held_out_loss": 0.4},
+        {"recipe": {**recipe, "shift": 4.0, "steps": 60}, "step": 50},
+        {"tokens": 64, "step": 60, "held_out_loss": 0.7},
+        {"recipe": {**recipe, "tokens": 256, "shift": 4.0}, "step": 0},
+        {"tokens": 256, "step": 5, "held_out_loss": 0.3},
+    ]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second, third = describe_training(log)
+    assert first.startswith("- 64 tokens, steps 0 to 50: 100 samples, held-out loss 0.4000")
+    assert "decay" not in first
+    assert second.startswith("- 64 tokens, steps 50 to 60: 20 samples, held-out loss 0.7000")
+    assert "shift 4.0, the last 10 steps with decay" in second
+    assert third.startswith("- 256 tokens, steps 0 to 5: 10 samples, held-out loss 0.3000")
 
 
 def test_the_encoder_is_linear_and_explains_patches():

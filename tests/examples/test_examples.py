@@ -10,6 +10,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusers_graft.core.context import Context, Grid
+from diffusers_graft.errors import FileError
 from diffusers_graft.operators.conformance.suite import example_site
 from diffusers_graft.testbed import scenes
 
@@ -136,6 +137,21 @@ def test_every_use_of_a_grafted_pipeline_is_scored_before_and_after_and_none_twi
     assert capsys.readouterr().out == table
     with pytest.raises(SystemExit, match="Give another --output"):
         example.main(["--output", str(tmp_path)])
+
+
+def test_uses_of_a_graft_or_a_pipeline_that_was_trained_anew_are_other_rows(load, tmp_path, monkeypatch):
+    example = load("use_grafted_pipeline")
+    path = tmp_path / "graft_model.safetensors"
+    path.write_bytes(b"once")
+    once = example.describe_protocol(example.BRIEF, tmp_path)
+    assert example.describe_protocol(example.BRIEF, tmp_path) == once
+    path.write_bytes(b"anew")
+    assert example.describe_protocol(example.BRIEF, tmp_path) != once
+    own = example.describe_protocol(example.BRIEF, None)
+    monkeypatch.setattr(example.scenes, "weights_version", lambda: "of another training")
+    assert example.describe_protocol(example.BRIEF, None) != own
+    with pytest.raises(FileError, match=r"no graft_model\.safetensors in .*no such folder"):
+        example.describe_protocol(example.BRIEF, tmp_path / "no such folder")
 
 
 def test_the_loop_of_that_example_draws_what_the_pipeline_does_and_keeps_what_it_should(load, monkeypatch):

@@ -7,6 +7,7 @@ which halves them; diffusers loads them in float32.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,17 +28,14 @@ def load_transformer(folder: Path) -> PixArtTransformer2DModel:
     return PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
 
 
-def blend(run: Path, names: list[str], share: float) -> PixArtTransformer2DModel:
-    """The transformer of the first name, with this share of the way to the second one's weights, if there is one.
+def blend(model: PixArtTransformer2DModel, other: PixArtTransformer2DModel, share: float) -> PixArtTransformer2DModel:
+    """Move the weights of a model this share of the way to those of another, and return it.
 
     A phase starts from the average of the phase before it, and forgets some of what that one drew well. Between the
     weights of both lies a model that draws both sizes (WiSE-FT, arXiv 2109.01903).
     """
-    model = load_transformer(run / names[0])
-    if len(names) > 1:
-        end = load_transformer(run / names[1]).state_dict()
-        start = model.state_dict()
-        model.load_state_dict({name: torch.lerp(start[name], end[name], share) for name in start})
+    start, end = model.state_dict(), other.state_dict()
+    model.load_state_dict({name: torch.lerp(start[name], end[name], share) for name in start})
     return model
 
 
@@ -64,21 +62,29 @@ def ship(pipeline: PixArtSigmaPipeline, run: Path, output: Path) -> None:
             shutil.copy(run / name, output / name)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="the folder that the training wrote")
-    parser.add_argument(
-        "--transformer", nargs="+", default=["transformer"], help="which of its transformers, or two of them"
-    )
-    parser.add_argument("--share", type=float, default=0.5, help="of the way from the first of two to the second")
+    parser.add_argument("--transformer", default="transformer", help="which of its transformers")
+    parser.add_argument("--towards", help="another one, to whose weights it is moved a share of the way")
+    parser.add_argument("--share", type=float, help="of that way, from 0 to 1")
     parser.add_argument("--shift", type=float, default=2.0, help="of the scheduler's sigmas")
     parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    if len(arguments.transformer) > 2 or not 0 <= arguments.share <= 1:
-        parser.error("one transformer, or two of them and a share between 0 and 1")
-    transformer = blend(arguments.run, arguments.transformer, arguments.share)
-    pipe = assemble(arguments.run, transformer, arguments.shift)
-    ship(pipe, arguments.run, arguments.output)
+    arguments = parser.parse_args(argv)
+    run, output, share = arguments.run, arguments.output, arguments.share
+    if (arguments.towards is None) != (share is None):
+        parser.error("--towards and --share are given together")
+    if share is not None and not 0 <= share <= 1:
+        parser.error(f"--share is a number from 0 to 1; got {share}")
+    transformer = load_transformer(run / arguments.transformer)
+    if share is not None:
+        transformer = blend(transformer, load_transformer(run / arguments.towards), share)
+    ship(assemble(run, transformer, arguments.shift), run, output)
+    if share is not None:
+        # the last line of the training, since it decides the weights as well
+        row = {"blend": [arguments.transformer, arguments.towards], "share": share}
+        with (output / "training.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

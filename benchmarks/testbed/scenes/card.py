@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,25 +106,42 @@ def read_share(chosen: list[scenes.Scene], pipe=None, size: int = 64) -> float:
     return right / len(chosen)
 
 
-def describe_phases(log: Path) -> list[str]:
-    """One line for each phase: tokens, steps, samples and recipe."""
+def describe_training(log: Path) -> list[str]:
+    """One line for all steps of a phase under the same settings, and one for a blend at the end."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     lines = []
-    recipe = None
-    for row, following in zip(rows, [*rows[1:], {"recipe": None}], strict=True):
-        if "recipe" in row:
+    recipe: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    first = 0
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        if "blend" in row:
+            start, end = row["blend"]
+            lines.append(f"- Then the weights of `{start}` were moved {row['share']:g} of the way to those of `{end}`")
+        elif "recipe" in row:
+            if not row.get("step") or _settings_of(row) != settings:
+                first = row.get("step") or 0
+                settings = _settings_of(row)
             recipe = row["recipe"]
-        # A run that was stopped and went on is one phase.
-        elif "recipe" in following and not following.get("step"):
-            samples = row["step"] * recipe["batch_size"]
-            settings = ", ".join(
-                f"{name.replace('_', ' ')} {value}" for name, value in recipe.items() if name != "steps"
-            )
+        elif following is None or "blend" in following or _begins_anew(following, settings):
+            shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+            if row["step"] > recipe["steps"] - recipe["decay"]:
+                shown += f", the last {recipe['decay']:,} steps with decay"
+            samples = (row["step"] - first) * recipe["batch_size"]
             lines.append(
-                f"- {row['tokens']} tokens: {row['step']:,} steps, {samples:,} samples, held-out loss "
-                f"{row['held_out_loss']:.4f} ({settings})"
+                f"- {row['tokens']:,} tokens, steps {first:,} to {row['step']:,}: {samples:,} samples, held-out loss "
+                f"{row['held_out_loss']:.4f} at this shift ({shown})"
             )
     return lines
+
+
+def _begins_anew(row: dict[str, Any], settings: dict[str, Any]) -> bool:
+    return "recipe" in row and (not row.get("step") or _settings_of(row) != settings)
+
+
+def _settings_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What decides the weights, but for the length: a run that was stopped may go on with another one."""
+    recipe = {"is_bf16": False, **row["recipe"]}
+    return {name: value for name, value in recipe.items() if name not in ("tokens", "steps", "decay", "is_compiled")}
 
 
 def write_card(state: str, sizes: list[int], count: int, steps: int, real_count: int) -> None:
@@ -160,7 +178,7 @@ def write_card(state: str, sizes: list[int], count: int, steps: int, real_count:
         reconstructed=" and ".join(reconstructed),
         held_out=64,
         losses=", ".join(losses),
-        phases="\n".join(describe_phases(WEIGHTS / "training.jsonl")),
+        phases="\n".join(describe_training(WEIGHTS / "training.jsonl")),
     )
     scenes.save_picture_grid(WEIGHTS / "samples.png", torch.nn.functional.adaptive_avg_pool2d(samples, 96))
     (WEIGHTS / "README.md").write_text(text, encoding="utf-8")

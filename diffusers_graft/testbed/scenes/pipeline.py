@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import warnings
 from pathlib import Path
 
@@ -42,8 +43,10 @@ def pipeline(transformer: PixArtTransformer2DModel | None = None) -> PixArtSigma
 
 
 def weights_version() -> str:
-    """Return what tells trainings of the pipeline from each other: the first digits of its transformer's sha256."""
-    return sha256_of(WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors")[:12]
+    """Return what tells trainings of the pipeline from each other: the first digits of a digest of all its parts."""
+    # parts lie in folders; card and logs beside them draw nothing
+    digests = [sha256_of(path) for path in sorted(WEIGHTS.glob("*/*"))]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
 
 
 def _encode_checked_prompt(
