@@ -13,18 +13,18 @@ from benchmarks.testbed.scenes.autoencoder import make_autoencoder, sample_pictu
 from benchmarks.testbed.scenes.card import describe_training
 from benchmarks.testbed.scenes.prompts import PROMPT_KINDS, sample_prompts
 from benchmarks.testbed.scenes.restore import restore
-from benchmarks.testbed.scenes.text import answers_at_nouns, make_tokenizer, tokenize
+from benchmarks.testbed.scenes.text import COUNTS, NOTHING, Reader, answers_at_nouns, make_tokenizer, tokenize
 from benchmarks.testbed.scenes.transformer import Pretraining, Recipe, pretrain, token_labels
 from diffusers_graft.testbed import scenes
 from diffusers_graft.testbed.scenes.draw import draw_with_coverage
-from diffusers_graft.testbed.scenes.grammar import COLOURS, KIND_WORDS, KINDS
+from diffusers_graft.testbed.scenes.grammar import COLOUR_WORDS, COLOURS, KIND_WORDS, KINDS, TAGS
 
 RECIPE = {"tokens": 64, "batch_size": 2, "decay": 2, "warmup": 1}
 
 
 @pytest.fixture
 def short_check(monkeypatch):
-    monkeypatch.setattr(Pretraining, "held_out_loss", lambda self: 0.0)
+    monkeypatch.setattr(Pretraining, "held_out_loss", lambda self, tokens, count=0: 0.0)
 
 
 def test_training_that_is_resumed_gives_the_same_weights(tmp_path, short_check):
@@ -64,6 +64,67 @@ def test_a_phase_leaves_the_transformer_that_the_next_one_starts_from(tmp_path, 
     assert torch.equal(following.model.state_dict()["proj_out.weight"], after["proj_out.weight"])
 
 
+def test_some_steps_show_pictures_of_twice_the_width_with_twice_the_shift(tmp_path, monkeypatch):
+    restore(tmp_path)
+    run = Pretraining(Recipe(steps=4, **{**RECIPE, "batch_size": 4}, larger_every=2, shift=3.0), tmp_path)
+    shown = []
+
+    def losses(model, batch, generator):
+        shown.append(batch["latents"].shape)
+        return next(model.parameters()).sum() * 0, torch.zeros(())
+
+    monkeypatch.setattr(run, "losses", losses)
+    for _ in range(4):
+        run.train_step()
+    assert [tuple(shape) for shape in shown] == [(1, 12, 16, 16), (4, 12, 8, 8)] * 2
+
+    noised = []
+    monkeypatch.undo()
+    run.model.register_forward_pre_hook(lambda module, arguments: noised.append(arguments[0]))
+    steps = []
+    run.model.register_forward_pre_hook(lambda m, a, kw: steps.append(kw["timestep"] / 1000), with_kwargs=True)
+    for side in (8, 16):
+        batch = run.encode([scenes.sample_scene(random.Random(0))], side**2, 0.0)
+        run.losses(run.model, batch, torch.Generator().manual_seed(0))
+    # The same draw of noise levels: odds of the level are multiplied by the shift.
+    odds = [step / (1 - step) for step in steps]
+    torch.testing.assert_close(odds[1], 2 * odds[0])
+
+
+def test_weights_of_scenes_decide_which_are_sampled():
+    rng = random.Random(0)
+    only_counting = [float(tag == "counting") for tag in TAGS]
+    assert {scenes.sample_scene(rng, only_counting).tag for _ in range(20)} == {"counting"}
+
+
+def test_words_are_hidden_with_the_answers_that_need_them():
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    reader = Reader(tokenizer)
+    rng = random.Random(0)
+    chosen = [scenes.sample_scene(rng) for _ in range(300)]
+    ids = tokenize(tokenizer, [scene.caption for scene in chosen])["input_ids"]
+    answers = answers_at_nouns(chosen)
+    hidden, left = reader.hide(ids, answers)
+    words = [tokenizer.convert_ids_to_tokens(row.tolist()) for row in ids]
+    nouns = torch.isin(ids, reader.nouns).nonzero().tolist()
+    shares = (left == NOTHING).float().mean(0)
+    assert 0.25 < shares[0] < 0.35
+    assert 0.1 < shares[1] < 0.3
+    assert shares[3:].max() == 0
+    for (row, place), answer, rest in zip(nouns, answers, left, strict=True):
+        is_hidden = (hidden[row] == tokenizer.unk_token_id).tolist()
+        before = words[row][place - 1].removeprefix("▁")
+        has_colour = any(before in words for words in COLOUR_WORDS.values())
+        counts = [at for at, word in enumerate(words[row]) if word.removeprefix("▁") in COUNTS]
+        assert (rest[0] == NOTHING) == is_hidden[place]
+        assert (rest[1] == NOTHING) == (has_colour and is_hidden[place - 1])
+        assert (rest[2] == NOTHING) == any(is_hidden[at] for at in counts)
+        assert all(one in (NOTHING, other) for one, other in zip(rest.tolist(), answer.tolist(), strict=True))
+    kept = hidden != tokenizer.unk_token_id
+    assert torch.equal(hidden[kept], ids[kept])
+
+
 def test_a_blend_is_shipped_with_a_line_in_the_log_and_on_the_card(tmp_path, capsys):
     run = tmp_path / "run"
     restore(run)
@@ -100,14 +161,18 @@ def test_the_card_has_a_line_for_every_stretch_of_steps_under_the_same_settings(
         {"tokens": 64, "step": 60, "held_out_loss": 0.7},
         {"recipe": {**recipe, "tokens": 256, "shift": 4.0}, "step": 0},
         {"tokens": 256, "step": 5, "held_out_loss": 0.3},
+        {"recipe": {**recipe, "tokens": 256, "batch_size": 8, "larger_every": 5}, "step": 0},
+        {"tokens": 256, "step": 11, "held_out_loss": 0.2},
     ]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second, third = describe_training(log)
+    first, second, third, fourth = describe_training(log)
     assert first.startswith("- 64 tokens, steps 0 to 50: 100 samples, held-out loss 0.4000")
     assert "decay" not in first
     assert second.startswith("- 64 tokens, steps 50 to 60: 20 samples, held-out loss 0.7000")
     assert "shift 4.0, the last 10 steps with decay" in second
     assert third.startswith("- 256 tokens, steps 0 to 5: 10 samples, held-out loss 0.3000")
+    # 8 steps of 8 samples, and steps 0, 5 and 10 with 2
+    assert fourth.startswith("- 256 tokens, steps 0 to 11: 70 samples, held-out loss 0.2000")
 
 
 def test_the_encoder_is_linear_and_explains_patches():

@@ -126,12 +126,19 @@ def describe_training(log: Path) -> list[str]:
             shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
             if row["step"] > recipe["steps"] - recipe["decay"]:
                 shown += f", the last {recipe['decay']:,} steps with decay"
-            samples = (row["step"] - first) * recipe["batch_size"]
+            samples = _count_samples(first, row["step"], recipe)
             lines.append(
                 f"- {row['tokens']:,} tokens, steps {first:,} to {row['step']:,}: {samples:,} samples, held-out loss "
                 f"{row['held_out_loss']:.4f} at this shift ({shown})"
             )
     return lines
+
+
+def _count_samples(first: int, last: int, recipe: dict[str, Any]) -> int:
+    """Count the samples of the steps from `first` on, before `last`; a larger picture counts as one."""
+    every = recipe.get("larger_every")
+    larger = len([step for step in range(first, last) if step % every == 0]) if every else 0
+    return (last - first - larger) * recipe["batch_size"] + larger * (recipe["batch_size"] // 4)
 
 
 def _begins_anew(row: dict[str, Any], settings: dict[str, Any]) -> bool:

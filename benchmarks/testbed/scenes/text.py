@@ -1,7 +1,9 @@
 """Train the scenes' text encoder: `python -m benchmarks.testbed.scenes.text --output DIR`.
 
 A small `T5EncoderModel` with a tokenizer of words learns to read captions: at each noun it names kind, colour, count,
-size and relation of the group, and at the end the scene. Then it is frozen, and the transformer attends to it.
+size and relation of the group, and at the end the scene. It reads every caption twice, the second time with words
+hidden, so that it does not guess a kind from its colour: some pairs are held out of training. Then it is frozen, and
+the transformer attends to it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from diffusers_graft.testbed.scenes.grammar import (
+    COLOUR_WORDS,
     COLOURS,
     KIND_WORDS,
     KINDS,
@@ -41,7 +44,9 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 # Answers at a noun: kind; colour or none; count; size or none; relation to the other group or none.
 ANSWERS = (len(KINDS), len(COLOURS) + 1, 5, 3, len(RELATIONS) + 1)
 SIZES = (None, "small", "large")
-PLURALS = {word: pair[1] for pairs in KIND_WORDS.values() for pair in pairs for word in pair}
+HIDDEN = 0.3  # of the words that say kind, colour or count
+COUNTS = ("two", "2", "pair", "three", "3", "four", "4")
+NOTHING = -100  # an answer that is not asked for, as `cross_entropy` has it
 
 
 def make_tokenizer() -> T5Tokenizer:
@@ -93,27 +98,50 @@ class Reader(nn.Module):
         self.encoder = T5EncoderModel(config)
         self.noun_head = nn.Linear(CONFIG["d_model"], sum(ANSWERS))
         self.end_head = nn.Linear(CONFIG["d_model"], len(KINDS) + len(COLOURS))
-        nouns = [word for pairs in KIND_WORDS.values() for pair in pairs for word in pair]
-        self.register_buffer("nouns", torch.tensor(tokenizer.convert_tokens_to_ids(["▁" + word for word in nouns])))
         self.end = tokenizer.eos_token_id
+        self.unknown = tokenizer.unk_token_id
+        nouns = [word for pairs in KIND_WORDS.values() for pair in pairs for word in pair]
+        colours = [word for words in COLOUR_WORDS.values() for word in words]
+        for name, words in (("nouns", nouns), ("colours", colours), ("counts", COUNTS)):
+            ids = tokenizer.convert_tokens_to_ids(["▁" + word for word in words])
+            self.register_buffer(name, torch.tensor(ids))
 
-    def forward(self, tokens: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, tokens: dict[str, torch.Tensor], is_noun: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Guesses at the nouns, [nouns, answers], and at the end of every caption, [B, 16]."""
         states = self.encoder(**tokens).last_hidden_state
-        at_nouns = states[torch.isin(tokens["input_ids"], self.nouns)]
-        at_end = states[tokens["input_ids"] == self.end]
-        return self.noun_head(at_nouns), self.end_head(at_end)
+        return self.noun_head(states[is_noun]), self.end_head(states[tokens["input_ids"] == self.end])
+
+    def hide(self, ids: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hide some words of kind, colour and count, and the answers they were needed for."""
+        is_noun, is_colour, is_count = (torch.isin(ids, words) for words in (self.nouns, self.colours, self.counts))
+        is_hidden = (is_noun | is_colour | is_count) & (torch.rand(ids.shape) < HIDDEN)
+        answers = answers.clone()
+        answers[is_hidden[is_noun], 0] = NOTHING
+        answers[(is_hidden & is_colour).roll(1, 1)[is_noun], 1] = NOTHING  # a colour stands before its noun
+        in_caption = (is_hidden & is_count).any(1, keepdim=True).expand_as(ids)
+        answers[in_caption[is_noun], 2] = NOTHING
+        return ids.masked_fill(is_hidden, self.unknown), answers
+
+
+def answers_loss(guesses: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """Mean loss of each of the five answers, summed over them."""
+    losses = [
+        F.cross_entropy(guess, answer, ignore_index=NOTHING, reduction="sum")
+        for guess, answer in zip(guesses.split(ANSWERS, 1), answers.T, strict=True)
+    ]
+    return sum(losses) / len(answers)
 
 
 def reader_loss(reader: Reader, tokens: dict[str, torch.Tensor], scenes: list[Scene]) -> tuple[torch.Tensor, float]:
-    """The loss, and the share of nouns whose five answers are all right."""
-    at_nouns, at_end = reader(tokens)
-    truths = answers_at_nouns(scenes)
-    loss = 0.1 * F.mse_loss(at_end, totals_of(scenes))
-    is_right = torch.ones(len(truths), dtype=torch.bool)
-    for guess, truth in zip(at_nouns.split(ANSWERS, 1), truths.T, strict=True):
-        loss = loss + F.cross_entropy(guess, truth)
-        is_right &= guess.argmax(1) == truth
-    return loss, is_right.float().mean().item()
+    """The loss, and the share of nouns of whole captions whose five answers are all right."""
+    answers = answers_at_nouns(scenes)
+    is_noun = torch.isin(tokens["input_ids"], reader.nouns)
+    at_nouns, at_end = reader(tokens, is_noun)
+    loss = answers_loss(at_nouns, answers) + 0.1 * F.mse_loss(at_end, totals_of(scenes))
+    ids, rest = reader.hide(tokens["input_ids"], answers)
+    loss = loss + answers_loss(reader({**tokens, "input_ids": ids}, is_noun)[0], rest)
+    guessed = torch.stack([guess.argmax(1) for guess in at_nouns.split(ANSWERS, 1)], 1)
+    return loss, (guessed == answers).all(1).float().mean().item()
 
 
 def train_reader(output: Path, steps: int, batch_size: int = 64, lr: float = 2e-3, seed: int = 0) -> None:
@@ -155,7 +183,7 @@ def train_reader(output: Path, steps: int, batch_size: int = 64, lr: float = 2e-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2500)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     train_reader(arguments.output, arguments.steps)

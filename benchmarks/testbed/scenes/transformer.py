@@ -26,7 +26,7 @@ from torch import nn
 from transformers import T5EncoderModel, T5Tokenizer
 
 from diffusers_graft.testbed.scenes.draw import draw_with_coverage
-from diffusers_graft.testbed.scenes.grammar import COLOURS, KINDS, Scene, sample_scene
+from diffusers_graft.testbed.scenes.grammar import COLOURS, KINDS, TAG_WEIGHTS, Scene, sample_scene
 
 from .text import tokenize
 
@@ -63,6 +63,11 @@ class Recipe:
     planning_weight: float = 0.3
     # More tokens show the same scene, so that it takes more noise to hide it (arXiv 2403.03206, section 5.3.2).
     shift: float = 1.0
+    # Every so many steps shows pictures of twice the width: four times the tokens, a fourth of the samples, twice the
+    # shift. 0 is never.
+    larger_every: int = 0
+    # How often each kind of prompt is sampled, in the order of `grammar.TAGS`.
+    scene_weights: tuple[float, ...] = TAG_WEIGHTS
     is_compiled: bool = False
     # Products of matrices in bfloat16; weights, gradients and averages stay in float32.
     is_bf16: bool = False
@@ -107,7 +112,6 @@ class Pretraining:
         self.recipe = recipe
         self.output = output
         self.step = 0
-        self.size = PIXELS * math.isqrt(recipe.tokens)
         self.vae = AutoencoderTiny.from_pretrained(output / "vae").eval().requires_grad_(False)
         self.vae.to(memory_format=torch.channels_last)
         self.tokenizer = T5Tokenizer.from_pretrained(output / "tokenizer")
@@ -128,22 +132,22 @@ class Pretraining:
         self.planned = None
         self.model.transformer_blocks[PLANNING_BLOCK].register_forward_hook(self._catch)
         if recipe.is_compiled:
-            self.model.compile()
+            self.model.compile(dynamic=False)
 
     def _catch(self, module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
         self.planned = output
 
     @torch.no_grad()
-    def encode(self, scenes: list[Scene], dropout: float) -> dict[str, torch.Tensor]:
-        """Latents, text states with their mask, and what every token shows."""
-        pictures, coverage, owners = draw_with_coverage(scenes, self.size)
+    def encode(self, scenes: list[Scene], tokens: int, dropout: float) -> dict[str, torch.Tensor]:
+        """Latents of so many tokens, text states with their mask, and what every token shows."""
+        pictures, coverage, owners = draw_with_coverage(scenes, PIXELS * math.isqrt(tokens))
         latents = self.vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latents
         captions = [scene.caption if self.rng.random() >= dropout else "" for scene in scenes]
-        tokens = tokenize(self.tokenizer, captions, CAPTION_TOKENS)
+        words = tokenize(self.tokenizer, captions, CAPTION_TOKENS)
         return {
             "latents": latents.contiguous() * self.vae.config.scaling_factor,
-            "text": self.text_encoder(**tokens).last_hidden_state,
-            "mask": tokens["attention_mask"],
+            "text": self.text_encoder(**words).last_hidden_state,
+            "mask": words["attention_mask"],
             "labels": token_labels(coverage, owners, scenes),
         }
 
@@ -151,7 +155,7 @@ class Pretraining:
         """Error of the predicted velocity `noise - latents`, and of the head that reads the plan."""
         latents = batch["latents"]
         sigma = torch.randn(len(latents), generator=generator).sigmoid()
-        shift = self.recipe.shift
+        shift = self.recipe.shift * math.sqrt(latents[0, 0].numel() / self.recipe.tokens)
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
         noise = torch.randn(latents.shape, generator=generator)
         noised = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))
@@ -173,8 +177,12 @@ class Pretraining:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.lr * lr_factor(self.step, self.recipe)
-        scenes = [sample_scene(self.rng) for _ in range(self.recipe.batch_size)]
-        error, planning = self.losses(self.model, self.encode(scenes, self.recipe.caption_dropout), self.generator)
+        count, tokens = self.recipe.batch_size, self.recipe.tokens
+        if self.recipe.larger_every and self.step % self.recipe.larger_every == 0:
+            count, tokens = count // 4, tokens * 4
+        scenes = [sample_scene(self.rng, self.recipe.scene_weights) for _ in range(count)]
+        batch = self.encode(scenes, tokens, self.recipe.caption_dropout)
+        error, planning = self.losses(self.model, batch, self.generator)
         (error + self.recipe.planning_weight * planning).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -196,16 +204,16 @@ class Pretraining:
         return model
 
     @torch.no_grad()
-    def held_out_loss(self, count: int = 256) -> float:
+    def held_out_loss(self, tokens: int, count: int = 256) -> float:
         """Loss of the average on scenes of another seed, always the same draw."""
         rng = random.Random(10**6)
         generator = torch.Generator().manual_seed(1)
         model = self.averaged_model()
         self.planned = None
         errors = []
-        together = max(1, 4096 // self.recipe.tokens)
+        together = max(1, 4096 // tokens)
         for _ in range(count // together):
-            batch = self.encode([sample_scene(rng) for _ in range(together)], 0.0)
+            batch = self.encode([sample_scene(rng) for _ in range(together)], tokens, 0.0)
             errors.append(self.losses(model, batch, generator)[0].item())
         return sum(errors) / len(errors)
 
@@ -262,9 +270,11 @@ def pretrain(recipe: Recipe, output: Path, save_every: int) -> None:
                 "step": run.step,
                 "loss": error,
                 "planning": planning,
-                "held_out_loss": run.held_out_loss(),
+                "held_out_loss": run.held_out_loss(recipe.tokens),
                 "seconds": round(time.monotonic() - started, 1),
             }
+            if recipe.larger_every:
+                row["larger_held_out_loss"] = run.held_out_loss(4 * recipe.tokens, 64)
             log.write(json.dumps(row) + "\n")
             log.flush()
             run.save()
@@ -277,7 +287,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--save-every", type=int, default=250)
     for name, value in asdict(Recipe()).items():
-        kind = {"action": "store_true"} if isinstance(value, bool) else {"type": type(value), "default": value}
+        kind = {"type": type(value), "default": value}
+        if isinstance(value, bool):
+            kind = {"action": "store_true"}
+        elif isinstance(value, tuple):
+            kind = {"type": float, "nargs": len(value), "default": value}
         parser.add_argument("--" + name.replace("_", "-"), **kind)
     arguments = vars(parser.parse_args())
     output = arguments.pop("output")

@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 KINDS = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "arrow")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
 RELATIONS = ("left of", "right of", "above", "below")
 PROMPT_KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+# Kinds of training scene, and how often each is sampled; "several" lists three or four groups.
+TAGS = (*PROMPT_KINDS, "several")
+TAG_WEIGHTS = (1.0, 2.0, 3.0, 2.0, 3.0, 3.0, 3.0)
 MAX_OBJECTS = 4
 
 # Each kind has one colour that it never has in training, and each colour one kind.
@@ -130,9 +134,9 @@ def is_held_out(group: Group) -> bool:
     return (group.colour, group.kind) in HELD_OUT_COLOURS or (group.count, group.kind) in HELD_OUT_COUNTS
 
 
-def sample_scene(rng: random.Random) -> Scene:
+def sample_scene(rng: random.Random, tag_weights: Sequence[float] = TAG_WEIGHTS) -> Scene:
     """Draw a training scene: no held-out pair ever occurs in it, said or unsaid."""
-    tag = rng.choices((*PROMPT_KINDS, "several"), weights=(1, 2, 3, 2, 3, 3, 3))[0]
+    tag = rng.choices(TAGS, weights=tag_weights)[0]
     groups = _sample_groups(tag, rng)
     relation = None
     if tag == "position" or (tag == "several" and rng.random() < 0.25):
