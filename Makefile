@@ -87,7 +87,7 @@ ablate: $(READY) ## Recipes at equal seconds, each beside its control (hours on 
 
 text-to-image: $(READY) ## The paper's text-to-image run on the scenes, then the graft in use (goes on where it stopped)
 	$(BIN)/python examples/text_to_image.py --output runs/text_to_image
-	$(BIN)/python examples/use_grafted_pipeline.py --graft runs/text_to_image/rows/neighborhood_interleaved-0 --output runs/uses
+	$(BIN)/python examples/use_grafted_pipeline.py --graft runs/text_to_image/rows/neighborhood_9_x_9_interleaved-0 --output runs/uses
 
 testbed: $(READY) ## Train the testbed's model and its judge from scratch (hours on two cores)
 	$(BIN)/python -m diffusers_graft.testbed.classifier --output runs/testbed

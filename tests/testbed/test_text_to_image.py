@@ -28,11 +28,11 @@ def example(monkeypatch):
 @pytest.mark.long
 def test_one_row_from_drawn_pairs_to_the_table_goes_on_where_it_stopped(tmp_path):
     command = [sys.executable, str(SCRIPT), "--brief", "--output", str(tmp_path), "--seeds", "0", "--rows"]
-    rows = ["removed", "neighborhood, interleaved"]
+    rows = ["removed", "neighborhood 9 x 9, interleaved"]
     subprocess.run([*command, *rows], check=True)
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["original", *rows]
-    folder = tmp_path / "rows" / "neighborhood_interleaved-0"
+    folder = tmp_path / "rows" / "neighborhood_9_x_9_interleaved-0"
     values = json.loads((folder / "values.json").read_text(encoding="utf-8"))
     assert {"seen.score", "held_out.score", "denoising_loss", "distance_to_original"} <= set(values)
     assert {"ratio_at_256", "high_at_256", "training_seconds"} <= set(values)
@@ -59,10 +59,11 @@ def test_the_rows_of_the_example_are_those_of_the_paper_and_ours(example):
     assert {len(layers) for layers in replaced.values()} == {4, 8}
     assert replaced["hyena_x, random start, the paper's layers"] == [2, 4, 6, 7]
     assert set(replaced["hyena_x, random start, the paper's layers"]) < set(paper)
-    assert replaced["hyena_x, random start, interleaved"] == replaced["neighborhood, interleaved"]
-    # The recipe alone is the paper's row.
-    alone = dg.plan_graft(model, load_recipe(example.RECIPES / example.PAPER).plan)
-    assert alone == dg.plan_graft(model, example.ROWS["hyena_x, random start, the paper's layers"][1])
+    assert replaced["hyena_x, random start, interleaved"] == replaced["neighborhood 9 x 9, interleaved"]
+    # The recipes alone are the paper's row and ours.
+    for row in ("hyena_x, random start, the paper's layers", "neighborhood 9 x 9, interleaved"):
+        recipe, plan = example.ROWS[row]
+        assert dg.plan_graft(model, load_recipe(example.RECIPES / recipe).plan) == dg.plan_graft(model, plan)
     with pytest.raises(SystemExit):
         example.main(["--rows", "no such row"])
 
