@@ -287,7 +287,12 @@ def _cost_finetune(
     def make() -> Callable[[], None]:
         optimizer = make_optimizer(model, graft, config)
         features = config.distill_features or 0.0
-        teacher = Teacher(model, output_weight=config.distill_output, feature_weight=features)
+        teacher = Teacher(
+            model,
+            output_weight=config.distill_output,
+            feature_weight=features,
+            is_asked=bool(config.match_distribution),
+        )
         trained.extend(master.detach().clone() for master in optimizer.masters)
 
         def step() -> None:
@@ -296,6 +301,9 @@ def _cost_finetune(
                 prediction = predict(model, dict(inputs))
             target = torch.zeros_like(prediction)
             loss = config.denoising * denoising_loss(prediction, target)
+            if config.match_distribution:
+                # A second forward with a gradient: the last step of the trajectory.
+                loss = loss + denoising_loss(predict(model, dict(inputs)), target)
             optimizer.backward(sum(teacher.losses(prediction).values(), start=loss))
             optimizer.clip_gradients()
             optimizer.step()

@@ -221,6 +221,7 @@ LORA = LoraConfig(r=2, target_modules=["to_q"])
         {"train": "operators+lora", "lora": LORA, "ema_decay": 0.5},
         {"distill_output": 1.0, "accumulate": 2},
         {"distill_output": 1.0, "denoising": 0, "trajectory": 2},
+        {"distill_output": 0.0, "denoising": 0, "trajectory": 2, "match_distribution": 1.0},
         {"optimizer": "Adafactor", "schedule": "polynomial", "schedule_args": {"power": 2.0}},
     ],
     ids=str,

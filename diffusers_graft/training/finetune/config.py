@@ -62,9 +62,13 @@ class FinetuneConfig(TrainingConfig):
         trajectory: train on states of the grafted model's own sampling, in place of noised data: so many steps lead
             from pure noise to a state, each at the cost of a forward (arXiv 2510.08318). Needs `denoising=0`. See
             `diffusers_graft.training.finetune.trajectory`.
+        match_distribution: weight of the divergence of the states' distribution from the ungrafted model's, with a
+            gradient through the last step of the trajectory (arXiv 2510.08318); needs one, and another forward.
         progressive, progressive_share: replace the sites one after another, spread evenly over this share of the
             steps, in `"forward"` order or beginning with the `"least_harm"`; the others run as the original does.
             None replaces all at once. See `diffusers_graft.training.finetune.progression`.
+        progressive_patience: replace the next site earlier, once the mean loss of so many steps is no smaller than
+            that of as many before them. None waits for its share of the steps.
         gradient_checkpointing: recompute blocks in the backward: less memory, a third more time.
         compile: compile the training forward, by a backend's name or True for torch's default.
     """
@@ -73,8 +77,10 @@ class FinetuneConfig(TrainingConfig):
         "lr_scale": {},
         "denoising": 1.0,
         "trajectory": 0,
+        "match_distribution": 0.0,
         "progressive": None,
         "progressive_share": 0.5,
+        "progressive_patience": None,
     }
 
     train: str | None = None
@@ -88,8 +94,10 @@ class FinetuneConfig(TrainingConfig):
     distill_output: float = 1.0
     distill_features: float | None = None
     trajectory: int = 0
+    match_distribution: float = 0.0
     progressive: str | None = None
     progressive_share: float = 0.5
+    progressive_patience: int | None = None
     gradient_checkpointing: bool = False
     compile: bool | str = False
 
@@ -121,6 +129,9 @@ class FinetuneConfig(TrainingConfig):
             require_one_of("order of replacement", self.progressive, ORDERS)
         if not 0 < self.progressive_share <= 1:
             raise TrainingError(f"A share of the steps lies above 0, up to 1; got {self.progressive_share}.")
+        patience = self.progressive_patience
+        if patience is not None and (type(patience) is not int or patience < 1):
+            raise TrainingError(f"Patience is a number of steps from 1, or None; got {patience!r}.")
         if self.progressive is not None and self.compile:
             raise TrainingError("A model that changes as it trains cannot be compiled: set compile=False.")
 
@@ -131,11 +142,15 @@ class FinetuneConfig(TrainingConfig):
             raise TrainingError(
                 "States of the model's own sampling have no target but the ungrafted model's: set denoising=0."
             )
-        weights = (self.denoising, self.distill_output, self.distill_features or 0.0)
+        if self.match_distribution and not self.trajectory:
+            raise TrainingError(
+                "match_distribution moves states of the model's own sampling: set trajectory to some steps, such as 4."
+            )
+        weights = (self.denoising, self.distill_output, self.distill_features or 0.0, self.match_distribution)
         if min(weights) < 0 or not any(weights):
             raise TrainingError(
-                "The weights denoising, distill_output and distill_features are not negative, and one of them is "
-                f"above zero; got {weights}."
+                "The weights denoising, distill_output, distill_features and match_distribution are not negative, and "
+                f"one of them is above zero; got {weights}."
             )
 
     def for_model(self, model: ModelMixin, sites: Sites) -> Self:
@@ -156,7 +171,7 @@ class FinetuneConfig(TrainingConfig):
     @property
     def uses_teacher(self) -> bool:
         """Whether the ungrafted model runs at every step."""
-        return bool(self.distill_output or self.distill_features)
+        return bool(self.distill_output or self.distill_features or self.match_distribution)
 
     def to_dict(self) -> dict[str, Any]:
         """Return every setting, JSON-able; of LoRA, rank and alpha."""

@@ -110,6 +110,7 @@ def finetune(
             student,
             output_weight=config.distill_output,
             feature_weight=config.distill_features or 0.0,
+            is_asked=bool(config.match_distribution),
             original=shard_original(model, graft.sites, config.precision) if config.uses_teacher else None,
         )
         stage = FinetuneStage(student, require_graft(student), teacher, config, noising, stream, evaluated, losses)
@@ -119,6 +120,7 @@ def finetune(
     row["last_loss"] = mean_of_last_tenth(losses)
     if config.progressive is not None:
         row["order"] = [site.address for site in stage.order]
+        row["turns"] = stage.turns
     if stage.best_evaluation is not None:
         row["best_step"], row["held_out_loss"] = stage.best_evaluation
     graft.history.append(row)

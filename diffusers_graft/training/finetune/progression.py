@@ -1,7 +1,7 @@
 """Progressive replacement: while stage two runs, sites are replaced one after another instead of all at once.
 
 Sites whose turn has not come run their originals, so a new part settles before the next one is put in (compare module
-replacing, arXiv 2002.02925). The step alone says whose turn it is, so a run that is resumed needs only the order.
+replacing, arXiv 2002.02925).
 """
 
 from __future__ import annotations
@@ -21,15 +21,20 @@ from ..distributed import mean_over_processes
 ORDERS = ("forward", "least_harm")
 
 
-def find_waiting(order: Sequence[Site], step: int, ramp: float) -> list[str]:
-    """Return the paths whose originals still run at a step.
+def count_due(sites: int, step: int, ramp: float) -> int:
+    """Return how many sites are replaced at a step at the latest.
 
     Args:
-        order: of replacement; the first site is replaced from the start.
-        ramp: steps that all sites share evenly; after them, all are replaced.
+        ramp: steps that all sites share evenly; the first is replaced from the start.
     """
-    reached = 1 + int(step * len(order) / ramp)
-    return [path for site in order[reached:] for path in site.paths]
+    return min(sites, 1 + int(step * sites / ramp))
+
+
+def has_settled(losses: Sequence[float], patience: int) -> bool:
+    """Return whether the last `patience` losses are no smaller, on average, than as many before them."""
+    recent = losses[-patience:]
+    before = losses[-2 * patience : -patience]
+    return len(before) == patience and sum(recent) >= sum(before)
 
 
 @torch.no_grad()

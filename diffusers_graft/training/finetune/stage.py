@@ -27,9 +27,9 @@ from ..noised_batch import NoisedBatch, Noising
 from ..optimizer import StageOptimizer, mixed_precision
 from .config import REST, FinetuneConfig
 from .objective import denoising_loss, objective
-from .progression import find_waiting, rank_by_harm
+from .progression import count_due, has_settled, rank_by_harm
 from .teacher import Teacher
-from .trajectory import reach_by_sampling
+from .trajectory import SamplingStep, distribution_loss, reach_by_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class FinetuneStage(Stage):
         held_out_losses: steps done and denoising loss of every evaluation.
         best: weights of the smallest one, those of `optimizer.masters`.
         order: of replacement, where sites are replaced one after another.
+        turns: the steps at which the first of them were.
 
     Raises `TrainingError` where nothing is to be trained.
     """
@@ -75,6 +76,7 @@ class FinetuneStage(Stage):
         self.held_out_losses: list[tuple[int, float]] = []
         self.best: list[torch.Tensor] = []
         self.order: list[Site] = [edit.site for edit in graft.plan.edits]
+        self.turns: list[int] = []
 
     @property
     def step(self) -> int:
@@ -98,6 +100,8 @@ class FinetuneStage(Stage):
 
     def train_step(self) -> None:
         """Take one step. Raises `TrainingError` for a loss or a gradient that is not finite."""
+        if self.config.progressive is not None:
+            self._take_turns()
         rows = []
         for _ in range(self.config.accumulate):
             terms = self._backward(self._next_batch())
@@ -134,23 +138,34 @@ class FinetuneStage(Stage):
     def _backward(self, noised: NoisedBatch) -> dict[str, torch.Tensor]:
         """Add the gradients of one batch; returns its loss, and the terms that add up to it."""
         autocast = mixed_precision(self.model.device, self.config.precision)
+        last_step = None
         if self.config.trajectory:
             with self._waiting_parts(), autocast:
-                noised = reach_by_sampling(self.model, noised, self.noising.scheduler, self.config.trajectory)
+                noised, last_step = reach_by_sampling(
+                    self.model, noised, self.noising.scheduler, self.config.trajectory
+                )
         with autocast:
             self.teacher.run(noised.inputs)
         # The backward is inside, since checkpointed blocks run again there.
         with self._waiting_parts():
-            return self._backward_student(noised)
+            return self._backward_student(noised, last_step)
+
+    def _take_turns(self) -> None:
+        """Replace the sites that are due, or the next one as soon as the loss no longer falls."""
+        due = count_due(len(self.order), self.step, self.config.progressive_share * self.config.steps)
+        patience = self.config.progressive_patience
+        if patience is not None and self.turns and has_settled(self.losses[self.turns[-1] :], patience):
+            due = max(due, min(len(self.order), len(self.turns) + 1))
+        self.turns += [self.step] * (due - len(self.turns))
 
     def _waiting_parts(self) -> AbstractContextManager[None]:
         """Run the originals of sites whose turn has not come inside."""
         waiting: list[str] = []
         if self.config.progressive is not None:
-            waiting = find_waiting(self.order, self.step, self.config.progressive_share * self.config.steps)
+            waiting = [path for site in self.order[len(self.turns) :] for path in site.paths]
         return originals_running_at(self.model, waiting) if waiting else nullcontext()
 
-    def _backward_student(self, noised: NoisedBatch) -> dict[str, torch.Tensor]:
+    def _backward_student(self, noised: NoisedBatch, last_step: SamplingStep | None) -> dict[str, torch.Tensor]:
         autocast = mixed_precision(self.model.device, self.config.precision)
         with autocast, self.teacher.capture_features(self.model):
             prediction = predict(self.model, noised.inputs, self.forward)
@@ -158,6 +173,13 @@ class FinetuneStage(Stage):
         terms = {}
         if self.config.denoising:
             terms["denoising"] = self.config.denoising * self._denoising_loss(prediction, noised)
+        if self.config.match_distribution:
+            assert last_step is not None
+            with autocast:
+                reached = last_step.take(self.model, self.noising.scheduler, self.forward)
+            terms["distribution"] = self.config.match_distribution * self._distribution_loss(
+                noised, reached, prediction
+            )
         terms |= self.teacher.losses(prediction)
         total = sum(terms.values(), start=torch.zeros((), device=prediction.device))
         # The first of the parts that take turns may have no weights.
@@ -173,6 +195,11 @@ class FinetuneStage(Stage):
             variance=self.config.variance,
             min_snr=self.config.min_snr,
         )
+
+    def _distribution_loss(self, noised: NoisedBatch, reached: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        teacher = self.teacher.prediction
+        assert teacher is not None
+        return distribution_loss(self.model, self.noising.scheduler, noised, reached, prediction, teacher)
 
     def check_model(self) -> None:
         if not self._is_grafted():
@@ -238,6 +265,7 @@ class FinetuneStage(Stage):
             "held_out_losses": self.held_out_losses,
             "best": gather_state(self.best),
             "order": [site.path for site in self.order],
+            "turns": self.turns,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -249,6 +277,7 @@ class FinetuneStage(Stage):
         by_path = {site.path: site for site in self.order}
         # Checkpoints of earlier versions replaced all sites at once.
         self.order = [by_path[path] for path in state.get("order", by_path)]
+        self.turns = state.get("turns", [])
         super().load_state_dict(state)
 
 

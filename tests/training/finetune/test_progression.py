@@ -1,10 +1,13 @@
 """Progressive replacement: sites take turns, and the result is an ordinary graft."""
 
+import itertools
+
 import pytest
 import torch
 
 import diffusers_graft as dg
 from diffusers_graft.errors import StateError, TrainingError, UnknownNameError
+from diffusers_graft.training.finetune.progression import has_settled
 from diffusers_graft.training.noised_batch import Noising
 
 from ...models import SCHEDULER, batches, predict, same_tensors, tensors_of, tiny_dit
@@ -78,8 +81,9 @@ def test_a_progressive_run_resumes_bit_equal(tmp_path):
     def run(folder, **arguments):
         model = grafted_model(rules=RULES)
         settings = {"steps": 6, "lr": 0.02, "warmup": 0, "save_every": 2, "progressive": "least_harm"}
+        settings |= {"progressive_patience": 1, "progressive_share": 1.0}
         run_finetune(model, output_dir=folder, **settings, **arguments)
-        return model.state_dict(), model.graft.history[-1]["order"]
+        return model.state_dict(), [model.graft.history[-1][name] for name in ("order", "turns")]
 
     expected, order = run(tmp_path / "through")
     with pytest.raises(StopError):
@@ -89,11 +93,44 @@ def test_a_progressive_run_resumes_bit_equal(tmp_path):
     assert again == order
 
 
+def test_losses_have_settled_when_as_many_steps_again_are_no_better():
+    assert has_settled([2.0, 1.0, 1.0, 2.0], 2)
+    assert has_settled([9.0, 3.0, 1.0, 2.0, 2.5], 2)
+    assert not has_settled([2.0, 1.0, 1.0, 1.9], 2)
+    assert not has_settled([1.0, 1.0, 1.0], 2)
+
+
+def test_the_next_part_is_put_in_once_the_last_one_has_settled_or_its_share_is_up():
+    turns = {}
+    # With hardly any rate, the loss moves with the draws of noise alone.
+    settings = {**PLAIN, "train": "operators", "steps": 12, "progressive": "forward", "progressive_share": 1.0}
+    for patience, lr in ((None, 1e-9), (1, 1e-9), (3, 1e-9), (1, 1e-3)):
+        model = grafted_model(rules=RULES)
+        losses = run_finetune(model, batches(1), progressive_patience=patience, **{**settings, "lr": lr})
+        turns[patience, lr] = model.graft.history[-1]["turns"]
+        if patience is not None:
+            since = [0, *turns[patience, lr][1:]]
+            for first, turn in itertools.pairwise(since):
+                is_due = turn in turns[None, 1e-9]
+                assert is_due or has_settled(losses[first:turn], patience)
+                assert not any(has_settled(losses[first:step], patience) for step in range(first, turn))
+    sites = len(RULES)
+    assert turns[None, 1e-9] == [12 * number // sites for number in range(sites)]
+    assert turns[1, 1e-9] != turns[None, 1e-9]
+    assert all(early <= late for early, late in zip(turns[3, 1e-9], turns[None, 1e-9], strict=True))
+
+
 def test_turns_that_cannot_be_taken_are_refused():
     with pytest.raises(UnknownNameError, match="least_harm"):
         dg.FinetuneConfig(progressive="backward")
-    for settings in ({"progressive_share": 0.0}, {"progressive": "forward", "compile": True}):
-        with pytest.raises(TrainingError, match="share of the steps|compile=False"):
+    refused = (
+        {"progressive_share": 0.0},
+        {"progressive": "forward", "compile": True},
+        {"progressive_patience": 0},
+        {"progressive_patience": 2.5},
+    )
+    for settings in refused:
+        with pytest.raises(TrainingError, match="share of the steps|compile=False|steps from 1"):
             dg.FinetuneConfig(**settings)
 
 
