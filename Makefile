@@ -97,15 +97,12 @@ testbed: $(READY) ## Train the testbed's model and its judge from scratch (hours
 testbed-second: $(READY) ## Train a second model of letters: another width, seed and prediction (20 minutes on one core; goes on where it stopped)
 	$(BIN)/python -m benchmarks.testbed.pretrain --output runs/second --seed 1 --head-width 16 --prediction v_prediction --steps 4000 --decay 1500 --ema-decay 0.998
 
-# The share of 0.4 is between 0.3, which drew 128 pixels better, and 0.5, which drew 256 pixels better, by the score of a
-# run whose phase of 1,024 tokens had 290 steps.
 testbed-scenes: $(READY) ## Train the text-to-image testbed from scratch (twelve hours on two cores; goes on where it stopped)
 	$(BIN)/python -m benchmarks.testbed.scenes.autoencoder --output $(SCENES)
 	$(BIN)/python -m benchmarks.testbed.scenes.text --output $(SCENES)
 	$(BIN)/python -m benchmarks.testbed.scenes.transformer --output $(SCENES) --tokens 64 --steps 60000 --decay 6000
-	$(BIN)/python -m benchmarks.testbed.scenes.transformer --output $(SCENES) --tokens 256 --steps 16000 --decay 3000 --lr 1.2e-3 --shift 4
-	$(BIN)/python -m benchmarks.testbed.scenes.transformer --output $(SCENES) --tokens 1024 --steps 4000 --decay 2000 --lr 6e-4 --shift 6 --batch-size 16
-	$(BIN)/python -m benchmarks.testbed.scenes.assemble --run $(SCENES) --transformer average_256 --towards average_1024 --share 0.4 --shift 3 --output diffusers_graft/testbed/scenes/weights
+	$(BIN)/python -m benchmarks.testbed.scenes.transformer --output $(SCENES) --tokens 256 --steps 20000 --decay 4000 --lr 1.2e-3 --shift 5 --larger-every 5
+	$(BIN)/python -m benchmarks.testbed.scenes.assemble --run $(SCENES) --output diffusers_graft/testbed/scenes/weights
 	$(BIN)/python -m benchmarks.testbed.scenes.card
 
 docs: $(READY) ## The documentation site, into site/

@@ -7,7 +7,6 @@ which halves them; diffusers loads them in float32.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,17 +25,6 @@ def make_scheduler(shift: float) -> DPMSolverMultistepScheduler:
 
 def load_transformer(folder: Path) -> PixArtTransformer2DModel:
     return PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
-
-
-def blend(model: PixArtTransformer2DModel, other: PixArtTransformer2DModel, share: float) -> PixArtTransformer2DModel:
-    """Move the weights of a model this share of the way to those of another, and return it.
-
-    A phase starts from the average of the phase before it, and forgets some of what that one drew well. Between the
-    weights of both lies a model that draws both sizes (WiSE-FT, arXiv 2109.01903).
-    """
-    start, end = model.state_dict(), other.state_dict()
-    model.load_state_dict({name: torch.lerp(start[name], end[name], share) for name in start})
-    return model
 
 
 def assemble(run: Path, transformer: PixArtTransformer2DModel, shift: float) -> PixArtSigmaPipeline:
@@ -62,29 +50,15 @@ def ship(pipeline: PixArtSigmaPipeline, run: Path, output: Path) -> None:
             shutil.copy(run / name, output / name)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="the folder that the training wrote")
     parser.add_argument("--transformer", default="transformer", help="which of its transformers")
-    parser.add_argument("--towards", help="another one, to whose weights it is moved a share of the way")
-    parser.add_argument("--share", type=float, help="of that way, from 0 to 1")
-    parser.add_argument("--shift", type=float, default=2.0, help="of the scheduler's sigmas")
+    parser.add_argument("--shift", type=float, default=3.0, help="of the scheduler's sigmas")
     parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args(argv)
-    run, output, share = arguments.run, arguments.output, arguments.share
-    if (arguments.towards is None) != (share is None):
-        parser.error("--towards and --share are given together")
-    if share is not None and not 0 <= share <= 1:
-        parser.error(f"--share is a number from 0 to 1; got {share}")
-    transformer = load_transformer(run / arguments.transformer)
-    if share is not None:
-        transformer = blend(transformer, load_transformer(run / arguments.towards), share)
-    ship(assemble(run, transformer, arguments.shift), run, output)
-    if share is not None:
-        # the last line of the training, since it decides the weights as well
-        row = {"blend": [arguments.transformer, arguments.towards], "share": share}
-        with (output / "training.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
+    arguments = parser.parse_args()
+    transformer = load_transformer(arguments.run / arguments.transformer)
+    ship(assemble(arguments.run, transformer, arguments.shift), arguments.run, arguments.output)
 
 
 if __name__ == "__main__":

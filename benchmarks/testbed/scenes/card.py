@@ -114,7 +114,7 @@ def describe_training(log: Path) -> list[str]:
     settings: dict[str, Any] = {}
     first = 0
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        if "blend" in row:
+        if "blend" in row:  # of earlier runs, whose phases each had one size
             start, end = row["blend"]
             lines.append(f"- Then the weights of `{start}` were moved {row['share']:g} of the way to those of `{end}`")
         elif "recipe" in row:
