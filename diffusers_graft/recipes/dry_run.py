@@ -291,7 +291,7 @@ def _cost_finetune(
             model,
             output_weight=config.distill_output,
             feature_weight=features,
-            is_asked=bool(config.match_distribution),
+            needs_prediction=bool(config.match_distribution),
         )
         trained.extend(master.detach().clone() for master in optimizer.masters)
 
@@ -368,8 +368,8 @@ def _convolution_backward_flops(gradient, inputs, weight, *settings, out_shape=N
 
     torch's own count has as many channels too many as there are groups.
     """
-    is_asked_for = settings[-1]
-    return 2 * math.prod(gradient) * math.prod(weight[1:]) * sum(is_asked_for[:2])
+    needs_prediction_for = settings[-1]
+    return 2 * math.prod(gradient) * math.prod(weight[1:]) * sum(needs_prediction_for[:2])
 
 
 _FLOP_FORMULAS = {torch.ops.aten.convolution_backward: _convolution_backward_flops}

@@ -79,8 +79,8 @@ class BlockConfig(Mixer.Config):
             # Rounded first: 0.07 * 100 is a little more than 7.
             return max(1, math.ceil(round(self.keep * blocks, 6)))
         # Nobody asked for the default, which is for larger grids.
-        is_asked = self.keep != type(self).keep
-        if is_asked and self.keep > blocks and not torch.compiler.is_compiling():
+        needs_prediction = self.keep != type(self).keep
+        if needs_prediction and self.keep > blocks and not torch.compiler.is_compiling():
             _say_all_kept(self.owner.name, self.keep, blocks)
         return min(self.keep, blocks)
 

@@ -110,7 +110,7 @@ def finetune(
             student,
             output_weight=config.distill_output,
             feature_weight=config.distill_features or 0.0,
-            is_asked=bool(config.match_distribution),
+            needs_prediction=bool(config.match_distribution),
             original=shard_original(model, graft.sites, config.precision) if config.uses_teacher else None,
         )
         stage = FinetuneStage(student, require_graft(student), teacher, config, noising, stream, evaluated, losses)

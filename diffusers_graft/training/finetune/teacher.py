@@ -30,7 +30,7 @@ class Teacher:
         feature_weight: of the relative error of every block's output, where it is not massive (arXiv 2412.01199,
             section 4.3): activations further than two standard deviations from their mean, in the teacher or in the
             student, are left out.
-        is_asked: whether the prediction is used beside these terms.
+        needs_prediction: whether the prediction is used beside these terms, too.
         original: the ungrafted model, where it is another one.
 
     Raises `TrainingError` for features of a model whose sites lie in no list of blocks.
@@ -42,13 +42,13 @@ class Teacher:
         *,
         output_weight: float = 0.0,
         feature_weight: float = 0.0,
-        is_asked: bool = False,
+        needs_prediction: bool = False,
         original: ModelMixin | None = None,
     ):
         self.model = model
         self.output_weight = output_weight
         self.feature_weight = feature_weight
-        self.is_asked = is_asked
+        self.needs_prediction = needs_prediction
         self.original = original
         self.blocks: list[str] = []
         if feature_weight:
@@ -62,7 +62,7 @@ class Teacher:
     @torch.no_grad()
     def run(self, inputs: dict[str, Any]) -> None:
         """Run the ungrafted model, where it is needed, and remember prediction and features."""
-        if not (self.output_weight or self.feature_weight or self.is_asked):
+        if not (self.output_weight or self.feature_weight or self.needs_prediction):
             return
         with self._ungrafted() as model, evaluating(model), self.capture_features(model):
             self.prediction = predict(model, inputs)
