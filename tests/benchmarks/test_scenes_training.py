@@ -90,17 +90,15 @@ def test_some_steps_show_pictures_of_twice_the_width_with_twice_the_shift(tmp_pa
         run.train_step()
     assert [tuple(shape) for shape in shown] == [(1, 12, 16, 16), (4, 12, 8, 8)] * 2
 
-    noised = []
     monkeypatch.undo()
-    run.model.register_forward_pre_hook(lambda module, arguments: noised.append(arguments[0]))
-    steps = []
-    run.model.register_forward_pre_hook(lambda m, a, kw: steps.append(kw["timestep"] / 1000), with_kwargs=True)
+    levels = []
+    run.model.register_forward_pre_hook(lambda m, a, given: levels.append(given["timestep"] / 1000), with_kwargs=True)
     for side in (8, 16):
         batch = run.encode([scenes.sample_scene(random.Random(0))], side**2, 0.0)
         run.losses(run.model, batch, torch.Generator().manual_seed(0))
-    # The same draw of noise levels: odds of the level are multiplied by the shift.
-    odds = [step / (1 - step) for step in steps]
-    torch.testing.assert_close(odds[1], 2 * odds[0])
+    # The same draw of noise levels, whose odds are multiplied by the shift.
+    small, large = (level / (1 - level) for level in levels)
+    torch.testing.assert_close(large, 2 * small)
 
 
 def test_weights_of_scenes_decide_which_are_sampled():

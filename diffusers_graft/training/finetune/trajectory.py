@@ -55,6 +55,7 @@ def reach_by_sampling(
 
     Args:
         noised: its noise is where the model starts, its timesteps are where it ends.
+        steps: how many lead there.
 
     Raises `TrainingError` for batches of model arguments, and for models whose timesteps are not known here.
     """
