@@ -10,10 +10,10 @@ from diffusers_graft.core.tables import Table
 from diffusers_graft.errors import FileError
 
 
-def format_rows(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as text with aligned columns, the first row as heading."""
+def format_rows(rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """Return rows as text with aligned columns, the first row as heading; so many columns are words, not numbers."""
     heading, *others = rows
-    return Table(others, heading=heading, numbers=range(1, len(heading)), is_ruled=True).to_text()
+    return Table(others, heading=heading, numbers=range(words, len(heading)), is_ruled=True).to_text()
 
 
 def format_spread(values: Sequence[float], digits: int) -> str:

@@ -1,5 +1,7 @@
 """The table of mixers on a testbed: the same seconds for all, and the best one at equal latency."""
 
+import itertools
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import pytest
 import diffusers_graft as dg
 from benchmarks import mixers
 from benchmarks.__main__ import main
-from benchmarks.equal_seconds import Protocol
+from benchmarks.ablate import group_runs, mean_ratio
+from benchmarks.equal_seconds import Protocol, Trial
 from benchmarks.subjects import Letters, Quality
 from diffusers_graft import operators
 from diffusers_graft.testbed import letter_batches
@@ -61,7 +64,7 @@ def test_every_mixer_of_images_is_in_the_table(capsys, tmp_path):
     known = {operators.parse_operator(name).owner.name for name in mixers.MIXERS}
     named = {name for name in operators.available() if "self_attention" in operators.get(name).kinds}
     assert named - known == {"radial"}
-    for spec in filter(None, mixers.MIXERS.values()):
+    for spec in mixers.TIMED.values():
         operators.parse_operator(spec)
     assert main(["mixers", "--mixers", "hyena", "--output", str(tmp_path / "a")]) == 2
     assert "hyena_x" in capsys.readouterr().err
@@ -71,8 +74,22 @@ def test_every_mixer_of_images_is_in_the_table(capsys, tmp_path):
 
 
 def test_choices_between_sources_are_two_settings_of_one_operator():
+    assert set(mixers.TIMED) <= {*mixers.MIXERS, *itertools.chain(*mixers.CHOICES.values())}
     for here, elsewhere in mixers.CHOICES.values():
         first = operators.parse_operator(here)
         second = operators.parse_operator(elsewhere)
         assert first.owner is second.owner
         assert first != second
+
+
+def test_the_guide_says_what_the_choices_gave():
+    """In the order of the choices: the loss of what is the default, and of what is not, in half and in all."""
+    trial = Trial.read(EXAMPLES / "benchmarks" / "choices" / "mixers.jsonl")
+    groups = {name: mean_ratio(trial, rows) for (name, _), rows in group_runs(trial).items()}
+    guide = (EXAMPLES.parent / "docs" / "guides" / "operators.md").read_text(encoding="utf-8")
+    said = re.findall(r"\| (\d\.\d{3}, \d\.\d{3}) \|.*\| (\d\.\d{3}, \d\.\d{3}) \|", guide)
+    measured = [
+        tuple(", ".join(f"{groups[f'{mixer} in {share}']:.3f}" for share in ("half", "all")) for mixer in answers)
+        for answers in mixers.CHOICES.values()
+    ]
+    assert said == measured
