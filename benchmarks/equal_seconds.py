@@ -11,7 +11,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,14 @@ class Protocol:
     """How recipes are run and measured.
 
     Attributes:
-        quality: of the measures.
-        probe, rounds: steps of a run that is priced, and how often it is measured.
+        quality: of the measures; None is the subject's.
+        probe, rounds: steps of a run that is priced (None: the subject's), and how often it is measured.
         unit: steps of today's stages; what they cost is the unit of `times`.
         controls: run the original through the same stage two, too.
     """
 
-    quality: Quality = field(default_factory=Quality)
-    probe: int = 8
+    quality: Quality | None = None
+    probe: int | None = None
     rounds: int = 3
     unit: tuple[int, int] = TODAY_STEPS
     controls: bool = True
@@ -92,6 +92,7 @@ class Trial:
     """All runs of recipes on one subject, and the file of their rows.
 
     Attributes:
+        quality: how models are measured.
         head: the first row: what is the same for all, and the original's measures.
         seconds: prices, by what they are of.
         latency: rows of forwards that were timed, by name.
@@ -103,6 +104,7 @@ class Trial:
     def __init__(self, subject: Subject, path: Path, protocol: Protocol | None = None):
         self.subject = subject
         self.protocol = protocol or Protocol()
+        self.quality = self.protocol.quality or subject.quality
         self.path = path
         stored = read_rows(path)
         facts = self._facts()
@@ -131,7 +133,7 @@ class Trial:
     def _facts(self) -> dict[str, Any]:
         facts = {
             "subject": self.subject.name,
-            "quality": asdict(self.protocol.quality),
+            "quality": asdict(self.quality),
             "unit": self.protocol.unit,
             "today": {ONE: make_distill(TODAY, _MANY).to_dict(), TWO: make_finetune(TODAY, _MANY).to_dict()},
         }
@@ -186,7 +188,7 @@ class Trial:
             return
         say(f"Measuring what {len(parts)} parts of recipes cost, each in turns with today's stage two.")
         yardstick = self._make_probe(TODAY, TWO)
-        probe = self.protocol.probe
+        probe = self.protocol.probe or self.subject.probe
         # The time of this process alone, and pairs by themselves: a busy machine changes from minute to minute.
         settings: dict[str, Any] = {"rounds": self.protocol.rounds, "clock": time.process_time}
         if parts.pop(reference, None):
@@ -243,7 +245,7 @@ class Trial:
         model, graft = self._start(recipe, 0)
         noise = {"noise_scheduler": self.subject.scheduler}
         stream = partial(self.subject.batches, recipe.batch_size, 0)
-        steps = self.protocol.probe
+        steps = self.protocol.probe or self.subject.probe
         if part == SOLVING:
             solved = ClosedFormConfig(steps=recipe.closed_form, progress=False)
             return lambda: closed_form(model, graft, stream(steps=recipe.closed_form), solved, **noise)
@@ -315,7 +317,7 @@ class Trial:
         finetune(model, stream, config, noise_scheduler=self.subject.scheduler, held_out=held_out)
 
     def _measure(self, model: ModelMixin) -> dict[str, float]:
-        return self.subject.measure(model, self.protocol.quality)
+        return self.subject.measure(model, self.quality)
 
     def _add(self, row: dict[str, Any]) -> dict[str, Any]:
         self.rows.append(write_row(self.path, row))

@@ -45,10 +45,18 @@ class Quality:
 
 
 class Subject(Protocol):
-    """A pretrained model with its data; `second` names the measure beside the denoising loss."""
+    """A pretrained model with its data.
+
+    Attributes:
+        second: the measure beside the denoising loss.
+        quality: how it is measured where nothing else is asked for.
+        probe: steps of a run whose price is measured.
+    """
 
     name: str
     second: str
+    quality: Quality
+    probe: int
 
     def load(self) -> ModelMixin: ...
 
@@ -67,6 +75,8 @@ class Letters:
     name: str = LETTERS
     folder: Path | None = None
     second: str = "frechet_distance"
+    quality: Quality = Quality()
+    probe: int = 8
 
     def load(self) -> DiTTransformer2DModel:
         """Return the pretrained model, in evaluation mode."""
@@ -125,6 +135,8 @@ class Scenes:
 
     name: str = SCENES
     second: str = "seen.score"
+    quality: Quality = Quality(held_out=200)
+    probe: int = 2  # a step is many times as long as one of the letters
     size: int = 128
     pipe: Any = field(default_factory=scenes.pipeline, repr=False)
 
