@@ -5,6 +5,7 @@ memory.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -133,7 +134,7 @@ def bench_operators(
         torch.set_num_threads(threads)
     text = "\n\n".join(f"{title}\n\n{format_rows(rows)}" for title, rows in parts)
     text += (
-        f"\n\nOne sample, fp32, one CPU thread and its own seconds, torch {torch.__version__}. Ratios and shares are "
+        f"\n\nOne sample, fp32 where nothing else is said, one CPU thread and its own seconds, torch {torch.__version__}. Ratios and shares are "
         f"medians over {rounds} rounds\nin turns, each of one round; so is ms, on its own. FLOPs is the ratio of "
         "operations: what the time would be at the\nbaseline's density."
     )
@@ -196,6 +197,8 @@ def _parts(rounds: int, side: int, heads: int) -> Iterator[tuple[str, Callable[[
     yield title, partial(_in_a_block, 2 * side, heads, rounds)
     title = f"Image and text in one attention / softmax of all, {near.tokens} + {TEXT} tokens, {few} heads"
     yield title, partial(_with_text, near, few, rounds)
+    title = f"Forward in bfloat16 / in float32, {near.tokens} tokens, {few} heads"
+    yield title, partial(_in_half, near, few, rounds)
     yield "Peak memory above the inputs, MiB, 2 heads, forward + backward", partial(_memory, (half, near, far))
 
 
@@ -284,6 +287,30 @@ def _growth(near: Grid, far: Grid, rounds: int) -> list[list[str]]:
             rows.append([str(config), "refused", ""])
             continue
         rows.append([str(config), f"{timing.ratio:.1f}", f"{timing.low:.1f} to {timing.high:.1f}"])
+    return rows
+
+
+def _in_half(grid: Grid, heads: int, rounds: int) -> list[list[str]]:
+    """Time a forward in bfloat16 over that in float32, of products of matrices alone and of every mixer."""
+    square = torch.randn(2, 1024, 1024, generator=torch.Generator().manual_seed(0))
+    runs = {"float32": partial(torch.matmul, *square), "bfloat16": partial(torch.matmul, *square.bfloat16())}
+    entries = {"products of matrices, 1024 x 1024": runs}
+    for config in _configs(["self_attention", *(name for name, _, _ in MIXERS)]):
+        operator = build_example(config, width=heads * WIDTH, heads=heads)
+        context = example_context(operator, grid)
+        inputs = example_tensors(operator, grid.tokens)
+        entries[str(config)] = {
+            "float32": make_run(partial(_call_on, operator, context), inputs, backward=False),
+            "bfloat16": make_run(
+                partial(_call_on, copy.deepcopy(operator).bfloat16(), context),
+                [tensor.bfloat16() for tensor in inputs],
+                backward=False,
+            ),
+        }
+    rows = [["operator", "ratio", "quartiles"]]
+    for name, runs in entries.items():
+        timing = compare(runs, rounds=rounds, clock=time.process_time)[1]
+        rows.append([name, f"{timing.ratio:.2f}", f"{timing.low:.2f} to {timing.high:.2f}"])
     return rows
 
 
