@@ -134,9 +134,9 @@ def bench_operators(
         torch.set_num_threads(threads)
     text = "\n\n".join(f"{title}\n\n{format_rows(rows)}" for title, rows in parts)
     text += (
-        f"\n\nOne sample, fp32 where nothing else is said, one CPU thread and its own seconds, torch {torch.__version__}. Ratios and shares are "
-        f"medians over {rounds} rounds\nin turns, each of one round; so is ms, on its own. FLOPs is the ratio of "
-        "operations: what the time would be at the\nbaseline's density."
+        "\n\nOne sample, fp32 where nothing else is said, one CPU thread and its own seconds, torch "
+        f"{torch.__version__}. Ratios and shares are medians over {rounds} rounds\nin turns, each of one round; so is "
+        "ms, on its own. FLOPs is the ratio of operations: what the time would be at the\nbaseline's density."
     )
     command = "make bench-operators"
     if only:
