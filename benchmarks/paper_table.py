@@ -39,7 +39,7 @@ def paper_card(name: str) -> str:
 def _facts(name: str, row: dict[str, Any], paper: dict[str, Any]) -> dict[str, Any]:
     model, graft = _dit_xl(row["rules"])
     operators = sorted({edit.config.owner.name for edit in graft.plan.edits})
-    papers = sorted({edit.config.owner.paper for edit in graft.plan.edits} - {""})
+    papers = sorted({paper for edit in graft.plan.edits for paper in edit.config.papers})
     where, edits = edit_rows(model, graft)
     summary = f"{len(graft.plan.edits)} of its parts replaced by {' and '.join(operators)}"
     scores = {

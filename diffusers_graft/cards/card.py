@@ -112,7 +112,7 @@ def render_card(
     imported = config.get("imported")
     # sorted, so that a card that is written again differs only where the graft does
     operators = sorted({edit.config.owner.name for edit in graft.plan.edits})
-    papers = sorted({edit.config.owner.paper for edit in graft.plan.edits} - {""})
+    papers = sorted({paper for edit in graft.plan.edits for paper in edit.config.papers})
     counted_over, rows = edit_rows(model, graft, is_imported=bool(imported))
     metadata = front_matter(model, config, operators, is_full_model=is_full_model, source=source, picture=picture)
     # what was logged may be more than what the history holds

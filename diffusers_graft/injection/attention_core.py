@@ -136,7 +136,7 @@ def mix_with_others(
     if tokens < image:
         return _softmax(query, key, value, context, slice(0, tokens))
     queries = slice(start, start + image) if tokens == keys else slice(0, image)
-    image_context = _context_of_image(context, queries, tokens)
+    image_context = _context_of_image(operator.name, context, queries, tokens)
     # Each part of a hybrid shares attention with the text by its own rule, as it would alone.
     mix_part = functools.partial(_mix_image, start=start)
     mixed = operator.mix_parts(mix_part, query[:, :, queries], key, value, image_context)
@@ -147,14 +147,23 @@ def mix_with_others(
     return torch.cat([before, mixed, after], dim=2)
 
 
-def _context_of_image(context: Context, image: slice, tokens: int) -> Context:
-    """Return the context of the image's queries, whose places among `tokens` are `image`."""
+def _context_of_image(name: str, context: Context, image: slice, tokens: int) -> Context:
+    """Return the context of the image's queries, whose places among `tokens` are `image`.
+
+    Raises `OperatorError` where the operator of this name was given something of other tokens.
+    """
+    length = image.stop - image.start
 
     def select(part: torch.Tensor, dim: int) -> torch.Tensor:
         # What a processor gives may be of the image alone already.
-        if part.shape[dim] != tokens:
+        if part.shape[dim] == length:
             return part
-        return part.narrow(dim, image.start, image.stop - image.start)
+        if part.shape[dim] != tokens:
+            raise OperatorError(
+                f"{name} needs what the processor knows of {length} image tokens, and it has "
+                f"{part.shape[dim]} of them, padded or joined to others. Choose another mixer there."
+            )
+        return part.narrow(dim, image.start, length)
 
     more: dict[str, Any] = {"mask": _rows(context.mask, image)}
     if context.hidden_states is not None:

@@ -100,11 +100,12 @@ class _Grafted:
             raise OperatorError(
                 f"{site.path} runs under a flex BlockMask, which no mixer can honour. Leave it as it is."
             )
-        if enable_gqa and key.shape[1] != query.shape[1]:
+        if enable_gqa:
             # Operators have one key for each query head.
             shared = query.shape[1] // key.shape[1]
-            key = key.repeat_interleave(shared, dim=1)
-            value = value.repeat_interleave(shared, dim=1)
+            key = _repeat_heads(key, shared)
+            value = _repeat_heads(value, shared)
+            unrotated = unrotated and (unrotated[0], _repeat_heads(unrotated[1], shared))
         tokens = query.shape[2]
         keys = key.shape[2]
         if attn_mask is not None and attn_mask.dim() and attn_mask.shape[-1] == 1:
@@ -116,7 +117,7 @@ class _Grafted:
         mixed_tokens = tokens
         if image is not None and not operator.is_plain_softmax:
             mixed_tokens = image
-        context = _with_more(context, operator, site, stream, unrotated, tokens, mixed_tokens)
+        context = _with_more(context, operator, site, stream, unrotated, query, mixed_tokens)
         if image is None or operator.is_plain_softmax:
             return mix(operator, query, key, value, context)
         # The processor itself joins text and image of joint attention; elsewhere the model does.
@@ -180,7 +181,10 @@ class _Grafted:
         if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
             attn_mask = attn_mask[:, None, None]
         if unrotated is not None:
-            unrotated = (unrotated[0].transpose(1, 2), unrotated[1].transpose(1, 2))
+            # Some processors turn them before they split the heads.
+            unrotated_query = _split_heads(unrotated[0], query.shape[2])
+            unrotated_key = _split_heads(unrotated[1], key.shape[2])
+            unrotated = (unrotated_query.transpose(1, 2), unrotated_key.transpose(1, 2))
         mixed = self._mix(
             attn,
             stream,
@@ -225,33 +229,46 @@ class _Grafted:
         return _make_processor, (self._original, vars(self).copy())
 
 
+def _repeat_heads(tensor: torch.Tensor, times: int) -> torch.Tensor:
+    """Return [B, H, N, E] with each head so many times in turn."""
+    return tensor if times == 1 else tensor.repeat_interleave(times, dim=1)
+
+
+def _split_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return [B, N, H, E] of that or of [B, N, D]."""
+    return tensor.unflatten(2, (heads, -1)) if tensor.dim() == 3 else tensor
+
+
 def _with_more(
     context: Context,
     operator: Mixer,
     site: Site,
     stream: torch.Tensor,
     unrotated: Unrotated,
-    tokens: int,
+    query: torch.Tensor,
     mixed_tokens: int,
 ) -> Context:
     """Add to a context what an operator declares that it needs besides queries, keys and values.
 
     Args:
-        tokens: of the whole attention.
+        query: of the whole attention, [B, H, N, E].
         mixed_tokens: of the image alone, where the operator mixes no others.
 
     Raises `OperatorError` where this processor cannot give it.
     """
+    batch, heads, tokens, width = query.shape
     if operator.needs_hidden_states:
         # The stream holds the whole sequence, or the image alone where the processor joins the prompt to it.
-        if stream.dim() != 3 or stream.shape[1] not in (tokens, mixed_tokens):
+        if stream.dim() != 3 or stream.shape[0] != batch or stream.shape[1] not in (tokens, mixed_tokens):
             raise OperatorError(
                 f"{operator.name} needs the hidden states of all tokens it mixes, and {site.path} mixes {tokens} "
-                f"tokens, with hidden states of shape {tuple(stream.shape)} for them. Choose another mixer there."
+                f"tokens of {batch} samples, with hidden states of shape {tuple(stream.shape)} for them. Choose "
+                "another mixer there."
             )
         context = context.changed(hidden_states=stream)
     if operator.before_rotary:
-        if unrotated is None or unrotated[0].shape[2] not in (tokens, mixed_tokens):
+        shapes = [(batch, heads, length, width) for length in (tokens, mixed_tokens)]
+        if unrotated is None or any(tuple(part.shape) not in shapes for part in unrotated):
             raise OperatorError(
                 f"{operator.name} needs queries and keys before rotary embeddings, and those of {site.path} "
                 "cannot be read from its source. Choose another mixer there."

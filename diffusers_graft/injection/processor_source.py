@@ -55,8 +55,7 @@ def rewrite_call(original: type) -> tuple[types.FunctionType, int] | None:
             "values in one place, so there is no core to replace. Operators that replace the whole attention, such as "
             "mamba2, may go there."
         )
-    if len(rewriter.inputs) == 1:
-        _remember_unrotated(tree, names, *rewriter.inputs)
+    _remember_unrotated(tree, names, rewriter.inputs)
     tree.decorator_list = []
     tree.body[:0] = ast.parse(f"{STREAM} = {image_stream(names)}\n{UNROTATED} = None").body
     return _compile(tree, function), cores
@@ -131,19 +130,21 @@ class _SoftmaxCalls(ast.NodeTransformer):
         return ast.copy_location(ast.Call(function, [*arguments, *node.args], node.keywords), node)
 
 
-def _remember_unrotated(tree: ast.FunctionDef, names: list[str], inputs: tuple[str, str]) -> None:
+def _remember_unrotated(tree: ast.FunctionDef, names: list[str], inputs: set[tuple[str, str]]) -> None:
     """Store queries and keys before the first statement that turns them by rotary embeddings.
 
-    Only where queries and keys are already those of the softmax, on one level of the function and assigned before.
+    Only where one pair of them is already that of a softmax, on one level of the function and assigned before.
     """
     rotary = {name for name in names if "rotary" in name or name in ("freqs_cis", "rope")}
     assigned: set[str] = set()
     for number, statement in enumerate(tree.body):
         read = _names(statement, ast.Load)
         written = _names(statement, ast.Store)
-        if read & rotary and written.intersection(inputs):
-            if assigned.issuperset(inputs):
-                store = ast.parse(f"{UNROTATED} = ({', '.join(inputs)})").body[0]
+        if read & rotary and any(written.intersection(pair) for pair in inputs):
+            # Keys of another softmax, as of an image prompt, come later.
+            known = [pair for pair in inputs if assigned.issuperset(pair)]
+            if len(known) == 1:
+                store = ast.parse(f"{UNROTATED} = ({', '.join(known[0])})").body[0]
                 tree.body.insert(number, ast.copy_location(store, statement))
             return
         assigned |= written

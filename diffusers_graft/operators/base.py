@@ -46,6 +46,11 @@ class OperatorConfig:
         if self.init not in ("warm", "random"):
             raise UnknownNameError("init", self.init, ("warm", "random"))
 
+    @property
+    def papers(self) -> tuple[str, ...]:
+        """Papers of the operator with these settings, as cards cite them: a title, and its number on arXiv."""
+        return (self.owner.paper,) if self.owner.paper else ()
+
     def resolved(self, site: Site) -> Self:
         """Return this config with every None that means "as in the replaced part" filled in from the site."""
         return self

@@ -6,7 +6,7 @@ NABLA, arXiv 2507.13546 (blocks up to a share of the pooled mass).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from ..core.shapes import HeadTensor, KeyTensor
 from ..core.sites import AttentionSite
 from ..errors import OperatorError, UnknownNameError
 from .base import Mixer
-from .ops.backends import HALF, Backend, WithBackends
+from .ops.backends import HALF, Backend, WithBackends, has_mask_or_others
 from .ops.blocks import (
     BlockConfig,
     Cut,
@@ -82,12 +82,15 @@ class BlockSparse(WithBackends, Mixer):
                     f"got {self.mass!r}. Try 0.9."
                 )
 
+        @property
+        def papers(self) -> tuple[str, ...]:
+            return super().papers if self.mass is None else (*super().papers, "NABLA, arXiv 2507.13546")
+
     def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
         # Pooled attention is no part of the one softmax that other keys share and that masks are for.
-        # A kernel knows its blocks and no more.
-        self.honours_others = config.gate is None and config.backend == "torch"
-        self.honours_mask = config.gate is None and config.backend == "torch"
+        self.honours_others = config.gate is None
+        self.honours_mask = config.gate is None and config.backend in ("torch", "auto")
         self.needs_hidden_states = config.gate == "token"
         self.gate = None
         self.gate_projection = None
@@ -97,6 +100,10 @@ class BlockSparse(WithBackends, Mixer):
             self.gate_projection = nn.Linear(site.width, site.inner_width)
             nn.init.zeros_(self.gate_projection.weight)
             nn.init.zeros_(self.gate_projection.bias)
+
+    def is_for_torch(self, inputs: Sequence[torch.Tensor], context: Context) -> bool:
+        # A kernel knows its blocks and no more.
+        return has_mask_or_others(inputs, context)
 
     def in_torch(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         return self.mix(query, key, value, context, attend_chosen)

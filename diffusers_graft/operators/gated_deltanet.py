@@ -114,6 +114,10 @@ class GatedDeltanet(WithBackends, AttentionOperator):
                     'Choose backend="torch".'
                 )
 
+        @property
+        def papers(self) -> tuple[str, ...]:
+            return super().papers if self.decay == "head" else (*super().papers, "Kimi Linear, arXiv 2510.26692")
+
     def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
         # Names are those of flash-linear-attention's layer.

@@ -8,6 +8,7 @@ embedding).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..errors import OperatorError, UnknownNameError
 from .base import Mixer, rare
 from .ops.backends import COMPILED, WithBackends, runs_in_pieces
 from .ops.depthwise import ShortConvolution, heads_first, tokens_last
-from .ops.features import LEAST, features_of, turn_as
+from .ops.features import LEAST, features_of, split_pairs, turn_as
 from .ops.masks import key_weights
 from .ops.settings import require_count, require_odd
 from .self_attention import regroup_heads, require_divided, require_mask_of_heads
@@ -81,6 +82,19 @@ class LinearAttention(WithBackends, Mixer):
                     'Choose feature_map="relu" or "elu".'
                 )
 
+        @property
+        def papers(self) -> tuple[str, ...]:
+            papers = [*super().papers]
+            if self.feature_map in ("softmax", "mlp"):
+                papers.append("The Hedgehog and the Porcupine, arXiv 2402.04347")
+            if self.feature_map == "polynomial":
+                papers.append("Attention Surgery, arXiv 2509.24899")
+            if self.heads is not None or self.value_conv:
+                papers.append("LiT, arXiv 2501.12976")
+            if self.rotary is not None:
+                papers.append("SANA-Video, arXiv 2509.24695")
+            return tuple(papers)
+
     def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
         self.feature_weight = None
@@ -88,6 +102,7 @@ class LinearAttention(WithBackends, Mixer):
         self.feature_second = None
         self.value_convolution = None
         self.before_rotary = config.rotary is not None
+        self._knows_pairs = False  # until the first forward has shown that the embedding turns the pairs of `rotary`
         if self.before_rotary and site.head_width % 2:
             raise OperatorError(
                 f"linear_attention: rotary turns pairs of channels, and heads of {site.path} have {site.head_width}. "
@@ -143,6 +158,9 @@ class LinearAttention(WithBackends, Mixer):
         if self.config.rotary is None:
             return []
         assert context.unrotated is not None
+        if not (self._knows_pairs or torch.compiler.is_compiling() or query.is_meta):
+            require_pairs(self.site.path, self.config.rotary, context.unrotated, (query, key))
+            self._knows_pairs = True
         precise = torch.promote_types(query.dtype, torch.float32)
         found = []
         turned = []
@@ -245,6 +263,18 @@ class LinearAttention(WithBackends, Mixer):
         if self.value_convolution is not None:
             operations += self.value_convolution.flops(tokens)
         return operations + tokens * self.heads * (4 * features * width + 2 * features)
+
+
+@torch.no_grad()
+def require_pairs(path: str, pairs: str, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> None:
+    """Raise `OperatorError` where an embedding that turned tensors did not turn these pairs of channels."""
+    for one, other in zip(before, after, strict=True):
+        sizes = [torch.hypot(*split_pairs(part.float(), pairs)) for part in (one, other)]
+        if not torch.allclose(*sizes, rtol=0.02, atol=0.02 * float(sizes[0].mean())):
+            raise OperatorError(
+                f"linear_attention: rotary={pairs!r} was asked for, and the embedding of {path} turns other pairs of "
+                f"channels. Try rotary={next(name for name in PAIRS if name != pairs)!r}, or leave it out."
+            )
 
 
 def _mix_turned(features: list[torch.Tensor], value: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ import functools
 import itertools
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..core.shapes import HeadTensor, KeyTensor
 from ..core.sites import AttentionSite
 from ..errors import GeometryError, OperatorError, UnknownNameError
 from .base import Mixer, rare
-from .ops.backends import Backend, WithBackends
+from .ops.backends import Backend, WithBackends, has_mask_or_others
 from .ops.depthwise import count_pooled, pool_tokens
 from .ops.flex import Sees, flex
 from .ops.masks import mask_others
@@ -139,7 +140,8 @@ class Neighborhood(WithBackends, Mixer):
                 width). It shrinks to the frames that a video has, and to a sequence of one row.
             dilation: steps between the tokens of a window.
             stride: neighbours along an axis that share one window around them; of videos also three of them. As long
-                as a tile, with a kernel of whole tiles, it is Sliding Tile Attention.
+                as a tile, with a kernel of an odd number of tiles, on a grid that tiles divide, it is Sliding Tile
+                Attention.
             shape: `box`, or `circle` (CLEAR), the kernel being its diameter: tokens nearer than (kernel + 1) / 2.
             far: side of the squares whose keys and values every token sees besides as one each, pooled by learned
                 weights that start as an average (CLEAR); 0 for none.
@@ -205,6 +207,18 @@ class Neighborhood(WithBackends, Mixer):
             return (self.stride, self.stride, self.stride)
 
         @property
+        def papers(self) -> tuple[str, ...]:
+            papers = [*super().papers]
+            if self.dilation != 1:
+                papers.append("Dilated Neighborhood Attention Transformer, arXiv 2209.15001")
+            if set(self.strides) != {1}:
+                papers.append("Generalized Neighborhood Attention, arXiv 2504.16922")
+                papers.append("Fast Video Generation with Sliding Tile Attention, arXiv 2502.04507")
+            if self.shape == "circle" or self.far:
+                papers.append("CLEAR, arXiv 2412.16112")
+            return tuple(papers)
+
+        @property
         def sides(self) -> tuple[int, int, int]:
             """The kernel along frames, height and width."""
             if isinstance(self.kernel, tuple):
@@ -214,7 +228,7 @@ class Neighborhood(WithBackends, Mixer):
     def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
         # A kernel knows its window and no more, and pooled keys hide nothing.
-        self.honours_mask = config.backend == "torch" and not config.far
+        self.honours_mask = config.backend in ("torch", "auto") and not config.far
         self.honours_others = config.backend == "torch"
         self.causal_operator = set(config.sides) == {1} and not config.far
         if self.causal_operator:
@@ -223,6 +237,9 @@ class Neighborhood(WithBackends, Mixer):
         if config.far:
             # One for all channels, for keys and values.
             self.far_weight = nn.Parameter(torch.full((config.far, config.far), config.far**-2.0))
+
+    def is_for_torch(self, inputs: Sequence[torch.Tensor], context: Context) -> bool:
+        return has_mask_or_others(inputs, context)
 
     def in_torch(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         rule, axes, pairs = self._window(context.require_grid(self.name, query.shape[2]))

@@ -5,6 +5,7 @@ Paper: Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340, T
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..core.shapes import HeadTensor, KeyTensor
 from ..core.sites import AttentionSite
 from ..errors import GeometryError, OperatorError
 from .base import Mixer
-from .ops.backends import Backend, WithBackends
+from .ops.backends import Backend, WithBackends, has_mask_or_others
 from .ops.flex import Sees, flex
 from .ops.tiles import dense_attention, tiled_attention
 
@@ -90,11 +91,14 @@ class SlidingWindow(WithBackends, Mixer):
     def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
         # A kernel knows its window and no more.
-        self.honours_mask = config.backend == "torch"
+        self.honours_mask = config.backend in ("torch", "auto")
         self.honours_others = config.backend == "torch"
         self.causal_operator = config.window[1] == 0
         if config.window == (0, 0):
             self.unused_inputs = ("input 0", "input 1")  # a softmax of one is one
+
+    def is_for_torch(self, inputs: Sequence[torch.Tensor], context: Context) -> bool:
+        return has_mask_or_others(inputs, context)
 
     def in_torch(self, query: HeadTensor, key: KeyTensor, value: KeyTensor, context: Context) -> HeadTensor:
         # Short tiles compare fewer pairs in vain; a backward pass pays for every halo, and prefers fewer.

@@ -75,6 +75,10 @@ class SparseLinear(Mixer):
             if self.feature_map not in FEATURE_MAPS:
                 raise UnknownNameError("feature map of sparse_linear", self.feature_map, FEATURE_MAPS)
 
+        @property
+        def papers(self) -> tuple[str, ...]:
+            return super().papers if self.choose == "scores" else (*super().papers, "ReHyAt, arXiv 2601.04342")
+
     def __init__(self, config: Config, site: AttentionSite):
         super().__init__(config, site)
         # Added to log Z of the blocks that are left out.

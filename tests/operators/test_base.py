@@ -10,7 +10,7 @@ from diffusers_graft.core.context import Context, Grid
 from diffusers_graft.errors import GeometryError, GraftError, OperatorError
 from diffusers_graft.injection.attention_core import mix
 from diffusers_graft.injection.modules import AttentionSeat, FeedForwardSeat
-from diffusers_graft.operators import AttentionOperator, Mixer, available, configure, get
+from diffusers_graft.operators import AttentionOperator, Mixer, available, configure, get, parse_operator
 from diffusers_graft.operators.base import BlockOperator
 from diffusers_graft.operators.conformance.case import Subject, run
 from diffusers_graft.operators.conformance.suite import example_site
@@ -168,3 +168,27 @@ def test_runs_without_memory(name):
 def test_an_operator_refuses_another_kind():
     with pytest.raises(OperatorError, match="replaces self_attention"):
         configure("hyena_x").build(FEED_FORWARD)
+
+
+@pytest.mark.parametrize(
+    ("spec", "number"),
+    [
+        ("neighborhood(dilation=2)", "2209.15001"),
+        ("neighborhood(kernel=9, stride=3)", "2502.04507"),
+        ("neighborhood(shape='circle')", "2412.16112"),
+        ("neighborhood(far=4)", "2412.16112"),
+        ("linear_attention(feature_map='softmax')", "2402.04347"),
+        ("linear_attention(feature_map='polynomial')", "2509.24899"),
+        ("linear_attention(heads=2)", "2501.12976"),
+        ("linear_attention(rotary='halves')", "2509.24695"),
+        ("block_sparse(mass=0.9)", "2507.13546"),
+        ("sparse_linear(choose='nearest')", "2601.04342"),
+        ("gated_deltanet(decay='channel')", "2510.26692"),
+    ],
+)
+def test_settings_have_papers_of_their_own(spec, number):
+    config = parse_operator(spec)
+    usual = configure(config.owner.name).papers
+    assert usual == (config.owner.paper,)
+    assert set(usual) < set(config.papers)
+    assert any(paper.endswith(f", arXiv {number}") for paper in config.papers)

@@ -55,6 +55,30 @@ def test_outputs_and_gradients_by_hand(grid, block, sides):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+def test_auto_beside_text_and_under_masks_is_plain_torch():
+    query, key, value = qkv(ODD.tokens + 4)
+    query = query[:, :, : ODD.tokens]
+    mask = (torch.arange(ODD.tokens + 4) < ODD.tokens + 2).view(1, 1, 1, -1)
+    for keys, hidden in ((4, None), (4, mask), (0, mask[..., 1 : ODD.tokens + 1])):
+        inputs = (query, key[:, :, : ODD.tokens + keys], value[:, :, : ODD.tokens + keys])
+        context = Context(grid=ODD, mask=hidden)
+        outputs = []
+        for backend in ("torch", "auto"):
+            operator = build({"operator": "block_sparse", "block": 3, "keep": 3, "backend": backend})
+            assert operator.honours_others
+            assert operator.honours_mask
+            outputs.append(operator(*inputs, context))
+        assert torch.equal(*outputs)
+
+
+def test_a_kernel_by_name_knows_no_text():
+    operator = build({"operator": "block_sparse", "block": 3, "keep": 3})
+    object.__setattr__(operator.config, "backend", "triton")
+    query, key, value = qkv(ODD.tokens + 4)
+    with pytest.raises(OperatorError, match="neither masks nor keys of text"):
+        operator(query[:, :, : ODD.tokens], key, value, Context(grid=ODD))
+
+
 @pytest.mark.parametrize(("before", "after"), [(4, 0), (0, 4), (3, 2)])
 def test_text_is_in_the_same_softmax_wherever_it_stands(before, after):
     operator = build({"operator": "block_sparse", "block": 3, "keep": 3})

@@ -145,6 +145,14 @@ class WithBackends(Operator):
         name = self.config.backend
         if name == "torch":
             return None
+        is_for_torch = self.is_for_torch(inputs, context)
+        if is_for_torch and name == "auto":
+            return None
+        if is_for_torch:
+            raise OperatorError(
+                f"{self.name}: backend {name!r} was asked for, but it knows neither masks nor keys of text. "
+                'Choose "torch" or "auto".'
+            )
         # Inputs of one call have one device and one precision.
         like = inputs[0]
         dtype = compute_dtype(like)
@@ -159,6 +167,10 @@ class WithBackends(Operator):
                 f'{self.name}: backend {name!r} was asked for, but {obstacle}. Choose "torch" or "auto".'
             )
         return backend
+
+    def is_for_torch(self, inputs: Sequence[torch.Tensor], context: Context) -> bool:
+        """Return whether plain torch alone computes this call, as where kernels know no masks."""
+        return False
 
     def _named(self, name: str) -> Backend | None:
         for backend in self.backends:
@@ -186,6 +198,11 @@ class WithBackends(Operator):
         if key not in _chosen and _can_measure(device):
             _chosen[key] = _measure(self, candidates, inputs, context, dtype, grad)
         return _chosen.get(key)
+
+
+def has_mask_or_others(inputs: Sequence[torch.Tensor], context: Context) -> bool:
+    """Return whether a mask hides keys, or keys of other tokens stand behind the queries' own."""
+    return context.mask is not None or inputs[1].shape[2] != inputs[0].shape[2]
 
 
 def runs_in_pieces(like: torch.Tensor) -> bool:

@@ -27,9 +27,9 @@ def turn_as(features: torch.Tensor, before: torch.Tensor, after: torch.Tensor, p
     Args:
         pairs: which channels are one: `neighbours`, or `halves` for each with the one half a head further on.
     """
-    x, y = _split_pairs(features, pairs)
-    a, b = _split_pairs(before, pairs)
-    c, d = _split_pairs(after, pairs)
+    x, y = split_pairs(features, pairs)
+    a, b = split_pairs(before, pairs)
+    c, d = split_pairs(after, pairs)
     size = a.square() + b.square()
     is_zero = size == 0
     size = size.masked_fill(is_zero, 1)
@@ -41,7 +41,7 @@ def turn_as(features: torch.Tensor, before: torch.Tensor, after: torch.Tensor, p
     return turned.flatten(-2)
 
 
-def _split_pairs(tensor: torch.Tensor, pairs: str) -> tuple[torch.Tensor, ...]:
+def split_pairs(tensor: torch.Tensor, pairs: str) -> tuple[torch.Tensor, ...]:
     """Return the first and the second channels of all pairs, [..., E / 2] each."""
     if pairs == "halves":
         return tensor.chunk(2, dim=-1)
