@@ -27,7 +27,7 @@ from .models import SHAPE
 from .output import format_rows, format_spread
 from .recipes_tried import ALL, HALF, choose_recipes
 from .rows import write_row
-from .subjects import LETTERS, load_subject
+from .subjects import LETTERS, SCENES, load_subject
 
 SHARES = {"half": HALF, "all": ALL}
 
@@ -75,6 +75,23 @@ TIMED = {
     "sparse_linear(block=2, keep=4, choose='nearest')": "sparse_linear(block=8, keep=16, choose='nearest')",
     "sparse_linear(block=2, keep=4, feature_map='elu')": "sparse_linear(block=8, keep=16, feature_map='elu')",
     "hybrid(first='neighborhood')": "hybrid(first={'operator': 'neighborhood', 'kernel': 23})",
+}
+
+# The same for what was trained on 16 x 16, the scenes' tokens.
+TIMED_FROM_16 = {
+    **TIMED,
+    "neighborhood(kernel=3)": "neighborhood(kernel=11)",
+    "neighborhood(kernel=3, shape='circle', far=4)": "neighborhood(kernel=11, shape='circle', far=4)",
+    "neighborhood(kernel=5)": "neighborhood(kernel=19)",
+    "neighborhood(kernel=5, shape='circle')": "neighborhood(kernel=19, shape='circle')",
+    "neighborhood(kernel=5, shape='circle', far=4)": "neighborhood(kernel=19, shape='circle', far=4)",
+    "sliding_window(window=(4, 4))": "sliding_window(window=(72, 72))",
+    "block_sparse(block=2, keep=4)": "block_sparse(block=8, keep=4)",
+    "block_sparse(block=2, keep=4, gate='token')": "block_sparse(block=8, keep=4, gate='token')",
+    "sparse_linear(block=2, keep=4)": "sparse_linear(block=8, keep=4)",
+    "sparse_linear(block=2, keep=4, choose='nearest')": "sparse_linear(block=8, keep=4, choose='nearest')",
+    "sparse_linear(block=2, keep=4, feature_map='elu')": "sparse_linear(block=8, keep=4, feature_map='elu')",
+    "hybrid(first='neighborhood')": "hybrid(first={'operator': 'neighborhood', 'kernel': 11})",
 }
 
 # Where sources contradict each other: what is done here by default, and what is done elsewhere.
@@ -171,7 +188,7 @@ def report(output: Path, *, say: Callable[[str], None] = lambda text: None) -> s
 def _measure_latency(trial: Trial, mixers: Sequence[str], timed: Timed, progress: bool) -> None:
     """Time what has no latency yet, all in turns with the original."""
     rules = {
-        f"{mixer} in {share}": {sites: parse_operator(TIMED.get(mixer, mixer))}
+        f"{mixer} in {share}": {sites: parse_operator(_timed_of(trial).get(mixer, mixer))}
         for mixer in mixers
         for share, sites in SHARES.items()
         if f"{mixer} in {share}" not in trial.latency
@@ -184,6 +201,10 @@ def _measure_latency(trial: Trial, mixers: Sequence[str], timed: Timed, progress
         found = {name: row[name] for name in ("tokens", "ratio", "low", "high")}
         found["threads"] = torch.get_num_threads()
         trial.latency[row["name"]] = write_row(trial.path, {"latency": row["name"], **found})
+
+
+def _timed_of(trial: Trial) -> dict[str, str]:
+    return TIMED_FROM_16 if trial.subject.name == SCENES else TIMED
 
 
 def write_report(trial: Trial) -> str:
@@ -216,7 +237,7 @@ def write_report(trial: Trial) -> str:
     seeds = len({row["seed"] for row in trial.rows})
     seconds = some["times"] * trial.unit_seconds
     trained = {name.rpartition(" in ")[0] for name in groups}
-    timed = "; ".join(f"{name} as {other}" for name, other in TIMED.items() if name in trained)
+    timed = "; ".join(f"{name} as {other}" for name, other in _timed_of(trial).items() if name in trained)
     sections = [f"```\n{format_rows(entries)}\n```", name_best(trial, groups), compare_choices(trial, groups)]
     if timed:
         sections.append(f"Timed with about the same share of keys: {timed}.")

@@ -117,7 +117,7 @@ class _Grafted:
         mixed_tokens = tokens
         if image is not None and not operator.is_plain_softmax:
             mixed_tokens = image
-        context = _with_more(context, operator, site, stream, unrotated, query, mixed_tokens)
+        context = _with_more(context, operator, site, stream, unrotated, query, key, mixed_tokens)
         if image is None or operator.is_plain_softmax:
             return mix(operator, query, key, value, context)
         # The processor itself joins text and image of joint attention; elsewhere the model does.
@@ -246,12 +246,13 @@ def _with_more(
     stream: torch.Tensor,
     unrotated: Unrotated,
     query: torch.Tensor,
+    key: torch.Tensor,
     mixed_tokens: int,
 ) -> Context:
     """Add to a context what an operator declares that it needs besides queries, keys and values.
 
     Args:
-        query: of the whole attention, [B, H, N, E].
+        query, key: of the whole attention, [B, H, N, E].
         mixed_tokens: of the image alone, where the operator mixes no others.
 
     Raises `OperatorError` where this processor cannot give it.
@@ -273,6 +274,9 @@ def _with_more(
                 f"{operator.name} needs queries and keys before rotary embeddings, and those of {site.path} "
                 "cannot be read from its source. Choose another mixer there."
             )
+        # Compiled code cannot branch on values.
+        if not (torch.compiler.is_compiling() or query.is_meta) and unrotated[0].shape == query.shape:
+            operator.require_rotary(unrotated, (query, key))
         context = context.changed(unrotated=unrotated)
     return context
 

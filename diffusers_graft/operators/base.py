@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -347,6 +347,13 @@ class Mixer(Operator[ConfigT, AttentionSite]):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
         raise OperatorError(f"{self.name} has no forward.")
+
+    def require_rotary(self, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> None:
+        """Raise `OperatorError` where the model's rotary embedding is not of the kind that the settings say.
+
+        Args:
+            before, after: queries and keys, [B, H, N, E].
+        """
 
     def mix_parts(
         self,

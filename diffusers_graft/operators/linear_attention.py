@@ -153,14 +153,17 @@ class LinearAttention(WithBackends, Mixer):
         image = self._value_image(value, visible, context)
         return mixed + heads_first(self.value_convolution(image), mixed)
 
+    def require_rotary(self, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> None:
+        assert self.config.rotary is not None
+        if not self._knows_pairs:
+            require_pairs(self.site.path, self.config.rotary, before, after)
+            self._knows_pairs = True
+
     def _turned_features(self, query: torch.Tensor, key: torch.Tensor, context: Context) -> list[torch.Tensor]:
         """Return features of queries and keys before rotary embeddings, and then both as these turn them; or none."""
         if self.config.rotary is None:
             return []
         assert context.unrotated is not None
-        if not (self._knows_pairs or torch.compiler.is_compiling() or query.is_meta):
-            require_pairs(self.site.path, self.config.rotary, context.unrotated, (query, key))
-            self._knows_pairs = True
         precise = torch.promote_types(query.dtype, torch.float32)
         found = []
         turned = []

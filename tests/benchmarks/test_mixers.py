@@ -64,7 +64,8 @@ def test_every_mixer_of_images_is_in_the_table(capsys, tmp_path):
     known = {operators.parse_operator(name).owner.name for name in mixers.MIXERS}
     named = {name for name in operators.available() if "self_attention" in operators.get(name).kinds}
     assert named - known == {"radial"}
-    for spec in mixers.TIMED.values():
+    assert list(mixers.TIMED_FROM_16) == list(mixers.TIMED)
+    for spec in (*mixers.TIMED.values(), *mixers.TIMED_FROM_16.values()):
         operators.parse_operator(spec)
     assert main(["mixers", "--mixers", "hyena", "--output", str(tmp_path / "a")]) == 2
     assert "hyena_x" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from diffusers_graft.injection import attention_core as mixing
 from diffusers_graft.injection.attention_core import fields_of, mix_with_others
 from diffusers_graft.operators import Mixer, configure
 from diffusers_graft.operators.conformance.case import Subject, example_site
+from diffusers_graft.operators.ops.features import split_pairs
 
 from ..inspection.models import predict, tiny
 from ..operators.conformance.test_suite import CASES
@@ -342,34 +343,48 @@ def test_a_token_and_its_neighbours_count_exactly_in_a_large_field():
 MIXERS = [case for case in CASES if issubclass(configure(case).owner, Mixer)]
 
 
+@pytest.mark.parametrize(("before", "after"), [(3, 0), (0, 2), (2, 1)])
 @pytest.mark.parametrize("case", MIXERS, ids=str)
-def test_beside_text_every_mixer_is_its_definition_forward_and_backward(case):
-    """On an odd, rectangular grid and a video, with text before the image, behind it, and on both sides."""
+def test_beside_text_every_mixer_is_its_definition_forward_and_backward(case, before, after):
+    """On an odd, rectangular image, a larger one where that is too small for a window, and on a video."""
     operator = Subject(configure(case), example_site("self_attention")).build()
     if not hasattr(operator, "reference"):
         pytest.skip("its forward is its definition")
+    image, video = Grid(height=5, width=7), Grid(frames=3, height=5, width=7)
+    compared = [_is_its_definition_on(operator, grid, before, after) for grid in (image, video)]
+    if not any(compared):
+        assert _is_its_definition_on(operator, Grid(height=25, width=23), before, after)
+
+
+def _is_its_definition_on(operator, grid, before, after):
+    """Compare forward and gradients; False where this grid is refused in words, as by a window larger than it."""
     generator = torch.Generator().manual_seed(3)
-    for grid, before, after in (
-        (Grid(height=5, width=7), 3, 0),
-        (Grid(frames=3, height=5, width=7), 0, 2),
-        (Grid(frames=3, height=5, width=7), 2, 1),
-    ):
-        tokens = before + grid.tokens + after
-        inputs = [torch.randn(2, 3, tokens, 4, dtype=torch.float64, generator=generator) for _ in range(5)]
-        inputs.append(torch.randn(2, tokens, 12, dtype=torch.float64, generator=generator))
-        inputs = [part.requires_grad_() for part in inputs]
-        *parts, unrotated_query, unrotated_key, hidden_states = inputs
-        context = Context(grid=grid, hidden_states=hidden_states, unrotated=(unrotated_query, unrotated_key))
-        results = []
-        try:
-            for call in (operator.forward, operator.reference):
-                operator.forward = call
-                mixed = mix_with_others(operator, *parts, context, start=before, image=grid.tokens)
-                results.append([mixed, *torch.autograd.grad(mixed.square().sum(), inputs, allow_unused=True)])
-        except GraftError:
-            # A window larger than this grid, or a layout for videos, is refused in words.
-            continue
-        finally:
-            del operator.forward
-        for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+    tokens = before + grid.tokens + after
+    inputs = [torch.randn(2, 3, tokens, 4, dtype=torch.float64, generator=generator) for _ in range(5)]
+    inputs.append(torch.randn(2, tokens, 12, dtype=torch.float64, generator=generator))
+    inputs = [part.requires_grad_() for part in inputs]
+    *parts, unrotated_query, unrotated_key, hidden_states = inputs
+    context = Context(grid=grid, hidden_states=hidden_states, unrotated=(unrotated_query, unrotated_key))
+    if operator.before_rotary:
+        parts[:2] = [_turned(part, operator.config.rotary) for part in context.unrotated]
+    results = []
+    try:
+        for call in (operator.forward, operator.reference):
+            operator.forward = call
+            mixed = mix_with_others(operator, *parts, context, start=before, image=grid.tokens)
+            results.append([mixed, *torch.autograd.grad(mixed.square().sum(), inputs, allow_unused=True, retain_graph=True)])
+    except GraftError:
+        return False
+    finally:
+        del operator.forward
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+    return True
+
+
+def _turned(tensor, pairs):
+    """Under a rotary embedding: each pair of channels turned by the place of its token."""
+    angle = torch.arange(tensor.shape[2], dtype=tensor.dtype)[:, None] * torch.tensor([1.0, 0.1], dtype=tensor.dtype)
+    turned = torch.view_as_complex(torch.stack(split_pairs(tensor, pairs), -1).contiguous()) * torch.exp(1j * angle)
+    parts = torch.view_as_real(turned)
+    return (parts.transpose(-1, -2) if pairs == "halves" else parts).flatten(-2)
