@@ -197,6 +197,7 @@ def test_rows_of_a_model_that_was_trained_anew_are_refused(tmp_path, measured, m
     "stored",
     [
         "ablation/recipes.jsonl",
+        "benchmarks/choices/mixers.jsonl",
         "benchmarks/depth/depth.jsonl",
         "benchmarks/mixers/mixers.jsonl",
         "benchmarks/ordering/ordering.jsonl",
@@ -206,6 +207,11 @@ def test_rows_of_a_model_that_was_trained_anew_are_refused(tmp_path, measured, m
 def test_stored_tables_are_of_the_letters_that_ship(stored):
     path = EXAMPLES / stored
     require_same_weights(path, read_rows(path)[0], Letters().load())
+
+
+def test_the_stored_table_of_scenes_is_of_those_that_ship():
+    path = EXAMPLES / "benchmarks" / "mixers_scenes" / "mixers.jsonl"
+    require_same_weights(path, read_rows(path)[0], load_subject("testbed:scenes").load())
 
 
 @pytest.mark.parametrize("stored", sorted(EXAMPLES.rglob("recipes.jsonl")), ids=str)

@@ -372,7 +372,9 @@ def _is_its_definition_on(operator, grid, before, after):
         for call in (operator.forward, operator.reference):
             operator.forward = call
             mixed = mix_with_others(operator, *parts, context, start=before, image=grid.tokens)
-            results.append([mixed, *torch.autograd.grad(mixed.square().sum(), inputs, allow_unused=True, retain_graph=True)])
+            results.append(
+                [mixed, *torch.autograd.grad(mixed.square().sum(), inputs, allow_unused=True, retain_graph=True)]
+            )
     except GraftError:
         return False
     finally:
