@@ -109,11 +109,12 @@ def _kernels_of(operator: Operator) -> Iterator[str]:
     """Yield the backends that compute an operator with its settings."""
     for backend in getattr(operator, "backends", ()):
         try:
-            dataclasses.replace(operator.config, backend=backend.name)
+            config = dataclasses.replace(operator.config, backend=backend.name)
         except OperatorError:
             # Settings that no kernel knows, such as a circle.
             continue
-        yield backend.name
+        if backend.refuses(config) is None:
+            yield backend.name
 
 
 def _share_of_softmax(operator: Operator, grid: Grid) -> str:

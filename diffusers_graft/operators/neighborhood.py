@@ -93,19 +93,24 @@ def _natten(operator: Neighborhood, query, key, value, context: Context) -> torc
 
     batch, heads, tokens, width = query.shape
     axes = operator.axes(context.require_grid(operator.name, tokens))
-    lengths, kernels, dilations, strides = zip(*axes, strict=True)
-    if len(kernels) == 3 and kernels[0] == 1:
-        # natten's windows hold two places or more; frames that see themselves alone are samples of a batch.
-        batch = batch * lengths[0]
-        lengths = lengths[1:]
-        kernels = kernels[1:]
-        dilations = dilations[1:]
-        strides = strides[1:]
-    images = (part.transpose(1, 2).reshape(batch, *lengths, heads, width) for part in (query, key, value))
-    call = {2: functional.na2d, 3: functional.na3d}[len(lengths)]
+    # natten's windows hold two places or more; along an axis where tokens see themselves alone, they are samples.
+    alone = [number for number, (_, kernel, *_) in enumerate(axes) if kernel == 1]
+    seen = [number for number in range(len(axes)) if number not in alone]
+    if not seen:
+        return value
+    lengths = [axis[0] for axis in axes]
+    order = [0, *(1 + number for number in (*alone, *seen)), 1 + len(axes), 2 + len(axes)]
+    images = (
+        part.transpose(1, 2).reshape(batch, *lengths, heads, width).permute(order).flatten(0, len(alone))
+        for part in (query, key, value)
+    )
+    _, kernels, dilations, strides = zip(*(axes[number] for number in seen), strict=True)
+    call = {1: functional.na1d, 2: functional.na2d, 3: functional.na3d}[len(seen)]
     settings = {"stride": strides} if max(strides) > 1 else {}
     mixed = call(*images, kernels, dilation=dilations, scale=context.scale, **settings)
-    return mixed.reshape(len(query), -1, heads, width).transpose(1, 2)
+    mixed = mixed.unflatten(0, [batch, *(lengths[number] for number in alone)])
+    back = [order.index(number) for number in range(len(order))]
+    return mixed.permute(back).reshape(batch, tokens, heads, width).transpose(1, 2)
 
 
 def _flex(operator: Neighborhood, query, key, value, context: Context) -> torch.Tensor:
@@ -346,7 +351,7 @@ class Neighborhood(WithBackends, Mixer):
         fitting = min(kernel, frames // dilation)
         if fitting < kernel and not torch.compiler.is_compiling():
             _say_shrunk(kernel, fitting, frames)
-        return frames, fitting, dilation, stride
+        return frames, fitting, dilation, min(stride, fitting)
 
     def flops(self, tokens: int) -> int:
         """Price the last forward's grid, an image or a video, or an image."""

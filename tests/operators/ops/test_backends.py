@@ -87,26 +87,37 @@ def test_calls_of_varlen_attention(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "grid"),
+    ("settings_", "grid"),
     [
-        (3, Grid(height=7, width=9)),
-        (3, Grid(frames=5, height=6, width=5)),
-        (3, Grid(frames=2, height=6, width=5)),
-        ((1, 5, 3), Grid(frames=4, height=6, width=5)),
-        ((3, 1, 3), Grid(frames=4, height=6, width=5)),
+        ({"kernel": 3}, Grid(height=7, width=9)),
+        ({"kernel": 3, "dilation": 2}, Grid(height=7, width=9)),
+        ({"kernel": 4, "stride": 2}, Grid(height=7, width=9)),
+        ({"kernel": 3}, Grid(height=1, width=9)),
+        ({"kernel": 1}, Grid(height=7, width=9)),
+        ({"kernel": 3}, Grid(frames=5, height=6, width=5)),
+        ({"kernel": 3}, Grid(frames=2, height=6, width=5)),
+        ({"kernel": (6, 4, 4), "stride": (6, 2, 2)}, Grid(frames=2, height=6, width=5)),
+        ({"kernel": (1, 5, 3)}, Grid(frames=4, height=6, width=5)),
+        ({"kernel": (3, 1, 3)}, Grid(frames=4, height=6, width=5)),
+        ({"kernel": (3, 3, 1)}, Grid(frames=4, height=6, width=5)),
+        ({"kernel": (1, 3, 1)}, Grid(frames=4, height=6, width=5)),
     ],
     ids=str,
 )
-def test_calls_of_natten(monkeypatch, kernel, grid):
-    def natten(query, key, value, kernel_size, dilation=1, scale=None):
-        axes = tuple(zip(query.shape[1:-2], kernel_size, dilation, strict=True))
+def test_calls_of_natten(monkeypatch, settings_, grid):
+    def natten(query, key, value, kernel_size, stride=None, dilation=1, scale=None):
+        stride = stride or (1,) * len(kernel_size)
+        # As natten 0.21 checks them.
+        assert all(size >= 2 for size in kernel_size)
+        assert all(step <= size for step, size in zip(stride, kernel_size, strict=True))
+        axes = tuple(zip(query.shape[1:-2], kernel_size, dilation, stride, strict=True))
         mask = as_dense(neighborhood.around, axes)
         parts = (part.flatten(1, -3).transpose(1, 2) for part in (query, key, value))
         mixed = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)
         return mixed.transpose(1, 2).reshape(query.shape)
 
-    stand_in(monkeypatch, "natten.functional", na2d=natten, na3d=natten)
-    operator, context = dg.operators.get("neighborhood").Config(kernel=kernel).build(SITE), Context(grid=grid)
+    stand_in(monkeypatch, "natten.functional", na1d=natten, na2d=natten, na3d=natten)
+    operator, context = dg.operators.get("neighborhood").Config(**settings_).build(SITE), Context(grid=grid)
     mixed = neighborhood._natten(operator, *qkv(grid.tokens), context)
     torch.testing.assert_close(mixed, operator(*qkv(grid.tokens), context))
 
