@@ -27,7 +27,7 @@ from diffusers_graft.evaluation.operator_costs import build_example, example_con
 from diffusers_graft.injection.graft import build_graft
 from diffusers_graft.injection.install import install
 from diffusers_graft.inspection import example_inputs
-from diffusers_graft.operators import Operator, OperatorConfig, available, get, parse_operator
+from diffusers_graft.operators import Operator, OperatorConfig, available, parse_operator
 from diffusers_graft.operators.conformance.case import Subject, gradients
 from diffusers_graft.operators.conformance.suite import example_site
 from diffusers_graft.operators.ops.backends import WithBackends
@@ -61,6 +61,20 @@ VIDEO = tuple(
     name.replace("kernel=7", "kernel=(3, 7, 7)").replace("kernel=23", "kernel=(5, 13, 13)") for name in MIXERS
 )
 
+# Settings to check besides every operator's usual ones, which on the small grids of the checks leave nothing out.
+SETTINGS = (
+    "block_sparse(block=4, keep=2)",
+    "block_sparse(block=4, keep=2, gate='token')",
+    "sparse_linear(block=4, keep=2)",
+    "neighborhood(kernel=4, stride=2)",
+    "neighborhood(kernel=3, shape='circle', far=2)",
+    "linear_attention(feature_map='polynomial')",
+    "linear_attention(heads=1)",
+    "gated_deltanet(decay='channel')",
+    "hyena_x(layout='2d', kernel_size=3)",
+    "hyena_x(layout='3d', kernel_size=3)",
+)
+
 # DiT-XL/2 at 256 x 256 pixels.
 DIT = dict(
     num_attention_heads=16,
@@ -85,7 +99,7 @@ class Sizes:
     Attributes:
         device: `cuda`, or what a test has.
         seconds: of all parts together.
-        names: operators to check.
+        names: operators to check, with settings where they are not the usual ones.
         widths: of a head, for backends: PixArt's, and what every kernel takes.
         compiler: of torch.compile.
         pixart_shape, layers, mixers: the model at 2,048 x 2,048, which of its attentions to replace, and by what.
@@ -97,7 +111,7 @@ class Sizes:
 
     device: str = "cuda"
     seconds: float = 570.0
-    names: tuple[str, ...] = field(default_factory=lambda: tuple(available()))
+    names: tuple[str, ...] = field(default_factory=lambda: (*available(), *SETTINGS))
     widths: tuple[int, ...] = (72, 64)
     compiler: str = "inductor"
     pixart_shape: dict[str, int] = field(default_factory=lambda: pixart.SHAPE)
@@ -182,7 +196,7 @@ def operator_table(sizes: Sizes, is_time_left: Callable[[], bool], failures: lis
         if not is_time_left():
             left_out.append(name)
             continue
-        for check, compared, tolerance in _checks(get(name).Config(), sizes):
+        for check, compared, tolerance in _checks(parse_operator(name), sizes):
             errors = ["", ""]
             try:
                 found, expected = compared()

@@ -1,5 +1,6 @@
 """What `make gpu` runs, as a miniature on the CPU; and what it says where there is no GPU."""
 
+import dataclasses
 import re
 
 import pytest
@@ -47,6 +48,15 @@ def test_everything_lands_in_one_file(tmp_path):
     assert "radial" in text
     assert "GeometryError: neighborhood" in text
     assert "hyena_x in half of them, 2 steps of 2 samples" in text
+
+
+@pytest.mark.long
+def test_settings_that_leave_something_out_are_checked_too():
+    failures = []
+    table = gpu.operator_table(dataclasses.replace(SIZES, names=gpu.SETTINGS), lambda: True, failures)
+    assert not failures
+    for name in gpu.SETTINGS:
+        assert f"{name}  " in table
 
 
 def test_without_time_what_was_left_out_is_named(tmp_path):
