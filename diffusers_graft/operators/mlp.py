@@ -31,7 +31,7 @@ class Mlp(FeedForwardOperator):
     paper = "Exploring Diffusion Transformer Designs via Grafting, arXiv 2506.05340"
     start = (
         "keeps the original's neurons: all of them where there is room (then, with the original's activation, the "
-        "same function), else the strongest, and of the others the mean where it was measured"
+        "same function), else the strongest, and of the others the mean"
     )
     output_layer = "down"
 

@@ -146,7 +146,7 @@ def copy_input(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None
 def copy_output(layer: nn.Linear, original: LinearPair, chosen: torch.Tensor) -> None:
     """Give a layer's first inputs the output weights of the chosen neurons; the others start silent.
 
-    Of the neurons that are not chosen the mean stays in the bias, where it was measured.
+    Of the neurons that are not chosen the mean stays, in the bias.
     """
     layer.weight.zero_()
     layer.weight[:, : len(chosen)] = original.down[:, chosen]
@@ -163,16 +163,21 @@ def copy_output(layer: nn.Linear, original: LinearPair, chosen: torch.Tensor) ->
 
 @torch.no_grad()
 def fold_means(bias: torch.Tensor, original: LinearPair, missing: torch.Tensor) -> None:
-    """Add to an output bias the measured means of neurons as far as they are missing; nothing where none are.
-
-    Means supposed on normal tokens are worse than none: what adaptive norms give is far from normal.
+    """Add to an output bias the means of neurons as far as they are missing: on data, else on normal tokens.
 
     Args:
         bias: [D], changed in place.
         missing: share of each of the original's neurons that is not there, [hidden].
     """
     if original.mean is not None:
-        bias.add_((original.down.double() @ (missing * original.mean.double())).to(bias))
+        means = original.mean.double()
+    else:
+        _, means = linearize(original)
+    if original.energy is not None:
+        # A mean is never larger than the root of the mean square, which is known of these neurons.
+        most = original.energy.double().sqrt()
+        means = means.clamp(-most, most)
+    bias.add_((original.down.double() @ (missing * means)).to(bias))
 
 
 def polynomials(original: LinearPair, degree: int) -> tuple[torch.Tensor, torch.Tensor]:
