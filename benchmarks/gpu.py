@@ -67,11 +67,17 @@ SETTINGS = (
     "block_sparse(block=4, keep=2, gate='token')",
     "sparse_linear(block=4, keep=2)",
     "neighborhood(kernel=4, stride=2)",
+    "neighborhood(kernel=3, shape='circle')",
     "neighborhood(kernel=3, shape='circle', far=2)",
     "linear_attention(feature_map='polynomial')",
     "linear_attention(heads=1)",
     "gated_deltanet(decay='channel')",
     "hyena_x(layout='2d', kernel_size=3)",
+)
+# And those whose way along frames is their own, on a small video; the others are checked on an image.
+VIDEO_SETTINGS = (
+    "radial(least=4)",
+    "neighborhood(kernel=(3, 4, 4), stride=(1, 2, 2))",
     "hyena_x(layout='3d', kernel_size=3)",
 )
 
@@ -87,6 +93,10 @@ DIT = dict(
     num_embeds_ada_norm=1000,
 )
 
+# What operators are checked on.
+IMAGE = Grid(height=16, width=24)
+SMALL_VIDEO = Grid(frames=4, height=8, width=12)
+
 # Largest relative differences of outputs and of gradients.
 FLOAT32 = (1e-3, 1e-2)
 BFLOAT16 = (0.05, 0.1)
@@ -100,6 +110,7 @@ class Sizes:
         device: `cuda`, or what a test has.
         seconds: of all parts together.
         names: operators to check, with settings where they are not the usual ones.
+        video_names: the same, to check on a video.
         widths: of a head, for backends: PixArt's, and what every kernel takes.
         compiler: of torch.compile.
         pixart_shape, layers, mixers: the model at 2,048 x 2,048, which of its attentions to replace, and by what.
@@ -112,6 +123,7 @@ class Sizes:
     device: str = "cuda"
     seconds: float = 570.0
     names: tuple[str, ...] = field(default_factory=lambda: (*available(), *SETTINGS))
+    video_names: tuple[str, ...] = VIDEO_SETTINGS
     widths: tuple[int, ...] = (72, 64)
     compiler: str = "inductor"
     pixart_shape: dict[str, int] = field(default_factory=lambda: pixart.SHAPE)
@@ -192,11 +204,12 @@ def operator_table(sizes: Sizes, is_time_left: Callable[[], bool], failures: lis
     """
     rows = [["operator", "checked", "output", "gradients", "result"]]
     left_out = []
-    for name in sizes.names:
+    checked = [(name, IMAGE) for name in sizes.names] + [(name, SMALL_VIDEO) for name in sizes.video_names]
+    for name, grid in checked:
         if not is_time_left():
             left_out.append(name)
             continue
-        for check, compared, tolerance in _checks(parse_operator(name), sizes):
+        for check, compared, tolerance in _checks(parse_operator(name), grid, sizes):
             errors = ["", ""]
             try:
                 found, expected = compared()
@@ -220,9 +233,15 @@ def operator_table(sizes: Sizes, is_time_left: Callable[[], bool], failures: lis
     return text
 
 
-def _checks(config: OperatorConfig, sizes: Sizes) -> Iterator[tuple[str, Callable[[], Any], tuple[float, float]]]:
+def _checks(
+    config: OperatorConfig, grid: Grid, sizes: Sizes
+) -> Iterator[tuple[str, Callable[[], Any], tuple[float, float]]]:
     """Yield the name of each check, what computes its two outputs with gradients, and how far they may differ."""
-    subject = Subject(config, example_site(config.owner.kinds[0])).accepted()[0]
+    site = example_site(config.owner.kinds[0])
+    subject = Subject(config, site, SMALL_VIDEO)
+    if grid != SMALL_VIDEO:
+        # The first that is not refused: a window may be larger than the others.
+        subject = subject.accepted()[0]
 
     def run(dtype: torch.dtype, *, compiler: str | None = None) -> Any:
         operator = subject.build().to(sizes.device, dtype)
@@ -243,15 +262,19 @@ def _checks(config: OperatorConfig, sizes: Sizes) -> Iterator[tuple[str, Callabl
         return
     for backend in (*(backend.name for backend in config.owner.backends), "auto"):
         for width in sizes.widths:
-            yield f"{backend}, heads of {width}", lambda b=backend, w=width: _by_backend(config, b, w, sizes), BFLOAT16
+            yield (
+                f"{backend}, heads of {width}",
+                lambda b=backend, w=width: _by_backend(config, grid, b, w, sizes),
+                BFLOAT16,
+            )
 
 
-def _by_backend(config: OperatorConfig, backend: str, width: int, sizes: Sizes) -> tuple[Any, Any]:
+def _by_backend(config: OperatorConfig, grid: Grid, backend: str, width: int, sizes: Sizes) -> tuple[Any, Any]:
     """Return outputs with gradients of an operator by a backend, and in plain torch."""
     site = AttentionSite(
         kind=config.owner.kinds[0], index=0, path="example", width=2 * width, heads=2, head_width=width
     )
-    subject = Subject(config, site, Grid(height=16, width=24))
+    subject = Subject(config, site, grid)
     settings: dict[str, Any] = {"backend": backend}
     fast = replace(config, **settings).resolved(site).build(site).to(sizes.device, torch.bfloat16)
     plain = subject.build().to(sizes.device, torch.bfloat16)

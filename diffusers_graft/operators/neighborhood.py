@@ -46,7 +46,8 @@ def around(length: int, kernel: int, dilation: int, stride: int = 1) -> list[ran
     for i in range(length):
         peers = range(i % dilation, length, dilation)
         first = i // dilation // stride * stride
-        start = min(max(first - (kernel - stride) // 2, 0), len(peers) - kernel)
+        # As natten has it where one of kernel and stride is even: a video with few frames can shrink one of them.
+        start = min(max(first + stride // 2 - kernel // 2, 0), len(peers) - kernel)
         rows.append(peers[start : start + kernel])
     return rows
 
@@ -81,7 +82,7 @@ def _sees(length: int, kernel: int, dilation: int, stride: int = 1) -> Sees:
     def sees(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         peers = (length - query % dilation + dilation - 1) // dilation
         first = query // dilation // stride * stride
-        start = torch.minimum((first - (kernel - stride) // 2).clamp(min=0), peers - kernel)
+        start = torch.minimum((first + stride // 2 - kernel // 2).clamp(min=0), peers - kernel)
         place = key // dilation
         return (key % dilation == query % dilation) & (place >= start) & (place < start + kernel)
 

@@ -18,8 +18,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 BACKENDS = [
     *({"operator": "sliding_window", "backend": name} for name in ("flash", "varlen", "flex", "auto")),
     *({"operator": "neighborhood", "kernel": 5, "backend": name} for name in ("natten", "flex", "auto")),
+    *({"operator": "neighborhood", "kernel": 6, "stride": 2, "backend": name} for name in ("natten", "flex")),
     *({"operator": name, "backend": "triton"} for name in ("hyena_x", "hyena_se", "hyena_y")),
-    {"operator": "block_sparse", "block": 4, "keep": 2, "backend": "triton"},
+    *(
+        {"operator": "block_sparse", "block": 4, "keep": 2, "gate": gate, "backend": "triton"}
+        for gate in (None, "token")
+    ),
     *({"operator": name, "backend": "compiled"} for name in ("hyena_x", "hyena_se", "linear_attention", "ttt")),
     *(
         {"operator": name, "backend": "auto"}

@@ -86,6 +86,18 @@ def test_calls_of_varlen_attention(monkeypatch):
     torch.testing.assert_close(sliding_window._varlen(operator, *qkv(30), Context()), operator(*qkv(30), Context()))
 
 
+def natten_windows(length, kernel, dilation, stride):
+    """The places each place of an axis sees, from natten's definition (its `get_window_start`), not from ours."""
+    rows = []
+    for place in range(length):
+        peers = range(place % dilation, length, dilation)
+        number = place // dilation
+        center = min(number // stride * stride + stride // 2, len(peers) - 1)
+        start = min(max(center - kernel // 2, 0), len(peers) - kernel)
+        rows.append(peers[start : start + kernel])
+    return rows
+
+
 @pytest.mark.parametrize(
     ("settings_", "grid"),
     [
@@ -96,11 +108,16 @@ def test_calls_of_varlen_attention(monkeypatch):
         ({"kernel": 1}, Grid(height=7, width=9)),
         ({"kernel": 3}, Grid(frames=5, height=6, width=5)),
         ({"kernel": 3}, Grid(frames=2, height=6, width=5)),
+        ({"kernel": 3, "dilation": 2}, Grid(frames=5, height=6, width=6)),
         ({"kernel": (6, 4, 4), "stride": (6, 2, 2)}, Grid(frames=2, height=6, width=5)),
+        ({"kernel": (6, 2, 2), "stride": (6, 2, 2), "dilation": 2}, Grid(frames=5, height=6, width=5)),
+        ({"kernel": (6, 2, 2), "stride": (4, 2, 2), "dilation": 2}, Grid(frames=10, height=6, width=5)),
         ({"kernel": (1, 5, 3)}, Grid(frames=4, height=6, width=5)),
         ({"kernel": (3, 1, 3)}, Grid(frames=4, height=6, width=5)),
         ({"kernel": (3, 3, 1)}, Grid(frames=4, height=6, width=5)),
         ({"kernel": (1, 3, 1)}, Grid(frames=4, height=6, width=5)),
+        ({"kernel": (1, 1, 1)}, Grid(frames=4, height=6, width=5)),
+        ({"kernel": (1, 4, 1), "stride": (1, 2, 1)}, Grid(frames=4, height=6, width=5)),
     ],
     ids=str,
 )
@@ -111,7 +128,7 @@ def test_calls_of_natten(monkeypatch, settings_, grid):
         assert all(size >= 2 for size in kernel_size)
         assert all(step <= size for step, size in zip(stride, kernel_size, strict=True))
         axes = tuple(zip(query.shape[1:-2], kernel_size, dilation, stride, strict=True))
-        mask = as_dense(neighborhood.around, axes)
+        mask = as_dense(natten_windows, axes)
         parts = (part.flatten(1, -3).transpose(1, 2) for part in (query, key, value))
         mixed = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)
         return mixed.transpose(1, 2).reshape(query.shape)
