@@ -71,7 +71,7 @@ def enable(model: ModelMixin) -> None:
 def _run(model: ModelMixin, graft: Graft) -> None:
     _exchange(model, graft, graft.seats, graft.adapters)
     _restore_processors(graft)
-    model.register_forward_pre_hook(ContextReader(graft, model), with_kwargs=True)
+    model.register_forward_pre_hook(InstalledReader(graft, model), with_kwargs=True)
     vars(model).update({_GRAFT: graft, _ENABLED: True})
     skip_layerwise_casting(model, of_grafts=True)
 
@@ -215,10 +215,14 @@ class ContextReader:
             self.graft.slot.arguments = tree_map_only(torch.Tensor, torch.Tensor.detach, inputs)
 
 
+class InstalledReader(ContextReader):
+    """The reader that comes and goes with the graft's parts; a stage that watches the originals has one of its own."""
+
+
 def _remove_reader(model: ModelMixin) -> None:
     """Remove the hook by its class, since a handle would be worthless in a deep copy of the model."""
     for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, ContextReader):
+        if isinstance(hook, InstalledReader):
             del model._forward_pre_hooks[key]
             del model._forward_pre_hooks_with_kwargs[key]
     forget_contexts(model)

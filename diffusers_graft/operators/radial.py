@@ -88,7 +88,7 @@ class Radial(Mixer):
         sides = (grid.frames, grid.height * grid.width)
         others = key.shape[2] - query.shape[2]
         # Tensors that only pretend, as in FakeTensorMode, need a tiling of their kind, not to be cached for real ones.
-        make = _cached_tiling if type(query) is torch.Tensor else _make_tiling
+        make = _find_tiling if type(query) is torch.Tensor else _make_tiling
         cut = self.constant(make, self.settings, sides, others, query.device)
         return attend_in_tiles(query, key, value, cut, sides, scale=context.scale, mask=context.mask)
 
@@ -263,3 +263,8 @@ def _tiles_of_blocks(config: Radial.Config, sides: tuple[int, int]) -> list[Tile
 
 
 _cached_tiling = functools.lru_cache(maxsize=64)(_make_tiling)
+
+
+def _find_tiling(config: Radial.Config, sides: tuple[int, int], others: int, device: torch.device) -> Tiling:
+    # `constant` takes plain functions, which a cache is not.
+    return _cached_tiling(config, sides, others, device)

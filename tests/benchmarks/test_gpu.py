@@ -53,10 +53,7 @@ def test_everything_lands_in_one_file(tmp_path):
 
 
 CHECKED = [{"names": (name,), "video_names": ()} for name in gpu.SETTINGS]
-CHECKED += [{"names": (), "video_names": (name,)} for name in gpu.VIDEO_SETTINGS if name != "radial(least=4)"]
-# Its forward gives `constant` a cache where torch takes a plain function. Strict: whoever mends it is told here.
-NOT_COMPILED = pytest.mark.xfail(strict=True, raises=AssertionError, reason="radial does not compile on a video")
-CHECKED.append(pytest.param({"names": (), "video_names": ("radial(least=4)",)}, marks=NOT_COMPILED))
+CHECKED += [{"names": (), "video_names": (name,)} for name in gpu.VIDEO_SETTINGS]
 
 
 @pytest.mark.long

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import diffusers_graft as dg
+from diffusers_graft.inspection import example_inputs
+from diffusers_graft.training.previews import Preview
 
-from ...models import tiny_dit, tiny_pixart
+from ...models import tensors_of, tiny_dit, tiny_pixart
 from ..runs import RANDOM
 
 
@@ -13,7 +15,6 @@ from ..runs import RANDOM
 def test_gated_outputs_are_compared_as_the_block_adds_them(make):
     """By hand: the difference of the block's stream before and after the part, on the first step."""
     model = make()
-    from diffusers_graft.inspection import example_inputs
 
     inputs = example_inputs(model, batch_size=4)
     rules = {"self_attention[1]": RANDOM, "feed_forward[1]": {"operator": "mlp", "init": "random"}}
@@ -63,7 +64,6 @@ def test_a_pair_is_captured_from_the_firsts_input_to_the_seconds_output():
         first.register_forward_pre_hook(lambda module, args: calls.update(given=args[0])),
         second.register_forward_hook(lambda module, args, output: calls.update(wanted=output)),
     ]
-    from diffusers_graft.inspection import example_inputs
     from diffusers_graft.training.distill.capture import Capture
 
     watch, seen = Capture(model, graft), {}
@@ -74,3 +74,28 @@ def test_a_pair_is_captured_from_the_firsts_input_to_the_seconds_output():
     (call,) = seen.values()
     assert call.args[0] is calls["given"]
     assert call.output is calls["wanted"]
+
+
+class OtherSize(Preview):
+    """Runs the grafted model on latents of another size, as drawing samples may."""
+
+    def is_due(self, state):
+        return True
+
+    def show(self, model, state, trackers):
+        inputs = example_inputs(model, batch_size=2)
+        sample = inputs["hidden_states"]
+        model(**{**inputs, "hidden_states": torch.cat([sample, sample], dim=3)})
+
+
+def test_a_preview_of_another_size_moves_nothing_of_stage_one():
+    def train(previews):
+        model = tiny_pixart()
+        inputs = example_inputs(model, batch_size=2)
+        graft = dg.build_graft(model, dg.plan_graft(model, {"self_attention[1]": "neighborhood(kernel=1)"}))
+        config = dg.DistillConfig(steps=3, warmup=0, lr=1e-2, progress=False)
+        dg.distill(model, graft, [inputs] * 3, config, previews=previews)
+        return tensors_of(graft.seats["transformer_blocks.1.attn1"])
+
+    shown = train([OtherSize()])
+    assert all(torch.equal(one, other) for one, other in zip(shown.values(), train([]).values(), strict=True))
