@@ -177,10 +177,56 @@ def test_a_scheduler_of_another_family_is_refused(drawing):
         drawing(PROMPTS[0])
 
 
-def test_a_pipeline_without_text_encoder_is_refused(drawing):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("IPNDMScheduler", "does not fit"),
+        ("CMStochasticIterativeScheduler", "does not fit"),
+        ("FlowMatchHeunDiscreteScheduler", "cannot run FlowMatchHeunDiscreteScheduler"),
+        ("FlowMatchLCMScheduler", "cannot run FlowMatchLCMScheduler"),
+    ],
+)
+def test_settings_that_a_scheduler_only_carries_do_not_make_it_fit(drawing, name, said):
+    drawing.scheduler = getattr(diffusers, name).from_config(drawing.scheduler.config)
+    with pytest.raises(GraftError, match=said):
+        drawing(PROMPTS[0])
+    with pytest.raises(GraftError, match=said):
+        scenes.draw_prompts(drawing, PROMPTS, size=64)
+
+
+def test_a_pipeline_without_text_encoder_is_refused_unless_states_are_given(drawing):
+    states, mask, no_states, no_mask = PixArtSigmaPipeline.encode_prompt(drawing, PROMPTS[0])
     drawing.text_encoder = None
     with pytest.raises(ModelError, match="no text encoder"):
         draw(drawing)
+    with pytest.raises(ModelError, match="no text encoder"):
+        scenes.null_prompt(drawing)
+    given = {"prompt_embeds": states, "prompt_attention_mask": mask}
+    given |= {"negative_prompt": None, "negative_prompt_embeds": no_states, "negative_prompt_attention_mask": no_mask}
+    settings = {"height": 64, "width": 64, "use_resolution_binning": False, "num_inference_steps": 1}
+    assert drawing(**given, **settings).images
+
+
+def test_a_pipeline_that_diffusers_loaded_is_checked_where_prompts_are_drawn(drawing, tmp_path):
+    drawing.save_pretrained(tmp_path)
+    loaded = PixArtSigmaPipeline.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="read as <unk>: zebra"):
+        scenes.draw_prompts(loaded, ["a zebra"], size=64, steps=1)
+    loaded.text_encoder = None
+    with pytest.raises(ModelError, match="no text encoder"):
+        scenes.draw_prompts(loaded, ["a red star"], size=64, steps=1)
+
+
+def test_no_steps_no_list_and_no_size_are_refused(drawing):
+    with pytest.raises(GraftError, match="1 step or more"):
+        scenes.draw_prompts(drawing, PROMPTS, steps=0)
+    with pytest.raises(GraftError, match="Put it into a list"):
+        scenes.draw_prompts(drawing, "a red star")
+    with pytest.raises(GraftError, match="list of prompts is empty"):
+        drawing([])
+    for size in (0, -8):
+        with pytest.raises(GraftError, match="multiples of 8"):
+            scenes.SceneScore(size=size)
 
 
 def test_a_size_that_is_no_multiple_of_8_is_refused(drawing):

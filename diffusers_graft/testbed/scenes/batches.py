@@ -11,13 +11,18 @@ from diffusers import PixArtSigmaPipeline
 from ...errors import GraftError
 from .draw import draw_scenes
 from .grammar import sample_scene
+from .pipeline import require_text_encoder
 
 CAPTION_TOKENS = 32  # longer than any caption
 
 
 @torch.no_grad()
 def encode_captions(pipe: PixArtSigmaPipeline, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Encode captions as the transformer's arguments: text states [B, 32, D] and mask [B, 32]; "" is no prompt."""
+    """Encode captions as the transformer's arguments: text states [B, 32, D] and mask [B, 32]; "" is no prompt.
+
+    Raises `ModelError` for a pipeline without text encoder or tokenizer.
+    """
+    require_text_encoder(pipe)
     # The method of the class, which does not warn of empty prompts: here they are meant.
     states, mask, *_ = PixArtSigmaPipeline.encode_prompt(
         pipe, list(captions), do_classifier_free_guidance=False, max_sequence_length=CAPTION_TOKENS

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import warnings
 from pathlib import Path
 
-from diffusers import FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
 from diffusers.utils import logging
 
 from ...core.storage import sha256_of
@@ -21,7 +22,7 @@ def pipeline(transformer: PixArtTransformer2DModel | None = None) -> PixArtSigma
 
     It draws 256 x 256 pixels (1,024 tokens), and other sizes with `use_resolution_binning=False`. Beside what
     diffusers checks, it warns of empty prompts and of words that it never learned, and refuses schedulers of other
-    families.
+    families. A copy that diffusers itself saves and loads checks what diffusers checks; `draw_prompts` checks both.
 
     Args:
         transformer: used instead of the pretrained one, grafted for example.
@@ -52,9 +53,13 @@ def weights_version() -> str:
 def _encode_checked_prompt(
     pipe: PixArtSigmaPipeline, prompt: str | list[str] | None = None, *arguments, **settings
 ) -> tuple:
-    check_pipeline(pipe)
+    check_scheduler(pipe)
     if prompt is not None:
-        warn_of_unknown_words(pipe, [prompt] if isinstance(prompt, str) else prompt)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not prompts:
+            raise GraftError("The list of prompts is empty. Give a prompt, or several.")
+        require_text_encoder(pipe)
+        warn_of_unknown_words(pipe, prompts)
     # An empty negative prompt is the usual one.
     if settings.get("negative_prompt"):
         negative = settings["negative_prompt"]
@@ -63,30 +68,32 @@ def _encode_checked_prompt(
     return encode(pipe, prompt, *arguments, **settings)  # pyright: ignore[reportArgumentType]  # None with embeddings
 
 
-def check_pipeline(pipe: PixArtSigmaPipeline) -> None:
-    """Refuse a pipeline that would draw wrong pictures without a word.
-
-    Raises `ModelError` where text encoder or tokenizer is missing, and `GraftError` for a scheduler that does not take
-    velocities of flow matching.
-    """
+def require_text_encoder(pipe: PixArtSigmaPipeline) -> None:
+    """Raise `ModelError` where text encoder or tokenizer is missing."""
     if pipe.text_encoder is None or pipe.tokenizer is None:
         raise ModelError(
             "The pipeline has no text encoder or no tokenizer; prompts cannot be read. Load it with both."
         )
+
+
+def check_scheduler(pipe: PixArtSigmaPipeline) -> None:
+    """Raise `GraftError` for a scheduler that does not take velocities of flow matching, or not from this pipeline."""
     scheduler = pipe.scheduler
-    is_flow = scheduler.config.get("prediction_type") == "flow_prediction" and scheduler.config.get("use_flow_sigmas")
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if type(scheduler).__name__.startswith("FlowMatch"):
         raise GraftError(
-            "PixArtSigmaPipeline cannot run FlowMatchEulerDiscreteScheduler, which lacks scale_model_input. Use "
-            "DPMSolverMultistepScheduler or UniPCMultistepScheduler, made by from_config from the pipeline's "
-            "scheduler."
+            f"PixArtSigmaPipeline cannot run {type(scheduler).__name__}, which lacks scale_model_input or "
+            "init_noise_sigma. Use DPMSolverMultistepScheduler or UniPCMultistepScheduler, made by from_config from "
+            "the pipeline's scheduler."
         )
-    if not is_flow:
+    # `from_config` carries settings that a class does not have, so the class is asked, too.
+    knows_flow = "use_flow_sigmas" in inspect.signature(type(scheduler).__init__).parameters
+    is_flow = scheduler.config.get("prediction_type") == "flow_prediction" and scheduler.config.get("use_flow_sigmas")
+    if not (knows_flow and is_flow):
         raise GraftError(
             f"{type(scheduler).__name__} (prediction_type={scheduler.config.get('prediction_type')!r}) does not fit a "
             "model trained by flow matching. Make it by from_config from the pipeline's scheduler, with "
-            "use_flow_sigmas=True and "
-            'prediction_type="flow_prediction".'
+            'use_flow_sigmas=True and prediction_type="flow_prediction", of a class that takes both, such as '
+            "UniPCMultistepScheduler."
         )
 
 

@@ -18,7 +18,7 @@ from ...errors import GraftError, UnknownNameError
 from ...evaluation.geneval.rules import relations
 from .detect import Found, detect
 from .grammar import PROMPT_KINDS
-from .pipeline import check_pipeline, pipeline
+from .pipeline import check_scheduler, pipeline, require_text_encoder, warn_of_unknown_words
 
 PROMPTS = Path(__file__).parent / "prompts"
 PROMPT_SETS = ("seen", "held_out")
@@ -74,14 +74,22 @@ def draw_prompts(
     Returns:
         Pictures [B, 3, H, W] in [-1, 1].
 
-    Raises `GraftError` for a size that is no multiple of 8, no prompts, or a pipeline that cannot draw them.
+    Raises `GraftError` for a size that is no multiple of 8, no prompts or steps, or a pipeline that cannot draw them.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if height % 8 or width % 8 or min(height, width) < 8:
         raise GraftError(f"The sides of a picture are multiples of 8 pixels; got {size}.")
+    if isinstance(prompts, str):
+        raise GraftError(f"Prompts are a list; got the text {prompts!r}. Put it into a list of one.")
     if not prompts:
         raise GraftError("There are no prompts to draw.")
-    check_pipeline(pipe)
+    if steps < 1:
+        raise GraftError(f"Pictures take 1 step or more; got {steps}.")
+    require_text_encoder(pipe)
+    check_scheduler(pipe)
+    # A pipeline of `pipeline()` warns by itself.
+    if "encode_prompt" not in vars(pipe):
+        warn_of_unknown_words(pipe, list(prompts))
     channels = pipe.transformer.config.in_channels
     pictures = []
     bar = tqdm(total=len(prompts), desc="drawing", unit="picture", leave=False, disable=hide_bar(progress))
@@ -137,7 +145,7 @@ class SceneScore:
         fewest = min(len(lines) for lines in kinds.values())
         if self.count is not None and not 1 <= self.count <= fewest:
             raise GraftError(f"There are {fewest} prompts of each kind in {self.prompts!r}; got count={self.count}.")
-        if self.steps < 1 or self.size % 8:
+        if self.steps < 1 or self.size < 8 or self.size % 8:
             raise GraftError(f"Pictures take 1 step or more and sides that are multiples of 8; got {self}.")
 
     def _by_kind(self) -> dict[str, list[dict[str, Any]]]:
