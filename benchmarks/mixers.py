@@ -235,6 +235,7 @@ def write_report(trial: Trial) -> str:
     latency = trial.latency[ranked[0]]
     settings = {name: value for name, value in some["settings"].items() if name not in ("operator", "sites")}
     seeds = len({row["seed"] for row in trial.rows})
+    spread = "one seed" if seeds == 1 else f"mean +- standard deviation over {seeds} seeds"
     seconds = some["times"] * trial.unit_seconds
     trained = {name.rpartition(" in ")[0] for name in groups}
     timed = "; ".join(f"{name} as {other}" for name, other in _timed_of(trial).items() if name in trained)
@@ -245,8 +246,7 @@ def write_report(trial: Trial) -> str:
         f"# Mixers on {trial.subject.name}, after the same seconds\n\n`python -m benchmarks mixers`: every mixer in "
         "half (every second) and in all self-attentions, trained by one recipe (what differs from today's: "
         f"{describe(settings)}) for {seconds:.0f} s of one core at prices measured in turns. The ratio is that of the "
-        "denoising loss on held-out samples to the original's on the same draw, mean +- standard deviation over "
-        f"{seeds} seeds. Latency is a forward at {latency['tokens']:,} tokens of a wider model over the original's, "
+        f"denoising loss on held-out samples to the original's on the same draw, {spread}. Latency is a forward at {latency['tokens']:,} tokens of a wider model over the original's, "
         f"measured in turns (torch {trial.head['torch']}, {latency['threads']} threads).\n\n"
         + "\n\n".join(filter(None, sections))
         + "\n"

@@ -107,3 +107,33 @@ def test_rows_of_other_weights_are_refused(example, tmp_path, monkeypatch):
     monkeypatch.setattr(example.scenes, "weights_version", lambda: "of another training")
     with pytest.raises(SystemExit, match="Give another --output"):
         example.require_same(path, example.BRIEF)
+
+
+FOLDER = SCRIPT.parent / "benchmarks" / "text_to_image"
+
+
+def test_the_stored_tables_are_what_their_rows_say_and_of_the_weights_that_ship(example, tmp_path):
+    stored = (FOLDER / "table.md").read_text(encoding="utf-8")
+    for table in json.loads((FOLDER / "table.json").read_text(encoding="utf-8")):
+        assert table["settings"]["weights"] == testbed.scenes.weights_version()
+        example.write_table(table["rows"], tmp_path / "table.md")
+        assert (tmp_path / "table.md").read_text(encoding="utf-8") in stored
+
+
+def test_the_stored_uses_are_of_the_weights_that_ship():
+    uses = json.loads((FOLDER / "uses.json").read_text(encoding="utf-8"))
+    assert uses["protocol"]["weights"] == testbed.scenes.weights_version()
+    stored = (FOLDER / "uses.md").read_text(encoding="utf-8")
+    for name, row in uses["rows"].items():
+        assert f"| {name} | {row['original']:.3f} |" in stored
+        assert f" | {row['grafted']:.3f} |" in stored
+
+
+@pytest.mark.long
+def test_the_pipeline_draws_what_is_asked_for_and_not_without_its_attention(example):
+    score = testbed.scenes.SceneScore(count=5, size=128)
+    pipe = testbed.scenes.pipeline()
+    whole = score.of_pipeline(pipe)["seen.score"]
+    example.remove_attention(pipe.transformer)
+    assert whole >= 0.6
+    assert score.of_pipeline(pipe)["seen.score"] <= whole - 0.2
