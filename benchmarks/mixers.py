@@ -246,7 +246,8 @@ def write_report(trial: Trial) -> str:
         f"# Mixers on {trial.subject.name}, after the same seconds\n\n`python -m benchmarks mixers`: every mixer in "
         "half (every second) and in all self-attentions, trained by one recipe (what differs from today's: "
         f"{describe(settings)}) for {seconds:.0f} s of one core at prices measured in turns. The ratio is that of the "
-        f"denoising loss on held-out samples to the original's on the same draw, {spread}. Latency is a forward at {latency['tokens']:,} tokens of a wider model over the original's, "
+        f"denoising loss on held-out samples to the original's on the same draw, {spread}. Latency is a forward at "
+        f"{latency['tokens']:,} tokens of a wider model over the original's, "
         f"measured in turns (torch {trial.head['torch']}, {latency['threads']} threads).\n\n"
         + "\n\n".join(filter(None, sections))
         + "\n"
