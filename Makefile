@@ -85,8 +85,8 @@ fuzz: $(READY) ## A thousand hostile files: no hang, no raw error, memory within
 ablate: $(READY) ## Recipes at equal seconds, each beside its control (hours on one core; goes on where it stopped)
 	$(BIN)/python -m benchmarks ablate --output examples/ablation
 
-text-to-image: $(READY) ## The paper's text-to-image run on the scenes, then the graft in use (goes on where it stopped)
-	$(BIN)/python examples/text_to_image.py --output runs/text_to_image
+text-to-image: $(READY) ## The paper's text-to-image run on the scenes, one seed, then the graft in use (goes on where it stopped)
+	$(BIN)/python examples/text_to_image.py --output runs/text_to_image --seeds 0
 	$(BIN)/python examples/use_grafted_pipeline.py --graft runs/text_to_image/rows/neighborhood_9_x_9_interleaved-0 --output runs/uses
 
 testbed: $(READY) ## Train the testbed's model and its judge from scratch (hours on two cores)

@@ -63,7 +63,8 @@ Denoising loss on {held_out} real scenes of another seed, the same draw every ti
 
 The logs are `autoencoder.jsonl`, `text.jsonl` and `training.jsonl`. `make testbed-scenes` trains everything from
 scratch, the transformer in two stretches, not in those above.
-`python -m benchmarks.testbed.scenes.restore --run runs/scenes` begins a run with the weights that are shipped here, and `python -m benchmarks.testbed.scenes.transformer --output runs/scenes --tokens 64` goes on from them with
+`python -m benchmarks.testbed.scenes.restore --run runs/scenes` begins a run with the weights that ship, and
+`python -m benchmarks.testbed.scenes.transformer --output runs/scenes --tokens 64` goes on from them with
 another phase.
 """
 
