@@ -221,8 +221,8 @@ class SampleSettings:
         labels: class labels, where the model takes no prompts; one number stands for all labels below it.
         every: steps from one to the next.
         seed: of their noise.
-        arguments: of the pipeline's call; for the testbeds those of `testbed.sample` and `testbed.scenes.draw_prompts`, such
-            as `size` and `steps`.
+        arguments: of the pipeline's call; for the testbeds those of `testbed.sample` and
+            `testbed.scenes.draw_prompts`, such as `size` and `steps`.
     """
 
     prompts: str | tuple[str, ...] | None = None
